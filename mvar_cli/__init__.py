@@ -1,0 +1,1 @@
+"""The `mvar` command line: parse, call the core, print."""

@@ -1,0 +1,391 @@
+"""Configuration: what a model is, how it is trained and sampled, and how presets, --set and flags merge.
+
+Defaults ← preset ← `--set a.b=c` ← flags: later wins, an unknown key fails with the nearest names, and the result is
+frozen. Derived values are properties. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mvar_core.errors import ConfigError, nearest
+from mvar_core.scales import AttentionPattern, ScalePrefixes, ScalePyramid, check_attention, spread_window
+
+PatchSize = int | tuple[int, int]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values cannot be changed after the merge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerConfig(Section):
+    """The multi-scale residual VQVAE. The defaults are the published tokenizer's (108.95 M parameters)."""
+
+    codebook_size: int = Field(4096, ge=2, description="entries in the codebook, V")
+    latent_channels: int = Field(32, ge=1, description="channels of the latent features, Z")
+    base_channels: int = Field(160, ge=1, description="channels at full resolution")
+    channel_multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), description="times base_channels, one per level")
+    encoder_blocks: int = Field(2, ge=1, description="residual blocks per encoder level")
+    decoder_blocks: int = Field(3, ge=1, description="residual blocks per decoder level")
+    middle_blocks: int = Field(2, ge=1, description="residual blocks at the coarsest resolution, between the levels")
+    attention: bool = Field(True, description="self-attention at the coarsest level and in the middle")
+    norm_groups: int = Field(32, ge=1, description="groups of GroupNorm")
+    residual_convs: int = Field(4, ge=1, description="convolutions φ shared by the scales, K")
+    residual_ratio: float = Field(0.5, ge=0, le=1, description="φ(x) = (1 - ratio)·x + ratio·conv(x)")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> TokenizerConfig:
+        for multiplier in self.channel_multipliers:
+            if self.base_channels * multiplier % self.norm_groups:
+                raise ValueError(
+                    f"norm_groups {self.norm_groups} does not divide {self.base_channels * multiplier} channels"
+                )
+        return self
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent position along one axis."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+class TransformerConfig(Section):
+    """The next-scale transformer. Published models have embed_dim 64·depth and num_heads = depth."""
+
+    depth: int = Field(16, ge=1, description="number of blocks")
+    embed_dim: int = Field(1024, ge=1, description="width of the residual stream, C")
+    num_heads: int = Field(16, ge=1, description="attention heads, H")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over embed_dim")
+    num_classes: int = Field(1000, ge=1, description="class labels, without the one that stands for no class")
+    shared_adaln: bool = Field(False, description="one AdaLN projection for all blocks plus an offset per block")
+    l2_attention: bool = Field(True, description="normalise queries and keys, with a learned scale per head")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block; grows linearly")
+    class_dropout: float = Field(0.1, ge=0, lt=1, description="how often training replaces the label by no class")
+    gate_init: float = Field(1e-3, ge=0, description="scale of the initial AdaLN gates γ (VAR 1e-5, MVAR 1e-3)")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> TransformerConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, D."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return round(self.embed_dim * self.mlp_ratio)
+
+
+class AttentionConfig(Section):
+    """Which tokens a token attends to; see mvar_core.scales."""
+
+    scale_prefixes: ScalePrefixes = Field("all", description='scales seen, own included: 1 is MVAR, "all" is VAR')
+    windows: tuple[int, ...] = Field((), description="one odd window per scale, 0 = whole scale; empty = all whole")
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _empty_when_none(cls, value: Any) -> Any:
+        return () if value is None else value
+
+
+class SamplingConfig(Section):
+    """Recommended sampling settings of a model; `mvar sample` uses them unless told otherwise."""
+
+    cfg: float = Field(1.5, ge=0, description="guidance at the last scale; 0 is unguided")
+    top_k: int = Field(900, ge=0, description="keep the k most likely codes; 0 keeps all")
+    top_p: float = Field(0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all")
+    more_smooth: bool = Field(False, description="Gumbel-softmax mixtures of codes: for looks, never for metrics")
+
+
+class ModelConfig(Section):
+    """Everything that a model directory's config.json records: enough to build the model and to use it."""
+
+    name: str = Field("model", description="what the model is called in tables")
+    image_size: PatchSize = Field(256, description="side in pixels, or (height, width)")
+    patch_sizes: tuple[PatchSize, ...] = Field(
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), description="one side, or (height, width), per scale, in tokens"
+    )
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig | None = TransformerConfig()
+    attention: AttentionConfig = AttentionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    class_names: tuple[str, ...] | None = Field(None, description="one name per class label")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="source, tokenizer hash, training step …")
+
+    @model_validator(mode="after")
+    def _check_geometry(self) -> ModelConfig:
+        pyramid = self.pyramid
+        downsample = self.tokenizer.downsample
+        latent = pyramid.latent_grid
+        if (latent.height * downsample, latent.width * downsample) != self.image_shape:
+            raise ValueError(
+                f"image_size {self.image_shape} does not fit: the last scale {latent} times the tokenizer's"
+                f" downsampling {downsample} is {latent.height * downsample}×{latent.width * downsample} pixels"
+            )
+        check_attention(pyramid, self.attention.scale_prefixes, self.windows)
+        return self
+
+    @cached_property
+    def pyramid(self) -> ScalePyramid:
+        """The scale pyramid."""
+        return ScalePyramid.from_patch_sizes(self.patch_sizes)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """One window per scale, 0 for a whole scale."""
+        return self.attention.windows or (0,) * self.pyramid.num_scales
+
+    @cached_property
+    def patterns(self) -> tuple[AttentionPattern, ...]:
+        """What each scale's tokens attend to."""
+        return self.pyramid.attention_patterns(self.attention.scale_prefixes, self.windows)
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate at a batch of lr_batch images")
+    lr_batch: int | None = Field(256, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0, description="not applied to 1-D parameters, biases and tables")
+    grad_clip: float = Field(2.0, ge=0, description="clip the gradient's norm; 0 does not clip")
+    schedule: Literal["lin0", "cosine", "constant"] = Field("lin0", description="shape after the warm-up")
+    warmup: float = Field(0.02, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
+    warmup_start: float = Field(0.005, ge=0, le=1, description="first learning rate over the peak")
+    end: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak (wpe)")
+
+
+class TrainConfig(Section):
+    """Training of the transformer on a token cache."""
+
+    batch_size: int = Field(448, ge=1, description="images per step")
+    epochs: float | None = Field(300, gt=0, description="passes over the tokens; ignored where steps is given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    curriculum: Literal["joint"] = Field("joint", description="joint: all scales in one packed pass")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+
+
+class TokenizerTrainConfig(Section):
+    """Training of the tokenizer on images."""
+
+    batch_size: int = Field(48, ge=1, description="images per step")
+    steps: int = Field(10_000, ge=1, description="optimizer steps")
+    reconstruction: Literal["l1", "l2"] = "l1"
+    vq_weight: float = Field(1.0, ge=0, description="weight of the quantizer's loss")
+    commitment: float = Field(0.25, ge=0, description="weight of the encoder's part of the quantizer's loss")
+    optimizer: OptimizerConfig = OptimizerConfig(
+        lr=3e-3, lr_batch=None, weight_decay=0.0, grad_clip=1.0, schedule="cosine", warmup=50, warmup_start=0.0, end=0.0
+    )
+    kmeans_batches: int = Field(8, ge=0, description="batches whose features start the codebook by k-means; 0 = random")
+    revive_every: int = Field(20, ge=0, description="steps between restarts of unused codes; 0 = never")
+    revive_until: float = Field(0.7, ge=0, le=1, description="part of the steps during which codes are restarted")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+
+
+class DataConfig(Section):
+    """How images become training data."""
+
+    flip: bool = Field(False, description="a horizontally flipped view of every image")
+    augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
+    shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a part of the side")
+    rotate: float = Field(5.0, ge=0, description="largest rotation of an augmented view, in degrees")
+    zoom: float = Field(0.04, ge=0, lt=1, description="largest zoom of an augmented view, as a part of the side")
+
+
+class PublishedResult(Section):
+    """A figure that the model's source reports; None where it reports none."""
+
+    fid: float | None = None
+    inception_score: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    note: str | None = None
+
+
+class RunConfig(ModelConfig):
+    """A preset, merged: the model and how it is trained."""
+
+    description: str = Field("", description="one line: what this preset is for")
+    source: str = Field("", description="where model and settings come from")
+    result: PublishedResult | None = None
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    train_tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()
+
+    @property
+    def model(self) -> ModelConfig:
+        """The part that a model directory records."""
+        return ModelConfig.model_validate(self.model_dump(include=set(ModelConfig.model_fields)))
+
+
+def presets_directory() -> Path:
+    """The folder of presets: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "presets"
+    return packaged if packaged.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes, sorted."""
+    return sorted(path.stem for path in presets_directory().glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The mapping of a preset, by name or by path of a YAML file, with the presets it `extends` merged in.
+
+    Raises:
+        ConfigError: No such preset or file, or not a YAML mapping.
+    """
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else presets_directory() / f"{name}.yaml"
+    if not path.is_file():
+        if is_path:
+            raise ConfigError(f"{path} does not exist.", "`--preset` takes a preset's name or a YAML file.")
+        raise ConfigError(f"There is no preset {name!r}. {nearest(name, preset_names())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}; expected a mapping of settings.")
+    parent = values.pop("extends", None)
+    return merge(read_preset(parent), values) if parent else values
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping; anything else is replaced whole."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
+    """Split `a.b=c` into its path and its value, read as YAML.
+
+    Raises:
+        ConfigError: There is no "=", or the value is not YAML.
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {text!r} has no value; write --set key.name=value.")
+    try:
+        return tuple(path.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value.") from None
+
+
+def load_config(
+    preset: str | None = None,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Merge defaults, a preset, `--set` settings and flags, in this order, and check the result.
+
+    Args:
+        preset: Name of a preset or path of a YAML file.
+        settings: Texts of the form `a.b=c`.
+        overrides: A mapping laid over everything else; None values are left out.
+
+    Raises:
+        ConfigError: An unknown preset or key (with the nearest names), or a value that does not fit.
+    """
+    values = read_preset(preset) if preset else {}
+    if preset:
+        values.setdefault("name", Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset)
+    changes = [_as_mapping(*parse_setting(setting)) for setting in settings]
+    for change in [*changes, _without_none(overrides or {})]:
+        values = _spread_single_window(merge(values, change), values)
+    return validate(RunConfig, values, preset or "configuration")
+
+
+def validate(section: type[Section], values: Mapping[str, Any], source: str) -> Any:
+    """Build a section, turning pydantic's report into one line.
+
+    Args:
+        section: The class to build.
+        values: Its values.
+        source: What they came from, for the message.
+
+    Raises:
+        ConfigError: An unknown key or a value that does not fit.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as report:
+        first = report.errors()[0]
+        location = tuple(str(part) for part in first["loc"] if part not in ("int", "constrained-int", "literal['all']"))
+        key = ".".join(location)
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{source}: unknown key {key!r}. {nearest(location[-1], _keys(section, location[:-1]))}"
+            ) from None
+        problem = first["msg"].removeprefix("Value error, ")
+        found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
+        raise ConfigError(f"{source}: {key + ': ' if key else ''}{problem}{found}.".replace("..", ".")) from None
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            if inner := _without_none(value):
+                kept[key] = inner
+        elif value is not None:
+            kept[key] = value
+    return kept
+
+
+def _as_mapping(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
+
+
+def _spread_single_window(values: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Let `attention.windows` be one number: the window of every scale that had one, or of the last two."""
+    attention = values.get("attention")
+    window = attention.get("windows") if isinstance(attention, dict) else None
+    if not isinstance(window, int) or isinstance(window, bool):
+        return values
+    patch_sizes = values.get("patch_sizes", ModelConfig.model_fields["patch_sizes"].default)
+    current = before.get("attention", {}).get("windows") or (0,) * len(patch_sizes)
+    return merge(values, {"attention": {"windows": list(spread_window(window, current))}})
+
+
+def _keys(section: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """Names of the fields that the section at `path` has."""
+    current: type[BaseModel] = section
+    for name in path:
+        field = current.model_fields.get(name)
+        candidates = [field.annotation, *get_args(field.annotation)] if field else []
+        for candidate in candidates:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                current = candidate
+                break
+    return list(current.model_fields)

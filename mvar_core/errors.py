@@ -1,0 +1,52 @@
+"""The errors that users can mend: each says what was wrong, what was found and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MvarError(Exception):
+    """A problem the user can mend; the command line prints it as one line and exits with 1.
+
+    Args:
+        message: What was wrong and what was found, naming the file or value.
+        hint: What to type or change next.
+    """
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message if hint is None else f"{message} {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(MvarError):
+    """A configuration key or value that cannot be used."""
+
+
+class DataError(MvarError):
+    """Images, tokens or labels that cannot be used."""
+
+
+class CheckpointError(MvarError):
+    """A file of weights that cannot be read, or that does not fit the model."""
+
+
+class BackendError(MvarError):
+    """An attention backend or device that cannot run what was asked of it."""
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
+    """A phrase that offers the names most like `name`, or lists the choices when none is near.
+
+    Args:
+        name: What the user typed.
+        choices: What exists.
+        count: How many near names to offer.
+    """
+    names = sorted(choices)
+    matches = get_close_matches(name, names, n=count, cutoff=0.5)
+    if matches:
+        return f"Did you mean {' or '.join(matches)}?"
+    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    return f"Known: {shown}."

@@ -1,0 +1,103 @@
+"""The machine: devices, dtypes, memory, and random numbers that are passed, never global."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvar_core.errors import BackendError, ConfigError, nearest
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device that `name` stands for: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        ConfigError: Not the name of a device.
+        BackendError: A device that this machine or this build of torch does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {name!r} is not a device. {nearest(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is not a device; write cpu, cuda, cuda:N or mps.") from None
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
+            "Run `mvar doctor` to see why, or use --device cpu.",
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise BackendError(f"--device {name}: this machine has no MPS device.", "Use --device cpu.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `name` stands for; auto is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ConfigError: Not auto, float32, bfloat16 or float16.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name!r} is not known. {nearest(name, ['auto', *DTYPES])}")
+    return DTYPES[name]
+
+
+def _seed_of(parts: Sequence[int | str]) -> int:
+    """A 63-bit seed from several numbers and names; equal parts give equal seeds, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator whose stream depends on `parts` alone, for example ("train", seed, step)."""
+    return torch.Generator(device=device).manual_seed(_seed_of(parts))
+
+
+def sample_uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
+    """Uniform numbers in [0, 1), one stream per sample, so that a sample never depends on its batch.
+
+    Args:
+        seed: The run's seed.
+        indices: Global indices of the samples, N of them.
+        count: How many numbers each sample needs.
+
+    Returns:
+        float64 tensor (N, count) on the CPU; row i depends on (seed, indices[i]) alone.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=[seed, index])).random(count) for index in indices]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count, dtype=torch.float64)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: allocated on the GPU, or the resident memory of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next measures finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,255 @@
+"""The scale pyramid and the geometry of attention on it: the only place that knows which token sees which.
+
+An image is a pyramid of token maps r_1 … r_S, from 1×1 to the tokenizer's full grid, written one after the other as a
+sequence of L tokens. Which keys a token of scale s may attend to follows from two settings alone:
+
+* `scale_prefixes` n: the tokens of scales s-n+1 … s. "all" is VAR; 1 is MVAR's scale-Markov trajectory.
+* `windows`, one odd number k per scale: within its own scale, only the k×k window around the same position, shifted
+  inward at the borders so that every query has exactly k×k keys (spatial-Markov; NATTEN's definition). 0 is the whole
+  scale. Earlier scales that are visible are seen whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mvar_core.errors import ConfigError
+
+ScalePrefixes = int | Literal["all"]
+
+PUBLISHED_PYRAMIDS: dict[int, tuple[int, ...]] = {
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+"""Sides of the published pyramids by image side in pixels; all have a downsampling factor of 16."""
+
+
+class Grid(NamedTuple):
+    """Height and width of a token map, in tokens."""
+
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the map."""
+        return self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.height}×{self.width}"
+
+
+def window_start(position: int, side: int, window: int) -> int:
+    """First key of the window of `window` keys around `position` on an axis of `side` positions.
+
+    The window is shifted inward at the borders: clamp(position - window // 2, 0, side - window).
+    """
+    return min(max(position - window // 2, 0), side - window)
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """What the tokens of one scale attend to: visible earlier tokens, then a window of their own scale.
+
+    The keys of a query are ordered: first `prefix_tokens` tokens of earlier scales, all of them visible to every query;
+    then the tokens of the query's own scale in raster order, of which each query sees its window.
+
+    Attributes:
+        grid: The scale's token map.
+        window: Side of the window; 0 is the whole scale. A window larger than an axis covers that axis whole.
+        prefix_tokens: Number of visible tokens of earlier scales.
+    """
+
+    grid: Grid
+    window: int = 0
+    prefix_tokens: int = 0
+
+    @property
+    def window_grid(self) -> Grid:
+        """Height and width of the window that every query really has: never more than the grid."""
+        if self.window == 0:
+            return self.grid
+        return Grid(min(self.window, self.grid.height), min(self.window, self.grid.width))
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether some query does not see all of its own scale."""
+        return self.window_grid != self.grid
+
+    @property
+    def queries(self) -> int:
+        """Number of queries."""
+        return self.grid.tokens
+
+    @property
+    def keys(self) -> int:
+        """Number of keys that are laid before the kernel, seen by some query or not."""
+        return self.prefix_tokens + self.grid.tokens
+
+    @property
+    def keys_per_query(self) -> int:
+        """Number of keys that each query attends to; the same for every query."""
+        return self.prefix_tokens + self.window_grid.tokens
+
+    def visible_keys(self, query: int) -> list[int]:
+        """Indices of the keys that `query` (raster order in its own scale) attends to, ascending."""
+        row, column = divmod(query, self.grid.width)
+        height, width = self.window_grid
+        top = window_start(row, self.grid.height, height)
+        left = window_start(column, self.grid.width, width)
+        own = [
+            self.prefix_tokens + y * self.grid.width + x
+            for y in range(top, top + height)
+            for x in range(left, left + width)
+        ]
+        return [*range(self.prefix_tokens), *own]
+
+
+@dataclass(frozen=True)
+class ScalePyramid:
+    """The token maps of an image, coarse to fine.
+
+    Attributes:
+        grids: One grid per scale; the last is the tokenizer's full latent grid.
+    """
+
+    grids: tuple[Grid, ...]
+
+    @classmethod
+    def from_patch_sizes(cls, patch_sizes: Sequence[int | Sequence[int]]) -> ScalePyramid:
+        """A pyramid from one side, or one (height, width), per scale.
+
+        Raises:
+            ConfigError: No scale, a side below 1, or a scale larger than the last.
+        """
+        if not patch_sizes:
+            raise ConfigError("patch_sizes is empty: a pyramid needs at least one scale, for example [1, 2, 4, 8].")
+        grids = []
+        for size in patch_sizes:
+            height, width = (size, size) if isinstance(size, int) else tuple(size)
+            grids.append(Grid(int(height), int(width)))
+        last = grids[-1]
+        for index, grid in enumerate(grids):
+            if min(grid) < 1 or grid.height > last.height or grid.width > last.width:
+                raise ConfigError(
+                    f"patch_sizes: scale {index} is {grid}; every side must be at least 1 and at most the last scale's"
+                    f" ({last})."
+                )
+        return cls(tuple(grids))
+
+    @property
+    def patch_sizes(self) -> tuple[int | tuple[int, int], ...]:
+        """One side per scale, or (height, width) where they differ."""
+        return tuple(grid.height if grid.height == grid.width else (grid.height, grid.width) for grid in self.grids)
+
+    @property
+    def num_scales(self) -> int:
+        """Number of scales, S."""
+        return len(self.grids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all scales, L."""
+        return sum(grid.tokens for grid in self.grids)
+
+    @property
+    def latent_grid(self) -> Grid:
+        """The last and finest grid, on which the decoder works."""
+        return self.grids[-1]
+
+    @cached_property
+    def spans(self) -> tuple[slice, ...]:
+        """Where each scale's tokens stand in the sequence of L tokens."""
+        spans, start = [], 0
+        for grid in self.grids:
+            spans.append(slice(start, start + grid.tokens))
+            start += grid.tokens
+        return tuple(spans)
+
+    @cached_property
+    def scale_of_token(self) -> tuple[int, ...]:
+        """The scale index of each of the L tokens."""
+        return tuple(scale for scale, grid in enumerate(self.grids) for _ in range(grid.tokens))
+
+    def __iter__(self) -> Iterator[Grid]:
+        return iter(self.grids)
+
+    def __str__(self) -> str:
+        return " ".join(str(grid.height) if grid.height == grid.width else str(grid) for grid in self.grids)
+
+    def ratio(self, scale: int) -> float:
+        """Position of a scale between the first (0) and the last (1); guidance grows with it."""
+        return scale / (self.num_scales - 1) if self.num_scales > 1 else 0.0
+
+    def residual_conv_index(self, scale: int, num_convs: int) -> int:
+        """Which of the shared convolutions φ refines this scale: the one whose tick is nearest to the scale's ratio.
+
+        Ticks are K points, evenly spaced from 1/(3K) to 1-1/(3K) where K is the published 4 and from 1/(2K) to
+        1-1/(2K) otherwise. The published ten scales hold ties (scales 2 and 7); computing the ticks with
+        numpy.linspace resolves them as published.
+        """
+        divisor = 3 if num_convs == 4 else 2
+        ticks = np.linspace(1 / divisor / num_convs, 1 - 1 / divisor / num_convs, num_convs)
+        return int(np.argmin(np.abs(ticks - self.ratio(scale))))
+
+    def first_visible_scale(self, scale: int, scale_prefixes: ScalePrefixes) -> int:
+        """The earliest scale whose tokens a token of `scale` may attend to."""
+        return 0 if scale_prefixes == "all" else max(0, scale - scale_prefixes + 1)
+
+    def attention_patterns(self, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> tuple[AttentionPattern, ...]:
+        """One pattern per scale, from the two settings that decide everything.
+
+        Args:
+            scale_prefixes: How many scales a token sees, its own included, or "all".
+            windows: One odd window side per scale, 0 for the whole scale.
+        """
+        return tuple(
+            AttentionPattern(
+                grid=grid,
+                window=windows[scale],
+                prefix_tokens=self.spans[scale].start
+                - self.spans[self.first_visible_scale(scale, scale_prefixes)].start,
+            )
+            for scale, grid in enumerate(self.grids)
+        )
+
+
+def check_attention(pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> None:
+    """Refuse prefixes and windows that do not fit the pyramid.
+
+    Raises:
+        ConfigError: A prefix count outside 1 … S, an even or negative window, or a wrong number of windows.
+    """
+    if scale_prefixes != "all" and not 1 <= scale_prefixes <= pyramid.num_scales:
+        raise ConfigError(
+            f"attention.scale_prefixes is {scale_prefixes}; expected 1 … {pyramid.num_scales} (the number of scales)"
+            ' or "all".'
+        )
+    if len(windows) != pyramid.num_scales:
+        raise ConfigError(
+            f"attention.windows has {len(windows)} entries ({', '.join(map(str, windows))}) but the pyramid has"
+            f" {pyramid.num_scales} scales ({pyramid}); give one odd number per scale, 0 for a whole scale."
+        )
+    for scale, window in enumerate(windows):
+        if window < 0 or (window % 2 == 0 and window != 0):
+            raise ConfigError(
+                f"attention.windows[{scale}] is {window}; a window must be odd (3, 5, 7 …) to have a centre, or 0 for"
+                " the whole scale."
+            )
+
+
+def spread_window(window: int, current: Sequence[int]) -> tuple[int, ...]:
+    """One window side for all windowed scales: those of `current` that have one, else the last two.
+
+    The published MVAR windows the last two of its ten scales.
+    """
+    windowed = [scale for scale, value in enumerate(current) if value]
+    if not windowed:
+        windowed = list(range(max(0, len(current) - 2), len(current)))
+    return tuple(window if scale in windowed else 0 for scale in range(len(current)))

@@ -105,7 +105,9 @@ class SamplingConfig(Section):
 
     cfg: float = Field(1.5, ge=0, description="guidance at the last scale; 0 is unguided")
     top_k: int = Field(900, ge=0, description="keep the k most likely codes; 0 keeps all")
-    top_p: float = Field(0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all")
+    top_p: float = Field(
+        0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
+    )
     more_smooth: bool = Field(False, description="Gumbel-softmax mixtures of codes: for looks, never for metrics")
 
 

@@ -33,7 +33,9 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"--device {name!r} is not a device. {nearest(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}")
+        raise ConfigError(
+            f"--device {name!r} is not a device. {nearest(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -72,18 +74,22 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Ge
     return torch.Generator(device=device).manual_seed(_seed_of(parts))
 
 
-def sample_uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
+def sample_uniforms(seed: int, indices: Sequence[int], count: int, stream: int = 0) -> Tensor:
     """Uniform numbers in [0, 1), one stream per sample, so that a sample never depends on its batch.
 
     Args:
         seed: The run's seed.
         indices: Global indices of the samples, N of them.
         count: How many numbers each sample needs.
+        stream: Which of a sample's independent streams.
 
     Returns:
-        float64 tensor (N, count) on the CPU; row i depends on (seed, indices[i]) alone.
+        float64 tensor (N, count) on the CPU; row i depends on (seed, indices[i], stream) alone.
     """
-    rows = [np.random.Generator(np.random.Philox(key=[seed, index])).random(count) for index in indices]
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])).random(count)
+        for index in indices
+    ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count, dtype=torch.float64)
 
 

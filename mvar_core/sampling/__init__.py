@@ -1,0 +1,1 @@
+"""Class in, tokens out."""

@@ -1,0 +1,218 @@
+"""The transformer's block: attention over a scale and the scales it may see, and an MLP, both under AdaLN."""
+
+# Shape suffixes: B batch, L tokens (of all scales that are processed together), C width, H heads, D head width,
+# Q queries and K keys of one scale.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mvar_core.config import TransformerConfig
+from mvar_core.kernels import attend
+from mvar_core.models.linear import RowStableLinear, row_stable_linear
+from mvar_core.scales import AttentionPattern, ScalePyramid
+
+AttentionProbe = Callable[[int, int, Tensor, Tensor, AttentionPattern, float], None]
+"""Called as probe(layer, scale, q_BHQD, k_BHKD, pattern, softmax_scale) before each scale's attention."""
+
+MAX_LOG_HEAD_SCALE = math.log(100)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of earlier scales, for scales that are processed one after the other.
+
+    Only scales that a later one may still see are kept: none for scale-Markov models, all for VAR.
+
+    Attributes:
+        keys: By (layer, scale), (B, H, K, D).
+        values: By (layer, scale), (B, H, K, D).
+    """
+
+    keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def store(self, layer: int, scale: int, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
+        """Keep one scale's keys and values."""
+        self.keys[layer, scale] = k_BHKD
+        self.values[layer, scale] = v_BHKD
+
+    def drop_before(self, scale: int) -> None:
+        """Forget the scales before `scale`."""
+        for entries in (self.keys, self.values):
+            for layer, stored in list(entries):
+                if stored < scale:
+                    del entries[layer, stored]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held now."""
+        return sum(t.numel() * t.element_size() for entries in (self.keys, self.values) for t in entries.values())
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What an attention layer must know besides its input.
+
+    Attributes:
+        pyramid: The scales.
+        patterns: One per scale of the pyramid.
+        first_visible: For each scale the earliest scale it sees.
+        scales: The consecutive scales that are processed together.
+        backend: Attention backend, or "auto".
+        cache: Where keys of earlier scales come from and where new ones go, if scales run one after the other.
+        probe: Called before each scale's attention.
+    """
+
+    pyramid: ScalePyramid
+    patterns: tuple[AttentionPattern, ...]
+    first_visible: tuple[int, ...]
+    scales: range
+    backend: str = "auto"
+    cache: KeyValueCache | None = None
+    probe: AttentionProbe | None = None
+
+    def local_span(self, scale: int) -> slice:
+        """Where the tokens of `scale` stand among the tokens that are processed together."""
+        offset = self.pyramid.spans[self.scales.start].start
+        span = self.pyramid.spans[scale]
+        return slice(span.start - offset, span.stop - offset)
+
+
+class ScaleAttention(nn.Module):
+    """Multi-head self-attention in which each scale sees what its pattern says.
+
+    With L2 attention queries and keys are normalised per head, queries are multiplied by a learned scale per head (at
+    most 100), and the softmax has scale 1; without it the softmax has scale 0.25/√D.
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        width = config.embed_dim
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.qkv = RowStableLinear(width, 3 * width, bias=False)
+        self.query_bias = nn.Parameter(torch.zeros(width))
+        self.value_bias = nn.Parameter(torch.zeros(width))
+        self.projection = RowStableLinear(width, width)
+        self.log_head_scale: nn.Parameter | None = None
+        self.softmax_scale = 0.25 / math.sqrt(config.head_dim)
+        if config.l2_attention:
+            self.log_head_scale = nn.Parameter(torch.full((config.num_heads,), math.log(4)))
+            self.softmax_scale = 1.0
+
+    def forward(self, x_BLC: Float[Tensor, "B L C"], context: AttentionContext) -> Float[Tensor, "B L C"]:
+        """Attend, scale by scale."""
+        bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+        qkv_BLC = row_stable_linear(x_BLC, self.qkv.weight, bias)
+        q, k, v = qkv_BLC.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.log_head_scale is not None:
+            scale_H11 = self.log_head_scale.float().clamp(max=MAX_LOG_HEAD_SCALE).exp().view(-1, 1, 1)
+            q = (F.normalize(q.float(), dim=-1) * scale_H11).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        outputs = [self._attend_scale(scale, q, k, v, context) for scale in context.scales]
+        o_BHLD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return self.projection(o_BHLD.transpose(1, 2).flatten(2))
+
+    def _attend_scale(
+        self, scale: int, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, context: AttentionContext
+    ) -> Tensor:
+        own = context.local_span(scale)
+        first = context.first_visible[scale]
+        start = context.local_span(max(first, context.scales.start)).start
+        k_BHKD, v_BHKD = k_BHLD[:, :, start : own.stop], v_BHLD[:, :, start : own.stop]
+        if context.cache is not None:
+            # Copies, since views would keep the queries of the fused projection alive as well.
+            context.cache.store(self.layer, scale, k_BHLD[:, :, own].contiguous(), v_BHLD[:, :, own].contiguous())
+            earlier = [(self.layer, cached) for cached in range(first, context.scales.start)]
+            if earlier:
+                k_BHKD = torch.cat([*(context.cache.keys[entry] for entry in earlier), k_BHKD], dim=2)
+                v_BHKD = torch.cat([*(context.cache.values[entry] for entry in earlier), v_BHKD], dim=2)
+        pattern = context.patterns[scale]
+        q_BHQD = q_BHLD[:, :, own]
+        if context.probe is not None:
+            context.probe(self.layer, scale, q_BHQD, k_BHKD, pattern, self.softmax_scale)
+        return attend(q_BHQD, k_BHKD, v_BHKD, pattern, scale=self.softmax_scale, backend=context.backend)
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh approximation), linear."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.up = RowStableLinear(config.embed_dim, config.hidden_dim)
+        self.down = RowStableLinear(config.hidden_dim, config.embed_dim)
+
+    def forward(self, x_BLC: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
+        """Transform each token by itself."""
+        return self.down(F.gelu(self.up(x_BLC), approximate="tanh"))
+
+
+def modulated_norm(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
+    """LayerNorm without affine parameters (eps 1e-6), times (1 + scale), plus shift."""
+    normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift_B1C, normed, 1 + scale_B1C)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a modulated norm of the stream and added to it through a gate γ.
+
+    Args:
+        config: Sizes.
+        layer: Index of the block; stochastic depth grows with it.
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        width = config.embed_dim
+        self.attention = ScaleAttention(config, layer)
+        self.mlp = MLP(config)
+        self.drop_path = config.drop_path * layer / (config.depth - 1) if config.depth > 1 else 0.0
+        self.modulation: nn.Linear | None = None
+        self.modulation_offset: nn.Parameter | None = None
+        if config.shared_adaln:
+            self.modulation_offset = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
+        else:
+            self.modulation = RowStableLinear(width, 6 * width)
+
+    def modulate(self, activated_BC: Float[Tensor, "B C"], shared_B6C: Tensor | None) -> Float[Tensor, "B 6 C"]:
+        """The block's six AdaLN vectors (γ₁, γ₂, scale₁, scale₂, shift₁, shift₂).
+
+        Args:
+            activated_BC: SiLU of the class embedding.
+            shared_B6C: Output of the model's shared projection, where it has one.
+        """
+        if self.modulation is not None:
+            return self.modulation(activated_BC).unflatten(1, (6, -1))
+        assert self.modulation_offset is not None
+        assert shared_B6C is not None
+        return shared_B6C + self.modulation_offset[0]
+
+    def forward(
+        self,
+        x_BLC: Float[Tensor, "B L C"],
+        modulation_B6C: Float[Tensor, "B 6 C"],
+        context: AttentionContext,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "B L C"]:
+        """Refine the stream; with a generator, in training mode, whole branches are dropped per sample."""
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
+        branch = self.attention(modulated_norm(x_BLC, scale_1, shift_1), context)
+        x_BLC = x_BLC + self._dropped(branch * gate_1, generator)
+        branch = self.mlp(modulated_norm(x_BLC, scale_2, shift_2))
+        return x_BLC + self._dropped(branch * gate_2, generator)
+
+    def _dropped(self, branch_BLC: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or not self.training or self.drop_path == 0:
+            return branch_BLC
+        keep = 1 - self.drop_path
+        draws_B = torch.rand(branch_BLC.shape[0], generator=generator, device=generator.device)
+        kept_B11 = (draws_B < keep).to(branch_BLC).view(-1, 1, 1)
+        return branch_BLC * kept_B11 / keep

@@ -1,0 +1,222 @@
+"""Model directories: config.json, transformer.safetensors, tokenizer.safetensors and a README.md.
+
+A tokenizer alone is the same directory without the transformer; a run directory is a model directory with more in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mvar_core.config import ModelConfig, validate
+from mvar_core.errors import CheckpointError, ConfigError, nearest
+from mvar_core.files import atomic_path, read_json, write_json, write_text
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CONFIG_FILE = "config.json"
+TRANSFORMER_FILE = "transformer.safetensors"
+TOKENIZER_FILE = "tokenizer.safetensors"
+CARD_FILE = "README.md"
+
+
+def save_model(
+    directory: Path,
+    config: ModelConfig,
+    *,
+    tokenizer: Mapping[str, Tensor],
+    transformer: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model directory; each file is whole or absent, config.json comes last.
+
+    Args:
+        directory: Where to; made if missing. What else it holds stays.
+        config: The model; without a transformer that part of it is left out.
+        tokenizer: State of the VQVAE, in our names.
+        transformer: State of the transformer, in our names.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if transformer is None:
+        config = config.model_copy(update={"transformer": None})
+    _save_tensors(directory / TOKENIZER_FILE, tokenizer)
+    if transformer is not None:
+        _save_tensors(directory / TRANSFORMER_FILE, transformer)
+    provenance = {**config.provenance, "tokenizer_hash": tokenizer_hash(directory)}
+    values = config.model_copy(update={"provenance": provenance}).model_dump(mode="json")
+    values["attention"]["windows"] = list(config.windows)
+    write_text(directory / CARD_FILE, model_card(config))
+    write_json(directory / CONFIG_FILE, values)
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The configuration of a model directory.
+
+    Raises:
+        CheckpointError: There is no such directory, no config.json in it, or one that does not describe a model.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        found = "does not exist" if not directory.exists() else f"has no {CONFIG_FILE}"
+        raise CheckpointError(
+            f"{directory} {found}; expected a model directory.",
+            "Make one with `mvar train`, `mvar train-tokenizer` or `mvar convert`.",
+        )
+    try:
+        config: ModelConfig = validate(ModelConfig, read_json(path), str(path))
+    except ConfigError as error:
+        raise CheckpointError(error.message) from None
+    return config
+
+
+def load_transformer(
+    directory: Path,
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The transformer of a model directory, in evaluation mode; the head stays in float32.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or does not fit the configuration.
+    """
+    if config.transformer is None or not (directory / TRANSFORMER_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} holds a tokenizer but no transformer ({TRANSFORMER_FILE}).",
+            "Train one with `mvar train --checkpoint` on it, or give the model's directory.",
+        )
+    with torch.device("meta"):
+        model = Transformer(config).to_compute_dtype(dtype)
+    _load(model, directory / TRANSFORMER_FILE, device)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    directory: Path,
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VQVAE:
+    """The tokenizer of a model directory, in evaluation mode; the quantizer stays in float32.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or does not fit the configuration.
+    """
+    with torch.device("meta"):
+        model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
+    _load(model, directory / TOKENIZER_FILE, device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """SHA-256 over names, shapes, types and values of a directory's tokenizer; the same after any copy or rewrite."""
+    digest = hashlib.sha256()
+    with _open(directory / TOKENIZER_FILE) as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
+    return digest.hexdigest()
+
+
+def check_state(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str | Path
+) -> None:
+    """Refuse a set of tensors that is not exactly what a model has.
+
+    Args:
+        found: Shapes by name.
+        expected: Shapes by name.
+        source: The file, for the message.
+
+    Raises:
+        CheckpointError: Names the missing, extra and misshaped keys.
+    """
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    misshaped = [name for name in sorted(set(expected) & set(found)) if tuple(found[name]) != tuple(expected[name])]
+    problems = []
+    if missing:
+        problems.append(f"missing {_some(missing)}")
+    if extra:
+        problems.append(f"unexpected {_some(extra)}")
+    if misshaped:
+        shapes = [f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}" for name in misshaped]
+        problems.append(f"wrong shape: {_some(shapes)}")
+    if problems:
+        hint = None
+        if len(missing) == len(extra) == 1:
+            hint = nearest(missing[0], extra)
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}.", hint)
+
+
+def model_card(config: ModelConfig) -> str:
+    """A README for the model directory, in Markdown."""
+    lines = [f"# {config.name}", ""]
+    kind = "multi-scale residual VQVAE (tokenizer)"
+    if config.transformer is not None:
+        prefixes = config.attention.scale_prefixes
+        sees = "all earlier scales (VAR)" if prefixes == "all" else f"{prefixes} scale(s), its own included"
+        windows = ", ".join(str(window) if window else "whole" for window in config.windows)
+        kind = "next-scale visual autoregressive model"
+        lines += [f"A {kind} for {config.image_shape[0]}×{config.image_shape[1]} images.", ""]
+        lines += [
+            f"- transformer: depth {config.transformer.depth}, width {config.transformer.embed_dim},"
+            f" {config.transformer.num_heads} heads, {config.transformer.num_classes} classes",
+            f"- a token sees {sees}; windows per scale: {windows}",
+            f"- recommended sampling: cfg {config.sampling.cfg}, top-k {config.sampling.top_k},"
+            f" top-p {config.sampling.top_p}",
+        ]
+    else:
+        lines += [f"A {kind} for {config.image_shape[0]}×{config.image_shape[1]} images.", ""]
+    lines.append(f"- token maps: {config.pyramid} ({config.pyramid.num_tokens} tokens); codebook of"
+                 f" {config.tokenizer.codebook_size} × {config.tokenizer.latent_channels}")  # fmt: skip
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in config.provenance.items()]
+    command = "sample --checkpoint . --class 0 --num 8 --out samples"
+    if config.transformer is None:
+        command = "tokenize --checkpoint . --data FOLDER --out tokens"
+    lines += ["", "```bash", f"mvar {command}", "```", ""]
+    return "\n".join(lines)
+
+
+def _some(names: Iterable[str], count: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.", "Is this a model directory?")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}.") from None
+
+
+def _load(model: nn.Module, path: Path, device: torch.device | str) -> None:
+    """Fill a model that stands on the meta device, in the dtypes that it has there."""
+    expected = model.state_dict()
+    with _open(path) as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    check_state(found, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
+    state = {}
+    for name, target in expected.items():
+        # Opened anew for each tensor: pages of the file that were read stay resident for as long as it is mapped.
+        with _open(path) as file:
+            state[name] = file.get_tensor(name).to(device=device, dtype=target.dtype)
+    model.load_state_dict(state, assign=True)

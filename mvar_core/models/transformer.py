@@ -1,0 +1,236 @@
+"""The next-scale transformer: VAR, MVAR and everything between are this class and two settings.
+
+Which tokens a token sees follows from `attention.scale_prefixes` and `attention.windows` (mvar_core.scales). Training
+runs all scales in one packed pass; sampling runs them one after the other, with a cache of keys and values only where
+a later scale sees an earlier one.
+"""
+
+# Shape suffixes: B batch, L tokens (of all scales that are processed together), C width, Z latent channels,
+# V codebook entries.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mvar_core.config import ModelConfig, TransformerConfig
+from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, KeyValueCache, modulated_norm
+from mvar_core.models.linear import RowStableLinear
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the class says to every layer; computed once per class and reused at every scale.
+
+    Attributes:
+        embedding_BC: The class embedding.
+        blocks_B6C: AdaLN vectors of each block.
+        head_B2C: AdaLN vectors (scale, shift) of the head, float32.
+    """
+
+    embedding_BC: Tensor
+    blocks_B6C: tuple[Tensor, ...]
+    head_B2C: Tensor
+
+    def first(self, count: int) -> Conditioning:
+        """The conditioning of the first `count` rows."""
+        return Conditioning(
+            self.embedding_BC[:count], tuple(vectors[:count] for vectors in self.blocks_B6C), self.head_B2C[:count]
+        )
+
+    def select(self, rows: Tensor) -> Conditioning:
+        """The conditioning of the given rows, which may repeat."""
+        return Conditioning(
+            self.embedding_BC[rows], tuple(vectors[rows] for vectors in self.blocks_B6C), self.head_B2C[rows]
+        )
+
+
+class Transformer(nn.Module):
+    """Predicts the tokens of every scale from the class and the features of the scales before.
+
+    Args:
+        config: The model; `config.transformer` must be there.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.transformer is not None
+        sizes = config.transformer
+        self.config = sizes
+        self.pyramid = config.pyramid
+        self.patterns = config.patterns
+        self.first_visible = tuple(
+            self.pyramid.first_visible_scale(scale, config.attention.scale_prefixes)
+            for scale in range(self.pyramid.num_scales)
+        )
+        width = sizes.embed_dim
+        self.class_embedding = nn.Embedding(sizes.num_classes + 1, width)
+        self.start_position = nn.Parameter(torch.empty(1, self.pyramid.grids[0].tokens, width))
+        self.position_embedding = nn.Parameter(torch.empty(1, self.pyramid.num_tokens, width))
+        self.scale_embedding = nn.Embedding(self.pyramid.num_scales, width)
+        self.input_projection = RowStableLinear(config.tokenizer.latent_channels, width)
+        self.shared_modulation = RowStableLinear(width, 6 * width) if sizes.shared_adaln else None
+        self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.depth))
+        self.head_modulation = RowStableLinear(width, 2 * width)
+        self.head = RowStableLinear(width, config.tokenizer.codebook_size)
+        self._initialise(sizes)
+
+    @property
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    @property
+    def no_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def no_decay_names(self) -> set[str]:
+        """Names of the parameters that are exempt from weight decay: vectors, biases, tables and positions."""
+        tables = ("class_embedding.", "scale_embedding.", "start_position", "position_embedding")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 1 or name.startswith(tables) or name.endswith("modulation_offset")
+        }
+
+    def to_compute_dtype(self, dtype: torch.dtype) -> Transformer:
+        """Hold the weights in `dtype`, but the head, whose logits need the precision, in float32."""
+        self.to(dtype)
+        self.head_modulation.float()
+        self.head.float()
+        return self
+
+    def forward(
+        self,
+        labels_B: Int[Tensor, " B"],
+        inputs_BLZ: Float[Tensor, "B l Z"],
+        *,
+        attention: str = "auto",
+        generator: torch.Generator | None = None,
+        probe: AttentionProbe | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Logits of all tokens in one packed pass (teacher forcing).
+
+        Args:
+            labels_B: Class labels, 0 … num_classes (the last stands for no class).
+            inputs_BLZ: Inputs of the scales after the first, from the true tokens (B, L - l₁, Z).
+            attention: Attention backend.
+            generator: In training mode, drops labels and branches; without it nothing is dropped.
+            probe: Called before each layer's and scale's attention with its queries and keys.
+
+        Returns:
+            float32 logits of all L tokens.
+        """
+        if generator is not None and self.training:
+            labels_B = self._drop_labels(labels_B, generator)
+        conditioning = self.condition(labels_B)
+        scales = range(self.pyramid.num_scales)
+        return self.forward_scales(
+            scales, inputs_BLZ, conditioning, attention=attention, generator=generator, probe=probe
+        )
+
+    def condition(self, labels_B: Int[Tensor, " B"]) -> Conditioning:
+        """What the class labels say to every layer."""
+        embedding_BC = self.class_embedding(labels_B)
+        activated_BC = F.silu(embedding_BC)
+        shared_B6C = None
+        if self.shared_modulation is not None:
+            shared_B6C = self.shared_modulation(activated_BC).unflatten(1, (6, -1))
+        blocks = tuple(block.modulate(activated_BC, shared_B6C) for block in self._layers)
+        with torch.autocast(embedding_BC.device.type, enabled=False):
+            head_B2C = self.head_modulation(activated_BC.float()).unflatten(1, (2, -1))
+        return Conditioning(embedding_BC, blocks, head_B2C)
+
+    def forward_scales(
+        self,
+        scales: range,
+        inputs_BLZ: Float[Tensor, "B l Z"],
+        conditioning: Conditioning,
+        *,
+        cache: KeyValueCache | None = None,
+        attention: str = "auto",
+        generator: torch.Generator | None = None,
+        probe: AttentionProbe | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Logits of consecutive scales, processed together.
+
+        Args:
+            scales: Which scales. Those that they see must be among them or in the cache.
+            inputs_BLZ: Their inputs, without those of the first scale of the pyramid, which has none.
+            conditioning: From `condition`.
+            cache: Holds earlier scales' keys and values; takes these scales', and drops what no later scale sees.
+            attention: Attention backend.
+            generator: In training mode, drops branches.
+            probe: Called before each layer's and scale's attention.
+
+        Returns:
+            float32 logits of the tokens of `scales`.
+        """
+        x_BLC = self._embed(scales, inputs_BLZ, conditioning.embedding_BC)
+        context = AttentionContext(
+            self.pyramid,
+            self.patterns,
+            self.first_visible,
+            scales,
+            attention,
+            cache if self._reuses(scales) else None,
+            probe,
+        )
+        for block, modulation_B6C in zip(self._layers, conditioning.blocks_B6C, strict=True):
+            x_BLC = block(x_BLC, modulation_B6C, context, generator)
+        if cache is not None and scales.stop < self.pyramid.num_scales:
+            cache.drop_before(self.first_visible[scales.stop])
+        with torch.autocast(x_BLC.device.type, enabled=False):
+            scale_B1C, shift_B1C = conditioning.head_B2C.unsqueeze(2).unbind(1)
+            return self.head(modulated_norm(x_BLC.float(), scale_B1C, shift_B1C))
+
+    def _reuses(self, scales: range) -> bool:
+        """Whether keys pass from earlier scales to these, or from these to later ones."""
+        later = self.first_visible[scales.stop] if scales.stop < self.pyramid.num_scales else scales.stop
+        return later < scales.stop or self.first_visible[scales.start] < scales.start
+
+    def _embed(self, scales: range, inputs_BLZ: Tensor, embedding_BC: Tensor) -> Tensor:
+        dtype = self.input_projection.weight.dtype
+        parts = []
+        if scales.start == 0:
+            parts.append(embedding_BC.unsqueeze(1) + self.start_position)
+        if inputs_BLZ.shape[1]:
+            parts.append(self.input_projection(inputs_BLZ.to(dtype)))
+        x_BLC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        spans = self.pyramid.spans
+        span = slice(spans[scales.start].start, spans[scales.stop - 1].stop)
+        scale_ids = torch.tensor(self.pyramid.scale_of_token[span], device=x_BLC.device)
+        return x_BLC + (self.scale_embedding(scale_ids) + self.position_embedding[:, span])
+
+    def _drop_labels(self, labels_B: Tensor, generator: torch.Generator) -> Tensor:
+        draws_B = torch.rand(labels_B.shape[0], generator=generator, device=generator.device).to(labels_B.device)
+        return torch.where(draws_B < self.config.class_dropout, self.no_class, labels_B)
+
+    def _initialise(self, sizes: TransformerConfig) -> None:
+        """Truncated normals of std √(1/3C), small gates and head, depth-scaled residual projections."""
+        std = math.sqrt(1 / (3 * sizes.embed_dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.start_position, std=std)
+        nn.init.trunc_normal_(self.position_embedding, std=std)
+        with torch.no_grad():
+            self.head.weight.mul_(0.02)
+            self.head_modulation.weight.mul_(0.5)
+            for block in self._layers:
+                block.attention.projection.weight.div_(math.sqrt(2 * sizes.depth))
+                block.mlp.down.weight.div_(math.sqrt(2 * sizes.depth))
+                if block.modulation is not None:
+                    block.modulation.weight[: 2 * sizes.embed_dim].mul_(sizes.gate_init)
+                    block.modulation.weight[2 * sizes.embed_dim :].mul_(0.5)
+                if block.modulation_offset is not None:
+                    block.modulation_offset[:, :, :2].mul_(sizes.gate_init)
+                    block.modulation_offset[:, :, 2:].mul_(0.5)

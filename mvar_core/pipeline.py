@@ -1,0 +1,280 @@
+"""The library's front door: load a model, encode, decode, score and sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.errors import CheckpointError, ConfigError, DataError
+from mvar_core.models import directory as model_directory
+from mvar_core.models import official
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.sampling.sampler import check_settings, sample_tokens
+
+# Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
+
+DEFAULT_BATCH_TOKENS = 16 * 680
+"""Tokens that are sampled together where no batch size is given: 16 images of the published 256 px pyramid."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `Pipeline.sample` gives, on the CPU.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        tokens: int64 (N, L).
+        labels: The class label of each sample.
+        stages: uint8 (N, S, H, W, 3): each sample decoded after every scale, if asked for.
+    """
+
+    images: UInt8[Tensor, "N H W 3"]
+    tokens: Int[Tensor, "N L"]
+    labels: tuple[int, ...]
+    stages: UInt8[Tensor, "N S H W 3"] | None = None
+
+
+def to_uint8(images_B3HW: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B H W 3"]:
+    """Images in [-1, 1] as bytes: (x + 1)/2 · 255, clamped and truncated as the published systems do."""
+    return ((images_B3HW.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class Pipeline:
+    """A tokenizer and, unless the directory holds a tokenizer alone, a transformer.
+
+    Attributes:
+        config: What the model is.
+        tokenizer: The VQVAE.
+        device: Where both are.
+        attention: The attention backend, or "auto".
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: VQVAE, transformer: Transformer | None = None, *, attention: str = "auto"
+    ):
+        self.config = config
+        self.tokenizer = tokenizer.eval()
+        self._transformer = transformer.eval() if transformer is not None else None
+        self.device = tokenizer.quantizer.codebook.device
+        self.attention = attention
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+    ) -> Pipeline:
+        """Load a model directory, a run directory, or a published .pth file with its tokenizer.
+
+        Args:
+            path: The directory or file.
+            tokenizer: The tokenizer's .pth, where `path` is one; by default the one vae*.pth that lies beside it.
+            device: auto, cpu, cuda, cuda:N or mps.
+            dtype: auto, float32, bfloat16 or float16: of the weights and activations. Logits, draws and f̂ are
+                float32 in any case.
+            attention: Attention backend.
+
+        Raises:
+            CheckpointError: Nothing there that can be loaded.
+        """
+        path = Path(path)
+        target = resolve_device(device)
+        kind = resolve_dtype(dtype, target)
+        if path.is_file():
+            return cls._from_official(path, tokenizer, target, kind, attention)
+        config = model_directory.read_model_config(path)
+        vqvae = model_directory.load_tokenizer(path, config, target, kind)
+        transformer = None
+        if config.transformer is not None:
+            transformer = model_directory.load_transformer(path, config, target, kind)
+        return cls(config, vqvae, transformer, attention=attention)
+
+    @classmethod
+    def _from_official(
+        cls, path: Path, tokenizer: str | Path | None, device: torch.device, dtype: torch.dtype, attention: str
+    ) -> Pipeline:
+        tokenizer_path = Path(tokenizer) if tokenizer else official.tokenizer_beside(path)
+        converted = official.convert(path, tokenizer_path)
+        with torch.device("meta"):
+            vqvae = VQVAE(converted.config.tokenizer, converted.config.pyramid)
+            transformer = Transformer(converted.config)
+        vqvae.load_state_dict(converted.tokenizer, assign=True)
+        assert converted.transformer is not None
+        transformer.load_state_dict(converted.transformer, assign=True)
+        return cls(
+            converted.config,
+            vqvae.requires_grad_(False).to_compute_dtype(dtype).to(device),
+            transformer.requires_grad_(False).to_compute_dtype(dtype).to(device),
+            attention=attention,
+        )
+
+    @property
+    def transformer(self) -> Transformer:
+        """The transformer.
+
+        Raises:
+            CheckpointError: The pipeline holds a tokenizer alone.
+        """
+        if self._transformer is None:
+            raise CheckpointError(
+                f"{self.config.name} is a tokenizer without a transformer.", "Train one with `mvar train`."
+            )
+        return self._transformer
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a model directory that `from_pretrained` reads."""
+        transformer = self._transformer.state_dict() if self._transformer is not None else None
+        model_directory.save_model(
+            Path(path), self.config, tokenizer=self.tokenizer.state_dict(), transformer=transformer
+        )
+
+    @torch.inference_mode()
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
+        """Tokens of images in [-1, 1].
+
+        Raises:
+            DataError: The images have another size than the model's.
+        """
+        if tuple(images.shape[-2:]) != self.config.image_shape:
+            raise DataError(
+                f"images are {images.shape[-2]}×{images.shape[-1]} pixels; {self.config.name} takes"
+                f" {self.config.image_shape[0]}×{self.config.image_shape[1]}."
+            )
+        return self.tokenizer.encode(images.to(self.device))
+
+    @torch.inference_mode()
+    def decode(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] of tokens."""
+        return self.tokenizer.decode(self._checked(tokens))
+
+    @torch.inference_mode()
+    def logits(self, tokens: Int[Tensor, "B L"], labels: Sequence[int] | Tensor) -> Float[Tensor, "B L V"]:
+        """Teacher-forced logits (float32) of every token given the class and the true tokens of earlier scales.
+
+        No class is dropped.
+        """
+        inputs_BLZ = self.tokenizer.quantizer.teacher_forcing_inputs(self._checked(tokens))
+        labels_B = torch.as_tensor(labels, dtype=torch.long, device=self.device)
+        return self.transformer(labels_B, inputs_BLZ, attention=self.attention)
+
+    def sampling_settings(
+        self,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        more_smooth: bool | None = None,
+    ) -> SamplingConfig:
+        """The model's recommended settings with the given ones laid over them.
+
+        Raises:
+            ConfigError: A value out of range, or a top-k above the codebook.
+        """
+        given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "more_smooth": more_smooth}
+        for name, value, highest in (("cfg", cfg, None), ("top-k", top_k, None), ("top-p", top_p, 1)):
+            if value is not None and (value < 0 or (highest is not None and value > highest)):
+                limits = "at least 0" if highest is None else f"between 0 and {highest}"
+                raise ConfigError(f"{name} is {value}; it must be {limits}.")
+        changes = {name: value for name, value in given.items() if value is not None}
+        settings = self.config.sampling.model_copy(update=changes)
+        check_settings(settings, self.config.tokenizer.codebook_size)
+        return settings
+
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        stages: bool = False,
+        more_smooth: bool | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Samples:
+        """Class-conditional images.
+
+        A sample depends on (seed, its global index, class, settings, weights) alone.
+
+        Args:
+            labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class".
+            cfg: Guidance at the last scale, 0 for none; None for the model's recommendation, as for the next two.
+            top_k: Keep the k most likely codes; 0 keeps all.
+            top_p: Keep the most likely codes of this total probability; 0 or 1 keep all.
+            seed: The run's seed.
+            indices: Global index of each sample; by default 0 … N-1.
+            batch_size: Samples that run together; decides speed and memory, never the result.
+            stages: Also decode each sample after every scale.
+            more_smooth: Mixtures of codes instead of drawn ones: for looks, never for metrics.
+            progress: Called as progress(done, total).
+
+        Raises:
+            ConfigError: A label that does not exist, or a setting out of range.
+        """
+        settings = self.sampling_settings(cfg, top_k, top_p, more_smooth)
+        labels = [int(label) for label in labels]
+        indices = range(len(labels)) if indices is None else indices
+        if len(indices) != len(labels):
+            raise ConfigError(f"there are {len(labels)} labels but {len(indices)} indices.")
+        for label in labels:
+            if not 0 <= label <= self.transformer.no_class:
+                raise ConfigError(
+                    f"class {label} does not exist; the model has classes 0 … {self.transformer.no_class - 1}."
+                )
+        batch_size = batch_size or max(1, DEFAULT_BATCH_TOKENS // self.config.pyramid.num_tokens)
+        images, tokens, strips = [], [], []
+        for start in range(0, len(labels), batch_size):
+            batch = slice(start, start + batch_size)
+            sampled = sample_tokens(
+                self.transformer,
+                self.tokenizer.quantizer,
+                labels[batch],
+                indices[batch],
+                seed,
+                settings,
+                attention=self.attention,
+                keep_stages=stages,
+            )
+            tokens.append(sampled.tokens_BL.cpu())
+            images.append(self._decode_one_by_one(sampled.fhat_BZhw))
+            if sampled.stages_BSZhw is not None:
+                flat = self._decode_one_by_one(sampled.stages_BSZhw.flatten(0, 1))
+                strips.append(flat.unflatten(0, sampled.stages_BSZhw.shape[:2]))
+            if progress is not None:
+                progress(min(start + batch_size, len(labels)), len(labels))
+        height, width = self.config.image_shape
+        return Samples(
+            images=torch.cat(images) if images else torch.empty(0, height, width, 3, dtype=torch.uint8),
+            tokens=torch.cat(tokens) if tokens else torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long),
+            labels=tuple(labels),
+            stages=torch.cat(strips) if strips else None,
+        )
+
+    @torch.inference_mode()
+    def _decode_one_by_one(self, fhat_BZhw: Tensor) -> Tensor:
+        """Bytes of each image, decoded by itself: convolutions choose their algorithm by the batch they see."""
+        decoded = [to_uint8(self.tokenizer.decode_features(fhat_1Zhw)).cpu() for fhat_1Zhw in fhat_BZhw.split(1)]
+        return torch.cat(decoded)
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        """Tokens on the model's device, refused where they cannot be the model's."""
+        expected = self.config.pyramid.num_tokens
+        if tokens.ndim != 2 or tokens.shape[1] != expected:
+            raise DataError(f"tokens have shape {tuple(tokens.shape)}; {self.config.name} takes (B, {expected}).")
+        size = self.config.tokenizer.codebook_size
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise DataError(f"tokens range over {int(tokens.min())} … {int(tokens.max())}; the codebook has {size}.")
+        return tokens.to(device=self.device, dtype=torch.long)

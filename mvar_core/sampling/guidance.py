@@ -1,0 +1,82 @@
+"""From logits to tokens: guidance, filters and the draw, as pure functions."""
+
+# Shape suffixes: B batch, l tokens of one scale, V codebook entries, Z latent channels.
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def guide(
+    conditional_BlV: Float[Tensor, "B l V"], unconditional_BlV: Float[Tensor, "B l V"], strength: float
+) -> Float[Tensor, "B l V"]:
+    """Classifier-free guidance: (1 + t)·conditional - t·unconditional.
+
+    Args:
+        conditional_BlV: Logits under the class.
+        unconditional_BlV: Logits under no class.
+        strength: t, at scale s of S the settings' cfg · s/(S-1).
+    """
+    return (1 + strength) * conditional_BlV - strength * unconditional_BlV
+
+
+def keep_top_k(logits_BlV: Float[Tensor, "B l V"], top_k: int) -> Float[Tensor, "B l V"]:
+    """Set logits below the k-th largest to -∞; ties with it stay. 0 keeps all."""
+    if top_k == 0 or top_k >= logits_BlV.shape[-1]:
+        return logits_BlV
+    smallest_kept = logits_BlV.topk(top_k, dim=-1).values[..., -1:]
+    return logits_BlV.masked_fill(logits_BlV < smallest_kept, -torch.inf)
+
+
+def keep_top_p(logits_BlV: Float[Tensor, "B l V"], top_p: float) -> Float[Tensor, "B l V"]:
+    """Set to -∞ the least likely entries whose cumulative probability is at most 1 - p. 0 or 1 keeps all.
+
+    Entries are sorted in ascending order; the most likely one always stays.
+    """
+    if top_p in (0, 1):
+        return logits_BlV
+    ascending, order = logits_BlV.sort(dim=-1, stable=True)
+    dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    dropped[..., -1] = False
+    return logits_BlV.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+
+
+def draw(logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
+    """One token per row by the inverse of the cumulative distribution.
+
+    Args:
+        logits_BlV: Filtered logits; -∞ is never drawn.
+        uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
+    """
+    cumulative_BlV = logits_BlV.double().softmax(dim=-1).cumsum(dim=-1)
+    total_Bl1 = cumulative_BlV[..., -1:]
+    # Strictly below the total, so that rounding can never point past the last entry of positive probability.
+    below_total = torch.nextafter(total_Bl1, torch.zeros_like(total_Bl1))
+    targets_Bl1 = torch.minimum(uniforms_Bl.unsqueeze(-1).to(total_Bl1) * total_Bl1, below_total)
+    return torch.searchsorted(cumulative_BlV, targets_Bl1, right=True).squeeze(-1)
+
+
+def soft_embeddings(
+    logits_BlV: Float[Tensor, "B l V"],
+    uniforms_BlV: Float[Tensor, "B l V"],
+    codebook_VZ: Float[Tensor, "V Z"],
+    ratio: float,
+) -> Float[Tensor, "B l Z"]:
+    """VAR's "more smooth": a Gumbel-softmax mixture of codebook entries instead of the drawn one.
+
+    For looks only, never for metrics. The logits are multiplied by 1 + ratio; the temperature falls from 0.27 with the
+    scale's ratio: max(0.27·(1 - 0.95·ratio), 0.005).
+
+    Args:
+        logits_BlV: Filtered logits.
+        uniforms_BlV: One number in [0, 1) per logit, from the sample's own stream.
+        codebook_VZ: The codebook.
+        ratio: The scale's position between the first (0) and the last (1).
+    """
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    smallest = torch.finfo(torch.float64).tiny
+    gumbels = -(-uniforms_BlV.clamp(min=smallest).log()).clamp(min=smallest).log()
+    weights = ((logits_BlV.double() * (1 + ratio) + gumbels) / temperature).softmax(dim=-1)
+    return weights.to(codebook_VZ) @ codebook_VZ

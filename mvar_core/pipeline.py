@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -19,10 +20,16 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.sampler import check_settings, sample_tokens
 
+Labels = Sequence[int] | Tensor | np.ndarray
+
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
 
 DEFAULT_BATCH_TOKENS = 16 * 680
 """Tokens that are sampled together where no batch size is given: 16 images of the published 256 px pyramid."""
+
+
+DECODE_BATCH = 8
+"""Images that a GPU decodes together."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Pipeline:
             Path(path), self.config, tokenizer=self.tokenizer.state_dict(), transformer=transformer
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
         """Tokens of images in [-1, 1].
 
@@ -154,13 +161,13 @@ class Pipeline:
             )
         return self.tokenizer.encode(images.to(self.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] of tokens."""
         return self.tokenizer.decode(self._checked(tokens))
 
-    @torch.inference_mode()
-    def logits(self, tokens: Int[Tensor, "B L"], labels: Sequence[int] | Tensor) -> Float[Tensor, "B L V"]:
+    @torch.no_grad()
+    def logits(self, tokens: Int[Tensor, "B L"], labels: Labels) -> Float[Tensor, "B L V"]:
         """Teacher-forced logits (float32) of every token given the class and the true tokens of earlier scales.
 
         No class is dropped.
@@ -193,7 +200,7 @@ class Pipeline:
 
     def sample(
         self,
-        labels: Sequence[int] | Tensor,
+        labels: Labels,
         *,
         cfg: float | None = None,
         top_k: int | None = None,
@@ -249,9 +256,9 @@ class Pipeline:
                 keep_stages=stages,
             )
             tokens.append(sampled.tokens_BL.cpu())
-            images.append(self._decode_one_by_one(sampled.fhat_BZhw))
+            images.append(self._decode_in_parts(sampled.fhat_BZhw))
             if sampled.stages_BSZhw is not None:
-                flat = self._decode_one_by_one(sampled.stages_BSZhw.flatten(0, 1))
+                flat = self._decode_in_parts(sampled.stages_BSZhw.flatten(0, 1))
                 strips.append(flat.unflatten(0, sampled.stages_BSZhw.shape[:2]))
             if progress is not None:
                 progress(min(start + batch_size, len(labels)), len(labels))
@@ -263,11 +270,14 @@ class Pipeline:
             stages=torch.cat(strips) if strips else None,
         )
 
-    @torch.inference_mode()
-    def _decode_one_by_one(self, fhat_BZhw: Tensor) -> Tensor:
-        """Bytes of each image, decoded by itself: convolutions choose their algorithm by the batch they see."""
-        decoded = [to_uint8(self.tokenizer.decode_features(fhat_1Zhw)).cpu() for fhat_1Zhw in fhat_BZhw.split(1)]
-        return torch.cat(decoded)
+    @torch.no_grad()
+    def _decode_in_parts(self, fhat_BZhw: Tensor) -> Tensor:
+        """Bytes of images, few at a time to bound memory, and one by one on a CPU.
+
+        There convolutions choose their algorithm, and so their rounding, by the batch they see.
+        """
+        size = 1 if self.device.type == "cpu" else DECODE_BATCH
+        return torch.cat([to_uint8(self.tokenizer.decode_features(part)).cpu() for part in fhat_BZhw.split(size)])
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, refused where they cannot be the model's."""

@@ -268,7 +268,8 @@ def _bare(name: str) -> str:
     return name
 
 
-def _is_buffer(name: str) -> bool:
+def is_buffer(name: str) -> bool:
+    """Whether a published name is that of a buffer, which is never loaded."""
     return name.rsplit(".", 1)[-1] in BUFFERS
 
 
@@ -350,19 +351,19 @@ def _checked_config(**values: Any) -> ModelConfig:
 def _from_official(
     state: Mapping[str, Tensor], ours: Mapping[str, Tensor], names: Mapping[str, str], source: str | Path
 ) -> State:
-    found = {name: tuple(tensor.shape) for name, tensor in state.items() if not _is_buffer(name)}
-    published_shape = {names[name]: _published_shape(names[name], tensor) for name, tensor in ours.items()}
-    check_state(found, published_shape, source)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_buffer(name)}
+    expected = {names[name]: published_shape(names[name], tensor) for name, tensor in ours.items()}
+    check_state(found, expected, source)
     return {name: state[names[name]].reshape(tensor.shape) for name, tensor in ours.items()}
 
 
 def _to_official(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
     return {
-        names[name]: tensor.detach().cpu().reshape(_published_shape(names[name], tensor)).contiguous()
+        names[name]: tensor.detach().cpu().reshape(published_shape(names[name], tensor)).contiguous()
         for name, tensor in state.items()
     }
 
 
-def _published_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+def published_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     """The published shape of a tensor of ours: only the scale per head has axes of its own."""
     return (1, tensor.numel(), 1, 1) if name.endswith("scale_mul_1H11") else tuple(tensor.shape)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mvar_core.models.linear import row_stable_linear
+
 
 def guide(
     conditional_BlV: Float[Tensor, "B l V"], unconditional_BlV: Float[Tensor, "B l V"], strength: float
@@ -79,4 +81,4 @@ def soft_embeddings(
     smallest = torch.finfo(torch.float64).tiny
     gumbels = -(-uniforms_BlV.clamp(min=smallest).log()).clamp(min=smallest).log()
     weights = ((logits_BlV.double() * (1 + ratio) + gumbels) / temperature).softmax(dim=-1)
-    return weights.to(codebook_VZ) @ codebook_VZ
+    return row_stable_linear(weights.to(codebook_VZ), codebook_VZ.T, None)

@@ -1,7 +1,7 @@
 """Sampling scale by scale: class in, tokens and features f̂ out.
 
 A sample depends on (seed, global index, class, settings, weights) alone: it draws from a stream of its own, and nothing
-in a batch mixes samples. On a CPU in float32 this holds to the bit (see mvar_core.models.linear).
+in a batch mixes samples. On a CPU in float32 this holds to the bit (see also mvar_core.models.linear).
 """
 
 # Shape suffixes: B batch, G batch with the unconditional half appended where guidance asks for it, L tokens of all
@@ -52,7 +52,7 @@ def check_settings(settings: SamplingConfig, codebook_size: int) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_tokens(
     transformer: Transformer,
     quantizer: MultiScaleQuantizer,
@@ -114,10 +114,17 @@ def sample_tokens(
             embeddings_BlZ = soft_embeddings(
                 logits_BlV, uniforms_BlV.view_as(logits_BlV), quantizer.codebook, pyramid.ratio(scale)
             )
-        fhat_BZhw = fhat_BZhw + quantizer.increment(embeddings_BlZ, scale)
+        fhat_BZhw = fhat_BZhw + _increments(quantizer, embeddings_BlZ, scale)
         if keep_stages:
             stages.append(fhat_BZhw)
     return SampledTokens(torch.cat(tokens, dim=1), fhat_BZhw, torch.stack(stages, dim=1) if keep_stages else None)
+
+
+def _increments(quantizer: MultiScaleQuantizer, embeddings_BlZ: Tensor, scale: int) -> Tensor:
+    """What the samples' tokens add to f̂; one by one on a CPU, whose convolutions round by the batch they see."""
+    if embeddings_BlZ.device.type != "cpu":
+        return quantizer.increment(embeddings_BlZ, scale)
+    return torch.cat([quantizer.increment(embeddings_1lZ, scale) for embeddings_1lZ in embeddings_BlZ.split(1)])
 
 
 def _conditioning(transformer: Transformer, labels_B: Tensor, guided: bool) -> Conditioning:

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from mvar_core.sampling.guidance import draw, guide, keep_top_k, keep_top_p, soft_embeddings
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def published_filter(row: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """The published rule for one row, entry by entry."""
+    kept = row.clone()
+    if top_k:
+        kept[row < row.sort(descending=True).values[top_k - 1]] = -torch.inf
+    if 0 < top_p < 1:
+        probabilities, total = kept.softmax(0), 0.0
+        order = probabilities.argsort(stable=True)
+        for entry in order[:-1]:
+            total += probabilities[entry].item()
+            if total <= 1 - top_p:
+                kept[entry] = -torch.inf
+    return kept
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (5, 0.0), (0, 0.8), (7, 0.5), (1, 0.96), (40, 1.0), (12, 0.96)])
+def test_filters_follow_the_published_rule(logits: torch.Tensor, top_k: int, top_p: float) -> None:
+    found = keep_top_p(keep_top_k(logits, top_k), top_p)
+    expected = torch.stack([published_filter(row, top_k, top_p) for row in logits.flatten(0, 1)])
+    assert torch.equal(found.flatten(0, 1), expected)
+
+
+def test_ties_with_the_kth_stay() -> None:
+    assert torch.equal(
+        keep_top_k(torch.tensor([[[3.0, 2.0, 2.0, 1.0]]]), 2), torch.tensor([[[3.0, 2.0, 2.0, -torch.inf]]])
+    )
+
+
+def test_the_most_likely_always_stays() -> None:
+    filtered = keep_top_p(torch.tensor([[[0.0, 0.1, 0.2]]]), 1e-9)
+    assert filtered.isfinite().sum() == 1
+    assert filtered.argmax() == 2
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    logits = probabilities.log().expand(1, 10_000, 4).float()
+    counts = draw(logits, uniforms[None])[0].bincount(minlength=4)
+    assert counts.tolist() == [5000, 0, 2000, 3000]
+
+
+def test_extreme_uniforms_never_draw_a_filtered_entry() -> None:
+    logits = torch.tensor([[[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]]).expand(1, 2, 5)
+    uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
+    assert draw(logits, uniforms).tolist() == [[1, 3]]
+
+
+def test_guidance_is_linear() -> None:
+    conditional, unconditional = torch.randn(1, 2, 3), torch.randn(1, 2, 3)
+    assert torch.equal(guide(conditional, unconditional, 0), conditional)
+    assert torch.allclose(guide(conditional, unconditional, 1.5), 2.5 * conditional - 1.5 * unconditional)
+
+
+def test_soft_embeddings_mix_kept_codes(logits: torch.Tensor) -> None:
+    codebook = torch.eye(40)
+    uniforms = torch.rand(3, 5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    uniforms[0, 0, 0] = 0.0
+    filtered = keep_top_k(logits, 3)
+    weights = soft_embeddings(filtered, uniforms, codebook, 0.5)
+    assert torch.allclose(weights.sum(-1), torch.ones(3, 5), atol=1e-6)
+    assert weights[filtered == -torch.inf].abs().max() == 0
+    last = soft_embeddings(filtered, uniforms, codebook, 1.0)
+    assert (last.amax(-1) > weights.amax(-1) - 1e-6).float().mean() > 0.9

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+import torch
+from golden_models import GoldenCase
+
+from mvar_core import Pipeline
+from mvar_core.config import SamplingConfig
+from mvar_core.errors import ConfigError
+from mvar_core.models.official import convert
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.sampling.sampler import sample_tokens
+
+LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture(params=["all", 1, 2])
+def pipeline(request: pytest.FixtureRequest, golden_mvar: GoldenCase) -> Pipeline:
+    """The golden MVAR's weights under several prefix settings, so that caches are used, partly used, and not used."""
+    converted = convert(golden_mvar.model, golden_mvar.tokenizer, scale_prefixes=request.param, **golden_mvar.options)
+    tokenizer = VQVAE(converted.config.tokenizer, converted.config.pyramid)
+    tokenizer.load_state_dict(converted.tokenizer)
+    transformer = Transformer(converted.config)
+    transformer.load_state_dict(converted.transformer or {})
+    return Pipeline(converted.config, tokenizer, transformer)
+
+
+@pytest.mark.parametrize(("cfg", "more_smooth"), [(0.0, False), (1.5, False), (1.5, True)])
+def test_a_sample_does_not_depend_on_its_batch(pipeline: Pipeline, cfg: float, more_smooth: bool) -> None:
+    settings = {"cfg": cfg, "top_k": 30, "top_p": 0.96, "seed": 5, "more_smooth": more_smooth}
+    together = pipeline.sample(LABELS, batch_size=8, **settings)
+    for batch_size in (1, 3):
+        again = pipeline.sample(LABELS, batch_size=batch_size, **settings)
+        assert torch.equal(again.tokens, together.tokens)
+        assert torch.equal(again.images, together.images)
+    alone = pipeline.sample([LABELS[5]], indices=[5], **settings)
+    assert torch.equal(alone.images[0], together.images[5])
+
+
+def test_a_sample_depends_on_seed_index_class_and_settings(pipeline: Pipeline) -> None:
+    base = pipeline.sample([3], seed=0, cfg=1.0, top_k=0, top_p=0)
+    for changed in (
+        pipeline.sample([3], seed=1, cfg=1.0, top_k=0, top_p=0),
+        pipeline.sample([3], seed=0, cfg=1.0, top_k=0, top_p=0, indices=[1]),
+        pipeline.sample([4], seed=0, cfg=1.0, top_k=0, top_p=0),
+        pipeline.sample([3], seed=0, cfg=6.0, top_k=0, top_p=0),
+    ):
+        assert not torch.equal(base.tokens, changed.tokens)
+
+
+def test_features_are_those_of_the_tokens(pipeline: Pipeline) -> None:
+    quantizer = pipeline.tokenizer.quantizer
+    sampled = sample_tokens(
+        pipeline.transformer, quantizer, LABELS, range(8), 0, SamplingConfig(top_k=20), keep_stages=True
+    )
+    assert torch.allclose(quantizer.decode(sampled.tokens_BL), sampled.fhat_BZhw, atol=1e-5)
+    assert sampled.stages_BSZhw is not None
+    assert sampled.stages_BSZhw.shape[1] == pipeline.config.pyramid.num_scales
+    assert torch.equal(sampled.stages_BSZhw[:, -1], sampled.fhat_BZhw)
+
+
+def test_stages_end_in_the_image(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    samples = pipeline.sample(
+        [1, 2, 3], top_k=5, stages=True, batch_size=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert samples.stages is not None
+    assert samples.stages.shape == (3, 4, 64, 64, 3)
+    assert torch.equal(samples.stages[:, -1], samples.images)
+    assert seen == [(2, 3), (3, 3)]
+
+
+def test_impossible_settings(pipeline: Pipeline) -> None:
+    with pytest.raises(ConfigError, match="top-k is 65, but the codebook has 64"):
+        pipeline.sample([0], top_k=65)
+    with pytest.raises(ConfigError, match="top-p is 1.5"):
+        pipeline.sample([0], top_p=1.5)
+    with pytest.raises(ConfigError, match="cfg is -1"):
+        pipeline.sample([0], cfg=-1)
+    with pytest.raises(ConfigError, match="class 11 does not exist"):
+        pipeline.sample([11])
+    with pytest.raises(ConfigError, match="2 labels but 1 indices"):
+        pipeline.sample([1, 2], indices=[0])
+    assert pipeline.sample([]).images.shape == (0, 64, 64, 3)
+
+
+def test_bfloat16(mvar_directory: Path) -> None:
+    """Half precision changes the odd token, not the sampler."""
+    full = Pipeline.from_pretrained(mvar_directory, device="cpu", dtype="float32")
+    half = Pipeline.from_pretrained(mvar_directory, device="cpu", dtype="bfloat16")
+    assert half.transformer.blocks[0].mlp.up.weight.dtype == torch.bfloat16
+    assert half.transformer.head.weight.dtype == torch.float32
+    assert half.tokenizer.quantizer.codebook.dtype == torch.float32
+    settings = {"cfg": 0.0, "top_k": 1}
+    tokens, expected = half.sample(LABELS, **settings).tokens, full.sample(LABELS, **settings).tokens
+    assert torch.equal(tokens[:, 0], expected[:, 0])
+    logits, exact = half.logits(expected, LABELS), full.logits(expected, LABELS)
+    assert logits.dtype == torch.float32
+    assert ((logits - exact).abs().max() / exact.abs().max()) < 2e-2

@@ -1,0 +1,69 @@
+"""Imports point one way through the rooms, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOUNDATION = {"errors", "files", "scales", "config", "runtime"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "scales": {"errors"},
+    "config": {"errors", "scales"},
+    "runtime": {"errors"},
+    "kernels": FOUNDATION,
+    "models": FOUNDATION | {"kernels"},
+    "data": FOUNDATION,
+    "metrics": FOUNDATION,
+    "training": FOUNDATION | {"kernels", "models"},
+    "sampling": FOUNDATION | {"kernels", "models"},
+    "analysis": FOUNDATION | {"kernels", "models"},
+    "pipeline": FOUNDATION | {"kernels", "models", "sampling"},
+    "__init__": {"pipeline"},
+}
+FILES = sorted((ROOT / "mvar_core").rglob("*.py"))
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        rooms |= {module.split(".")[1] for module in modules if module.startswith("mvar_core.")}
+        assert not any(module.startswith("mvar_cli") for module in modules), path
+    return rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT / "mvar_core").parts[0].removesuffix(".py")
+    assert imported_rooms(path) - {room, "__version__"} <= MAY_IMPORT[room]
+
+
+def test_every_module_has_one_purpose_line_and_stays_short() -> None:
+    for path in [*FILES, *(ROOT / "mvar_cli").rglob("*.py")]:
+        text = path.read_text()
+        assert ast.get_docstring(ast.parse(text)), path
+        assert text.count("\n") <= 400, f"{path} has {text.count(chr(10))} lines"
+
+
+def test_importing_loads_no_optional_library() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+    ]  # fmt: skip
+    heavy = ["torch_fidelity", "torchvision", "natten", "matplotlib", "sklearn"]
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules}];"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+    assert result.stderr == ""

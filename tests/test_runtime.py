@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from mvar_core.errors import BackendError, ConfigError
+from mvar_core.runtime import generator, peak_memory_bytes, resolve_device, resolve_dtype, sample_uniforms
+
+
+def test_uniforms_depend_on_seed_and_index_alone() -> None:
+    together = sample_uniforms(3, range(6), 50)
+    assert together.shape == (6, 50)
+    assert torch.equal(sample_uniforms(3, [4], 50)[0], together[4])
+    assert not torch.equal(sample_uniforms(4, [4], 50)[0], together[4])
+    assert not torch.equal(sample_uniforms(3, [4], 50, stream=1)[0], together[4])
+    assert len(torch.unique(together)) == together.numel()
+    assert sample_uniforms(0, [], 5).shape == (0, 5)
+
+
+def test_uniforms_are_frozen() -> None:
+    """The stream is part of the promise that a sample can be made again."""
+    expected = torch.tensor([0.0115467543, 0.2415491966], dtype=torch.float64)
+    assert torch.allclose(sample_uniforms(0, [0], 2)[0], expected, atol=1e-7)
+
+
+def test_generator() -> None:
+    first, again = torch.rand(4, generator=generator("a", 1)), torch.rand(4, generator=generator("a", 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, torch.rand(4, generator=generator("a", 2)))
+
+
+def test_device_and_dtype() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    with pytest.raises(ConfigError, match="Did you mean"):
+        resolve_device("gpu:cpu")
+    with pytest.raises(ConfigError, match="float32"):
+        resolve_dtype("float23", torch.device("cpu"))
+    with pytest.raises(BackendError, match="CUDA devices"):
+        resolve_device("cuda:99")
+    assert peak_memory_bytes(torch.device("cpu")) > 10_000_000

@@ -1,0 +1,1 @@
+"""What a model costs, where its attention goes, and pictures of both."""

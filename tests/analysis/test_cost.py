@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvar_core.analysis import counts, memory
+from mvar_core.analysis.cost import attention_gmacs, plan
+from mvar_core.config import ModelConfig, TrainConfig, load_config
+from mvar_core.errors import ConfigError
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+
+
+def small_config(patch_sizes=(1, 2, 4), prefixes="all", windows=(), **transformer):
+    last = patch_sizes[-1]
+    height, width = (last, last) if isinstance(last, int) else last
+    return ModelConfig.model_validate(
+        {
+            "image_size": [2 * height, 2 * width],
+            "patch_sizes": patch_sizes,
+            "tokenizer": {
+                "codebook_size": 16,
+                "latent_channels": 4,
+                "base_channels": 8,
+                "channel_multipliers": [1, 2],
+                "norm_groups": 4,
+            },
+            "transformer": {"depth": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3} | transformer,
+            "attention": {"scale_prefixes": prefixes, "windows": windows},
+        }
+    )
+
+
+def visible(config, query, key):
+    """Whether a token attends to another, both as indices among all L tokens; written from the definition alone."""
+    places = [
+        (scale, y, x)
+        for scale, grid in enumerate(config.pyramid.grids)
+        for y in range(grid.height)
+        for x in range(grid.width)
+    ]
+    (query_scale, *query_place), (key_scale, *key_place) = places[query], places[key]
+    prefixes = config.attention.scale_prefixes
+    if key_scale > query_scale:
+        return False
+    if key_scale < query_scale:
+        return prefixes == "all" or query_scale - key_scale < prefixes
+    window = config.windows[query_scale]
+    for own, other, side in zip(query_place, key_place, config.pyramid.grids[query_scale], strict=True):
+        if window and window < side:
+            low = own - window // 2
+            while low < 0:
+                low += 1
+            while low + window > side:
+                low -= 1
+            if not low <= other < low + window:
+                return False
+    return True
+
+
+CASES = [
+    ((1, 2, 4), "all", ()),
+    ((1, 2, 4), 1, (0, 0, 3)),
+    ((1, 2, 3, 5), 2, (0, 0, 0, 3)),
+    ((1, 2, 3, 6), 3, (0, 0, 3, 5)),
+    ((1, (2, 3), (4, 6)), "all", (0, 3, 5)),
+    ((1, 2, 4), 1, (0, 7, 9)),
+]
+
+
+@pytest.mark.parametrize(("patch_sizes", "prefixes", "windows"), CASES)
+def test_attention_macs_equal_a_count_pair_by_pair(patch_sizes, prefixes, windows):
+    config = small_config(patch_sizes, prefixes, windows)
+    sizes, length = config.transformer, config.pyramid.num_tokens
+    macs = 0
+    for _layer in range(sizes.depth):
+        for query in range(length):
+            for _output in range(3 * sizes.embed_dim):  # q, k, v: one dot product over the width each
+                macs += sizes.embed_dim
+            for key in range(length):
+                if visible(config, query, key):
+                    macs += sizes.num_heads * sizes.head_dim  # q·k
+                    macs += sizes.num_heads * sizes.head_dim  # probability times v
+    assert attention_gmacs(config) == pytest.approx(macs / 1e9, rel=1e-12)
+    result = plan(config)
+    assert sum(row["attention_gmacs"] for row in result.scales) == pytest.approx(macs / 1e9, rel=1e-12)
+    spans = config.pyramid.spans
+    for row, span in zip(result.scales, spans, strict=True):
+        seen = {sum(visible(config, query, key) for key in range(length)) for query in range(span.start, span.stop)}
+        assert seen == {row["keys_per_query"]}
+
+
+@pytest.mark.parametrize("prefixes", ["all", 1, 2, 3])
+@pytest.mark.parametrize(("shared", "l2"), [(False, True), (True, False)])
+def test_total_macs_equal_what_torch_multiplies(prefixes, shared, l2):
+    # The first scale has 4 tokens: torch runs products over a single key as something that its counter does not count.
+    # 16 rows: fewer may be padded. All scales are whole: the reference multiplies what it then masks.
+    config = small_config((2, 3, 4), prefixes, (), shared_adaln=shared, l2_attention=l2)
+    transformer, tokenizer = Transformer(config).eval(), VQVAE(config.tokenizer, config.pyramid).eval()
+    rows = 16
+    labels, inputs = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, config.pyramid.num_tokens - 4, 4)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        transformer(labels, inputs, attention="reference")
+    scales = range(config.pyramid.num_scales)
+    expected = sum(counts.transformer_macs(config, scale) for scale in scales) + counts.conditioning_macs(config)
+    assert counter.get_total_flops() == 2 * rows * expected
+    tokens = torch.zeros(1, config.pyramid.num_tokens, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tokenizer.decode(tokens)
+    assert counter.get_total_flops() == 2 * counts.decoder_macs(config)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("middle", [1, 2, 3])
+@pytest.mark.parametrize(("shared", "l2"), [(False, True), (True, False)])
+def test_parameters_equal_the_built_modules(attention, middle, shared, l2):
+    values = small_config((1, (2, 3), (4, 6)), shared_adaln=shared, l2_attention=l2, mlp_ratio=3).model_dump()
+    values["tokenizer"] |= {"attention": attention, "middle_blocks": middle, "encoder_blocks": 3, "residual_convs": 2}
+    config = ModelConfig.model_validate(values)
+    result = plan(config)
+    assert result.parameters == sum(p.numel() for p in Transformer(config).parameters())
+    assert result.tokenizer_parameters == sum(p.numel() for p in VQVAE(config.tokenizer, config.pyramid).parameters())
+
+
+def test_published_attention_cost():
+    # 16·(3·1024²·680 + 2·1024·Σ keys), with Σ keys by hand: VAR sees 1·1 + 4·5 + 9·14 + … + 256·680.
+    ends = [1, 5, 14, 30, 55, 91, 155, 255, 424, 680]
+    sides = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+    pairs = sum(side * side * end for side, end in zip(sides, ends, strict=True))
+    expected = 16 * (3 * 1024**2 * 680 + 2 * 1024 * pairs) / 1e9
+    assert attention_gmacs(load_config("var-d16-256")) == pytest.approx(expected)
+    pairs = sum(side**4 for side in sides[:8]) + (169 + 256) * 49
+    expected = 16 * (3 * 1024**2 * 680 + 2 * 1024 * pairs) / 1e9
+    assert attention_gmacs(load_config("mvar-d16-256")) == pytest.approx(expected)
+
+
+def test_kv_cache():
+    var, mvar = load_config("var-d16-256"), load_config("mvar-d16-256")
+    assert plan(var, batch_size=64, dtype_bytes=2).kv_cache_bytes == 2 * 16 * 1024 * 680 * 128 * 2
+    assert plan(var, batch_size=64, dtype_bytes=4, guided=False).kv_cache_bytes == 2 * 16 * 1024 * 680 * 64 * 4
+    assert plan(mvar, batch_size=64).kv_cache_bytes == 0
+    assert all(row["kv_cache_bytes"] == 0 for row in plan(mvar).scales)
+    two = load_config("var-d16-256", ["attention.scale_prefixes=2"])
+    assert plan(two, guided=False).kv_cache_bytes == 2 * 16 * 1024 * 256 * 2
+    three = load_config("var-d16-256", ["attention.scale_prefixes=3"])
+    assert [counts.cached_tokens(three, scale) for scale in range(10)] == [1, 5, 13, 25, 41, 61, 100, 164, 269, 425]
+
+
+def test_totals_are_the_sum_of_their_parts():
+    result = plan(load_config("mvar-d16-256"))
+    transformer = sum(row["total_gmacs"] for row in result.scales) + result.conditioning_gmacs
+    assert result.total_gmacs == pytest.approx(transformer + result.decoder_gmacs)
+    assert result.guided_gmacs == pytest.approx(2 * transformer + result.decoder_gmacs)
+    assert all(row["total_gmacs"] > row["attention_gmacs"] for row in result.scales)
+
+
+def test_memory_orders_models_as_they_must_be():
+    var, mvar = load_config("var-d16-256"), load_config("mvar-d16-256")
+    peaks = [plan(var, batch_size=batch).sample_peak_bytes for batch in (1, 8, 64)]
+    assert peaks == sorted(set(peaks))
+    large = plan(var, batch_size=64)
+    assert large.sample_peak_bytes > large.weight_bytes + large.kv_cache_bytes
+    assert plan(mvar, batch_size=64).sample_peak_bytes < large.sample_peak_bytes
+    # Weights alone: half precision but for the head, its modulation and the quantizer.
+    in_float32 = 2 * (1024**2 + 1024) + 1024 * 4096 + 4096 + 4096 * 32 + 4 * (9 * 32 * 32 + 32)
+    assert large.weight_bytes == 2 * (large.parameters + large.tokenizer_parameters) + 2 * in_float32
+
+
+def test_largest_batch_fits_and_one_more_does_not():
+    config = load_config("mvar-d16-256")
+    train = TrainConfig(batch_size=4)
+    gib = 1 << 30
+    result = plan(config, device_memory=24 * gib, train=train)
+    assert memory.sample_peak_bytes(config, result.largest_batch, 2, True) <= 24 * gib
+    assert memory.sample_peak_bytes(config, result.largest_batch + 1, 2, True) > 24 * gib
+    fits = train.model_copy(update={"batch_size": result.largest_train_batch})
+    assert memory.train_peak_bytes(config, fits, 2) <= 24 * gib
+    over = train.model_copy(update={"batch_size": result.largest_train_batch + 1})
+    assert memory.train_peak_bytes(config, over, 2) > 24 * gib
+    assert plan(config, device_memory=1 << 20, train=train).largest_batch == 0
+    assert result.train_batch_size == 4
+    assert plan(config).largest_batch is None
+    assert plan(config).train_peak_bytes is None
+
+
+def test_tokenizer_alone_has_a_plan():
+    config = small_config().model_copy(update={"transformer": None})
+    result = plan(config, device_memory=1 << 30, train=TrainConfig())
+    assert result.parameters == 0
+    assert result.attention_gmacs == 0
+    assert result.total_gmacs == result.decoder_gmacs > 0
+    assert result.train_peak_bytes is None
+    assert result.largest_batch > 0
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"dtype_bytes": 3}, {"device_memory": 0}])
+def test_values_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        plan(small_config(), **bad)
+
+
+def test_to_dict_has_the_promised_keys():
+    result = plan(load_config("digits"), train=load_config("digits").train).to_dict()
+    promised = "parameters attention_gmacs total_gmacs kv_cache_bytes sample_peak_bytes train_peak_bytes scales"
+    assert set(promised.split()) <= set(result)
+    row = "side tokens window keys_per_query attention_gmacs total_gmacs kv_cache_bytes"
+    assert [set(scale) for scale in result["scales"]] == [set(row.split())] * 4
+    assert [scale["window"] for scale in result["scales"]] == [0, 0, 0, 3]
+
+
+def test_planning_loads_no_torch():
+    code = (
+        "import sys; from mvar_core.analysis.cost import plan; from mvar_core.config import load_config;"
+        "plan(load_config('digits')); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,1 @@
+"""Images and tokens: sources, views, batches, evaluation sets and the token cache."""

@@ -1,0 +1,222 @@
+"""Sets of images to be measured: a folder, an npz file or a named source, always read in batches."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mvar_core.data.folders import FolderSource, check_image
+from mvar_core.data.images import open_images, pixel_batches
+from mvar_core.data.sources import ImageSource, reading_threads
+from mvar_core.data.transforms import Pixels, resize_and_crop
+from mvar_core.errors import DataError
+
+IMAGE_ARRAYS = ("arr_0", "images")
+LABEL_ARRAYS = ("labels", "arr_1")
+
+logger = logging.getLogger("mvar")
+
+ImageShape = tuple[int, int]
+Batches = Iterator[Pixels]
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """Images of one size that can be read from the start any number of times, never all at once.
+
+    Attributes:
+        name: What the user typed.
+        count: Number of images, N.
+        image_shape: Height and width in pixels.
+        labels: int64 (N,), or None where they are not known.
+        class_names: One name per class, or None where they are not known.
+    """
+
+    name: str
+    count: int
+    image_shape: ImageShape
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...] | None
+    _read: Callable[[int], Batches] = field(repr=False)
+
+    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """The images in order: uint8 (B, 3, H, W); the last batch may be smaller.
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        for pixels in self._read(batch_size):
+            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+
+def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> EvaluationImages:
+    """Open images for evaluation: a folder (flat or class folders), an npz (`arr_0` or `images`), or `digits[:test]`.
+
+    Images are measured as they are: where no `image_shape` is given they must all have one size. With `image_shape`,
+    which suits a reference of photographs, images of another size are resized and cropped as for training.
+
+    Args:
+        text: What the user typed.
+        image_shape: Height and width to bring the images to.
+
+    Raises:
+        DataError: No such images, images of several sizes, or an npz without uint8 images (N, H, W, 3).
+    """
+    path = Path(text).expanduser()
+    if path.suffix.lower() == ".npz":
+        return _open_npz(text, path, image_shape)
+    source = open_images(text)
+    found: ImageShape | None
+    if isinstance(source, FolderSource):
+        found = _folder_shape(source, image_shape)
+        has_classes = len(source.class_names) > 1
+    else:
+        found = image_shape
+        has_classes = True
+    if found is None:
+        raise DataError(f"{text} has no image size of its own.", "Say which size to measure at.")
+    if image_shape is not None and found != image_shape:
+        _warn_resize(text, found, image_shape)
+    return EvaluationImages(
+        name=text,
+        count=len(source),
+        image_shape=image_shape or found,
+        labels=source.labels if has_classes else None,
+        class_names=source.class_names if has_classes else None,
+        _read=_source_reader(source, image_shape or found),
+    )
+
+
+def _source_reader(source: ImageSource, image_shape: ImageShape) -> Callable[[int], Batches]:
+    def read(batch_size: int) -> Batches:
+        for pixels, _ in pixel_batches(source, image_shape, None, batch_size):
+            yield pixels
+
+    return read
+
+
+def _folder_shape(source: FolderSource, wanted: ImageShape | None) -> ImageShape:
+    """The size that all images of a folder have; where one is wanted, the size of one image that differs, if any."""
+    with ThreadPoolExecutor(reading_threads()) as pool:
+        try:
+            shapes = list(pool.map(check_image, map(source.path, range(len(source)))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    expected = wanted or shapes[0]
+    other = next((index for index, shape in enumerate(shapes) if shape != expected), None)
+    if other is None:
+        return expected
+    if wanted is None:
+        raise DataError(
+            f"{source.name} holds images of several sizes: {source.item_names[0]} is {_size(expected)},"
+            f" {source.item_names[other]} is {_size(shapes[other])} pixels (height×width).",
+            "Images are measured as they are, so bring them to one size first.",
+        )
+    return shapes[other]
+
+
+def _warn_resize(name: str, found: ImageShape, wanted: ImageShape) -> None:
+    logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, _size(found), _size(wanted))
+
+
+def _size(shape: ImageShape) -> str:
+    return f"{shape[0]}×{shape[1]}"
+
+
+def _open_npz(text: str, path: Path, image_shape: ImageShape | None) -> EvaluationImages:
+    if not path.is_file():
+        raise DataError(f"{text} does not exist.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            array = next((name for name in IMAGE_ARRAYS if name in arrays), None)
+            if array is None:
+                found = ", ".join(arrays) or "nothing"
+                hint = "These are statistics of images, which can serve as --reference." if "mu" in arrays else None
+                raise DataError(f"{text} holds no images: expected an array arr_0 or images, found {found}.", hint)
+            with archive.open(f"{array}.npy") as file:
+                shape = _read_header(file, f"{text}, array {array}")
+            labels = next((_read_labels(archive, name, shape[0]) for name in LABEL_ARRAYS if name in arrays), None)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        raise _damaged(text, error) from None
+    count, height, width = shape
+    if image_shape is not None and (height, width) != image_shape:
+        _warn_resize(text, (height, width), image_shape)
+    return EvaluationImages(
+        name=text,
+        count=count,
+        image_shape=image_shape or (height, width),
+        labels=labels,
+        class_names=None,
+        _read=lambda batch_size: _npz_batches(text, path, array, batch_size, image_shape),
+    )
+
+
+def _npz_batches(text: str, path: Path, array: str, batch_size: int, image_shape: ImageShape | None) -> Batches:
+    """Read an array of an npz file front to back: nothing but one batch is ever in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{array}.npy") as file:
+            count, height, width = _read_header(file, f"{text}, array {array}")
+            for start in range(0, count, batch_size):
+                size = min(batch_size, count - start)
+                wanted = size * height * width * 3
+                content = file.read(wanted)
+                if len(content) < wanted:
+                    raise EOFError(f"it ends within images {start} to {start + size - 1} of {count}")
+                pixels = np.frombuffer(content, np.uint8).reshape(size, height, width, 3)
+                if image_shape is not None and (height, width) != image_shape:
+                    resized = (resize_and_crop(Image.fromarray(image), image_shape) for image in pixels)
+                    pixels = np.stack([np.asarray(image) for image in resized])
+                yield pixels
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        raise _damaged(text, error) from None
+
+
+def _damaged(text: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"{text} is not a whole npz file: {reason}.", "Write or download it again.")
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _read_header(file: IO[bytes], where: str) -> tuple[int, int, int]:
+    """Number, height and width of the images whose npy header stands at the file's position."""
+    try:
+        shape, fortran_order, dtype = _npy_header(file)
+    except ValueError as error:
+        raise DataError(f"{where} is not a numpy array: {error}.") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0 or fortran_order:
+        order = ", stored in Fortran order" if fortran_order else ""
+        raise DataError(
+            f"{where} is {dtype} {shape}{order}; expected uint8 images (N, height, width, 3), N at least 1."
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _read_labels(archive: zipfile.ZipFile, name: str, count: int) -> NDArray[np.int64] | None:
+    """An array of labels, if it is one: `count` integers."""
+    with archive.open(f"{name}.npy") as file:
+        try:
+            shape, _, dtype = _npy_header(file)
+        except ValueError:
+            return None
+        if shape != (count,) or not np.issubdtype(dtype, np.integer):
+            return None
+        return np.frombuffer(file.read(), dtype).astype(np.int64)

@@ -1,0 +1,252 @@
+"""Folders of image files: finding them, checking them, reading them as RGB."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mvar_core.data.sources import ImageSource, Progress, reading_threads
+from mvar_core.data.transforms import Pixels, resize_and_crop
+from mvar_core.errors import DataError, nearest
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation"), "val": ("val", "validation", "test")}
+"""Names of the sub-folder that a split may have, best first."""
+
+_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+logger = logging.getLogger("mvar")
+
+
+class FolderSource(ImageSource):
+    """Images in one sub-folder per class (classes in alphabetical order), or all in one folder, which is one class.
+
+    Sub-folders of a class folder belong to the class. Hidden files and files that do not have an image's extension are
+    ignored. A folder whose sub-folders are train and test (or val) has these splits, with the classes of train;
+    otherwise all of its images are the split train.
+
+    Args:
+        root: The folder.
+        split: train, test or val.
+        name: What the user typed; the folder's path where not given.
+
+    Raises:
+        DataError: No such folder or split, no images, images beside class folders, or a class that train lacks.
+    """
+
+    def __init__(self, root: Path, split: str = "train", name: str | None = None):
+        folder, reference = _split_folder(root, split)
+        class_names, files, labels = find_images(folder)
+        if reference != folder:
+            known, _, _ = find_images(reference)
+            labels = _relabel(class_names, known, labels, folder, reference)
+            class_names = known
+        super().__init__(
+            name=name or str(root),
+            split=split,
+            class_names=class_names,
+            labels=np.asarray(labels, dtype=np.int64),
+            item_names=files,
+        )
+        self.folder = folder
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.folder / self.item_names[index]
+
+    def item_bytes(self, index: int) -> int:
+        """Size of the image's file."""
+        return self.path(index).stat().st_size
+
+    def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
+        """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
+        return np.asarray(resize_and_crop(read_rgb(self.path(index)), image_shape))
+
+    def check(self, progress: Progress | None = None) -> None:
+        """Open every file, read its header and look whether its end is there."""
+        with ThreadPoolExecutor(reading_threads()) as pool:
+            try:
+                for done, _ in enumerate(pool.map(check_image, map(self.path, range(len(self)))), start=1):
+                    if progress is not None:
+                        progress(done, len(self))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
+    """The images of a folder: class names, paths relative to the folder (with forward slashes), and labels.
+
+    Raises:
+        DataError: No images, or images beside class folders.
+    """
+    entries = sorted(entry for entry in os.listdir(folder) if _is_visible(entry))
+    flat = [entry for entry in entries if _is_image(entry) and (folder / entry).is_file()]
+    directories = [entry for entry in entries if (folder / entry).is_dir()]
+    classes = {directory: _walk(folder, directory) for directory in directories}
+    empty = [directory for directory, files in classes.items() if not files]
+    classes = {directory: files for directory, files in classes.items() if files}
+    if flat and classes:
+        raise DataError(
+            f"{folder} holds images ({flat[0]}, …; {len(flat)} in all) beside folders of images"
+            f" ({next(iter(classes))}, …; {len(classes)} in all), so its classes are not clear.",
+            "Put every image into its class's folder, or all of them into one folder.",
+        )
+    if not flat and not classes:
+        raise DataError(
+            f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {_describe(entries)}.", _hint_for(entries)
+        )
+    if flat:
+        return [folder.resolve().name], flat, [0] * len(flat)
+    if empty:
+        logger.warning("%s: no images in %s; not counted as classes.", folder, ", ".join(empty[:5]))
+    files = [file for directory in classes for file in classes[directory]]
+    labels = [label for label, directory in enumerate(classes) for _ in classes[directory]]
+    return list(classes), files, labels
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright.
+
+    The EXIF orientation is applied; gray, palette and CMYK images are converted; transparent parts become white; 16-bit
+    gray is scaled to 8 bits.
+
+    Raises:
+        DataError: The file is missing, damaged, or not an image.
+    """
+    with _opened(path) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), image.format)
+
+
+def check_image(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as it will be shown, from its header; a file cut off short is noticed too.
+
+    Raises:
+        DataError: The file is missing, damaged, or not an image.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        # Pillow decodes a whole PNG to look for EXIF data behind the pixels; what stands before them is enough here.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        if has_exif and image.getexif().get(_ORIENTATION) in _SWAPS_SIDES:
+            width, height = height, width
+        if not _has_its_end(path, image.format):
+            image.load()
+    return height, width
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not an image, whatever its name says.", "Remove or replace it.") from None
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything when given damaged bytes.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image: {reason}.", "Remove or replace it.") from None
+
+
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # PNG has no more than 16 bits
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of kind {image.mode!r}; convert it to 8 or 16 bits a channel")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _has_its_end(path: Path, kind: str | None) -> bool:
+    """Whether the file surely ends as its format says; where that cannot be told cheaply, the answer is no."""
+    marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
+    if marker is None:
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+        return marker in file.read()
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, Path]:
+    """The folder of a split, and the folder whose classes count."""
+    if split not in SPLIT_FOLDERS:
+        raise DataError(f"There is no split {split!r}. {nearest(split, SPLIT_FOLDERS)}")
+    if not root.exists():
+        raise DataError(f"{root} does not exist.", "Give a folder of images, or `digits` for the bundled data.")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; expected a folder of images, or `digits` for the bundled data.")
+    directories = {entry for entry in os.listdir(root) if _is_visible(entry) and (root / entry).is_dir()}
+    known = {name for names in SPLIT_FOLDERS.values() for name in names}
+    if directories <= known and "train" in directories and len(directories) > 1:
+        folder = next(root / name for name in SPLIT_FOLDERS[split] if name in directories)
+        return folder, root / "train"
+    if split != "train":
+        raise DataError(
+            f"{root} has no split {split!r}: it is not divided into the folders train and {split}.",
+            "Put its images into these two folders, or give the folder of the images you want.",
+        )
+    return root, root
+
+
+def _relabel(
+    names: Sequence[str], known: Sequence[str], labels: Sequence[int], folder: Path, reference: Path
+) -> list[int]:
+    if len(names) == len(known) == 1:
+        return list(labels)
+    for name in names:
+        if name not in known:
+            raise DataError(
+                f"{folder}: class {name!r} is not among the {len(known)} classes of {reference}. {nearest(name, known)}"
+            )
+    index = {name: number for number, name in enumerate(known)}
+    return [index[names[label]] for label in labels]
+
+
+def _walk(folder: Path, directory: str) -> list[str]:
+    """Image files under a class folder, sorted; links are followed, but no folder is visited twice."""
+    found: list[str] = []
+    visited: set[str] = set()
+    for parent, directories, files in os.walk(folder / directory, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            directories.clear()
+            continue
+        visited.add(real)
+        directories[:] = sorted(filter(_is_visible, directories))
+        below = Path(parent).relative_to(folder).as_posix()
+        found += [f"{below}/{file}" for file in files if _is_visible(file) and _is_image(file)]
+    return sorted(found)
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _describe(entries: Sequence[str]) -> str:
+    if not entries:
+        return "nothing"
+    return f"{', '.join(entries[:3])}{', …' if len(entries) > 3 else ''} ({len(entries)} in all)"
+
+
+def _hint_for(entries: Sequence[str]) -> str | None:
+    if any(entry.lower().endswith((".tar", ".tar.gz", ".tgz")) for entry in entries):
+        return "Tar shards cannot be read yet: unpack them into one folder per class."
+    return None

@@ -1,0 +1,229 @@
+"""Images as training data: opening a source, reading batches, and the way between pixels and the model's numbers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvar_core.data.digits import DigitsSource
+from mvar_core.data.folders import SPLIT_FOLDERS, FolderSource, read_rgb
+from mvar_core.data.pictures import make_grid, save_grid, save_png
+from mvar_core.data.sources import ImageSource, Progress, reading_threads
+from mvar_core.data.transforms import Pixels, Views, resize_and_crop
+from mvar_core.errors import DataError
+
+__all__ = [
+    "DigitsSource",
+    "FolderSource",
+    "ImageRows",
+    "ImageSource",
+    "Pixels",
+    "Progress",
+    "Views",
+    "from_uint8",
+    "image_batches",
+    "make_grid",
+    "open_images",
+    "pixel_batches",
+    "read_rgb",
+    "resize_and_crop",
+    "save_grid",
+    "save_png",
+    "split_name",
+    "to_uint8",
+]
+
+CACHE_BYTES = 256 * 2**20
+"""Largest set of images that `ImageRows` keeps in memory once they have been read."""
+
+BATCHES_AHEAD = 3
+"""Batches that are being read or wait to be used, the current one included."""
+
+Rows = Sequence[int] | NDArray[np.int64]
+
+
+def split_name(source: str, split: str = "train") -> tuple[str, str]:
+    """Take `digits:test` or `folder:test` apart; without a split at its end, the split is `split`."""
+    name, colon, last = source.rpartition(":")
+    if colon and name and last in SPLIT_FOLDERS and not Path(source).exists():
+        return name, last
+    return source, split
+
+
+def open_images(source: str, split: str = "train") -> ImageSource:
+    """Open what `--data` names: `digits`, or a folder of images (one sub-folder per class, or flat).
+
+    Args:
+        source: The name; `:train` or `:test` at its end chooses the split. A folder called digits is `./digits`.
+        split: Which part of the data, unless `source` says.
+
+    Raises:
+        DataError: No such data or split, or a folder without images.
+    """
+    name, split = split_name(source, split)
+    if name == "digits":
+        return DigitsSource(split)
+    if name.lower().endswith((".tar", ".tar.gz", ".tgz")):
+        raise DataError(
+            f"{name}: tar shards cannot be read yet.", "Unpack them into one folder per class and give that folder."
+        )
+    return FolderSource(Path(name).expanduser(), split, name)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels of decoded images: clamp, then truncation of (x+1)/2·255, the published convention.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        uint8 (B, H, W, 3) on the same device.
+    """
+    scaled = images.float().clamp(-1, 1).add(1).mul(0.5).mul(255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def from_uint8(pixels: Tensor | Pixels) -> Tensor:
+    """Pixels as the models read them: float32 (B, 3, H, W) in [-1, 1] from uint8 (B, H, W, 3).
+
+    `to_uint8` gives back exactly these pixels.
+    """
+    if isinstance(pixels, np.ndarray):
+        pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    planes = pixels.permute(0, 3, 1, 2).contiguous()
+    return _levels().to(planes.device).index_select(0, planes.flatten().int()).view(planes.shape)
+
+
+@cache
+def _levels() -> Tensor:
+    """The number in [-1, 1] for each of the 256 levels, lifted by an ulp where truncation would lose the level."""
+    levels = torch.arange(256)
+    numbers = (levels.double() / 127.5 - 1).float()
+    while True:
+        lost = to_uint8(numbers.view(1, 1, 1, 256)).flatten() != levels
+        if not lost.any():
+            return numbers
+        numbers = torch.where(lost, torch.nextafter(numbers, torch.ones(())), numbers)
+
+
+class ImageRows:
+    """Random access to the images and views of a source: what a training loop draws its batches from.
+
+    Row r is view r % V of image r // V, where V is the number of views. A set that is small enough is kept in memory
+    once read.
+
+    Args:
+        source: Where the images come from.
+        image_shape: Height and width to bring them to.
+        views: The views of every image; none is the image alone.
+    """
+
+    def __init__(self, source: ImageSource, image_shape: tuple[int, int], views: Views | None = None):
+        self.source = source
+        self.image_shape = image_shape
+        self.views = views
+        self._kept: Pixels | None = None
+        if len(self) * image_shape[0] * image_shape[1] * 3 <= CACHE_BYTES:
+            self._kept = np.empty((len(self), *image_shape, 3), np.uint8)
+            self._known = np.zeros(len(self), bool)
+
+    def __len__(self) -> int:
+        return len(self.source) * (len(self.views) if self.views else 1)
+
+    def batch(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The images of some rows.
+
+        Args:
+            rows: Row numbers, B of them.
+
+        Returns:
+            Images float32 (B, 3, H, W) in [-1, 1] and labels int64 (B,).
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        chosen = np.asarray(rows, np.int64)
+        labels = torch.from_numpy(self.source.labels[chosen // (len(self.views) if self.views else 1)])
+        if self._kept is None:
+            return from_uint8(self._read(chosen)), labels
+        missing = np.unique(chosen[~self._known[chosen]])
+        if len(missing):
+            self._kept[missing] = self._read(missing)
+            self._known[missing] = True
+        return from_uint8(self._kept[chosen]), labels
+
+    def _read(self, rows: NDArray[np.int64]) -> Pixels:
+        return next(pixel_batches(self.source, self.image_shape, rows, len(rows), self.views))[0]
+
+
+def image_batches(
+    source: ImageSource,
+    image_shape: tuple[int, int],
+    indices: Rows | None = None,
+    batch_size: int = 64,
+    views: Views | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in order, batch by batch, the next batches being read while the caller works on this one.
+
+    Args:
+        source: Where the images come from.
+        image_shape: Height and width to bring them to.
+        indices: Which rows, all by default: image indices, or image · V + view where `views` has V views.
+        batch_size: Images per batch; the last may be smaller.
+        views: The views of every image; none is the image alone.
+
+    Yields:
+        Images float32 (B, 3, H, W) in [-1, 1] and labels int64 (B,).
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    for pixels, labels in pixel_batches(source, image_shape, indices, batch_size, views):
+        yield from_uint8(pixels), torch.from_numpy(labels)
+
+
+def pixel_batches(
+    source: ImageSource,
+    image_shape: tuple[int, int],
+    indices: Rows | None = None,
+    batch_size: int = 64,
+    views: Views | None = None,
+) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
+    """As `image_batches`, but the pixels: uint8 (B, H, W, 3) and labels int64 (B,)."""
+    num_views = len(views) if views else 1
+    rows = np.arange(len(source) * num_views) if indices is None else np.asarray(indices, np.int64)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def read(neighbours: NDArray[np.int64]) -> list[Pixels]:
+        image = int(neighbours[0]) // num_views
+        pixels = source.read(image, image_shape)
+        return [views.apply(pixels, image, int(row) % num_views) if views else pixels for row in neighbours]
+
+    def tasks(batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Neighbouring rows of one image together, so that its file is decoded once for all of its views."""
+        return np.split(batch, np.flatnonzero(np.diff(batch // num_views)) + 1)
+
+    if source.in_memory:
+        for batch in batches:
+            yield np.stack([view for task in tasks(batch) for view in read(task)]), source.labels[batch // num_views]
+        return
+    pool = ThreadPoolExecutor(reading_threads())
+    try:
+        waiting: deque[list[Future[list[Pixels]]]] = deque()
+        for number, batch in enumerate(batches):
+            while number + len(waiting) < len(batches) and len(waiting) < BATCHES_AHEAD:
+                waiting.append([pool.submit(read, task) for task in tasks(batches[number + len(waiting)])])
+            yield (
+                np.stack([view for future in waiting.popleft() for view in future.result()]),
+                source.labels[batch // num_views],
+            )
+    finally:
+        pool.shutdown(cancel_futures=True)

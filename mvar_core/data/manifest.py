@@ -1,0 +1,150 @@
+"""The files of a token cache and the manifest that describes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mvar_core.config import DataConfig, PatchSize
+from mvar_core.errors import DataError
+from mvar_core.files import read_json, sha256_of_file
+
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"
+ITEMS = "items.txt"
+OWN_FILES = (MANIFEST, PARTIAL, ITEMS, "tokens-*.npy", "labels-*.npy")
+VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Record):
+    """One file of a cache, so that a changed or shortened file is noticed."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """The entry of a file as it is now."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+    def problem(self, directory: Path, verify: bool) -> str | None:
+        """What is wrong with the file, or None; `verify` compares its hash as well as its size."""
+        path = directory / self.file
+        if not path.is_file():
+            return f"{path} is missing"
+        if (found := path.stat().st_size) != self.bytes:
+            return f"{path} has {found} bytes instead of {self.bytes}"
+        if verify and sha256_of_file(path) != self.sha256:
+            return f"{path} has changed since it was written"
+        return None
+
+
+class Shard(_Record):
+    """Some consecutive images of a cache: tokens (images, views, L) and labels (images)."""
+
+    images: int
+    tokens: FileEntry
+    labels: FileEntry
+
+    def problem(self, directory: Path, verify: bool) -> str | None:
+        """What is wrong with the shard's files, or None."""
+        return self.tokens.problem(directory, verify) or self.labels.problem(directory, verify)
+
+
+class Manifest(_Record):
+    """What a token cache holds and what it was made from.
+
+    Attributes:
+        tokenizer_hash: SHA-256 of the tokenizer's weights file.
+        patch_sizes: The pyramid.
+        codebook_size: V; every token is below it.
+        image_size: Side, or (height, width), of the images that were encoded.
+        class_names: One name per label.
+        images: Number of images, N.
+        views: Views per image.
+        view_names: What each view is.
+        data: The settings of the views.
+        seed: Seed of the augmented views.
+        dtype: Of the tokens: the smallest unsigned type.
+        source: Name and split of the images, as typed.
+        fingerprint: SHA-256 over names, labels and sizes of all images; the names are in items.txt, one per line.
+        images_per_shard: Images in every shard but the last.
+        shards: The files, in order.
+    """
+
+    format: Literal["mvar-token-cache"] = "mvar-token-cache"
+    version: int = VERSION
+    tokenizer_hash: str
+    patch_sizes: tuple[PatchSize, ...]
+    codebook_size: int
+    image_size: PatchSize
+    class_names: tuple[str, ...]
+    images: int
+    views: int
+    view_names: tuple[str, ...]
+    data: DataConfig
+    seed: int
+    dtype: Literal["uint8", "uint16", "uint32"]
+    source: str
+    fingerprint: str
+    images_per_shard: int
+    shards: tuple[Shard, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            DataError: Not the manifest of a token cache, or one of a later version.
+        """
+        values = read_json(path)
+        if not isinstance(values, Mapping) or values.get("format") != "mvar-token-cache":
+            raise DataError(f"{path} is not the manifest of a token cache.")
+        if values.get("version") != VERSION:
+            raise DataError(
+                f"{path} has format version {values.get('version')}; this mvar reads version {VERSION}.",
+                "Install the mvar that wrote it, or make the cache again with `mvar tokenize`.",
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as report:
+            first = report.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise DataError(f"{path}: {key}: {first['msg']}.") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON writes it."""
+        values: dict[str, Any] = json.loads(self.model_dump_json())
+        return values
+
+    def differences(self, asked: Manifest) -> str:
+        """How this cache's settings differ from those asked for, in words; empty where they are equal.
+
+        The files and the name of the source do not count: the same images may lie elsewhere now.
+        """
+        there, here = self.to_json(), asked.to_json()
+        return "; ".join(
+            f"{key} is {_short(there[key])} there, {_short(here[key])} asked"
+            for key in there
+            if key not in ("shards", "source") and there[key] != here[key]
+        )
+
+
+def smallest_unsigned(largest: int) -> np.dtype[Any]:
+    """The smallest unsigned integer type that holds 0 … `largest`."""
+    return np.dtype(np.min_scalar_type(largest))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 70 else text[:67] + "…"

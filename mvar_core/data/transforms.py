@@ -1,0 +1,116 @@
+"""From a picture to training pixels: resize, crop, and the views (flip, small affine changes) of an image."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mvar_core.config import DataConfig
+
+Pixels = NDArray[np.uint8]
+
+
+def resize_and_crop(image: Image.Image, image_shape: tuple[int, int]) -> Image.Image:
+    """Resize a picture until it just covers `image_shape` and cut out the centre.
+
+    The published preparation of images (that of ADM): halve with a box filter while both sides stay at least as long as
+    asked, then bicubic, then a centre crop. For a square this brings the shorter side to the square's side.
+
+    Args:
+        image: The picture.
+        image_shape: Height and width asked for, in pixels.
+    """
+    height, width = image_shape
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+class Views:
+    """The views of every image that become training data: the image, its mirror image, and small affine changes.
+
+    View 0 is the image as it is. A flip follows if the configuration asks for it, then `augmented_views` views with a
+    random shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image.
+    What lies outside the image repeats its edge. A view depends on (seed, image index, view) alone.
+
+    Args:
+        data: Which views, and how large their changes are.
+        seed: Seed of the shifts, rotations and zooms.
+    """
+
+    def __init__(self, data: DataConfig, seed: int = 0):
+        self.data = data
+        self.seed = seed
+        augmented = tuple(f"augmented-{number}" for number in range(1, data.augmented_views + 1))
+        self.names: tuple[str, ...] = ("image", *(("flip",) if data.flip else ()), *augmented)
+        self._first_augmented = len(self.names) - len(augmented)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def apply(self, image: Pixels, image_index: int, view: int) -> Pixels:
+        """One view of an image.
+
+        Args:
+            image: uint8 pixels (H, W, 3).
+            image_index: Index of the image in its source.
+            view: Index into `names`.
+
+        Raises:
+            IndexError: No such view.
+        """
+        if not 0 <= view < len(self):
+            raise IndexError(f"view {view} of {len(self)}")
+        if view == 0:
+            return image
+        if view < self._first_augmented:
+            return np.ascontiguousarray(image[:, ::-1])
+        if self.data.flip and (view - self._first_augmented) % 2:
+            image = np.ascontiguousarray(image[:, ::-1])
+        uniform = np.random.default_rng((self.seed, image_index, view)).random(4) * 2 - 1
+        return affine(
+            image,
+            shift=(float(uniform[0]) * self.data.shift, float(uniform[1]) * self.data.shift),
+            degrees=float(uniform[2]) * self.data.rotate,
+            zoom=1 + float(uniform[3]) * self.data.zoom,
+        )
+
+
+def affine(image: Pixels, *, shift: tuple[float, float], degrees: float, zoom: float) -> Pixels:
+    """Rotate and zoom an image about its centre and shift it, bicubic; outside, its edge is repeated.
+
+    Args:
+        image: uint8 pixels (H, W, 3).
+        shift: How far the content moves right and down, as parts of width and height.
+        degrees: Rotation of the content, counter-clockwise.
+        zoom: Above 1 the content grows.
+    """
+    height, width = image.shape[:2]
+    cosine, sine = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
+    centre_x, centre_y = width / 2, height / 2
+    moved_x, moved_y = centre_x + shift[0] * width, centre_y + shift[1] * height
+
+    def origin(x: float, y: float) -> tuple[float, float]:
+        """Where the content of output position (x, y) comes from."""
+        x, y = x - moved_x, y - moved_y
+        return centre_x + cosine * x - sine * y, centre_y + sine * x + cosine * y
+
+    corners = [origin(x, y) for x in (0, width) for y in (0, height)]
+    # Three pixels beyond what the corners reach are enough for the bicubic filter never to see a missing pixel.
+    reach = max(max(-x, x - width, -y, y - height) for x, y in corners)
+    margin = max(0, math.ceil(reach)) + 3
+    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
+    start_x, start_y = origin(0, 0)
+    matrix = (cosine, -sine, start_x + margin, sine, cosine, start_y + margin)
+    view = Image.fromarray(padded).transform(
+        (width, height), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC
+    )
+    return np.asarray(view)

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from mvar_core.config import DataConfig, ModelConfig, TokenizerConfig
+from mvar_core.data.images import ImageSource, Views, from_uint8, open_images
+from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
+from mvar_core.errors import DataError
+from mvar_core.scales import ScalePyramid
+
+HASH = "a" * 64
+OTHER_HASH = "b" * 64
+
+
+def small_config(codebook_size: int = 64, patch_sizes: tuple[int, ...] = (1, 2, 4)) -> ModelConfig:
+    tokenizer = TokenizerConfig(
+        codebook_size=codebook_size, latent_channels=8, base_channels=8, channel_multipliers=(1, 1, 1), norm_groups=4
+    )
+    return ModelConfig(image_size=4 * patch_sizes[-1], patch_sizes=patch_sizes, tokenizer=tokenizer, transformer=None)
+
+
+class MeanTokenizer:
+    """Every token is the mean brightness of its patch, in V levels; counts its images and can fail after some."""
+
+    def __init__(self, config: ModelConfig, fail_after: int | None = None):
+        self.config = config
+        self.fail_after = fail_after
+        self.seen = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        if self.fail_after is not None and self.seen > self.fail_after:
+            raise KeyboardInterrupt
+        gray = (images.mean(dim=1, keepdim=True).double() + 1) / 2
+        scales = [adaptive_avg_pool2d(gray, side).flatten(1) for side in self.config.patch_sizes]
+        levels = self.config.tokenizer.codebook_size
+        return (torch.cat(scales, dim=1) * levels).long().clamp(max=levels - 1)
+
+
+def write_cache(
+    out: Path,
+    source: ImageSource,
+    config: ModelConfig | None = None,
+    encode: MeanTokenizer | None = None,
+    data: DataConfig | None = None,
+    **options: object,
+) -> CacheSummary:
+    config = config or small_config()
+    settings = {"tokenizer_hash": HASH, "batch_size": 4, "images_per_shard": 3, **options}
+    data = data or DataConfig(flip=True, augmented_views=1)
+    return write_token_cache(out, source, encode or MeanTokenizer(config), config=config, data=data, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def source(class_folders) -> ImageSource:
+    return open_images(str(class_folders))
+
+
+def test_every_row_is_the_tokens_of_its_image_and_view(tmp_path, source):
+    summary = write_cache(tmp_path / "cache", source, seed=5)
+    cache = TokenCache.open(tmp_path / "cache", verify=True)
+    assert (len(cache), cache.num_images, cache.num_views) == (21, 7, 3)
+    assert cache.class_names == ("ant", "bee", "cat")
+    assert cache.labels.tolist() == source.labels.tolist()
+    assert [shard.images for shard in cache.manifest.shards] == [3, 3, 1]
+    views = Views(DataConfig(flip=True, augmented_views=1), seed=5)
+    encode = MeanTokenizer(small_config())
+    rows = np.array([20, 0, 1, 7, 11, 1])
+    tokens, labels = cache.batch(rows)
+    assert tokens.dtype == labels.dtype == torch.int64
+    for row, found, label in zip(rows, tokens, labels, strict=True):
+        image, view = divmod(int(row), 3)
+        pixels = views.apply(source.read(image, (16, 16)), image, view)
+        assert torch.equal(found, encode(from_uint8(pixels[None]))[0])
+        assert label == source.labels[image]
+        assert cache.item_name(row) == source.item_names[image]
+    assert len(np.unique(tokens[:, 5:])) > 10  # the fake tokenizer does tell images apart
+    sizes = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.npy"))
+    assert summary == CacheSummary(images=7, views=3, bytes=sizes, encoded=7)
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
+def test_tokens_take_the_smallest_unsigned_type(tmp_path, source, codebook_size, dtype):
+    config = small_config(codebook_size)
+    write_cache(tmp_path / "cache", source, config)
+    assert np.load(tmp_path / "cache/tokens-00000.npy").dtype == dtype
+    tokens, _ = TokenCache.open(tmp_path / "cache").batch(np.arange(0, 21, 3))
+    pixels = np.stack([source.read(index, (16, 16)) for index in range(7)])
+    assert torch.equal(tokens, MeanTokenizer(config)(from_uint8(pixels)))
+
+
+def test_a_view_of_680_tokens_takes_at_most_1400_bytes(tmp_path, write):
+    for number in range(20):
+        path = write(f"flat/{number}.png", number)
+    config = ModelConfig(transformer=None)
+    assert (config.pyramid.num_tokens, config.tokenizer.codebook_size) == (680, 4096)
+    data = DataConfig(flip=True)
+    summary = write_cache(tmp_path / "cache", open_images(str(path.parent)), config, data=data, images_per_shard=None)
+    assert summary.bytes / (summary.images * summary.views) <= 1400
+    assert [path.name for path in sorted((tmp_path / "cache").glob("*.npy"))] == [
+        "labels-00000.npy",
+        "tokens-00000.npy",
+    ]
+
+
+def test_default_shards_hold_tens_of_megabytes(tmp_path, source):
+    write_cache(tmp_path / "large", source, ModelConfig(transformer=None), data=DataConfig(), images_per_shard=None)
+    write_cache(tmp_path / "small", source, images_per_shard=None)
+    assert TokenCache.open(tmp_path / "large").manifest.images_per_shard == 16_384
+    assert TokenCache.open(tmp_path / "small").manifest.images_per_shard == 65_536
+
+
+@pytest.mark.parametrize("fail_after", [0, 9, 12, 20])
+def test_an_interrupted_cache_is_finished_by_the_same_call(tmp_path, source, fail_after):
+    write_cache(tmp_path / "whole", source)
+    config = small_config()
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "cut", source, encode=MeanTokenizer(config, fail_after))
+    done = fail_after // 9 * 3  # nine views make a shard
+    with pytest.raises(DataError, match=rf"is not finished: {done} of 7 images are encoded.*the same `mvar tokenize`"):
+        TokenCache.open(tmp_path / "cut")
+    encode = MeanTokenizer(config)
+    calls = []
+    summary = write_cache(tmp_path / "cut", source, encode=encode, progress=lambda *call: calls.append(call))
+    assert encode.seen == (7 - done) * 3
+    assert summary.encoded == 7 - done
+    assert calls[0][0] >= done
+    assert calls[-1] == (7, 7)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_cache_is_continued_even_with_overwrite(tmp_path, source):
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "cut", source, encode=MeanTokenizer(small_config(), 9), overwrite=True)
+    assert write_cache(tmp_path / "cut", source, overwrite=True).encoded == 4
+
+
+def test_a_damaged_shard_of_an_unfinished_cache_is_made_again(tmp_path, source, caplog):
+    write_cache(tmp_path / "whole", source)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "cut", source, encode=MeanTokenizer(small_config(), 18))
+    path = tmp_path / "cut/tokens-00001.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    (tmp_path / "cut/.tokens-00002.npy.x1y2z3.tmp").write_bytes(b"left by a killed process")
+    with caplog.at_level(logging.INFO, logger="mvar"):
+        assert write_cache(tmp_path / "cut", source).encoded == 4
+    assert "going on after 3 of 7 images" in caplog.text
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_complete_cache_is_left_alone_or_made_again_when_asked(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    before = contents(tmp_path / "cache")
+    encode = MeanTokenizer(small_config(), fail_after=0)
+    assert write_cache(tmp_path / "cache", source, encode=encode).encoded == 0
+    assert write_cache(tmp_path / "cache", source, overwrite=True).encoded == 7
+    assert contents(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("fail_after", [None, 9])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokenizer_hash": OTHER_HASH}, f'tokenizer_hash is "{HASH}" there, "{OTHER_HASH}" asked'),
+        ({"seed": 1}, "seed is 0 there, 1 asked"),
+        ({"data": DataConfig()}, "views is 3 there, 1 asked"),
+        ({"config": small_config(32)}, "codebook_size is 64 there, 32 asked"),
+        ({"config": small_config(64, (1, 3, 4))}, r"patch_sizes is \[1, 2, 4\] there, \[1, 3, 4\] asked"),
+        ({"images_per_shard": 2}, "images_per_shard is 3 there, 2 asked"),
+    ],
+)
+def test_a_cache_of_other_settings_is_kept_unless_overwritten(tmp_path, source, change, named, fail_after):
+    out = tmp_path / "cache"
+    try:
+        write_cache(out, source, encode=MeanTokenizer(small_config(), fail_after))
+    except KeyboardInterrupt:
+        assert fail_after
+    with pytest.raises(DataError, match=rf"made with other settings: .*{named}.*--overwrite"):
+        write_cache(out, source, **change)
+    write_cache(out, source, **change, overwrite=True)
+    write_cache(tmp_path / "fresh", source, **change)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_changed_images_are_other_settings(tmp_path, source, write):
+    write_cache(tmp_path / "cache", source)
+    write("pictures/ant/a.png", 30, shape=(41, 57))
+    with pytest.raises(DataError, match="other settings: fingerprint is"):
+        write_cache(tmp_path / "cache", source)
+
+
+def test_files_that_are_no_cache_are_never_lost(tmp_path, source):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match=r"is not empty.*--overwrite"):
+        write_cache(out, source)
+    write_cache(out, source, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    assert len(TokenCache.open(out)) == 21
+    with pytest.raises(DataError, match="is a file"):
+        write_cache(out / "thesis.tex", source)
+
+
+def test_damaged_images_are_found_before_anything_is_encoded(tmp_path, class_folders):
+    (class_folders / "cat/b.jpg").write_bytes(b"damaged")
+    encode = MeanTokenizer(small_config())
+    with pytest.raises(DataError, match=r"cat/b\.jpg is not an image"):
+        write_cache(tmp_path / "cache", open_images(str(class_folders)), encode=encode)
+    assert encode.seen == 0
+
+
+def test_a_tokenizer_that_does_not_fit_its_config_is_refused(tmp_path, source):
+    with pytest.raises(DataError, match=r"gave \(4, 21\) tokens .*expected \(4, 30\) below 64"):
+        write_cache(tmp_path / "a", source, small_config(64, (1, 2, 5)), encode=MeanTokenizer(small_config()))
+    with pytest.raises(DataError, match=r"expected \(4, 21\) below 8"):
+        write_cache(tmp_path / "b", source, small_config(8), encode=MeanTokenizer(small_config()))
+
+
+def test_what_is_no_cache_is_not_opened(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere does not exist.*mvar tokenize"):
+        TokenCache.open(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"is not a token cache: it has no manifest\.json.*mvar tokenize"):
+        TokenCache.open(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(DataError, match=r"manifest\.json is not the manifest of a token cache"):
+        TokenCache.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="is not a JSON file"):
+        TokenCache.open(tmp_path)
+    with pytest.raises(DataError, match="is not a directory"):
+        TokenCache.open(tmp_path / "manifest.json")
+
+
+def test_a_manifest_of_another_version_or_with_wrong_values_is_refused(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    path = tmp_path / "cache/manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "version": 2}))
+    with pytest.raises(DataError, match="has format version 2; this mvar reads version 1"):
+        TokenCache.open(tmp_path / "cache")
+    path.write_text(json.dumps({**values, "images": "many"}))
+    with pytest.raises(DataError, match=r"manifest\.json: images: .*integer"):
+        TokenCache.open(tmp_path / "cache")
+
+
+def test_missing_shortened_and_changed_files_are_named(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    path = tmp_path / "cache/tokens-00001.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\1")
+    with pytest.raises(DataError, match=r"tokens-00001\.npy has changed since it was written"):
+        TokenCache.open(tmp_path / "cache", verify=True)
+    path.write_bytes(content[:-5])
+    with pytest.raises(DataError, match=rf"tokens-00001\.npy has {len(content) - 5} bytes instead of {len(content)}"):
+        TokenCache.open(tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(DataError, match=r"tokens-00001\.npy is missing.*mvar tokenize .* --overwrite"):
+        TokenCache.open(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"tokens-00001\.npy is missing.*--overwrite"):
+        write_cache(tmp_path / "cache", source)
+    write_cache(tmp_path / "cache", source, overwrite=True)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_is_not_the_array_it_should_be_is_refused(tmp_path, source):
+    write_cache(tmp_path / "cache", source, images_per_shard=7)
+    path = tmp_path / "cache/tokens-00000.npy"
+    tokens = np.load(path)
+    np.save(path, tokens.transpose(1, 0, 2).copy())
+    with pytest.raises(DataError, match=r"holds uint8 \(3, 7, 21\); its manifest says uint8 \(7, 3, 21\)"):
+        TokenCache.open(tmp_path / "cache")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"tokens-00000\.npy is not a numpy array"):
+        TokenCache.open(tmp_path / "cache")
+
+
+def test_a_cache_of_another_tokenizer_or_pyramid_is_refused(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    cache = TokenCache.open(tmp_path / "cache")
+    pyramid = small_config().pyramid
+    cache.check(HASH, pyramid)
+    with pytest.raises(DataError, match=f"another tokenizer: {HASH} there, {OTHER_HASH} in this model.*mvar tokenize "):
+        cache.check(OTHER_HASH, pyramid)
+    with pytest.raises(DataError, match="another pyramid: 1,2,4 there, 1,4 in this model"):
+        cache.check(HASH, ScalePyramid.from_patch_sizes([1, 4]))
+
+
+def test_rows_that_do_not_exist_are_refused(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    cache = TokenCache.open(tmp_path / "cache")
+    for rows in ([21], [-1, 3]):
+        with pytest.raises(IndexError, match="of 21"):
+            cache.batch(np.array(rows))
+    assert cache.batch(np.array([], np.int64))[0].shape == (0, 21)
+
+
+def test_tokens_are_mapped_not_loaded(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    cache = TokenCache.open(tmp_path / "cache")
+    assert all(isinstance(tokens, np.memmap) for tokens in cache._tokens)
+
+
+def test_non_square_images_and_pyramids(tmp_path, source):
+    tokenizer = TokenizerConfig(codebook_size=64, base_channels=8, channel_multipliers=(1, 1), norm_groups=4)
+    config = ModelConfig(image_size=(8, 16), patch_sizes=(1, (2, 3), (4, 8)), tokenizer=tokenizer, transformer=None)
+    write_cache(tmp_path / "cache", source, config)
+    cache = TokenCache.open(tmp_path / "cache")
+    assert cache.batch(np.arange(3))[0].shape == (3, 39)
+    cache.check(HASH, config.pyramid)
+
+
+def test_digits_make_a_cache_with_the_views_of_the_bundled_recipe(tmp_path):
+    config = small_config(64, (1, 2, 4, 8))
+    source = open_images("digits:test")
+    data = DataConfig(augmented_views=4)
+    summary = write_cache(tmp_path / "cache", source, config, data=data, images_per_shard=None, batch_size=128)
+    cache = TokenCache.open(tmp_path / "cache")
+    assert (summary.images, summary.views, len(cache)) == (360, 5, 1800)
+    assert summary.bytes <= 1800 * 85 + 360 + 256  # a byte a token, a byte a label, two headers
+    assert cache.item_name(1799) == source.item_names[359]
+    assert cache.manifest.source == "digits:test"

@@ -1,0 +1,158 @@
+"""Windowed attention by NATTEN, whose definition of a window is ours.
+
+NATTEN's compiled kernels (libnatten, CUDA) are made for large windowed scales. Without them it still runs, through an
+unfused FlexAttention that makes the whole matrix of scores: good for comparisons, not for speed.
+
+Shapes: B batch, H heads, Q queries, K keys, D head width, P prefix keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mvar_core.kernels.backend import AttentionCall, Backend
+from mvar_core.kernels.tiled import attend_tiled
+from mvar_core.scales import AttentionPattern
+
+
+def attend_natten(
+    q_BHQD: Float[Tensor, "B H Q D"],
+    k_BHKD: Float[Tensor, "B H K D"],
+    v_BHKD: Float[Tensor, "B H K D"],
+    pattern: AttentionPattern,
+    scale: float,
+) -> Float[Tensor, "B H Q D"]:
+    """softmax(scale · q kᵀ) v over the keys that `pattern` shows."""
+    if pattern.window_grid.tokens == 1:
+        return _attend_single(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    if _has_kernels(q_BHQD.device):
+        return _attend_kernels(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    output: Tensor = _FlexWithBackward.apply(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    return output
+
+
+def _attend_single(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """Each query sees the prefix and, of its own scale, itself alone; NATTEN has no window of one."""
+    k_BHPD, own_k_BHQD = k_BHKD.split([pattern.prefix_tokens, pattern.queries], dim=2)
+    v_BHPD, own_v_BHQD = v_BHKD.split([pattern.prefix_tokens, pattern.queries], dim=2)
+    prefix_BHQP = q_BHQD.float() @ k_BHPD.float().mT
+    own_BHQ1 = (q_BHQD.float() * own_k_BHQD.float()).sum(dim=-1, keepdim=True)
+    weights = (scale * torch.cat([prefix_BHQP, own_BHQ1], dim=-1)).softmax(dim=-1).to(q_BHQD.dtype)
+    o_BHQD: Tensor = weights[..., :-1] @ v_BHPD + weights[..., -1:] * own_v_BHQD
+    return o_BHQD
+
+
+def _attend_kernels(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """NATTEN's compiled kernels, which have a backward pass of their own and take the prefix as additional keys."""
+    width = q_BHQD.shape[-1]
+    # The kernels take head widths in multiples of 8; zeros add nothing to a product.
+    q_BHQD, k_BHKD, v_BHKD = (F.pad(x, (0, -width % 8)) for x in (q_BHQD, k_BHKD, v_BHKD))
+    prefix = {}
+    if pattern.prefix_tokens:
+        k_BPHD, v_BPHD = (x[:, :, : pattern.prefix_tokens].transpose(1, 2) for x in (k_BHKD, v_BHKD))
+        prefix = {"additional_keys": k_BPHD.contiguous(), "additional_values": v_BPHD.contiguous()}
+    o_BHQD, _ = _neighborhood_attention(q_BHQD, k_BHKD, v_BHKD, pattern, scale, **prefix)
+    return o_BHQD[..., :width]
+
+
+def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """NATTEN through FlexAttention, forward only; the prefix is attended apart and merged in by weight."""
+    width = q_BHQD.shape[-1]
+    # FlexAttention under NATTEN takes head widths of 8, 16, 32 …; zeros add nothing to a product.
+    padding = max(8, 1 << (width - 1).bit_length()) - width
+    q_BHQD, k_BHKD, v_BHKD = (F.pad(x, (0, padding)) for x in (q_BHQD, k_BHKD, v_BHKD))
+    with warnings.catch_warnings():
+        # NATTEN calls FlexAttention uncompiled, with an argument that newer torch renames; both are NATTEN's choice.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        warnings.filterwarnings("ignore", message="return_lse is deprecated")
+        o_BHQD, own_lse_BHQ1 = _neighborhood_attention(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    if pattern.prefix_tokens:
+        k_BHPD, v_BHPD = (x[:, :, : pattern.prefix_tokens].float() for x in (k_BHKD, v_BHKD))
+        scores_BHQP = scale * (q_BHQD.float() @ k_BHPD.mT)
+        lse_BHQ1 = torch.logaddexp(own_lse_BHQ1, scores_BHQP.logsumexp(dim=-1, keepdim=True))
+        o_BHQD = (own_lse_BHQ1 - lse_BHQ1).exp() * o_BHQD + (scores_BHQP - lse_BHQ1).exp() @ v_BHPD
+    return o_BHQD[..., :width].to(q_BHQD.dtype)
+
+
+class _FlexWithBackward(torch.autograd.Function):
+    """NATTEN through FlexAttention, with gradients.
+
+    FlexAttention refuses tensors that require gradients on a CPU, and elsewhere, uncompiled, it would keep the whole
+    matrix of scores. So the backward pass computes the same attention again with tiles, and differentiates that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD)
+        ctx.pattern, ctx.scale = pattern, scale
+        return _attend_flex(q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), pattern, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHQD, k_BHKD, v_BHKD = inputs = tuple(x.detach().requires_grad_() for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            o_BHQD = attend_tiled(q_BHQD, k_BHKD, v_BHKD, ctx.pattern, ctx.scale)
+        return (*torch.autograd.grad(o_BHQD, inputs, gradients), None, None)
+
+
+def _neighborhood_attention(
+    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """NATTEN's output (B, H, Q, D) and logarithm of the sum of exponentials (B, H, Q, 1).
+
+    NATTEN takes (B, sides…, H, D) and no window below 2, so an axis of a single position is left out.
+    """
+    from natten.functional import na1d, na2d
+
+    sides = tuple(side for side in pattern.grid if side > 1)
+    window = tuple(side for side in pattern.window_grid if side > 1)
+    # Contiguous, because NATTEN's merge of additional keys takes an output of no other layout than the kernels'.
+    q, k, v = (
+        x[:, :, -pattern.queries :].transpose(1, 2).unflatten(1, sides).contiguous() for x in (q_BHQD, k_BHKD, v_BHKD)
+    )
+    function = na2d if len(sides) == 2 else na1d
+    output, lse = function(q, k, v, kernel_size=window, scale=scale, return_lse=True, **options)
+    return output.flatten(1, len(sides)).transpose(1, 2), lse.unsqueeze(-1).flatten(1, len(sides)).transpose(1, 2)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    import natten
+
+    return device.type == "cuda" and bool(natten.HAS_LIBNATTEN)
+
+
+def _cannot_run(call: AttentionCall) -> str | None:
+    try:
+        import natten  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "natten":
+            return "natten is not installed (pip install --no-build-isolation 'mvar[natten]')"
+        return f"natten cannot be imported: {error}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"natten cannot be imported: {error}"
+    if call.device.type not in ("cpu", "cuda"):
+        return f"natten does not run on {call.device.type}"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"natten does not run in {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _not_chosen(call: AttentionCall) -> str | None:
+    if not call.pattern.is_windowed:
+        return "there is no window to gain from"
+    if call.device.type != "cuda":
+        return f"it has no kernels for {call.device.type} and would make the whole matrix of scores"
+    if not _has_kernels(call.device):
+        return "it was built without libnatten and would make the whole matrix of scores"
+    return None
+
+
+BACKEND = Backend("natten", attend_natten, _cannot_run, _not_chosen)

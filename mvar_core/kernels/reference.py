@@ -1,0 +1,45 @@
+"""The meaning of attention over a scale: each query's visible keys are gathered, and nothing else is read.
+
+Shapes: B batch, H heads, Q queries, K keys, D head width, V keys that one query sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
+from mvar_core.scales import AttentionPattern
+
+QUERIES_AT_ONCE = 64
+"""Queries whose gathered keys are held at a time; every query has a copy of its keys."""
+
+
+def attend_reference(
+    q_BHQD: Float[Tensor, "B H Q D"],
+    k_BHKD: Float[Tensor, "B H K D"],
+    v_BHKD: Float[Tensor, "B H K D"],
+    pattern: AttentionPattern,
+    scale: float,
+) -> Float[Tensor, "B H Q D"]:
+    """softmax(scale · q kᵀ) v over `pattern.visible_keys`, in float32 or better; slow.
+
+    Keys that a query does not see do not touch its output, whatever they hold.
+    """
+    accumulate = torch.promote_types(q_BHQD.dtype, torch.float32)
+    visible_QV = torch.tensor([pattern.visible_keys(query) for query in range(pattern.queries)], device=q_BHQD.device)
+    outputs = []
+    for q_BHqD, visible_qV in zip(q_BHQD.split(QUERIES_AT_ONCE, dim=2), visible_QV.split(QUERIES_AT_ONCE), strict=True):
+        k_BHqVD = k_BHKD[:, :, visible_qV].to(accumulate)
+        v_BHqVD = v_BHKD[:, :, visible_qV].to(accumulate)
+        scores_BHqV = scale * torch.einsum("bhqd,bhqvd->bhqv", q_BHqD.to(accumulate), k_BHqVD)
+        outputs.append(torch.einsum("bhqv,bhqvd->bhqd", scores_BHqV.softmax(dim=-1), v_BHqVD))
+    return torch.cat(outputs, dim=2).to(q_BHQD.dtype)
+
+
+def _not_chosen(call: AttentionCall) -> str | None:
+    return "it is slow, made to be read and compared with"
+
+
+BACKEND = Backend("reference", attend_reference, runs_everything, _not_chosen)

@@ -1,0 +1,158 @@
+"""Attention over one scale, or several, by the backend that was asked for or by the best that can run.
+
+Shapes: B batch, H heads, Q queries, K keys, L tokens of all scales, D head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mvar_core.errors import BackendError, nearest
+from mvar_core.kernels import dense, natten, reference, tiled
+from mvar_core.kernels.backend import AttentionCall, Backend
+from mvar_core.scales import AttentionPattern, Grid
+
+BACKENDS: tuple[Backend, ...] = (natten.BACKEND, tiled.BACKEND, dense.BACKEND, reference.BACKEND)
+"""All backends, in the order in which "auto" considers them."""
+
+BACKEND_NAMES: tuple[str, ...] = ("auto", *sorted(backend.name for backend in BACKENDS))
+"""What `attend` takes as `backend`."""
+
+logger = logging.getLogger("mvar")
+
+
+def attend(
+    q_BHQD: Float[Tensor, "B H Q D"],
+    k_BHKD: Float[Tensor, "B H K D"],
+    v_BHKD: Float[Tensor, "B H K D"],
+    pattern: AttentionPattern,
+    *,
+    scale: float,
+    backend: str = "auto",
+) -> Float[Tensor, "B H Q D"]:
+    """softmax(scale · q kᵀ) v, where each query sees the keys that `pattern` shows (MVAR's spatial-Markov attention).
+
+    Under autocast, queries, keys and values are cast to its dtype, as scaled_dot_product_attention does.
+
+    Args:
+        q_BHQD: Queries of one scale in raster order.
+        k_BHKD: Keys: visible tokens of earlier scales first, then those of the scale itself in raster order.
+        v_BHKD: Values, ordered like the keys.
+        pattern: Who sees whom.
+        scale: Factor on the products before the softmax.
+        backend: A name, which never falls back, or "auto".
+
+    Raises:
+        BackendError: No such backend, or the one asked for cannot run this call.
+    """
+    assert q_BHQD.shape[2] == pattern.queries, f"{q_BHQD.shape[2]} queries, but the pattern has {pattern.queries}"
+    assert k_BHKD.shape[2] == pattern.keys, f"{k_BHKD.shape[2]} keys, but the pattern has {pattern.keys}"
+    device = q_BHQD.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        q_BHQD, k_BHKD, v_BHKD = q_BHQD.to(dtype), k_BHKD.to(dtype), v_BHKD.to(dtype)
+    needs_grad = torch.is_grad_enabled() and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
+    call = AttentionCall(pattern, device, q_BHQD.dtype, needs_grad)
+    return select_backend(backend, call).attend(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+
+
+def attend_scales(
+    q_BHLD: Float[Tensor, "B H L D"],
+    k_BHLD: Float[Tensor, "B H L D"],
+    v_BHLD: Float[Tensor, "B H L D"],
+    patterns: Sequence[AttentionPattern],
+    *,
+    scale: float,
+    backend: str = "auto",
+) -> Float[Tensor, "B H L D"]:
+    """Attention over scales that stand one after the other in a packed sequence: `attend` on each.
+
+    Args:
+        q_BHLD: Queries of all scales, coarse to fine.
+        k_BHLD: Keys of all scales.
+        v_BHLD: Values of all scales.
+        patterns: One per scale; a prefix is the tokens just before the scale.
+        scale: Factor on the products before the softmax.
+        backend: A name, which never falls back, or "auto".
+
+    Raises:
+        BackendError: No such backend, or the one asked for cannot run this call.
+    """
+    outputs = []
+    start = 0
+    for pattern in patterns:
+        end = start + pattern.queries
+        keys = slice(start - pattern.prefix_tokens, end)
+        outputs.append(
+            attend(
+                q_BHLD[:, :, start:end], k_BHLD[:, :, keys], v_BHLD[:, :, keys], pattern, scale=scale, backend=backend
+            )
+        )
+        start = end
+    return torch.cat(outputs, dim=2)
+
+
+@lru_cache(maxsize=1024)
+def select_backend(name: str, call: AttentionCall) -> Backend:
+    """The backend of that name, or the one that "auto" stands for.
+
+    Raises:
+        BackendError: No such backend, or it cannot run the call.
+    """
+    if name == "auto":
+        return _choose(call)
+    for backend in BACKENDS:
+        if backend.name == name:
+            if reason := backend.cannot_run(call):
+                raise BackendError(f"--attention {name}: {reason}.", "Use --attention auto, or see `mvar doctor`.")
+            return backend
+    raise BackendError(f"--attention {name!r} is not a backend. {nearest(name, BACKEND_NAMES)}")
+
+
+def check_backend(
+    name: str,
+    patterns: Iterable[AttentionPattern],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    needs_grad: bool = False,
+) -> None:
+    """Refuse, before slow work starts, a backend that does not exist or cannot run one of the patterns.
+
+    Raises:
+        BackendError: No such backend, or it cannot run.
+    """
+    for pattern in patterns:
+        select_backend(name, AttentionCall(pattern, device, dtype, needs_grad))
+
+
+def available_backends(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[tuple[str, str | None]]:
+    """Every backend's name, with the reason why it cannot run windowed attention on the device, or None."""
+    example = AttentionCall(AttentionPattern(Grid(16, 16), window=7), torch.device(device), dtype)
+    return [(backend.name, backend.cannot_run(example)) for backend in BACKENDS]
+
+
+def _choose(call: AttentionCall) -> Backend:
+    passed_over: list[tuple[str, str]] = []
+    for backend in BACKENDS:
+        reason = backend.cannot_run(call) or backend.not_chosen(call)
+        if reason is None:
+            kind = "windowed" if call.pattern.is_windowed else "whole"
+            because = "".join(f"; not {other}: {why}" for other, why in passed_over)
+            _log_once(f"--attention auto: {backend.name} for {kind} scales on {call.device.type}{because}")
+            return backend
+        passed_over.append((backend.name, reason))
+    raise AssertionError("dense runs everything")
+
+
+@lru_cache(maxsize=256)
+def _log_once(message: str) -> None:
+    logger.info(message)

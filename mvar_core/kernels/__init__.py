@@ -1,13 +1,12 @@
-"""Attention over one scale or several: one call, several backends that agree with the reference."""
+"""Attention over one scale: one call, several backends that agree with the reference."""
 
 from __future__ import annotations
 
 from mvar_core.kernels.select import (
     BACKEND_NAMES,
     attend,
-    attend_scales,
     available_backends,
     check_backend,
 )
 
-__all__ = ["BACKEND_NAMES", "attend", "attend_scales", "available_backends", "check_backend"]
+__all__ = ["BACKEND_NAMES", "attend", "available_backends", "check_backend"]

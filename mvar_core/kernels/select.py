@@ -1,12 +1,12 @@
-"""Attention over one scale, or several, by the backend that was asked for or by the best that can run.
+"""Attention over one scale by the backend that was asked for or by the best that can run.
 
-Shapes: B batch, H heads, Q queries, K keys, L tokens of all scales, D head width.
+Shapes: B batch, H heads, Q queries, K keys, D head width.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -60,42 +60,6 @@ def attend(
     needs_grad = torch.is_grad_enabled() and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
     call = AttentionCall(pattern, device, q_BHQD.dtype, needs_grad)
     return select_backend(backend, call).attend(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
-
-
-def attend_scales(
-    q_BHLD: Float[Tensor, "B H L D"],
-    k_BHLD: Float[Tensor, "B H L D"],
-    v_BHLD: Float[Tensor, "B H L D"],
-    patterns: Sequence[AttentionPattern],
-    *,
-    scale: float,
-    backend: str = "auto",
-) -> Float[Tensor, "B H L D"]:
-    """Attention over scales that stand one after the other in a packed sequence: `attend` on each.
-
-    Args:
-        q_BHLD: Queries of all scales, coarse to fine.
-        k_BHLD: Keys of all scales.
-        v_BHLD: Values of all scales.
-        patterns: One per scale; a prefix is the tokens just before the scale.
-        scale: Factor on the products before the softmax.
-        backend: A name, which never falls back, or "auto".
-
-    Raises:
-        BackendError: No such backend, or the one asked for cannot run this call.
-    """
-    outputs = []
-    start = 0
-    for pattern in patterns:
-        end = start + pattern.queries
-        keys = slice(start - pattern.prefix_tokens, end)
-        outputs.append(
-            attend(
-                q_BHLD[:, :, start:end], k_BHLD[:, :, keys], v_BHLD[:, :, keys], pattern, scale=scale, backend=backend
-            )
-        )
-        start = end
-    return torch.cat(outputs, dim=2)
 
 
 @lru_cache(maxsize=1024)

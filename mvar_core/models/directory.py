@@ -45,14 +45,29 @@ def save_model(
         tokenizer: State of the VQVAE, in our names.
         transformer: State of the transformer, in our names.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(directory, tokenizer)
     if transformer is None:
         config = config.model_copy(update={"transformer": None})
-    _save_tensors(directory / TOKENIZER_FILE, tokenizer)
-    if transformer is not None:
-        _save_tensors(directory / TRANSFORMER_FILE, transformer)
+    else:
+        save_transformer(directory, transformer)
+    save_config(directory, config)
+
+
+def save_tokenizer(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the tokenizer's file of a model directory."""
+    _save_tensors(directory / TOKENIZER_FILE, state)
+
+
+def save_transformer(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the transformer's file of a model directory."""
+    _save_tensors(directory / TRANSFORMER_FILE, state)
+
+
+def save_config(directory: Path, config: ModelConfig) -> None:
+    """Write config.json, with the hash of the tokenizer that lies there, and the model card."""
     provenance = {**config.provenance, "tokenizer_hash": tokenizer_hash(directory)}
-    values = config.model_copy(update={"provenance": provenance}).model_dump(mode="json")
+    config = config.model_copy(update={"provenance": provenance})
+    values = config.model_dump(mode="json")
     values["attention"]["windows"] = list(config.windows)
     write_text(directory / CARD_FILE, model_card(config))
     write_json(directory / CONFIG_FILE, values)
@@ -121,8 +136,11 @@ def load_tokenizer(
 def tokenizer_hash(directory: Path) -> str:
     """SHA-256 over names, shapes, types and values of a directory's tokenizer; the same after any copy or rewrite."""
     digest = hashlib.sha256()
-    with _open(directory / TOKENIZER_FILE) as file:
-        for name in sorted(file.keys()):
+    path = directory / TOKENIZER_FILE
+    with _open(path) as file:
+        names = sorted(file.keys())
+    for name in names:
+        with _open(path) as file:  # opened anew for each tensor, as in _load
             tensor = file.get_tensor(name)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")

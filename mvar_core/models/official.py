@@ -39,13 +39,17 @@ PUBLISHED_SAMPLING: dict[tuple[Kind, int], SamplingConfig] = {
 """Published sampling settings by kind and depth; every other model takes VAR's."""
 
 
-def read_official(path: Path) -> State:
-    """The tensors of a .pth file, mapped into memory rather than read.
+def read_official(path: Path, *, mapped: bool = True) -> State:
+    """The tensors of a .pth file.
+
+    Args:
+        path: The file.
+        mapped: Map the file into memory rather than read it.
 
     Raises:
         CheckpointError: The file is missing, damaged, holds no tensors, or holds code.
     """
-    content = _load_file(path)
+    content = _load_file(path, mapped)
     for wrapper in ("trainer", "mvar_wo_ddp", "var_wo_ddp", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -246,11 +250,11 @@ def save_official(state: State, path: Path, *, wrapper: str | None = None) -> No
         torch.save({wrapper: state} if wrapper else state, temporary)
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path, mapped: bool = True) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected a published .pth file.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is refused: it holds Python objects that would run code when loaded; expected tensors alone.",

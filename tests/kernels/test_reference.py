@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mvar_core.kernels import attend, attend_scales
+from mvar_core.kernels import attend
 from mvar_core.scales import AttentionPattern, Grid, ScalePyramid
 
 
@@ -106,5 +106,9 @@ def test_packed_scales_equal_one_mask_over_the_sequence(make_inputs, prefixes):
                 mask[span.start + query, span.start + key] = visible(query, key, grid, windows[scale])
     q, k, v, _ = make_inputs(AttentionPattern(Grid(1, count)))
     for backend in ("reference", "auto"):
-        output = attend_scales(q, k, v, pyramid.attention_patterns(prefixes, windows), scale=0.4, backend=backend)
+        outputs = []
+        for span, pattern in zip(pyramid.spans, pyramid.attention_patterns(prefixes, windows), strict=True):
+            keys = slice(span.start - pattern.prefix_tokens, span.stop)
+            outputs.append(attend(q[:, :, span], k[:, :, keys], v[:, :, keys], pattern, scale=0.4, backend=backend))
+        output = torch.cat(outputs, dim=2)
         torch.testing.assert_close(output.double(), masked_softmax(q, k, v, mask, 0.4), rtol=1e-5, atol=1e-6)

@@ -16,7 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
+from mvar_core.config import (
+    AttentionConfig,
+    ModelConfig,
+    SamplingConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    presets_directory,
+)
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.files import atomic_path
 from mvar_core.models.directory import check_state
@@ -30,6 +37,8 @@ State = dict[str, Tensor]
 
 BUFFERS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
 """Last parts of the names of published buffers, which follow from the configuration."""
+
+IMAGENET_CLASSES = 1000
 
 PUBLISHED_SAMPLING: dict[tuple[Kind, int], SamplingConfig] = {
     ("mvar", 16): SamplingConfig(cfg=2.7, top_k=1200, top_p=0.99),
@@ -195,6 +204,7 @@ def infer_config(
         transformer=transformer_config,
         attention=AttentionConfig(scale_prefixes=scale_prefixes, windows=tuple(windows)),
         sampling=_published_sampling(kind, depth, tokenizer_config.codebook_size),
+        class_names=_published_class_names(transformer_config.num_classes if transformer_config else 0),
     )
 
 
@@ -342,6 +352,13 @@ def _infer_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
 def _published_sampling(kind: Kind, depth: int, codebook_size: int) -> SamplingConfig:
     settings = PUBLISHED_SAMPLING.get((kind, depth), SamplingConfig(cfg=1.5, top_k=900, top_p=0.96))
     return settings.model_copy(update={"top_k": min(settings.top_k, codebook_size)})
+
+
+def _published_class_names(num_classes: int) -> tuple[str, ...] | None:
+    """Published files do not name their classes; those of 1000 classes were trained on ImageNet."""
+    if num_classes != IMAGENET_CLASSES:
+        return None
+    return tuple((presets_directory() / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines())
 
 
 def _checked_config(**values: Any) -> ModelConfig:

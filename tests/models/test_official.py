@@ -112,6 +112,9 @@ def test_published_shapes_tell_the_configuration(preset: str) -> None:
     assert inferred.patterns == config.patterns
     assert inferred.transformer is not None
     assert config.transformer is not None
+    assert inferred.class_names is not None
+    assert len(inferred.class_names) == 1000
+    assert inferred.class_names[207] == "golden retriever"
     training_only = {"drop_path", "gate_init", "class_dropout"}
     assert inferred.transformer.model_dump(exclude=training_only) == config.transformer.model_dump(
         exclude=training_only

@@ -1,0 +1,50 @@
+# One command each; `make` alone lists them. PYTHON chooses the interpreter that the virtual environment is made from.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/quickstart
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# torch first and alone: whatever build the index offers is then what everything else is fitted to.
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@# natten builds against the torch that is there; pip's isolated build would fetch another one.
+	$(BIN)/python -m pip install --quiet setuptools wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt natten \
+		|| echo "natten could not be installed; everything works without it, see: $(BIN)/mvar doctor"
+	touch $@
+
+install: $(STAMP)  ## virtual environment with everything in it
+
+quickstart: $(STAMP)  ## from bundled images to samples, measures and a report
+	$(BIN)/mvar quickstart --out $(OUT)
+
+lint: $(STAMP)  ## what CI checks without running anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, types, and all quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+format: $(STAMP)  ## bring the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write the command reference
+	$(BIN)/python -m mvar_cli.reference docs/commands.md
+
+clean:  ## remove the virtual environment and caches, never runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

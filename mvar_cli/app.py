@@ -1,0 +1,158 @@
+"""The `mvar` application: a table of commands loaded when used, and the boundary where errors become one line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import traceback
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from mvar_core import __version__
+from mvar_core.errors import MvarError, nearest
+
+
+class CommandEntry(NamedTuple):
+    """What the top-level help shows of a command, and where its code is."""
+
+    name: str
+    module: str
+    summary: str
+    panel: str
+
+
+COMMANDS = (
+    CommandEntry(
+        "quickstart", "quickstart", "From bundled images to samples, measures and a report, in minutes.", "Start"
+    ),
+    CommandEntry("doctor", "doctor", "What this machine has, what mvar will use, and what mends the rest.", "Start"),
+    CommandEntry("plan", "plan", "Parameters, operations, KV cache and memory of a model; lists the presets.", "Start"),
+    CommandEntry("train-tokenizer", "train_tokenizer", "Train a multi-scale residual VQVAE on images.", "Train"),
+    CommandEntry("tokenize", "tokenize", "Turn images into a cache of token indices.", "Train"),
+    CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train"),
+    CommandEntry("finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train"),
+    CommandEntry("sample", "sample", "Draw class-conditional images.", "Use"),
+    CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use"),
+    CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
+    CommandEntry("convert", "convert", "Published .pth files to a model directory, and back.", "Use"),
+)
+"""Every command, in the order of the help. Listing them here lets the help answer without importing any."""
+
+
+def load_module(entry: CommandEntry) -> Any:
+    """A command's module."""
+    return importlib.import_module(f"mvar_cli.commands.{entry.module}")
+
+
+def load_command(entry: CommandEntry) -> Any:
+    """Import a command's module and build its command from the module's `run` and `EXAMPLE`."""
+    module = load_module(entry)
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    # Typer keeps the line breaks of a docstring, which fit the source and not the terminal.
+    paragraphs = inspect.cleandoc(module.run.__doc__).split("\n\n")
+    single.command(
+        entry.name,
+        help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
+        epilog=f"[bold]Example[/bold]\n\n{module.EXAMPLE}",
+    )(module.run)
+    return typer.main.get_command(single)
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a command only when it is called, and turns errors into one line and an exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The real command in place of its stub; an unknown name fails with the nearest ones."""
+        entry = next((entry for entry in COMMANDS if entry.name == args[0]), None)
+        if entry is not None:
+            return entry.name, load_command(entry), args[1:]
+        if not ctx.resilient_parsing and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command inside the error boundary."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            line = error_line(error)
+            if line is None:
+                raise
+            if os.environ.get("MVAR_DEBUG") == "1":
+                traceback.print_exc()
+            typer.echo(line, err=True)
+            raise typer.Exit(1) from None
+
+
+def error_line(error: Exception) -> str | None:
+    """What to print for an exception, or None for those that typer itself deals with."""
+    if isinstance(error, MvarError):
+        return f"error: {error}"
+    if isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)) or hasattr(error, "format_message"):
+        return None
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return f"error: out of memory: {text} Use a smaller --batch-size; `mvar plan` predicts what fits."
+    if isinstance(error, OSError):
+        return f"error: {text}"
+    return (
+        f"error: unexpected {type(error).__name__}: {text} "
+        "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it."
+    )
+
+
+app = typer.Typer(
+    name="mvar",
+    cls=LazyGroup,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, fine-tune, run, measure and understand next-scale visual autoregressive models: VAR and MVAR.",
+    epilog="[bold]Example[/bold]\n\nmvar quickstart --out runs/quickstart",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mvar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    from mvar_cli.console import log_to_stderr
+
+    log_to_stderr()
+
+
+def _register_stubs() -> None:
+    """Stand-ins that carry name and summary for the help; `resolve_command` puts the real command in their place."""
+
+    def stub() -> None:  # pragma: no cover
+        raise AssertionError("a stub was called instead of its command")
+
+    for entry in COMMANDS:
+        app.command(entry.name, help=entry.summary, rich_help_panel=entry.panel)(stub)
+
+
+_register_stubs()
+
+
+def main() -> None:
+    """The `mvar` entry point."""
+    app(prog_name="mvar")
+
+
+if __name__ == "__main__":
+    main()

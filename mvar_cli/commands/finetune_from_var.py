@@ -1,0 +1,79 @@
+"""`mvar finetune-from-var`: the training of `mvar train`, starting from VAR weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mvar_cli import options
+from mvar_cli.commands.train import TrainRequest, execute
+from mvar_cli.console import Console
+
+EXAMPLE = "mvar finetune-from-var --preset digits --var-checkpoint V --tokens T --out ft"
+
+
+def run(
+    preset: options.RequiredPreset,
+    var_checkpoint: Annotated[
+        Path, typer.Option("--var-checkpoint", metavar="DIR", help="Model directory (or published .pth) to start from.")
+    ],
+    out: options.Out,
+    checkpoint: options.OptionalTokenizerCheckpoint = None,
+    tokenizer: options.TokenizerFile = None,
+    tokens: options.Tokens = None,
+    data: options.OptionalData = None,
+    settings: options.Settings = None,
+    steps: options.Steps = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    seed: options.OptionalSeed = None,
+    validation: options.Validation = None,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    attention: options.Attention = "auto",
+    as_json: options.AsJson = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Train an MVAR that starts from VAR weights; which token sees which follows from the preset, never from the file.
+
+    The tokenizer is the VAR's own unless --checkpoint names another. Running the same command again goes on where it
+    stopped.
+    """
+    start = var_checkpoint
+    if var_checkpoint.is_file():
+        start = convert_beside(var_checkpoint, tokenizer, out)
+    request = TrainRequest(
+        preset=preset,
+        checkpoint=checkpoint or start,
+        out=out,
+        tokens=tokens,
+        data=data,
+        settings=tuple(settings or ()),
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        validation=validation,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        start=start,
+    )
+    execute(Console(as_json), request, dry_run)
+
+
+def convert_beside(model: Path, tokenizer: Path | None, out: Path) -> Path:
+    """The model directory of a published file, made once beside the run."""
+    from mvar_core.models import official
+    from mvar_core.models.conversion import import_official
+
+    directory = out.parent / f"{out.name}-start"
+    if not (directory / "config.json").is_file():
+        import_official(model, tokenizer or official.tokenizer_beside(model), directory, kind="var")
+    return directory

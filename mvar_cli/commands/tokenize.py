@@ -1,0 +1,91 @@
+"""`mvar tokenize`: images to a cache of token indices."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from mvar_cli import options
+from mvar_cli.console import Console, format_bytes, format_seconds
+
+EXAMPLE = "mvar tokenize --checkpoint runs/tokenizer --data digits --out runs/tokens"
+
+
+def run(
+    checkpoint: options.Checkpoint,
+    data: options.Data,
+    out: options.Out,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Also a mirrored view of every image.")] = None,
+    preset: options.Preset = None,
+    settings: options.Settings = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Turn images into a cache of token indices, which is what training reads.
+
+    Views (mirrored, slightly moved) follow data.* of the preset or of --set. A preset's image_size and patch_sizes
+    replace the tokenizer's own. Running the same command again goes on where it stopped.
+    """
+    from mvar_core.config import ModelConfig, load_config, validate
+    from mvar_core.models.directory import read_model_config
+
+    console = Console(as_json)
+    tokenizer = read_model_config(checkpoint)
+    run_config = load_config(preset, settings or [], {"data": {"flip": flip}})
+    config = tokenizer
+    if preset is not None or any(setting.startswith(("image_size", "patch_sizes")) for setting in settings or []):
+        sizes = {"image_size": run_config.image_size, "patch_sizes": run_config.patch_sizes}
+        values = {"name": tokenizer.name, "tokenizer": tokenizer.tokenizer.model_dump(), "transformer": None, **sizes}
+        config = validate(ModelConfig, values, str(checkpoint))
+    if dry_run:
+        from mvar_cli.costs import finish_dry_run
+        from mvar_core.data.images import Views, open_images
+
+        source = open_images(data)
+        views = len(Views(run_config.data, seed))
+        bytes_per_token = 1 if config.tokenizer.codebook_size <= 256 else 2
+        size = len(source) * views * config.pyramid.num_tokens * bytes_per_token
+        plan = [f"encode {len(source)} images in {views} views", f"write {format_bytes(size)} of tokens to {out}"]
+        finish_dry_run(console, config, plan, images=len(source), views=views)
+        return
+
+    from mvar_cli.training import tokenize_run
+
+    start = time.monotonic()
+    summary = tokenize_run(
+        console,
+        checkpoint,
+        config,
+        data,
+        out,
+        views=run_config.data,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size or 64,
+        overwrite=overwrite,
+    )
+    seconds = time.monotonic() - start
+    console.table(
+        "tokens",
+        ("images", "views", "encoded now", "size", "time"),
+        [(summary.images, summary.views, summary.encoded, format_bytes(summary.bytes), format_seconds(seconds))],
+    )
+    console.say(f"Written: {out}")
+    console.finish(
+        {
+            "images": summary.images,
+            "views": summary.views,
+            "bytes": summary.bytes,
+            "seconds": seconds,
+            "encoded": summary.encoded,
+            "tokens": str(out),
+        }
+    )

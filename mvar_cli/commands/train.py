@@ -1,0 +1,205 @@
+"""`mvar train`: a VAR or MVAR from scratch; and what `mvar finetune-from-var` shares with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvar_cli import options
+from mvar_cli.console import Console, format_seconds
+from mvar_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mvar_core.config import RunConfig
+
+EXAMPLE = "mvar train --preset digits --tokens tokens --checkpoint tokenizer --out mvar"
+
+
+def run(
+    preset: options.RequiredPreset,
+    checkpoint: options.TokenizerCheckpoint,
+    out: options.Out,
+    tokens: options.Tokens = None,
+    data: options.OptionalData = None,
+    settings: options.Settings = None,
+    steps: options.Steps = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    seed: options.OptionalSeed = None,
+    validation: options.Validation = None,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    attention: options.Attention = "auto",
+    as_json: options.AsJson = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Train a VAR or MVAR from scratch on a token cache, or on images that are tokenized first.
+
+    Running the same command again goes on where it stopped. The run directory is also a model directory.
+    """
+    request = TrainRequest(
+        preset=preset,
+        checkpoint=checkpoint,
+        out=out,
+        tokens=tokens,
+        data=data,
+        settings=tuple(settings or ()),
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        validation=validation,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+    )
+    execute(Console(as_json), request, dry_run)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What was asked of a training command; the fields are its options.
+
+    Attributes:
+        start: Model directory that gives the first weights.
+    """
+
+    preset: str
+    checkpoint: Path
+    out: Path
+    tokens: Path | None
+    data: str | None
+    settings: tuple[str, ...]
+    steps: int | None
+    epochs: float | None
+    batch_size: int | None
+    seed: int | None
+    validation: Path | None
+    resume: bool
+    overwrite: bool
+    device: str
+    dtype: str
+    attention: str
+    start: Path | None = None
+
+    def configuration(self) -> RunConfig:
+        """Preset, settings and flags, merged.
+
+        Raises:
+            ConfigError: A key or value that cannot be used, or flags that contradict each other.
+        """
+        from mvar_core.config import load_config
+
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps and --epochs both say how long to train.", "Give one of them.")
+        if (self.tokens is None) == (self.data is None):
+            raise ConfigError("Training needs tokens or images.", "Give --tokens CACHE or --data IMAGES, one of them.")
+        # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
+        settings = [*self.settings, "train.steps=null"] if self.epochs is not None else self.settings
+        train = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size}
+        return load_config(self.preset, settings, {"seed": self.seed, "train": train})
+
+
+def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
+    """Tokenize where images were given, train, and print the result."""
+    config = request.configuration()
+    from mvar_core.models.directory import read_model_config
+
+    tokenizer = read_model_config(request.checkpoint)
+    if request.out.resolve() == request.checkpoint.resolve():
+        raise DataError(f"--out {request.out} is the tokenizer's directory.", "Choose another --out.")
+    if dry_run:
+        _show_plan(console, request, config)
+        return
+
+    from mvar_cli.training import fit_to_tokens, prepare_run, tokenize_run, train_run
+    from mvar_core.data.images import open_images
+    from mvar_core.data.tokens import TokenCache
+
+    resume = prepare_run(request.out, request.resume, request.overwrite)
+    tokens = request.tokens
+    if tokens is None:
+        assert request.data is not None
+        tokens = request.out / "tokens"
+        tokenize_run(
+            console,
+            request.checkpoint,
+            fit_to_tokens(config, tokenizer, open_images(request.data).class_names),
+            request.data,
+            tokens,
+            views=config.data,
+            seed=config.seed,
+            device=request.device,
+            dtype="auto",
+            overwrite=request.overwrite,
+        )
+    cache = TokenCache.open(tokens)
+    config = fit_to_tokens(config, tokenizer, cache.class_names)
+    result = train_run(
+        console,
+        config,
+        cache,
+        request.checkpoint,
+        request.out,
+        device=request.device,
+        dtype=request.dtype,
+        attention=request.attention,
+        resume=resume,
+        validation=TokenCache.open(request.validation) if request.validation else None,
+        start=request.start,
+        provenance={"started_from": str(request.start)} if request.start else None,
+    )
+    columns = ["steps", "loss", "time", "skipped steps"]
+    row: list[Any] = [result.steps, result.loss, format_seconds(result.seconds), result.skipped]
+    if result.val_loss is not None:
+        columns.append("validation loss")
+        row.append(result.val_loss)
+    console.table(config.name, columns, [row])
+    if not result.interrupted:
+        console.say(f"Written: {request.out}")
+        console.say(f"Next: mvar sample --checkpoint {request.out} --class all --num 4 --out grid.png")
+    console.finish(
+        {
+            "steps": result.steps,
+            "loss": result.loss,
+            "model": str(request.out),
+            "seconds": result.seconds,
+            "validation_loss": result.val_loss,
+            "skipped": result.skipped,
+            "interrupted": result.interrupted,
+        }
+    )
+    if result.interrupted:
+        raise options.interrupted(console)
+
+
+def _show_plan(console: Console, request: TrainRequest, config: RunConfig) -> None:
+    from mvar_cli.costs import finish_dry_run, steps_of
+
+    plan = []
+    if request.tokens is not None:
+        from mvar_core.data.tokens import TokenCache
+
+        rows = len(TokenCache.open(request.tokens))
+    else:
+        from mvar_core.data.images import Views, open_images
+
+        assert request.data is not None
+        source = open_images(request.data)
+        views = len(Views(config.data, config.seed))
+        rows = len(source) * views
+        plan.append(f"encode {len(source)} images in {views} views into {request.out / 'tokens'}")
+    if request.start is not None:
+        plan.append(f"start from the transformer of {request.start}")
+    steps = steps_of(config, rows)
+    batch = config.train.batch_size
+    plan += [
+        f"train {steps} steps of {batch} of {rows} rows ({steps * batch / rows:.3g} epochs)",
+        f"write {request.out}",
+    ]
+    finish_dry_run(console, config, plan, steps=steps, rows=rows)

@@ -1,0 +1,92 @@
+"""`mvar train-tokenizer`: a multi-scale residual VQVAE, from images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mvar_cli import options
+from mvar_cli.console import Console, format_seconds
+
+if TYPE_CHECKING:
+    from mvar_core.config import RunConfig
+    from mvar_core.training.tokenizer import TokenizerTrainResult
+
+EXAMPLE = "mvar train-tokenizer --preset digits --data digits --out runs/tokenizer"
+
+
+def run(
+    preset: options.RequiredPreset,
+    data: options.Data,
+    out: options.Out,
+    settings: options.Settings = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")] = None,
+    batch_size: options.BatchSize = None,
+    seed: options.OptionalSeed = None,
+    resume: options.Resume = True,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    as_json: options.AsJson = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Train a multi-scale residual VQVAE on images.
+
+    Running the same command again goes on where it stopped. The run directory is also a model directory.
+    """
+    from mvar_core.config import load_config
+
+    console = Console(as_json)
+    overrides = {"seed": seed, "train_tokenizer": {"steps": steps, "batch_size": batch_size}}
+    config = load_config(preset, settings or [], overrides)
+    config = config.model_copy(update={"transformer": None})
+
+    from mvar_core.data.images import open_images
+
+    source = open_images(data)
+    if dry_run:
+        from mvar_cli.costs import finish_dry_run
+
+        train = config.train_tokenizer
+        plan = [f"train {train.steps} steps of {train.batch_size} of {len(source)} images", f"write {out}"]
+        finish_dry_run(console, config, plan, images=len(source))
+        return
+
+    from mvar_cli.training import prepare_run, train_tokenizer_run
+
+    resume = prepare_run(out, resume, overwrite)
+    source.check()
+    result = train_tokenizer_run(console, config, data, out, device=device, dtype=dtype, resume=resume)
+    _show(console, config, result)
+    if not result.interrupted:
+        console.say(f"Written: {out}")
+        console.say(f"Next: mvar tokenize --checkpoint {out} --data {data} --out {out.parent / 'tokens'}")
+    console.finish(
+        {
+            "steps": result.steps,
+            "loss": result.loss,
+            "model": str(out),
+            "seconds": result.seconds,
+            "psnr": result.psnr,
+            "code_usage": result.code_usage,
+            "usage_per_scale": result.usage_per_scale,
+            "interrupted": result.interrupted,
+        }
+    )
+    if result.interrupted:
+        raise options.interrupted(console)
+
+
+def _show(console: Console, config: RunConfig, result: TokenizerTrainResult) -> None:
+    if result.interrupted:
+        console.table(config.name, ("steps", "time"), [(result.steps, format_seconds(result.seconds))])
+        return
+    console.table(
+        config.name,
+        ("steps", "loss", "PSNR (dB)", "codes used", "time"),
+        [(result.steps, result.loss, result.psnr, f"{result.code_usage:.1%}", format_seconds(result.seconds))],
+    )
+    sides = [str(size) for size in config.patch_sizes]
+    usage = [f"{part:.1%}" for part in result.usage_per_scale]
+    console.table("codes used, per scale", ("side", *sides), [("part of the codebook", *usage)])

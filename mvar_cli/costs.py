@@ -1,0 +1,117 @@
+"""Tables of what a model costs, for `mvar plan` and for every `--dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mvar_cli.console import Console, format_bytes, format_count
+
+if TYPE_CHECKING:
+    from mvar_core.analysis.cost import Plan
+    from mvar_core.config import ModelConfig, RunConfig
+
+DTYPE_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def cost_of(
+    config: ModelConfig,
+    *,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    guided: bool | None = None,
+    device_memory: int | None = None,
+) -> Plan:
+    """The predicted cost of a model, of its training too where the configuration says how it is trained.
+
+    Raises:
+        ConfigError: Unknown dtype, or sizes that make no sense.
+    """
+    from mvar_core.analysis.cost import plan
+    from mvar_core.config import RunConfig
+    from mvar_core.errors import ConfigError, nearest
+
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"--dtype {dtype!r} is not known. {nearest(dtype, DTYPE_BYTES)}")
+    return plan(
+        config,
+        batch_size=batch_size,
+        dtype_bytes=DTYPE_BYTES[dtype],
+        guided=config.sampling.cfg > 0 if guided is None else guided,
+        device_memory=device_memory,
+        train=config.train if isinstance(config, RunConfig) else None,
+    )
+
+
+def show_cost(console: Console, cost: Plan) -> None:
+    """Totals and one row per scale."""
+    rows = [
+        ("parameters, transformer", format_count(cost.parameters)),
+        ("parameters, tokenizer", format_count(cost.tokenizer_parameters)),
+        ("tokens per image", f"{cost.tokens:,}"),
+        ("attention, one image, no guidance", f"{cost.attention_gmacs:,.4g} GMACs"),
+        ("everything, one image, no guidance", f"{cost.total_gmacs:,.4g} GMACs"),
+        ("everything, one image, guided", f"{cost.guided_gmacs:,.4g} GMACs"),
+        (f"KV cache, {_batch(cost)}", format_bytes(cost.kv_cache_bytes)),
+        (f"peak memory of sampling, {_batch(cost)}", format_bytes(cost.sample_peak_bytes)),
+    ]
+    if cost.train_peak_bytes is not None:
+        rows.append((f"peak memory of training, batch {cost.train_batch_size}", format_bytes(cost.train_peak_bytes)))
+    if cost.device_memory is not None:
+        rows.append((f"largest batch of sampling in {format_bytes(cost.device_memory)}", str(cost.largest_batch)))
+        if cost.largest_train_batch is not None:
+            rows.append(
+                (f"largest batch of training in {format_bytes(cost.device_memory)}", str(cost.largest_train_batch))
+            )
+    console.table(cost.name, ("what", "how much"), rows)
+    console.table(
+        "scales",
+        ("side", "tokens", "window", "keys per query", "attention GMACs", "total GMACs", "KV cache kept"),
+        [
+            (
+                str(scale["side"]),
+                scale["tokens"],
+                scale["window"] or "whole",
+                scale["keys_per_query"],
+                scale["attention_gmacs"],
+                scale["total_gmacs"],
+                format_bytes(scale["kv_cache_bytes"]),
+            )
+            for scale in cost.scales
+        ],
+    )
+
+
+def finish_dry_run(
+    console: Console, config: ModelConfig, plan: Sequence[str], *, cost: Plan | None = None, **facts: Any
+) -> None:
+    """Print what a command would do: configuration, cost and plan.
+
+    Args:
+        console: Where to.
+        config: The resolved configuration.
+        plan: What would happen, in order.
+        cost: Its cost; by default predicted from the configuration.
+        facts: Further keys of the JSON object.
+    """
+    import yaml
+
+    cost = cost or cost_of(config)
+    values: Mapping[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    console.say(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip())
+    show_cost(console, cost)
+    for number, step in enumerate(plan, 1):
+        console.say(f"{number}. {step}")
+    console.say("Nothing was done (--dry-run).")
+    console.finish({"dry_run": True, "configuration": values, "cost": cost.to_dict(), "plan": list(plan), **facts})
+
+
+def steps_of(config: RunConfig, rows: int) -> int:
+    """Optimizer steps that a configuration asks for on so many rows."""
+    from mvar_core.training.order import planned_steps
+
+    return planned_steps(config.train, rows)
+
+
+def _batch(cost: Plan) -> str:
+    return f"batch {cost.batch_size}" + (", guided" if cost.guided else "")

@@ -1,0 +1,72 @@
+"""What the quickstart measures of its samples, and what it compares the measures with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mvar_core.metrics.demo import DemoClassifier, DemoExtractor
+from mvar_core.metrics.pixels import class_mean_images, nearest_neighbour_distance, pixel_diversity
+from mvar_core.metrics.scores import frechet_distance
+from mvar_core.metrics.statistics import Statistics, collect
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Measures of samples that only together say that a model draws well: each alone can be had by cheating.
+
+    Attributes:
+        classifier_accuracy: Part of the samples that the classifier takes for their class.
+        classifier_accuracy_real: The same for real test images.
+        demo_fid: Fréchet distance of the samples' demo features to the training images'.
+        demo_fid_floor: The same for the mean image of each class: what a model without any diversity gets.
+        demo_fid_real: The same for real test images.
+        pixel_diversity: Mean distance between samples of a class.
+        pixel_diversity_real: The same for real test images.
+        nearest_distance: Mean distance from a sample to the nearest training image.
+        nearest_distance_real: The same for real test images.
+    """
+
+    classifier_accuracy: float
+    classifier_accuracy_real: float
+    demo_fid: float
+    demo_fid_floor: float
+    demo_fid_real: float
+    pixel_diversity: float
+    pixel_diversity_real: float
+    nearest_distance: float
+    nearest_distance_real: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measures as a mapping."""
+        return asdict(self)
+
+
+def measure_samples(
+    classifier: DemoClassifier,
+    samples: tuple[Tensor, Tensor],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+) -> Measures:
+    """Measure samples against training and test images; each is images uint8 (N, 3, H, W) and labels (N,)."""
+    extractor = DemoExtractor(classifier)
+
+    def gaussian(images: Tensor) -> Statistics:
+        statistics = collect(extractor, images.split(512), len(images)).statistics
+        assert statistics is not None
+        return statistics
+
+    reference = gaussian(train[0])
+    return Measures(
+        classifier_accuracy=classifier.accuracy(*samples),
+        classifier_accuracy_real=classifier.accuracy(*test),
+        demo_fid=frechet_distance(gaussian(samples[0]), reference),
+        demo_fid_floor=frechet_distance(gaussian(class_mean_images(*train)), reference),
+        demo_fid_real=frechet_distance(gaussian(test[0]), reference),
+        pixel_diversity=pixel_diversity(*samples),
+        pixel_diversity_real=pixel_diversity(*test),
+        nearest_distance=nearest_neighbour_distance(samples[0], train[0]),
+        nearest_distance_real=nearest_neighbour_distance(test[0], train[0]),
+    )

@@ -1,0 +1,118 @@
+"""Options that several commands share, so that a name means the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mvar_cli.console import Console
+from mvar_core.errors import ConfigError
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Names of presets for shell completion."""
+    from mvar_core.config import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME|FILE", help="A preset (`mvar plan` lists them) or a YAML file.",
+                 autocompletion=complete_preset),
+]  # fmt: skip
+RequiredPreset = Annotated[
+    str,
+    typer.Option("--preset", metavar="NAME|FILE", help="A preset (`mvar plan` lists them) or a YAML file.",
+                 autocompletion=complete_preset),
+]  # fmt: skip
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the preset, as in a.b=c; repeatable."),
+]
+_CHECKPOINT = typer.Option("--checkpoint", metavar="DIR", help="A model directory, a run, or a published .pth file.")
+Checkpoint = Annotated[Path, _CHECKPOINT]
+OptionalCheckpoint = Annotated[Path | None, _CHECKPOINT]
+_TOKENIZER = typer.Option("--checkpoint", metavar="DIR", help="Model directory that holds the tokenizer.")
+TokenizerCheckpoint = Annotated[Path, _TOKENIZER]
+OptionalTokenizerCheckpoint = Annotated[Path | None, _TOKENIZER]
+TokenizerFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", metavar="FILE", help="The published tokenizer, where --checkpoint is a published .pth."
+    ),
+]
+Data = Annotated[str, typer.Option("--data", metavar="digits|FOLDER", help="Bundled digits, or a folder of images.")]
+OptionalData = Annotated[
+    str | None, typer.Option("--data", metavar="digits|FOLDER", help="Bundled digits, or a folder of images.")
+]
+Tokens = Annotated[Path | None, typer.Option("--tokens", metavar="CACHE", help="Token cache, from `mvar tokenize`.")]
+Validation = Annotated[
+    Path | None, typer.Option("--validation", metavar="CACHE", help="Token cache of held-out images to measure on.")
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", metavar="N", help="Passes over the tokens.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from a checkpoint in --out.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel="Machine")
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.", rich_help_panel="Machine"),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        help="auto, reference, dense, tiled or natten; a named one never falls back.",
+        rich_help_panel="Machine",
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images at a time.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Where chance starts.")]
+OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Where chance starts.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.", rich_help_panel="Output")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print configuration, cost and plan, and do nothing.", rich_help_panel="Output"),
+]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `24GB`, `16GiB`, `800MB` or a plain number.
+
+    Raises:
+        ConfigError: Not an amount of memory.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    stripped = text.strip().upper()
+    number = stripped.rstrip("KMGTIB")
+    try:
+        return int(float(number) * units[stripped[len(number) :].strip() or ""])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{text!r} is not an amount of memory.", "Write for example 24GB or 16GiB.") from None
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from a comma list.
+
+    Raises:
+        ConfigError: Something between the commas is not a whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a comma list of whole numbers.") from None
+
+
+def interrupted(console: Console) -> typer.Exit:
+    """What to raise after an interrupted run has been saved."""
+    console.note("Interrupted; the run is saved. The same command goes on from here.")
+    return typer.Exit(130)

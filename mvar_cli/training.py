@@ -1,0 +1,260 @@
+"""The steps that the training commands and the quickstart share: each takes what it needs and reports to a console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvar_cli.console import Console, Progress
+from mvar_core.config import DataConfig, ModelConfig, RunConfig
+from mvar_core.data.images import ImageRows, ImageSource, Views, open_images, split_name
+from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.files import require_new_directory
+from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.runtime import generator, resolve_device, resolve_dtype
+from mvar_core.scales import ScalePyramid
+from mvar_core.training.finetune import load_pretrained
+from mvar_core.training.loop import TrainResult, train_transformer
+from mvar_core.training.record import StepReport
+from mvar_core.training.tokenizer import TokenizerTrainResult, train_tokenizer
+
+RUN_FILES = ("config.yaml", "checkpoints", "tokens", "start")
+"""Any of these in a directory says that a run was begun there."""
+
+
+class ImagesAlone:
+    """Images without their labels, which the training of a tokenizer has no use for."""
+
+    def __init__(self, rows: ImageRows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: np.ndarray) -> Tensor:
+        """The images of some rows."""
+        return self.rows.batch(rows)[0]
+
+
+def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether a run in `out` goes on from what is there, after checking that it may.
+
+    Raises:
+        DataError: `out` holds something that is not a run, or a run that is neither resumed nor overwritten.
+    """
+    if overwrite:
+        require_new_directory(out, overwrite=True)
+        return False
+    if resume and any((out / name).exists() for name in RUN_FILES):
+        return True
+    require_new_directory(out, overwrite=False)
+    return True
+
+
+def held_out(data: str) -> ImageSource | None:
+    """The test images of a data set, where it has some of its own."""
+    name, split = split_name(data)
+    if split != "train":
+        return None
+    try:
+        return open_images(name, "test")
+    except DataError:
+        return None
+
+
+def seeded(build: Callable[[], torch.nn.Module], *seed: int | str) -> Any:
+    """A module whose first weights depend on the seed alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*seed).initial_seed())
+        return build()
+
+
+def train_tokenizer_run(
+    console: Console, config: RunConfig, data: str, out: Path, *, device: str, dtype: str, resume: bool
+) -> TokenizerTrainResult:
+    """Train a tokenizer on the images that `data` names.
+
+    Raises:
+        MvarError: Images, configuration or checkpoint do not fit.
+    """
+    source = open_images(data)
+    target = resolve_device(device)
+    test = held_out(data)
+    vqvae = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)
+    with console.progress("tokenizer", "steps") as progress:
+        return train_tokenizer(
+            vqvae,
+            ImagesAlone(ImageRows(source, config.image_shape, Views(config.data, config.seed))),
+            config,
+            out,
+            device=target,
+            dtype=resolve_dtype(dtype, target),
+            resume=resume,
+            validation=ImagesAlone(ImageRows(test, config.image_shape)) if test else None,
+            provenance={"data": data, "images": len(source)},
+            on_step=step_display(progress),
+        )
+
+
+def step_display(progress: Progress) -> Callable[[StepReport], None]:
+    """Show training steps on a progress bar."""
+
+    def show(report: StepReport) -> None:
+        note = f"loss {report.loss:.4g}, {report.images_per_second:.3g} images/s"
+        progress(report.step, report.total_steps, note + (f", {report.skipped} skipped" if report.skipped else ""))
+
+    return show
+
+
+def tokenize_run(
+    console: Console,
+    checkpoint: Path,
+    config: ModelConfig,
+    data: str,
+    out: Path,
+    *,
+    views: DataConfig,
+    seed: int,
+    device: str,
+    dtype: str,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> CacheSummary:
+    """Turn the images that `data` names into a token cache.
+
+    Args:
+        console: Where to report.
+        checkpoint: Model directory with the tokenizer.
+        config: Says image size and pyramid, which may be another than the directory's.
+        data: Names the images.
+        out: The cache's directory.
+        views: Which views of each image.
+        seed: Of the augmented views.
+        device: Where to compute.
+        dtype: What to compute in; auto is float32, for an index may hang on the last bits.
+        batch_size: Images at a time.
+        overwrite: Replace what is there.
+
+    Raises:
+        MvarError: Images, tokenizer or cache do not fit.
+    """
+    source = open_images(data)
+    target = resolve_device(device)
+    kind = resolve_dtype("float32" if dtype == "auto" else dtype, target)
+    tokenizer = load_tokenizer(checkpoint, config, target, kind)
+    with console.progress("tokenizing") as progress:
+        return write_token_cache(
+            out,
+            source,
+            lambda images: tokenizer.encode(images.to(target)),
+            config=config,
+            tokenizer_hash=tokenizer_hash(checkpoint),
+            data=views,
+            seed=seed,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[str, ...]) -> RunConfig:
+    """The configuration of a model for this tokenizer and these classes.
+
+    Raises:
+        ConfigError: The tokenizer does not fit the preset's image size and pyramid.
+    """
+    if config.transformer is None:
+        raise ConfigError(f"{config.name} is a tokenizer's preset; training needs a transformer section.")
+    transformer = config.transformer.model_copy(update={"num_classes": len(class_names)})
+    update = {"tokenizer": tokenizer.tokenizer, "transformer": transformer, "class_names": class_names}
+    latent, downsample = config.pyramid.latent_grid, tokenizer.tokenizer.downsample
+    if (latent.height * downsample, latent.width * downsample) != config.image_shape:
+        raise ConfigError(
+            f"The tokenizer makes one token of {downsample}×{downsample} pixels; {config.name} has {latent} tokens for"
+            f" {config.image_shape[0]}×{config.image_shape[1]} pixels.",
+            "Choose the preset that the tokenizer was trained with, or set image_size and patch_sizes to fit.",
+        )
+    top_k = min(config.sampling.top_k, tokenizer.tokenizer.codebook_size)
+    return config.model_copy(update={**update, "sampling": config.sampling.model_copy(update={"top_k": top_k})})
+
+
+def train_run(
+    console: Console,
+    config: RunConfig,
+    tokens: TokenCache,
+    checkpoint: Path,
+    out: Path,
+    *,
+    device: str,
+    dtype: str,
+    attention: str,
+    resume: bool,
+    validation: TokenCache | None = None,
+    start: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train a transformer on a token cache.
+
+    Args:
+        console: Where to report.
+        config: From `fit_to_tokens`.
+        tokens: The token cache.
+        checkpoint: Model directory with the tokenizer that made it.
+        out: The run directory.
+        device: Where to compute.
+        dtype: What autocast computes in.
+        attention: Attention backend.
+        resume: Go on from a checkpoint in `out`.
+        validation: Held-out tokens.
+        start: Model directory whose transformer gives the first weights.
+        provenance: Further facts for config.json.
+
+    Raises:
+        MvarError: Tokens, tokenizer, weights or checkpoint do not fit.
+    """
+    digest = tokenizer_hash(checkpoint)
+    for cache in (tokens, validation):
+        if cache is not None:
+            cache.check(digest, config.pyramid)
+    target = resolve_device(device)
+    model = config.model
+    tokenizer = load_tokenizer(checkpoint, model, target)
+    transformer: Transformer = seeded(lambda: Transformer(model), "transformer", config.seed)
+    if start is not None:
+        _load_start(console, transformer, start)
+    with console.progress("training", "steps") as progress:
+        return train_transformer(
+            transformer,
+            tokenizer.quantizer,
+            tokens,
+            config,
+            out,
+            device=target,
+            dtype=resolve_dtype(dtype, target),
+            attention=attention,
+            resume=resume,
+            validation=validation,
+            tokenizer_state=tokenizer.state_dict(),
+            provenance={"data": tokens.manifest.source, "images": tokens.num_images, **(provenance or {})},
+            on_step=step_display(progress),
+        )
+
+
+def _load_start(console: Console, transformer: Transformer, start: Path) -> None:
+    from mvar_core.models.directory import load_transformer
+
+    source = read_model_config(start)
+    weights = load_transformer(start, source).state_dict()
+    reports = load_pretrained(transformer, weights, ScalePyramid(source.pyramid.grids))
+    changed = [report for report in reports if report.action != "loaded"]
+    console.note(f"{start}: {len(reports) - len(changed)} of {len(reports)} parameters loaded as they are.")
+    for report in changed:
+        console.note(f"  {report.name}: {report.action}, {report.note}")

@@ -1,0 +1,144 @@
+"""The state of a training run in one file, from which the run goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvar_core.errors import CheckpointError
+from mvar_core.files import atomic_path
+
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+_KEPT = 2
+
+
+@dataclass
+class TrainingState:
+    """Everything that a resumed run needs and that does not follow from (seed, step).
+
+    Attributes:
+        step: Steps done.
+        settings: What the run was asked to do: nested mappings of plain values; compared when resuming.
+        model: State dict of what is trained.
+        optimizer: State dict of the optimizer.
+        scaler: State dict of the fp16 gradient scaler; empty without one.
+        objective: Further tensors that the objective carries from step to step.
+        window: Sums of the measures since the last line of metrics.jsonl, and how many steps each sums.
+        loss: Training loss, averaged over the last finished line.
+        skipped: Steps left out so far because their loss or gradient was not finite.
+        seconds: Time spent so far, over all sessions of the run.
+    """
+
+    step: int
+    settings: dict[str, Any]
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, torch.Tensor] = field(default_factory=dict)
+    window: torch.Tensor | None = None
+    loss: float = float("nan")
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Training checkpoints of a run directory, oldest first."""
+    found = [
+        (int(match[1]), path) for path in (out / "checkpoints").glob("*.pt") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The checkpoint that a run in `out` resumes from, or None."""
+    found = checkpoints(out)
+    return found[-1] if found else None
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Forget the checkpoints of a run directory, to start it anew."""
+    for path in checkpoints(out):
+        path.unlink()
+
+
+def save_checkpoint(out: Path, state: TrainingState) -> Path:
+    """Write `out`/checkpoints/step-NNNNNNNN.pt whole or not at all, and keep the last two."""
+    directory = out / "checkpoints"
+    path = directory / f"step-{state.step:08d}.pt"
+    content = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    # Settings travel as JSON: they are compared as text is, without tuples turning into lists.
+    content.update(format=_FORMAT, settings=json.dumps(state.settings, sort_keys=True))
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+    for old in checkpoints(out)[:-_KEPT]:
+        old.unlink()
+    for leftover in directory.glob(".step-*.tmp"):  # of a process that was killed while writing
+        leftover.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """Read a checkpoint to the CPU; only tensors and plain values are unpickled, never code.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, holds code, or is not a training checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{path} cannot be read as a training checkpoint: {reason[0]}",
+            "Delete it to resume from the one before, or start anew with --overwrite.",
+        ) from None
+    names = set(TrainingState.__dataclass_fields__)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not names <= content.keys():
+        found = f"format {content.get('format')!r}" if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} is not a training checkpoint of this version (found {found}, expected format {_FORMAT}).",
+            "Start anew with --overwrite or another --out.",
+        )
+    values = {name: content[name] for name in names}
+    values["settings"] = json.loads(content["settings"])
+    return TrainingState(**values)
+
+
+def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to resume a run that was asked to do something else.
+
+    Raises:
+        CheckpointError: Some settings differ; names them with both values.
+    """
+    before, now = _flatten(found), _flatten(json.loads(json.dumps(wanted)))
+    absent = "absent"
+    differing = [
+        f"{key} (checkpoint {before.get(key, absent)}, now {now.get(key, absent)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, absent) != now.get(key, absent)
+    ]
+    if differing:
+        shown = ", ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings: {shown}.",
+            "Go back to those settings to resume it, or choose another --out, or start anew with --overwrite.",
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

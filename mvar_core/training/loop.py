@@ -1,0 +1,286 @@
+"""Training of the transformer on a token cache."""
+
+# Shape suffixes: B batch, L tokens of all scales.
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvar_core.config import RunConfig
+from mvar_core.errors import DataError
+from mvar_core.models.directory import save_model
+from mvar_core.models.quantizer import MultiScaleQuantizer
+from mvar_core.models.transformer import Transformer
+from mvar_core.runtime import generator
+from mvar_core.training.curriculum import Curriculum, build_curriculum
+from mvar_core.training.engine import OnStep, Plan, comparable_settings, optimise
+from mvar_core.training.order import planned_steps
+
+_MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
+
+
+class TokenSource(Protocol):
+    """Images as tokens: a token cache, or anything that answers likewise."""
+
+    def __len__(self) -> int:
+        """Rows: images times views."""
+        ...
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) int64 and labels (B,) int64 of rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How the training of a transformer ended.
+
+    Attributes:
+        steps: Steps done.
+        loss: Training loss, averaged over the last line of metrics.jsonl.
+        seconds: Time spent, over all sessions of the run.
+        interrupted: Whether Ctrl-C ended it early; run the same again to go on.
+        skipped: Steps left out because their loss or gradient was not finite.
+        val_loss: Loss on the validation tokens, where there are any.
+    """
+
+    steps: int
+    loss: float
+    seconds: float
+    interrupted: bool
+    skipped: int = 0
+    val_loss: float | None = None
+
+
+class TransformerObjective:
+    """Cross-entropy of the true tokens under teacher forcing, as the curriculum weighs it."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        quantizer: MultiScaleQuantizer,
+        tokens: TokenSource,
+        validation: TokenSource | None,
+        curriculum: Curriculum,
+        *,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str,
+        seed: int,
+    ):
+        self.transformer = transformer
+        self.quantizer = quantizer
+        self.tokens = tokens
+        self.validation = validation
+        self.curriculum = curriculum
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.attention = attention
+        self.seed = seed
+        self.num_scales = transformer.pyramid.num_scales
+        scales = range(self.num_scales)
+        self.metric_names = (*(f"loss_{s}" for s in scales), *(f"accuracy_{s}" for s in scales))
+        self.num_rows = len(tokens)
+        self.tokens_per_image = transformer.pyramid.num_tokens
+        self.val_loss: float | None = None
+
+    def fetch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens and labels of rows."""
+        return self.tokens.batch(rows)
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """Loss, and each scale's loss and accuracy."""
+        tokens_BL, labels_B = (part.to(self.device, non_blocking=True) for part in batch)
+        losses = self.curriculum.losses(
+            self.transformer,
+            labels_B,
+            tokens_BL,
+            self._inputs(tokens_BL),
+            step=step,
+            attention=self.attention,
+            generator=generator("train", self.seed, step),
+        )
+        return losses.loss, torch.cat([losses.scale_losses, losses.scale_accuracies])
+
+    def prepare(self) -> None:
+        """Nothing to prepare."""
+
+    def after_step(self, batch: object, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to do between steps."""
+
+    def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
+        """Per-scale losses and accuracies as lists."""
+        scales = range(self.num_scales)
+        return {
+            "scale_loss": [means[f"loss_{s}"] for s in scales],
+            "scale_accuracy": [means[f"accuracy_{s}"] for s in scales],
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Loss and accuracy on the validation tokens, all of them, with nothing dropped."""
+        if self.validation is None or len(self.validation) == 0:
+            return {}
+        sums, rows = torch.zeros(1 + 2 * self.num_scales, device=self.device), len(self.validation)
+        for start in range(0, rows, self.batch_size):
+            batch = self.validation.batch(np.arange(start, min(start + self.batch_size, rows)))
+            tokens_BL, labels_B = (part.to(self.device) for part in batch)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                losses = self.curriculum.losses(
+                    self.transformer,
+                    labels_B,
+                    tokens_BL,
+                    self._inputs(tokens_BL),
+                    step=0,
+                    attention=self.attention,
+                    generator=None,
+                )
+            values = torch.cat([losses.loss.view(1), losses.scale_losses, losses.scale_accuracies])
+            sums += values.float() * len(labels_B)
+        loss, *rest = (sums / rows).tolist()
+        self.val_loss = loss
+        return {
+            "val_loss": loss,
+            "val_scale_loss": rest[: self.num_scales],
+            "val_scale_accuracy": rest[self.num_scales :],
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """The last validation loss, so that a finished run still knows it."""
+        return {} if self.val_loss is None else {"val_loss": torch.tensor(self.val_loss, dtype=torch.float64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.val_loss = float(state["val_loss"]) if "val_loss" in state else None
+
+    def _inputs(self, tokens_BL: Tensor) -> Tensor:
+        # f̂ is a sum over many scales: it stays in float32 where the transformer runs under autocast.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.quantizer.teacher_forcing_inputs(tokens_BL)
+
+
+def train_transformer(
+    transformer: Transformer,
+    quantizer: MultiScaleQuantizer,
+    tokens: TokenSource,
+    config: RunConfig,
+    out: Path,
+    *,
+    tokenizer_state: Mapping[str, Tensor],
+    total_steps: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    seed: int | None = None,
+    resume: bool = True,
+    validation: TokenSource | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    on_step: OnStep | None = None,
+) -> TrainResult:
+    """Train a transformer and leave a run directory that is also a model directory.
+
+    Running it again in the same `out` goes on from the last checkpoint; a finished run is only saved again.
+
+    Args:
+        transformer: What is trained, float32; it is moved to `device` and left there in eval mode.
+        quantizer: Of the tokenizer that made the tokens; frozen.
+        tokens: Token maps and labels.
+        config: The run's configuration.
+        out: The run directory.
+        tokenizer_state: Weights of the tokenizer, saved beside the transformer's, so that the directory can sample.
+        total_steps: Optimizer steps; by default what `config.train` asks for.
+        device: Where to compute; by default where the transformer is.
+        dtype: Type that autocast computes in.
+        attention: Attention backend.
+        seed: Of the order of the data and of everything dropped; by default `config.seed`.
+        resume: Whether to go on from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
+        validation: Held-out tokens, measured at every checkpoint and at the end.
+        provenance: Further facts for config.json.
+        on_step: Called after every step.
+
+    Raises:
+        CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
+        DataError: No tokens, or tokens or labels that do not fit the model.
+        MvarError: Ten steps in a row were not finite.
+    """
+    train = config.train
+    device = device or next(transformer.parameters()).device
+    seed = config.seed if seed is None else seed
+    check_tokens(tokens, transformer, quantizer)
+    transformer.to(device)
+    quantizer.to(device)
+    objective = TransformerObjective(
+        transformer,
+        quantizer,
+        tokens,
+        validation,
+        build_curriculum(train, transformer.pyramid),
+        batch_size=train.batch_size,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        seed=seed,
+    )
+    settings = comparable_settings(config, _MODEL_SECTIONS, train.model_dump(mode="json"))
+    plan = Plan(
+        total_steps=planned_steps(train, len(tokens)) if total_steps is None else total_steps,
+        batch_size=train.batch_size,
+        optimizer=train.optimizer,
+        log_every=train.log_every,
+        checkpoint_every=train.checkpoint_every,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        settings={**settings, "seed": seed, "rows": len(tokens), "codebook": _fingerprint(quantizer)},
+        resume=resume,
+    )
+    outcome = optimise(
+        transformer, objective, plan, config, out, no_decay=transformer.no_decay_names(), on_step=on_step
+    )
+    if not outcome.interrupted:
+        facts = {**config.provenance, **(provenance or {}), "training_steps": outcome.steps, "seed": seed}
+        model = config.model.model_copy(update={"provenance": facts})
+        save_model(out, model, transformer=transformer.state_dict(), tokenizer=tokenizer_state)
+    return TrainResult(
+        outcome.steps, outcome.loss, outcome.seconds, outcome.interrupted, outcome.skipped, objective.val_loss
+    )
+
+
+def _fingerprint(quantizer: MultiScaleQuantizer) -> str:
+    """Names the codebook, so that a run is not resumed on another tokenizer's tokens."""
+    codebook = quantizer.codebook.detach().float().cpu().contiguous()
+    return hashlib.sha256(codebook.numpy().tobytes()).hexdigest()[:12]
+
+
+def check_tokens(tokens: TokenSource, transformer: Transformer, quantizer: MultiScaleQuantizer) -> None:
+    """Refuse tokens that do not fit the model, judged by the first row.
+
+    Raises:
+        DataError: No rows, another number of tokens, a token above the codebook, or a label above the classes.
+    """
+    if len(tokens) == 0:
+        raise DataError("The token cache holds no images.", "Run `mvar tokenize` on a folder that has some.")
+    tokens_BL, labels_B = tokens.batch(np.zeros(1, dtype=np.int64))
+    pyramid, codes = transformer.pyramid, quantizer.codebook.shape[0]
+    if tokens_BL.shape[1] != pyramid.num_tokens:
+        raise DataError(
+            f"An image has {tokens_BL.shape[1]} tokens; the model's pyramid ({pyramid}) has {pyramid.num_tokens}.",
+            "Tokenize the images again with this model's tokenizer.",
+        )
+    if int(tokens_BL.max()) >= codes:
+        raise DataError(f"The tokens hold code {int(tokens_BL.max())}; the codebook has {codes} entries.")
+    if int(labels_B.max()) >= transformer.no_class:
+        raise DataError(
+            f"The tokens hold label {int(labels_B.max())}; the model has {transformer.no_class} classes.",
+            "Set transformer.num_classes to the number of classes of the data.",
+        )

@@ -1,0 +1,91 @@
+"""AdamW as the published recipes use it, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from mvar_core.config import OptimizerConfig
+
+_CONSTANT_PART = 0.05  # of the steps after the warm-up, in the published "lin0"
+
+
+def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimizerConfig) -> float:
+    """Learning rate of one step: linear warm-up, then constant, cosine, or "lin0".
+
+    "lin0" is the published schedule: constant for 5 % of the steps after the warm-up, then linear to `end` · peak at
+    the last step.
+
+    Args:
+        step: Steps done before this one, 0 … total_steps - 1.
+        total_steps: Steps of the whole run.
+        batch_size: Images per step; the peak is scaled by batch_size / lr_batch where lr_batch is set.
+        config: The optimizer's settings.
+    """
+    peak = config.lr * (batch_size / config.lr_batch if config.lr_batch else 1.0)
+    warmup = round(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
+    if step < warmup:
+        return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
+    passed = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    if config.schedule == "constant":
+        factor = 1.0
+    elif config.schedule == "cosine":
+        factor = config.end + (1 - config.end) * (0.5 + 0.5 * math.cos(math.pi * passed))
+    elif passed < _CONSTANT_PART:
+        factor = 1.0
+    else:
+        factor = config.end + (1 - config.end) * (1 - passed) / (1 - _CONSTANT_PART)
+    return peak * factor
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The two groups of AdamW: parameters that decay, and those that do not.
+
+    Biases, 1-D parameters and those named in `no_decay` (tables, scales) do not decay. Frozen parameters are left out.
+
+    Args:
+        module: What is trained.
+        weight_decay: Decay of the first group.
+        no_decay: Names, as in `module.named_parameters()`.
+
+    Raises:
+        ValueError: `no_decay` names a parameter that the module does not have.
+    """
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if unknown := sorted(set(no_decay) - {name for name, _ in module.named_parameters()}):
+        raise ValueError(f"no_decay names unknown parameters: {', '.join(unknown)}")
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        spared = parameter.ndim <= 1 or name.endswith("bias") or name in no_decay
+        (kept if spared else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, no_decay: Collection[str] = (), device: torch.device | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the module's two groups, in one fused kernel where the device has one.
+
+    Args:
+        module: What is trained, already on its device.
+        config: The optimizer's settings; the learning rate is set before every step.
+        no_decay: Names of further parameters without decay.
+        device: Where the parameters are; by default that of the first.
+    """
+    device = device or next(module.parameters()).device
+    return torch.optim.AdamW(
+        parameter_groups(module, config.weight_decay, no_decay),
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )

@@ -1,0 +1,93 @@
+"""Which rows a step trains on: a pure function of the step, so that a resumed run reads what it would have read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+from mvar_core.config import TrainConfig
+from mvar_core.errors import ConfigError, DataError
+
+Fetched = TypeVar("Fetched")
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    permutation = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    permutation.flags.writeable = False  # it is shared through the cache
+    return permutation
+
+
+def batch_rows(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
+    """Rows of one step, over consecutive epochs that are each a fresh permutation.
+
+    A batch at the end of an epoch goes on into the next, so that every row is seen equally often.
+
+    Args:
+        step: Steps done before this one.
+        batch_size: Rows per step.
+        count: Rows there are.
+        seed: The run's seed; the order of epoch e depends on (seed, e) alone.
+
+    Returns:
+        int64 array (batch_size,).
+
+    Raises:
+        DataError: There are no rows.
+    """
+    if count < 1:
+        raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
+    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    epochs, places = np.divmod(positions, count)
+    rows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        rows[chosen] = _permutation(count, seed, int(epoch))[places[chosen]]
+    return rows
+
+
+def planned_steps(config: TrainConfig, rows: int) -> int:
+    """How many optimizer steps a run takes: `steps` where given, else `epochs` passes over `rows`.
+
+    Raises:
+        ConfigError: Neither is given.
+    """
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is None:
+        raise ConfigError("Neither train.steps nor train.epochs is set.", "Add --steps or --epochs.")
+    return max(1, math.ceil(config.epochs * rows / config.batch_size))
+
+
+def prefetch(fetch: Callable[[int], Fetched], start: int, stop: int, ahead: int = 2) -> Generator[Fetched, None, None]:
+    """Results of `fetch(start)` … `fetch(stop - 1)` in order, read by one thread while the caller computes.
+
+    One thread, because sources of images need not be safe to read from several.
+
+    Args:
+        fetch: Reads what one step needs.
+        start: First step.
+        stop: Step after the last.
+        ahead: How many steps are read ahead; 0 reads in the caller's thread, when asked.
+    """
+    if ahead == 0:
+        yield from map(fetch, range(start, stop))
+        return
+    if start >= stop:
+        return
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mvar-batches")
+    try:
+        waiting: list[Future[Fetched]] = []
+        for step in range(start, stop):
+            waiting.append(executor.submit(fetch, step))
+            if len(waiting) > ahead:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

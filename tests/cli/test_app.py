@@ -1,0 +1,134 @@
+"""Help, versions, exit codes: what holds for every command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from mvar_cli.app import COMMANDS, error_line, load_command, load_module
+from mvar_cli.reference import reference
+from mvar_core import __version__
+from mvar_core.errors import DataError
+
+NAMES = [entry.name for entry in COMMANDS]
+HEAVY = ("torch", "sklearn", "matplotlib", "PIL", "safetensors", "natten", "torch_fidelity")
+
+
+def modules_after(*arguments: str) -> tuple[str, list[str]]:
+    """stdout of a command run in a process of its own, and the heavy modules it loaded."""
+    code = (
+        "import sys, json\nfrom mvar_cli.app import app\n"
+        f"try:\n    app({list(arguments)!r}, prog_name='mvar')\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print('\\nloaded', json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    text, _, loaded = result.stdout.rpartition("\nloaded ")
+    return text, json.loads(loaded)
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    text, loaded = modules_after("--help")
+    assert loaded == []
+    for name in NAMES:
+        assert name in text
+    assert "mvar quickstart --out runs/quickstart" in text
+
+
+def test_help_of_every_command_loads_nothing_heavy_and_ends_with_an_example():
+    code = (
+        "import sys, json\nfrom mvar_cli.app import app\n"
+        f"for name in {NAMES!r}:\n    try:\n        app([name, '--help'], prog_name='mvar')\n"
+        "    except SystemExit as end:\n        assert not end.code\n    print('end of', name)\n"
+        f"print('loaded', json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *pages, rest = result.stdout.split("end of ")
+    assert len(pages) == len(NAMES)
+    assert json.loads(rest.partition("loaded ")[2]) == []
+    for name, page in zip(NAMES, pages, strict=True):
+        example = [line.strip() for line in page.splitlines() if line.strip()][-1]
+        assert example.startswith(f"mvar {name}"), page
+
+
+@pytest.mark.parametrize("entry", COMMANDS, ids=NAMES)
+def test_examples_fit_a_line_and_name_options_that_exist(entry):
+    example = load_module(entry).EXAMPLE
+    assert len(example) <= 78  # a terminal of 80 columns, less the margin
+    options = {option for parameter in load_command(entry).params for option in parameter.opts}
+    assert {word for word in example.split() if word.startswith("--")} <= options
+    assert len(entry.summary) <= 80
+
+
+def test_planning_a_preset_needs_no_torch():
+    text, loaded = modules_after("plan", "--preset", "mvar-d16-256", "--json")
+    assert "torch" not in loaded
+    assert json.loads(text)["parameters"] > 3e8
+
+
+def test_version(mvar):
+    assert mvar("--version").out.strip() == f"mvar {__version__}"
+
+
+def test_wrong_usage_exits_with_2_and_suggests(mvar):
+    unknown = mvar("smaple")
+    assert unknown.code == 2
+    assert "sample" in unknown.err
+    assert mvar("sample", "--checkpiont", "x").code == 2
+    assert mvar("sample").code == 2
+    assert mvar("train-tokenizer", "--preset", "digits", "--data", "digits", "--out", "x", "--steps", "0").code == 2
+
+
+def test_no_arguments_print_the_help(mvar):
+    outcome = mvar()
+    assert "quickstart" in outcome.out + outcome.err
+
+
+def test_errors_become_one_line():
+    assert error_line(DataError("it broke.", "Mend it.")) == "error: it broke. Mend it."
+    assert error_line(FileNotFoundError(2, "No such file", "x.png")).startswith("error: ")
+    assert "--batch-size" in error_line(MemoryError("10 GiB"))
+    assert "fault in mvar" in error_line(ZeroDivisionError("division by zero"))
+    assert error_line(typer.Exit(3)) is None
+
+
+def test_interruption_exits_with_130(mvar, monkeypatch):
+    from mvar_cli.commands import doctor
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "CHECKS", (interrupt,))
+    outcome = mvar("doctor")
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_a_traceback_is_shown_only_where_asked_for(mvar, monkeypatch, debug):
+    monkeypatch.setenv("MVAR_DEBUG", debug)
+    outcome = mvar("plan", "--preset", "nothing-like-it")
+    assert outcome.code == 1
+    assert ("Traceback" in outcome.err) == (debug == "1")
+
+
+def test_doctor_names_what_there_is(mvar):
+    findings = {finding["name"]: finding for finding in mvar("doctor", "--json").json["findings"]}
+    assert {"python", "torch", "device", "natten", "torch-fidelity", "inception weights", "cache"} <= findings.keys()
+    assert findings["torch"]["ok"]
+    text = mvar("doctor").out
+    assert "auto means" in text
+
+
+def test_the_command_reference_is_not_stale():
+    path = Path(__file__).parents[2] / "docs" / "commands.md"
+    assert path.read_text(encoding="utf-8") == reference(), "make docs"
+
+
+def test_completion_knows_the_presets():
+    from mvar_cli.options import complete_preset
+
+    assert "mvar-d16-256" in complete_preset("mvar-d16")
+    assert complete_preset("zzz") == []

@@ -1,0 +1,45 @@
+"""Where the demo classifier comes from."""
+
+import pytest
+import torch
+
+from mvar_cli import classifier as demo
+from mvar_core.errors import CheckpointError
+from mvar_core.metrics.demo import DemoClassifier, default_demo_path
+
+
+def keep(path, seed):
+    network = DemoClassifier(3, (16, 16))
+    network.initialise(torch.Generator().manual_seed(seed))
+    network.save(path)
+    return network.weights_hash
+
+
+def test_named_before_near_before_cached_before_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("MVAR_CACHE", str(tmp_path / "cache"))
+    trained = []
+
+    def train(path, image_shape, seed=0):
+        trained.append((path, image_shape))
+        keep(path, 1)
+        return DemoClassifier.load(path)
+
+    monkeypatch.setattr(demo, "train_digits_classifier", train)
+    near = tmp_path / "run"
+    first = demo.find_classifier(None, [near], (16, 16)).weights_hash
+    assert trained == [(default_demo_path((16, 16)), (16, 16))]
+    assert demo.find_classifier(None, [near], (16, 16)).weights_hash == first
+    assert len(trained) == 1
+    beside = keep(near / demo.FILE, 2)
+    assert demo.find_classifier(None, [near], (16, 16)).weights_hash == beside
+    named = keep(tmp_path / "named.safetensors", 3)
+    assert demo.find_classifier(tmp_path / "named.safetensors", [near], (16, 16)).weights_hash == named
+    with pytest.raises(CheckpointError, match="absent"):
+        demo.find_classifier(tmp_path / "absent.safetensors", [near], (16, 16))
+
+
+def test_digits_are_read_at_the_size_of_the_model():
+    images, labels = demo.read_digits("test", (16, 16))
+    assert images.shape == (360, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert labels.bincount().min() > 30

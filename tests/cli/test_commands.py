@@ -1,0 +1,300 @@
+"""Every command on a tiny model: what it writes, and the keys of its JSON object."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_plan(mvar, preset, model):
+    keys = {"parameters", "attention_gmacs", "total_gmacs", "kv_cache_bytes", "sample_peak_bytes", "train_peak_bytes"}
+    plan = mvar("plan", "--preset", preset, "--device-memory", "1GB", "--json").json
+    assert keys <= plan.keys()
+    assert all({"side", "tokens", "attention_gmacs"} <= scale.keys() for scale in plan["scales"])
+    assert [scale["side"] for scale in plan["scales"]] == [1, 2, 4]
+    assert plan["largest_batch"] > 1
+    assert mvar("plan", "--checkpoint", model, "--json").json["parameters"] == plan["parameters"]
+    wider = mvar("plan", "--preset", preset, "--set", "attention.scale_prefixes=all", "--json").json
+    assert wider["kv_cache_bytes"] > plan["kv_cache_bytes"] == 0
+    assert "attention GMACs" in mvar("plan", "--preset", preset).out
+
+
+def test_plan_lists_the_presets(mvar):
+    listed = mvar("plan", "--json").json["presets"]
+    names = {entry["name"] for entry in listed}
+    assert {"digits", "var-d16-256", "mvar-d16-256"} <= names
+    assert "mvar-d16-256" in mvar("plan", "--list").out
+
+
+def test_train_tokenizer_tokenize_train_sample(mvar, preset, images, tmp_path):
+    tokenizer, tokens, model = tmp_path / "tokenizer", tmp_path / "tokens", tmp_path / "mvar"
+    trained = mvar("train-tokenizer", "--preset", preset, "--data", images, "--out", tokenizer, "--json").json
+    assert {"steps", "loss", "model", "seconds"} <= trained.keys()
+    assert trained["steps"] == 4
+    cached = mvar("tokenize", "--checkpoint", tokenizer, "--data", images, "--out", tokens, "--flip", "--json").json
+    assert {"images": 12, "views": 2, "bytes": cached["bytes"], "seconds": cached["seconds"]}.items() <= cached.items()
+    options = ["--preset", preset, "--tokens", tokens, "--checkpoint", tokenizer, "--out", model]
+    result = mvar("train", *options, "--json").json
+    assert {"steps", "loss", "model", "seconds"} <= result.keys()
+    config = json.loads((model / "config.json").read_text())
+    assert config["class_names"] == ["cat", "dog", "golden retriever"]
+    assert config["transformer"]["num_classes"] == 3
+    assert config["attention"]["windows"] == [0, 0, 3]
+    again = mvar("train", *options, "--json").json
+    assert again["loss"] == result["loss"]
+    grid = tmp_path / "grid.png"
+    drawn = mvar("sample", "--checkpoint", model, "--class", "dog", "--out", grid, "--json").json
+    assert drawn["outputs"] == [str(grid)]
+    assert read(grid).shape == (16, 16, 3)
+
+
+def test_training_goes_on_where_it_stopped(mvar, preset, tokens, model, tmp_path):
+    options = ["--preset", preset, "--tokens", tokens, "--checkpoint", model, "--validation", tokens, "--json"]
+    straight = mvar("train", *options, "--out", tmp_path / "a").json
+    assert straight["validation_loss"] > 0
+    mvar("train", *options, "--out", tmp_path / "b")
+    (tmp_path / "b" / "checkpoints" / "step-00000004.pt").unlink()
+    resumed = mvar("train", *options, "--out", tmp_path / "b").json
+    assert resumed["loss"] == straight["loss"]
+    first, second = (tmp_path / name / "transformer.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("command", ["train", "train-tokenizer"])
+def test_an_interrupted_run_is_saved_and_goes_on(mvar, preset, images, tokens, model, tmp_path, monkeypatch, command):
+    source = ["--tokens", tokens, "--checkpoint", model] if command == "train" else ["--data", images]
+    options = [command, "--preset", preset, *source, "--out", tmp_path / "run"]
+
+    def interrupt(progress):
+        def after_three(report):
+            if report.step == 3:
+                raise KeyboardInterrupt
+
+        return after_three
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mvar_cli.training.step_display", interrupt)
+        outcome = mvar(*options, "--json")
+    assert outcome.code == 130
+    assert json.loads(outcome.out)["interrupted"] is True
+    assert json.loads(outcome.out)["steps"] == 3
+    assert "goes on from here" in outcome.err
+    assert mvar(*options, "--json").json["steps"] == 4
+
+
+def test_train_on_images_tokenizes_them_first(mvar, preset, images, model, tmp_path):
+    out = tmp_path / "run"
+    options = ["--preset", preset, "--data", images, "--checkpoint", model, "--out", out, "--json"]
+    assert mvar("train", *options, "--epochs", "0.5").json["steps"] == 2
+    assert (out / "tokens" / "manifest.json").is_file()
+    assert mvar("train", *options, "--epochs", "0.5", "--overwrite").json["steps"] == 2
+
+
+def test_finetune_from_var_takes_the_weights_and_not_the_mask(mvar, preset, tokens, model, tmp_path):
+    settings = ["--set", "train.optimizer.lr=1e-12", "--set", "attention.scale_prefixes=2"]
+    options = ["--preset", preset, "--var-checkpoint", model, "--tokens", tokens, "--out", tmp_path / "ft", *settings]
+    result = mvar("finetune-from-var", *options, "--steps", 1, "--json")
+    assert result.json["steps"] == 1
+    assert "parameters loaded as they are" in result.err
+    from safetensors.torch import load_file
+
+    before, after = (load_file(path / "transformer.safetensors") for path in (model, tmp_path / "ft"))
+    for name, tensor in before.items():
+        assert torch.allclose(tensor, after[name], atol=1e-6), name
+    config = json.loads((tmp_path / "ft" / "config.json").read_text())
+    assert config["attention"]["scale_prefixes"] == 2
+    assert str(model) in config["provenance"].values()
+
+
+def test_sample_png(mvar, model, tmp_path):
+    out = tmp_path / "png"
+    options = ["--checkpoint", model, "--class", "2,cat", "--num", 2, "--out", out, "--save-tokens", "--stages"]
+    drawn = mvar("sample", *options, "--json").json
+    assert {"images", "seconds", "peak_memory_bytes", "outputs"} <= drawn.keys()
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        "00000_2.png", "00001_2.png", "00002_0.png", "00003_0.png",
+    ]  # fmt: skip
+    assert read(out / "00000_2.png").shape == (16, 16, 3)
+    strip = read(tmp_path / "png-stages" / "00000_2.png")
+    assert strip.shape == (16, 48, 3)
+    assert np.array_equal(strip[:, 32:], read(out / "00000_2.png"))
+    assert all((out.parent / name).is_file() for name in drawn["outputs"])
+    with np.load(out / "tokens.npz") as file:
+        assert file["tokens"].shape == (4, 21)
+        assert file["labels"].tolist() == [2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_samples_do_not_depend_on_the_batch(mvar, model, tmp_path, batch_size):
+    options = ["--checkpoint", model, "--class", "all", "--num", 2, "--format", "npz", "--save-tokens"]
+    for name, size in (("one.npz", 6), ("two.npz", batch_size)):
+        mvar("sample", *options, "--out", tmp_path / name, "--batch-size", size, "--json").json  # noqa: B018
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    other = tmp_path / "three.npz"
+    mvar("sample", *options, "--out", other, "--seed", 1)
+    with np.load(other) as file, np.load(tmp_path / "one.npz") as first:
+        assert not np.array_equal(file["tokens"], first["tokens"])
+        assert file["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_sample_settings_are_used(mvar, model, tmp_path):
+    options = ["--checkpoint", model, "--class", "all", "--num", 4, "--format", "npz", "--save-tokens", "--top-k", 1]
+    drawn = mvar("sample", *options, "--cfg", 0, "--out", tmp_path / "greedy.npz", "--json").json
+    assert drawn["settings"] == {"cfg": 0.0, "top_k": 1, "top_p": 0.9, "more_smooth": False, "seed": 0}
+    with np.load(tmp_path / "greedy.npz") as file:
+        assert len(np.unique(file["tokens"][:4], axis=0)) == 1
+
+
+def test_evaluate_images(mvar, images, classifier):
+    options = ["--samples", images, "--reference", images, "--features", "demo", "--demo-classifier", classifier]
+    scores = mvar("evaluate", *options, "--json").json
+    keys = {
+        "fid", "sfid", "inception_score", "precision", "recall", "kid", "num_samples", "num_reference", "features",
+        "comparable_to_papers", "why_not",
+    }  # fmt: skip
+    assert keys <= scores.keys()
+    assert abs(scores["fid"]) < 1e-6
+    assert scores["sfid"] is None
+    assert scores["reasons"]["sfid"]
+    assert scores["precision"] == scores["recall"] == 1
+    assert scores["num_samples"] == scores["num_reference"] == 12
+    assert scores["comparable_to_papers"] is False
+    assert scores["why_not"]
+    only = mvar("evaluate", *options, "--metrics", "kid", "--json").json
+    assert only["fid"] is None
+    assert only["kid"] is not None
+    assert "Not comparable" in mvar("evaluate", *options).out
+
+
+def test_evaluate_a_checkpoint_draws_the_same_samples(mvar, model, images, classifier, tmp_path):
+    options = ["--reference", images, "--features", "demo", "--demo-classifier", classifier, "--json"]
+    drawn = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--batch-size", 5, *options).json
+    assert drawn["num_samples"] == 12
+    assert 0 <= drawn["classifier_accuracy"] <= 1
+    again = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, *options).json
+    assert again["fid"] == pytest.approx(drawn["fid"], rel=1e-6)
+
+
+def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_path):
+    """With an Inception network's place taken by a small one: the real weights are not at hand in tests."""
+    from mvar_core.metrics import features
+
+    class Small:
+        name, dim, comparable_to_papers, weights_hash = "inception", 4, True, "hash"
+
+        def __call__(self, batch):
+            return features.Features(batch.float().mean(dim=3)[:, 0, :4] / 255)
+
+    monkeypatch.setattr(features, "find_inception_weights", lambda path: path)
+    monkeypatch.setattr(features, "load_inception", lambda path, device: Small())
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", arr_0=random.integers(0, 256, (8, 256, 256, 3), np.uint8))
+    outcome = mvar("evaluate", "--samples", tmp_path / "a.npz", "--reference", tmp_path / "a.npz", "--metrics", "fid")
+    assert outcome.code == 0, outcome.err
+    assert "MVAR-d16, published" in outcome.out
+    assert "3.09" in outcome.out
+
+
+@pytest.mark.parametrize("source", ["tokens", "data"])
+def test_analyze_attention(mvar, model, tokens, images, tmp_path, source):
+    given = ["--tokens", tokens] if source == "tokens" else ["--data", images]
+    out = tmp_path / "attention"
+    report = mvar("analyze-attention", "--checkpoint", model, *given, "--num", 5, "--out", out, "--json").json
+    assert {"scale_mass", "window_mass", "recommended", "plots"} <= report.keys()
+    assert np.allclose(np.sum(report["scale_mass"], axis=1), 1)
+    assert len(report["window_mass"]["3"]) == 3
+    assert report["recommended"]["scale_prefixes"] == 1
+    assert len(report["recommended"]["windows"]) == 3
+    assert report["num_images"] == 5
+    for path in report["plots"].values():
+        assert read(path).ndim == 3
+    assert json.loads((out / "report.json").read_text())["scale_mass"] == report["scale_mass"]
+
+
+def test_convert_there_and_back(mvar, golden_mvar, tmp_path):
+    sides = ",".join(map(str, golden_mvar.spec["patch_nums"]))
+    windows = golden_mvar.options["windows"]
+    given = ["--model", golden_mvar.model, "--tokenizer", golden_mvar.tokenizer, "--kind", "mvar", "--pyramid", sides]
+    text = ",".join(map(str, windows)) if isinstance(windows, (list, tuple)) else windows
+    out = tmp_path / "model"
+    converted = mvar("convert", *given, "--windows", text, "--out", out, "--json").json
+    assert converted["model"] == str(out)
+    assert converted["parameters"] > 0
+    outcome = mvar("convert", "--model", out, "--to", "official", "--out", tmp_path / "official", "--json").json
+    paths = [tmp_path / "official" / name for name in ("vae.pth", outcome["outputs"][1].rpartition("/")[2])]
+    for path, original in zip(paths, (golden_mvar.tokenizer, golden_mvar.model), strict=True):
+        back, before = (torch.load(file, weights_only=True) for file in (path, original))
+        back, before = back.get("mvar_wo_ddp", back), before.get("mvar_wo_ddp", before)
+        for name, tensor in before.items():
+            assert torch.equal(back[name], tensor), name
+
+
+def test_convert_then_sample_reproduces_the_published_system(mvar, golden_mvar, mvar_directory, tmp_path):
+    labels = golden_mvar.tensors["labels"].tolist()
+    expected = (torch.from_numpy(golden_mvar.tensors["greedy_image_cfg1.5"]) * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    for position, label in enumerate(labels):
+        options = ["--class", label, "--cfg", 1.5, "--top-k", 1, "--top-p", 0, "--format", "grid", "--dtype", "float32"]
+        out = tmp_path / f"{position}.png"
+        outcome = mvar("sample", "--checkpoint", mvar_directory, *options, "--out", out, "--device", "cpu")
+        assert outcome.code == 0, outcome.err
+        assert np.abs(read(out).astype(int) - expected[position].numpy().astype(int)).max() <= 1
+
+
+def test_sampling_from_a_published_file(mvar, golden_mvar, tmp_path):
+    """A file whose pyramid is not a published one must be converted first; its sides are no part of it."""
+    assert "--pyramid" in mvar("sample", "--checkpoint", golden_mvar.model, "--class", 0, "--out", tmp_path / "x").error
+
+
+def test_quickstart(mvar, tmp_path):
+    settings = [
+        "image_size=16", "patch_sizes=[1,2,4]", "attention.windows=[0,0,3]", "data.augmented_views=0",
+        "transformer.embed_dim=16", "train.steps=4", "train_tokenizer.steps=4", "train_tokenizer.kmeans_batches=1",
+    ]  # fmt: skip
+    options = [word for setting in settings for word in ("--set", setting)]
+    out = tmp_path / "quickstart"
+    outcome = mvar("quickstart", "--out", out, "--num", 4, "--device", "cpu", "--json", *options)
+    result = outcome.json
+    keys = {
+        "seconds", "classifier_accuracy", "demo_fid", "demo_fid_floor", "reconstruction_psnr", "model", "report",
+    }  # fmt: skip
+    assert keys <= result.keys()
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 7
+    assert "mvar convert" in page
+    assert read(out / "grid.png").ndim == 3
+    samples = np.load(out / "samples.npz")
+    again = tmp_path / "again.npz"
+    mvar("sample", "--checkpoint", result["model"], "--class", "all", "--num", 4, "--format", "npz", "--out", again)
+    with samples, np.load(again) as file:
+        assert np.array_equal(samples["arr_0"], file["arr_0"])
+    given = ["--checkpoint", result["model"], "--reference", "digits", "--num-samples", 40]
+    assert mvar("evaluate", *given, "--json").json["features"] == "demo"
+    resumed = mvar("quickstart", "--out", out, "--num", 4, "--device", "cpu", "--json", *options).json
+    assert resumed["loss"] == result["loss"]
+
+
+def test_dry_runs_do_nothing(mvar, preset, images, tokens, model, tmp_path):
+    out = tmp_path / "out"
+    commands = [
+        ["train-tokenizer", "--preset", preset, "--data", images],
+        ["tokenize", "--checkpoint", model, "--data", images],
+        ["train", "--preset", preset, "--tokens", tokens, "--checkpoint", model],
+        ["train", "--preset", preset, "--data", images, "--checkpoint", model],
+        ["finetune-from-var", "--preset", preset, "--tokens", tokens, "--var-checkpoint", model],
+        ["sample", "--checkpoint", model, "--class", "all"],
+        ["analyze-attention", "--checkpoint", model, "--data", images],
+        ["quickstart"],
+    ]
+    for command in commands:
+        planned = mvar(*command, "--out", out, "--dry-run", "--json").json
+        assert planned["dry_run"] is True
+        assert {"configuration", "cost", "plan"} <= planned.keys()
+        assert "Nothing was done" in mvar(*command, "--out", out, "--dry-run").out
+    assert list(tmp_path.iterdir()) == []

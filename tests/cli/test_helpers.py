@@ -1,0 +1,191 @@
+"""The parts of the command line that need no model: selection, amounts, JSON, writers, page."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvar_cli.console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
+from mvar_cli.options import parse_bytes, parse_numbers
+from mvar_cli.outputs import GridWriter, NpzWriter, PngWriter, output_target
+from mvar_cli.report import Picture, Section, page
+from mvar_cli.selection import parse_classes
+from mvar_core.errors import ConfigError, DataError
+
+NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "crane")
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (["2"], [2]),
+        (["2,0", "1"], [2, 0, 1]),
+        (["all"], [0, 1, 2, 3]),
+        (["Golden  Retriever"], [1]),
+        (["tench, Tinca tinca"], [0]),
+        (["tinca tinca,3"], [0, 3]),
+        (["1", "golden retriever"], [1]),
+    ],
+)
+def test_classes_by_number_and_name(texts, labels):
+    assert parse_classes(texts, 4, NAMES) == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("golden retreiver", "golden retriever"),
+        ("4", r"0 … 3"),
+        ("-1", r"0 … 3"),
+        ("crane", "2, 3"),
+        (",", "no class"),
+    ],
+)
+def test_classes_that_do_not_exist(text, message):
+    with pytest.raises(DataError, match=message):
+        parse_classes([text], 4, NAMES)
+
+
+def test_names_need_a_model_that_records_them():
+    with pytest.raises(DataError, match="no class names"):
+        parse_classes(["cat"], 4, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512", 512), ("80mib", 80 * 2**20)]
+)
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["a lot", "GB", "12 apples", "1e"])
+def test_amounts_that_are_none(text):
+    with pytest.raises(ConfigError, match="24GB"):
+        parse_bytes(text)
+
+
+def test_comma_lists():
+    assert parse_numbers("1,2,4", "--pyramid") == [1, 2, 4]
+    with pytest.raises(ConfigError, match="--pyramid"):
+        parse_numbers("1,x", "--pyramid")
+
+
+def test_json_is_one_strict_object(capsys):
+    console = Console(as_json=True)
+    console.say("left out")
+    console.table("left out", ("a",), [(1,)])
+    console.finish({"nan": float("nan"), "array": np.arange(2), "nested": [{"x": np.float32(0.5)}]})
+    captured = capsys.readouterr().out
+    assert json.loads(captured) == {"nan": None, "array": [0, 1], "nested": [{"x": 0.5}]}
+    assert captured.count("\n") == 1
+    assert plain({1: (1, float("inf"))}) == {"1": [1, None]}
+
+
+def test_cells():
+    assert [format_cell(value) for value in (None, True, 12345, 0.0, 3.14159, 27.18, 1e-7, "x")] == [
+        "–", "yes", "12,345", "0", "3.142", "27.18", "1.000e-07", "x",
+    ]  # fmt: skip
+    assert format_bytes(1536) == "1.5 KiB"
+    assert format_count(310_000_000) == "310 M"
+    assert [format_seconds(seconds) for seconds in (1.26, 61, 3725)] == ["1.3 s", "1 min 01 s", "1 h 02 min"]
+
+
+def test_progress_without_a_terminal_speaks_now_and_then(capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 10.0, 40.0])
+    monkeypatch.setattr("mvar_cli.console.time.monotonic", lambda: next(clock))
+    progress = Progress("work", "images", None)
+    for done in (0, 10, 40):
+        progress(done, 100)
+    assert capsys.readouterr().err == "work: 40/100 1 images/s, 1 min 00 s left\n"
+
+
+def read(file):
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def batches():
+    random = np.random.default_rng(0)
+    for size in (2, 3):
+        yield (
+            random.integers(0, 256, (size, 8, 6, 3), np.uint8),
+            np.arange(size),
+            random.integers(0, 99, (size, 5)),
+            random.integers(0, 256, (size, 2, 8, 6, 3), np.uint8),
+        )
+
+
+def test_npz_is_what_numpy_would_have_written(tmp_path):
+    everything = [np.concatenate(parts) for parts in zip(*batches(), strict=True)]
+    for name in ("a.npz", "b.npz"):
+        with NpzWriter(tmp_path / name, 5, save_tokens=True) as writer:
+            for batch in batches():
+                writer.write(*batch)
+            writer.close()
+    with np.load(tmp_path / "a.npz") as file:
+        assert sorted(file.files) == ["arr_0", "labels", "stages", "tokens"]
+        for name, expected in zip(("arr_0", "labels", "tokens", "stages"), everything, strict=True):
+            assert np.array_equal(file[name], expected)
+        assert (file["arr_0"].dtype, file["labels"].dtype, file["tokens"].dtype) == (np.uint8, np.int64, np.int32)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_png_names_strips_and_tokens(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "strips").mkdir()
+    writer = PngWriter(tmp_path / "out", tmp_path / "strips", 5, save_tokens=True)
+    for batch in batches():
+        writer.write(*batch)
+    names = writer.close()
+    assert names[:3] == ["00000_0.png", "00001_1.png", "00002_0.png"]
+    images, _, _, stages = next(batches())
+    assert np.array_equal(read(tmp_path / "out" / "00001_1.png"), images[1])
+    strip = np.concatenate([stages[1, 0], stages[1, 1]], axis=1)
+    assert np.array_equal(read(tmp_path / "strips" / "00001_1.png"), strip)
+    with np.load(tmp_path / "out" / "tokens.npz") as file:
+        assert file["tokens"].shape == (5, 5)
+
+
+def test_grid_of_strips_has_a_row_per_sample(tmp_path):
+    writer = GridWriter(tmp_path / "grid.png", 1)
+    for batch in batches():
+        writer.write(*batch)
+    assert writer.close() == [""]
+    assert read(tmp_path / "grid.png").shape == (5 * 8 + 4 * 2, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("out", "output_format", "message"),
+    [("x", "gif", "gif"), ("x.png", "png", "directory"), ("x.png", "npz", "npz"), ("x.npz", "grid", "png")],
+)
+def test_outputs_that_contradict_their_format(tmp_path, out, output_format, message):
+    with pytest.raises(DataError, match=message):
+        output_target(tmp_path / out, output_format, overwrite=False)
+
+
+def test_outputs_that_are_there_are_kept(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "x.npz").touch()
+    for out, output_format in (("full", "png"), ("full", "grid"), ("x.npz", "npz")):
+        with pytest.raises(DataError, match="--overwrite"):
+            output_target(tmp_path / out, output_format, overwrite=False)
+        assert output_target(tmp_path / out, output_format, overwrite=True)
+    assert output_target(tmp_path / "new", "npz", overwrite=False) == tmp_path / "new" / "samples.npz"
+
+
+def test_the_page_holds_its_pictures_and_escapes_text():
+    pixels = np.full((3, 4, 3), 7, np.uint8)
+    picture = Picture.of_pixels(pixels, "a <caption>", scale=2)
+    text = page("T & T", "intro", [Section("S", "text", [picture], [("a", "b"), ("c", "1.5")], "mvar x > y")])
+    assert "&lt;caption&gt;" in text
+    assert "T &amp; T" in text
+    assert 'width="8"' in text
+    assert '<td class="number">1.5</td>' in text
+    assert "mvar x &gt; y" in text
+    assert 'src="http' not in text
+    data = text.partition("base64,")[2].partition('"')[0]
+    assert np.array_equal(read(io.BytesIO(base64.b64decode(data))), pixels)

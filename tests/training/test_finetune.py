@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mvar_core.errors import CheckpointError
+from mvar_core.scales import ScalePyramid
+from mvar_core.training.finetune import interpolate_positions, load_pretrained, matching_scale
+
+
+@pytest.fixture
+def transformers(make_config, make_models):
+    """A VAR and, with settings, another model whose weights differ everywhere."""
+
+    def make(*settings: str):
+        source_config = make_config("attention.scale_prefixes=all", "attention.windows=[0,0,0]")
+        source, _ = make_models(source_config)
+        target, _ = make_models(make_config(*settings))
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.add_(1.0)
+        return source.state_dict(), source_config.pyramid, target
+
+    return make
+
+
+def test_weights_of_var_start_an_mvar_with_its_own_pattern(transformers, make_config):
+    weights, pyramid, target = transformers()
+    reports = load_pretrained(target, weights, pyramid)
+    assert {report.action for report in reports} == {"loaded"}
+    assert [report.name for report in reports] == list(target.state_dict())
+    for name, value in target.state_dict().items():
+        assert value.equal(weights[name])
+    assert target.patterns == make_config().patterns
+
+
+def test_another_number_of_classes_keeps_only_no_class(transformers):
+    weights, pyramid, target = transformers("transformer.num_classes=5")
+    before = target.class_embedding.weight.detach().clone()
+    reports = {report.name: report for report in load_pretrained(target, weights, pyramid)}
+    assert reports["class_embedding.weight"].action == "initialised"
+    assert "3 classes" in reports["class_embedding.weight"].note
+    table = target.class_embedding.weight
+    assert table[:5].equal(before[:5])
+    assert table[5].equal(weights["class_embedding.weight"][3])
+
+
+def test_another_pyramid_interpolates_positions(transformers):
+    weights, pyramid, target = transformers("patch_sizes=[1,2,3,4]", "attention.windows=[0,0,0,3]")
+    reports = {report.name: report for report in load_pretrained(target, weights, pyramid)}
+    assert reports["position_embedding"].action == "interpolated"
+    assert reports["start_position"].action == "loaded"
+    assert reports["scale_embedding.weight"].action == "resized"
+    found, expected = target.position_embedding, weights["position_embedding"]
+    assert found[:, 0].equal(expected[:, 0])
+    assert found[:, -16:].equal(expected[:, -16:])  # the last scale has the same grid
+    chosen = [0, 1, 1, 2]
+    assert target.scale_embedding.weight.equal(weights["scale_embedding.weight"][chosen])
+
+
+def test_matching_scales_run_from_first_to_last():
+    ten, four = ScalePyramid.from_patch_sizes(range(1, 11)), ScalePyramid.from_patch_sizes([1, 2, 4, 8])
+    assert [matching_scale(scale, four, ten) for scale in range(4)] == [0, 3, 6, 9]
+    assert [matching_scale(scale, ten, ten) for scale in range(10)] == list(range(10))
+
+
+def test_interpolated_positions_keep_a_gradient_in_its_place():
+    small, large = ScalePyramid.from_patch_sizes([4]), ScalePyramid.from_patch_sizes([(8, 6)])
+    rows = torch.arange(4.0).repeat_interleave(4).view(1, 16, 1)
+    resized = interpolate_positions(rows, small, large).view(8, 6)
+    assert (resized - resized[:, :1]).abs().max() < 1e-5  # nothing leaks across columns
+    assert (resized[1:, 0] > resized[:-1, 0]).all()
+    assert resized[2:6, 0].tolist() == pytest.approx([0.75, 1.25, 1.75, 2.25], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("transformer.depth=3", "depth is 2 in the weights and 3 in the model"),
+        ("transformer.embed_dim=48", "width is 32 in the weights and 48 in the model"),
+        ("transformer.num_heads=4", "heads is 2 in the weights and 4 in the model"),
+        ("tokenizer.codebook_size=8", "codebook is 16 in the weights and 8 in the model"),
+        ("tokenizer.latent_channels=8", "latent channels is 4 in the weights and 8 in the model"),
+        ("transformer.shared_adaln=true", "shared adaln is False in the weights and True in the model"),
+        ("transformer.l2_attention=false", "l2 attention is True in the weights and False in the model"),
+        ("transformer.mlp_ratio=2", "blocks.0.mlp.up.weight is (128, 32), expected (64, 32)"),
+    ],
+)
+def test_sizes_that_do_not_add_up_are_refused_and_nothing_changes(transformers, setting, message):
+    weights, pyramid, target = transformers(setting)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained(target, weights, pyramid)
+    assert message in str(error.value)
+    assert all(value.equal(before[name]) for name, value in target.state_dict().items())
+
+
+def test_missing_and_unknown_parameters_are_named(transformers):
+    weights, pyramid, target = transformers()
+    del weights["head.bias"]
+    weights["attention_mask"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"lacks head\.bias.*knows no attention_mask"):
+        load_pretrained(target, weights, pyramid)
+
+
+def test_a_pyramid_that_is_not_the_weights_own_is_refused(transformers):
+    weights, _, target = transformers()
+    with pytest.raises(CheckpointError, match="position_embedding"):
+        load_pretrained(target, weights, ScalePyramid.from_patch_sizes([1, 3, 4]))

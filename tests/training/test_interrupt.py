@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from mvar_core.training.interrupt import InterruptFlag
+
+
+def test_first_interrupt_sets_the_flag_and_second_one_raises():
+    before = signal.getsignal(signal.SIGINT)
+    with InterruptFlag() as flag:
+        signal.raise_signal(signal.SIGINT)
+        assert flag.raised
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def enter() -> None:
+        with InterruptFlag() as flag:
+            seen.append((flag.raised, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]

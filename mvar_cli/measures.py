@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mvar_core.metrics.demo import DemoClassifier, DemoExtractor
 from mvar_core.metrics.pixels import class_mean_images, nearest_neighbour_distance, pixel_diversity
 from mvar_core.metrics.scores import frechet_distance
 from mvar_core.metrics.statistics import Statistics, collect
+from mvar_core.runtime import generator
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class Measures:
         classifier_accuracy: Part of the samples that the classifier takes for their class.
         classifier_accuracy_real: The same for real test images.
         demo_fid: Fréchet distance of the samples' demo features to the training images'.
-        demo_fid_floor: The same for the mean image of each class: what a model without any diversity gets.
+        demo_fid_floor: The same for training images drawn again with replacement: nothing can expect less.
         demo_fid_real: The same for real test images.
+        demo_fid_class_means: The same for the mean image of each class: what a model without any diversity gets.
         pixel_diversity: Mean distance between samples of a class.
         pixel_diversity_real: The same for real test images.
         nearest_distance: Mean distance from a sample to the nearest training image.
@@ -34,6 +37,7 @@ class Measures:
     demo_fid: float
     demo_fid_floor: float
     demo_fid_real: float
+    demo_fid_class_means: float
     pixel_diversity: float
     pixel_diversity_real: float
     nearest_distance: float
@@ -59,12 +63,14 @@ def measure_samples(
         return statistics
 
     reference = gaussian(train[0])
+    drawn_again = torch.randint(len(train[0]), (len(samples[0]),), generator=generator("floor"))
     return Measures(
         classifier_accuracy=classifier.accuracy(*samples),
         classifier_accuracy_real=classifier.accuracy(*test),
         demo_fid=frechet_distance(gaussian(samples[0]), reference),
-        demo_fid_floor=frechet_distance(gaussian(class_mean_images(*train)), reference),
+        demo_fid_floor=frechet_distance(gaussian(train[0][drawn_again]), reference),
         demo_fid_real=frechet_distance(gaussian(test[0]), reference),
+        demo_fid_class_means=frechet_distance(gaussian(class_mean_images(*train)), reference),
         pixel_diversity=pixel_diversity(*samples),
         pixel_diversity_real=pixel_diversity(*test),
         nearest_distance=nearest_neighbour_distance(samples[0], train[0]),

@@ -38,7 +38,9 @@ def measure_rows(results: Results) -> list[tuple[str, str, str, str]]:
         (
             "demo-FID to training images",
             format_number(measures.demo_fid),
-            f"real {format_number(measures.demo_fid_real)}, class means {format_number(measures.demo_fid_floor)}",
+            f"training images redrawn {format_number(measures.demo_fid_floor)},"
+            f" real test {format_number(measures.demo_fid_real)},"
+            f" class means {format_number(measures.demo_fid_class_means)}",
             "features unlike those of digits",
         ),
         (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -139,7 +138,7 @@ class ModelConfig(Section):
         check_attention(pyramid, self.attention.scale_prefixes, self.windows)
         return self
 
-    @cached_property
+    @property
     def pyramid(self) -> ScalePyramid:
         """The scale pyramid."""
         return ScalePyramid.from_patch_sizes(self.patch_sizes)
@@ -154,7 +153,7 @@ class ModelConfig(Section):
         """One window per scale, 0 for a whole scale."""
         return self.attention.windows or (0,) * self.pyramid.num_scales
 
-    @cached_property
+    @property
     def patterns(self) -> tuple[AttentionPattern, ...]:
         """What each scale's tokens attend to."""
         return self.pyramid.attention_patterns(self.attention.scale_prefixes, self.windows)
@@ -172,6 +171,19 @@ class OptimizerConfig(Section):
     warmup: float = Field(0.02, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
     warmup_start: float = Field(0.005, ge=0, le=1, description="first learning rate over the peak")
     end: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak (wpe)")
+
+
+class TokenizerOptimizerConfig(OptimizerConfig):
+    """AdamW and its schedule, with the defaults that suit a tokenizer."""
+
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    lr_batch: int | None = Field(None, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
+    weight_decay: float = Field(0.0, ge=0, description="not applied to 1-D parameters, biases and tables")
+    grad_clip: float = Field(1.0, ge=0, description="clip the gradient's norm; 0 does not clip")
+    schedule: Literal["lin0", "cosine", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup: float = Field(50, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
+    warmup_start: float = Field(0.0, ge=0, le=1, description="first learning rate over the peak")
+    end: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak")
 
 
 class TrainConfig(Section):
@@ -195,9 +207,7 @@ class TokenizerTrainConfig(Section):
     reconstruction: Literal["l1", "l2"] = "l1"
     vq_weight: float = Field(1.0, ge=0, description="weight of the quantizer's loss")
     commitment: float = Field(0.25, ge=0, description="weight of the encoder's part of the quantizer's loss")
-    optimizer: OptimizerConfig = OptimizerConfig(
-        lr=3e-3, lr_batch=None, weight_decay=0.0, grad_clip=1.0, schedule="cosine", warmup=50, warmup_start=0.0, end=0.0
-    )
+    optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
     kmeans_batches: int = Field(8, ge=0, description="batches whose features start the codebook by k-means; 0 = random")
     revive_every: int = Field(20, ge=0, description="steps between restarts of unused codes; 0 = never")
     revive_until: float = Field(0.7, ge=0, le=1, description="part of the steps during which codes are restarted")

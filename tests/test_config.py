@@ -76,3 +76,17 @@ def test_merge_copies() -> None:
 
 def test_extends_is_not_a_key() -> None:
     assert "extends" not in read_preset("digits-var")
+
+
+def test_part_of_a_section_keeps_the_rest() -> None:
+    changed = load_config("digits", ["train_tokenizer.optimizer.warmup=20"]).train_tokenizer.optimizer
+    default = load_config("digits").train_tokenizer.optimizer
+    assert changed == default.model_copy(update={"warmup": 20.0})
+    assert default.schedule == "cosine"
+
+
+def test_derived_values_follow_a_changed_copy() -> None:
+    config = load_config("digits")
+    assert config.pyramid.num_tokens == 85
+    changed = config.model_copy(update={"patch_sizes": (1, 8)})
+    assert changed.pyramid.num_tokens == 65

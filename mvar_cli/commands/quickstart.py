@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 EXAMPLE = "mvar quickstart --out runs/quickstart"
 
 PRESET = "digits"
-PRESET_MINUTES = 3.0
+PRESET_MINUTES = 2.0
 """The steps of the preset fill this time on two CPU cores."""
-FIXED_MINUTES = 0.5
+FIXED_MINUTES = 0.25
 """Part of it that does not train: classifier, samples, measures, report."""
 
 
 def run(
     out: options.Out = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option("--minutes", metavar="N", help="Time to spend on two CPU cores.")] = 3.0,
+    minutes: Annotated[
+        float, typer.Option("--minutes", metavar="N", help="Time to spend on two CPU cores.")
+    ] = PRESET_MINUTES,
     num: Annotated[int, typer.Option("--num", min=2, metavar="N", help="Samples per class to measure.")] = 100,
     seed: options.Seed = 0,
     settings: options.Settings = None,
@@ -68,7 +70,7 @@ def configuration(minutes: float, seed: int, settings: list[str]) -> RunConfig:
     from mvar_core.config import load_config
 
     if minutes <= 0:
-        raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0, for example 3.")
+        raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0, for example 2.")
     preset = load_config(PRESET)
     scale = max(0.02, (minutes - FIXED_MINUTES) / (PRESET_MINUTES - FIXED_MINUTES))
     steps = {

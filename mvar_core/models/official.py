@@ -323,7 +323,7 @@ def _infer_patch_sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
             return sides
     raise CheckpointError(
         f"the file was trained with {scales} scales and {tokens} tokens, which is none of the published pyramids.",
-        "Give its sides, for example --pyramid 1,2,3,4.",
+        "Convert it with its sides: mvar convert --pyramid 1,2,3,4 …",
     )
 
 

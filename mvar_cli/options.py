@@ -13,7 +13,7 @@ from mvar_core.errors import ConfigError
 
 def complete_preset(incomplete: str) -> list[str]:
     """Names of presets for shell completion."""
-    from mvar_core.config import preset_names
+    from mvar_core.presets import preset_names
 
     return [name for name in preset_names() if name.startswith(incomplete)]
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mvar_core.config import load_config, merge, read_preset
 from mvar_core.errors import ConfigError
+from mvar_core.presets import load_config, merge, read_preset
 
 
 def test_later_wins(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "files", "scales", "config", "runtime"}
+FOUNDATION = {"errors", "files", "scales", "config", "presets", "runtime"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "scales": {"errors"},
     "config": {"errors", "scales"},
+    "presets": {"errors", "scales", "config"},
     "runtime": {"errors"},
     "kernels": FOUNDATION,
     "models": FOUNDATION | {"kernels"},

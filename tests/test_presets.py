@@ -5,9 +5,10 @@ import torch
 import yaml
 
 from mvar_core.analysis.cost import plan
-from mvar_core.config import RunConfig, load_config, preset_names, read_preset
+from mvar_core.config import RunConfig
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.presets import load_config, preset_names, read_preset
 
 EXPECTED = {
     "digits",

@@ -151,9 +151,9 @@ def _first(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
 
 
 def _of_images(samples: str, limit: int | None) -> Judged:
-    from mvar_core.config import load_config
     from mvar_core.data.evaluation_images import open_evaluation_images
     from mvar_core.data.images import split_name
+    from mvar_core.presets import load_config
 
     # Digits have no size of their own; they are measured at the size that the preset gives them.
     shape = load_config("digits").image_shape if split_name(samples)[0] == "digits" else None

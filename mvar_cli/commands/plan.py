@@ -48,8 +48,8 @@ def run(
 
 def resolve(preset: str | None, checkpoint: Path | None, settings: list[str]) -> ModelConfig:
     """The configuration of a preset, or of a model directory."""
-    from mvar_core.config import load_config
     from mvar_core.errors import ConfigError
+    from mvar_core.presets import load_config
 
     if checkpoint is None:
         return load_config(preset, settings)
@@ -64,7 +64,7 @@ def resolve(preset: str | None, checkpoint: Path | None, settings: list[str]) ->
 
 def _list_presets(console: Console) -> None:
     from mvar_cli.costs import cost_of
-    from mvar_core.config import load_config, preset_names
+    from mvar_core.presets import load_config, preset_names
 
     rows, entries = [], []
     for name in preset_names():

@@ -67,7 +67,7 @@ def configuration(minutes: float, seed: int, settings: list[str]) -> RunConfig:
     Raises:
         ConfigError: No time, or settings that cannot be used.
     """
-    from mvar_core.config import load_config
+    from mvar_core.presets import load_config
 
     if minutes <= 0:
         raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0, for example 2.")

@@ -33,8 +33,9 @@ def run(
     Views (mirrored, slightly moved) follow data.* of the preset or of --set. A preset's image_size and patch_sizes
     replace the tokenizer's own. Running the same command again goes on where it stopped.
     """
-    from mvar_core.config import ModelConfig, load_config, validate
+    from mvar_core.config import ModelConfig, validate
     from mvar_core.models.directory import read_model_config
+    from mvar_core.presets import load_config
 
     console = Console(as_json)
     tokenizer = read_model_config(checkpoint)

@@ -93,7 +93,7 @@ class TrainRequest:
         Raises:
             ConfigError: A key or value that cannot be used, or flags that contradict each other.
         """
-        from mvar_core.config import load_config
+        from mvar_core.presets import load_config
 
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs both say how long to train.", "Give one of them.")

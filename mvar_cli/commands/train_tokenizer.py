@@ -35,7 +35,7 @@ def run(
 
     Running the same command again goes on where it stopped. The run directory is also a model directory.
     """
-    from mvar_core.config import load_config
+    from mvar_core.presets import load_config
 
     console = Console(as_json)
     overrides = {"seed": seed, "train_tokenizer": {"steps": steps, "batch_size": batch_size}}

@@ -16,20 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mvar_core.config import (
-    AttentionConfig,
-    ModelConfig,
-    SamplingConfig,
-    TokenizerConfig,
-    TransformerConfig,
-    presets_directory,
-)
+from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.files import atomic_path
 from mvar_core.models.directory import check_state
 from mvar_core.models.official_names import tokenizer_names, transformer_names
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.presets import presets_directory
 from mvar_core.scales import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, spread_window
 
 Kind = Literal["var", "mvar"]

@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvar_core.analysis import counts, memory
 from mvar_core.analysis.cost import attention_gmacs, plan
-from mvar_core.config import ModelConfig, TrainConfig, load_config
+from mvar_core.config import ModelConfig, TrainConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.presets import load_config
 
 
 def small_config(patch_sizes=(1, 2, 4), prefixes="all", windows=(), **transformer):
@@ -214,7 +215,7 @@ def test_to_dict_has_the_promised_keys():
 
 def test_planning_loads_no_torch():
     code = (
-        "import sys; from mvar_core.analysis.cost import plan; from mvar_core.config import load_config;"
+        "import sys; from mvar_core.analysis.cost import plan; from mvar_core.presets import load_config;"
         "plan(load_config('digits')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

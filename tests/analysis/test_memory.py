@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from mvar_core.analysis import memory
 from mvar_core.analysis.convolutions import decoder_layers
-from mvar_core.config import SamplingConfig, TrainConfig, load_config
+from mvar_core.config import SamplingConfig, TrainConfig
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.presets import load_config
 from mvar_core.sampling.sampler import sample_tokens
 
 

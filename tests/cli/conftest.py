@@ -13,11 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mvar_cli.app import app
-from mvar_core.config import RunConfig, load_config
+from mvar_core.config import RunConfig
 from mvar_core.data.tokens import write_token_cache
 from mvar_core.models.directory import save_model, tokenizer_hash
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.presets import load_config
 
 CLASSES = ("cat", "dog", "golden retriever")
 TINY: dict[str, Any] = {

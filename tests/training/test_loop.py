@@ -121,7 +121,7 @@ spec = importlib.util.spec_from_file_location("conftest_of_training", {str(Path(
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
 import torch
-from mvar_core.config import load_config
+from mvar_core.presets import load_config
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.training.loop import train_transformer

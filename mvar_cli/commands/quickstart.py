@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mvar_cli import options
-from mvar_cli.console import Console, format_seconds
+from mvar_cli.console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(
     start = time.monotonic()
     results = story.tell(num)
     seconds = time.monotonic() - start
-    _report(console, out, results, seconds)
+    _report(console, out, results, seconds, device)
 
 
 def configuration(minutes: float, seed: int, settings: list[str]) -> RunConfig:
@@ -91,6 +91,7 @@ class Results:
     stage_seconds: dict[str, float]
     parameters: int
     loss: float
+    num_samples: int
     report: Path
 
 
@@ -182,7 +183,9 @@ class Story:
         train, test = demo.read_digits("train", shape), demo.read_digits("test", shape)
         measures = self.stage("measures", lambda: measure_samples(classifier, samples, train, test))
         report = self.out / "index.html"
-        results = Results(tokenizer, measures, model, self.seconds, _parameters(model), trained.loss, report)
+        results = Results(
+            tokenizer, measures, model, self.seconds, _parameters(model), trained.loss, len(samples[0]), report
+        )
         self.stage("report", lambda: self.write_report(pipeline, samples, test[0], results))
         return results
 
@@ -250,13 +253,21 @@ def _parameters(config: RunConfig) -> int:
     return cost_of(config).parameters
 
 
-def _report(console: Console, out: Path, results: Results, seconds: float) -> None:
+def _report(console: Console, out: Path, results: Results, seconds: float, device: str) -> None:
     from mvar_cli.story_page import measure_rows
+    from mvar_core.runtime import peak_memory_bytes, resolve_device
 
     heading, *rows = measure_rows(results)
     console.table("measures", heading, rows)
     console.table(
         "time", ("stage", "time"), [(name, format_seconds(spent)) for name, spent in results.stage_seconds.items()]
+    )
+    drawn = results.num_samples / results.stage_seconds["samples"]
+    memory = peak_memory_bytes(resolve_device(device))
+    console.table(
+        "throughput and memory",
+        ("what", "how much"),
+        [("sampling", f"{drawn:.0f} images/s"), ("peak memory", format_bytes(memory))],
     )
     console.say(f"Look at {results.report} and {out / 'grid.png'}.")
     console.say()
@@ -268,6 +279,8 @@ def _report(console: Console, out: Path, results: Results, seconds: float) -> No
             "reconstruction_psnr": results.tokenizer.psnr,
             "code_usage": results.tokenizer.code_usage,
             "loss": results.loss,
+            "images_per_second": drawn,
+            "peak_memory_bytes": memory,
             "model": str(out / "mvar"),
             "report": str(results.report),
             "grid": str(out / "grid.png"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvar_cli import options
-from mvar_cli.console import Console, format_seconds
+from mvar_cli.console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
     from mvar_cli.training import fit_to_tokens, prepare_run, tokenize_run, train_run
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import TokenCache
+    from mvar_core.runtime import peak_memory_bytes, resolve_device
 
     resume = prepare_run(request.out, request.resume, request.overwrite)
     tokens = request.tokens
@@ -154,8 +155,12 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
         start=request.start,
         provenance={"started_from": str(request.start)} if request.start else None,
     )
-    columns = ["steps", "loss", "time", "skipped steps"]
-    row: list[Any] = [result.steps, result.loss, format_seconds(result.seconds), result.skipped]
+    speed = result.steps * config.train.batch_size / max(result.seconds, 1e-9)
+    memory = peak_memory_bytes(resolve_device(request.device))
+    columns = ["steps", "loss", "time", "images/s", "peak memory", "skipped steps"]
+    row: list[Any] = [
+        result.steps, result.loss, format_seconds(result.seconds), speed, format_bytes(memory), result.skipped
+    ]  # fmt: skip
     if result.val_loss is not None:
         columns.append("validation loss")
         row.append(result.val_loss)
@@ -169,6 +174,8 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
             "loss": result.loss,
             "model": str(request.out),
             "seconds": result.seconds,
+            "images_per_second": speed,
+            "peak_memory_bytes": memory,
             "validation_loss": result.val_loss,
             "skipped": result.skipped,
             "interrupted": result.interrupted,

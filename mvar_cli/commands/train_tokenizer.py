@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mvar_cli import options
-from mvar_cli.console import Console, format_seconds
+from mvar_cli.console import Console, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from mvar_core.config import RunConfig
@@ -54,11 +54,14 @@ def run(
         return
 
     from mvar_cli.training import prepare_run, train_tokenizer_run
+    from mvar_core.runtime import peak_memory_bytes, resolve_device
 
     resume = prepare_run(out, resume, overwrite)
     source.check()
     result = train_tokenizer_run(console, config, data, out, device=device, dtype=dtype, resume=resume)
-    _show(console, config, result)
+    speed = result.steps * config.train_tokenizer.batch_size / max(result.seconds, 1e-9)
+    memory = peak_memory_bytes(resolve_device(device))
+    _show(console, config, result, speed, memory)
     if not result.interrupted:
         console.say(f"Written: {out}")
         console.say(f"Next: mvar tokenize --checkpoint {out} --data {data} --out {out.parent / 'tokens'}")
@@ -68,6 +71,8 @@ def run(
             "loss": result.loss,
             "model": str(out),
             "seconds": result.seconds,
+            "images_per_second": speed,
+            "peak_memory_bytes": memory,
             "psnr": result.psnr,
             "code_usage": result.code_usage,
             "usage_per_scale": result.usage_per_scale,
@@ -78,14 +83,24 @@ def run(
         raise options.interrupted(console)
 
 
-def _show(console: Console, config: RunConfig, result: TokenizerTrainResult) -> None:
+def _show(console: Console, config: RunConfig, result: TokenizerTrainResult, speed: float, memory: int) -> None:
     if result.interrupted:
         console.table(config.name, ("steps", "time"), [(result.steps, format_seconds(result.seconds))])
         return
     console.table(
         config.name,
-        ("steps", "loss", "PSNR (dB)", "codes used", "time"),
-        [(result.steps, result.loss, result.psnr, f"{result.code_usage:.1%}", format_seconds(result.seconds))],
+        ("steps", "loss", "PSNR (dB)", "codes used", "time", "images/s", "peak memory"),
+        [
+            (
+                result.steps,
+                result.loss,
+                result.psnr,
+                f"{result.code_usage:.1%}",
+                format_seconds(result.seconds),
+                speed,
+                format_bytes(memory),
+            )
+        ],
     )
     sides = [str(size) for size in config.patch_sizes]
     usage = [f"{part:.1%}" for part in result.usage_per_scale]

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import torch
 
 KEYS = Path(__file__).parent.parent / "tests" / "golden"
+NAMES = ("mvar_d16.pth", "vae_ch160v4096z32.pth")
 
 
 def write_random(keys: str, path: Path, wrapper: str | None) -> None:
     """A published file with random weights: unit norms, everything else small enough to stay finite."""
+    import torch
+
     random = torch.Generator().manual_seed(0)
     state = {}
     for name, (shape, dtype) in json.loads((KEYS / keys).read_text()).items():
@@ -45,23 +47,37 @@ def measure(*arguments: str) -> dict[str, Any]:
     return {"seconds": round(time.monotonic() - start, 2), "peak_resident_bytes": usage.ru_maxrss * 1024}
 
 
+def write_files(folder: Path) -> None:
+    """The two published files, written by a process of their own.
+
+    A child's peak counts what its parent held when it was started, so the measuring process must stay small.
+    """
+    model, tokenizer = (str(folder / name) for name in NAMES)
+    code = (
+        "import pathlib, published_size as p;"
+        f"p.write_random('official-transformer-d16-keys.json', pathlib.Path({model!r}), 'mvar_wo_ddp');"
+        f"p.write_random('official-vqvae-keys.json', pathlib.Path({tokenizer!r}), None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, tokenizer = folder / "mvar_d16.pth", folder / "vae_ch160v4096z32.pth"
-        write_random("official-transformer-d16-keys.json", model, "mvar_wo_ddp")
-        write_random("official-vqvae-keys.json", tokenizer, None)
-        files = ("--model", str(model), "--tokenizer", str(tokenizer), "--kind", "mvar")
-        sample = ("--class", "207", "--num", "1", "--dtype", "bfloat16", "--device", "cpu")
+        write_files(folder)
+        files = ("--model", str(folder / NAMES[0]), "--tokenizer", str(folder / NAMES[1]), "--kind", "mvar")
+        sample = ("--class", "207", "--num", "1", "--device", "cpu", "--checkpoint", str(folder / "d16"))
         rows = {
             "convert (float32)": measure("convert", *files, "--out", str(folder / "d16")),
             "convert (bfloat16)": measure("convert", *files, "--dtype", "bfloat16", "--out", str(folder / "d16b")),
             "sample 1 image (bfloat16)": measure(
-                "sample", "--checkpoint", str(folder / "d16"), *sample, "--out", str(folder / "images")
+                "sample", *sample, "--dtype", "bfloat16", "--out", str(folder / "half")
             ),
+            "sample 1 image (float32)": measure("sample", *sample, "--dtype", "float32", "--out", str(folder / "full")),
         }
     machine.save("published_size", {"model": "MVAR-d16, 256 px, random weights", "rows": rows})
-    sys.exit(0 if all(row["peak_resident_bytes"] < 2e9 for row in rows.values()) else 1)
+    promised = [row for name, row in rows.items() if "sample 1 image (float32)" not in name]
+    sys.exit(0 if all(row["peak_resident_bytes"] < 2e9 for row in promised) else 1)
 
 
 if __name__ == "__main__":

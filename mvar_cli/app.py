@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import traceback
+from collections.abc import Collection
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -61,6 +62,17 @@ def load_command(entry: CommandEntry) -> Any:
     return typer.main.get_command(single)
 
 
+def without_bare_options(args: list[str], names: Collection[str]) -> list[str]:
+    """The arguments without those of the named options that no value follows."""
+    kept = []
+    for position, argument in enumerate(args):
+        following = args[position + 1 : position + 2]
+        if argument in names and (not following or following[0].startswith("-")):
+            continue
+        kept.append(argument)
+    return kept
+
+
 class LazyGroup(TyperGroup):
     """A group that imports a command only when it is called, and turns errors into one line and an exit code."""
 
@@ -68,7 +80,8 @@ class LazyGroup(TyperGroup):
         """The real command in place of its stub; an unknown name fails with the nearest ones."""
         entry = next((entry for entry in COMMANDS if entry.name == args[0]), None)
         if entry is not None:
-            return entry.name, load_command(entry), args[1:]
+            bare = getattr(load_module(entry), "BARE_OPTIONS", ())
+            return entry.name, load_command(entry), without_bare_options(args[1:], bare)
         if not ctx.resilient_parsing and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
         return super().resolve_command(ctx, args)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mvar_core.config import ModelConfig
 
 EXAMPLE = "mvar plan --preset mvar-d16-256 --batch-size 64 --device-memory 24GB"
+BARE_OPTIONS = ("--preset",)
+"""Options that may stand without a value: `mvar plan --preset` lists the presets, as `mvar plan` does."""
 
 
 def run(
@@ -30,7 +32,7 @@ def run(
 ) -> None:
     """Parameters, operations, KV cache and memory of a model, per scale and in total.
 
-    Without a preset or a checkpoint, lists the presets. Multiply-accumulates of attention follow the MVAR paper's
+    Without a preset or a checkpoint, or with --preset alone, lists the presets. Multiply-accumulates of attention follow the MVAR paper's
     convention; memory is a prediction.
     """
     console = Console(as_json)

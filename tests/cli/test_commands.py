@@ -23,6 +23,10 @@ def test_plan(mvar, preset, model):
     assert mvar("plan", "--checkpoint", model, "--json").json["parameters"] == plan["parameters"]
     wider = mvar("plan", "--preset", preset, "--set", "attention.scale_prefixes=all", "--json").json
     assert wider["kv_cache_bytes"] > plan["kv_cache_bytes"] == 0
+    listed = mvar("plan").out
+    assert "mvar-d16-256" in listed
+    assert mvar("plan", "--preset").out == listed
+    assert mvar("plan", "--preset", "--json").json == mvar("plan", "--json").json
     assert "attention GMACs" in mvar("plan", "--preset", preset).out
 
 

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvar_core import Pipeline
+from mvar_core.config import ModelConfig
+from mvar_core.errors import CheckpointError, ConfigError, DataError
+from mvar_core.models import official
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.presets import load_config
+
+
+@pytest.fixture(scope="module")
+def pipeline(mvar_directory: Path) -> Pipeline:
+    return Pipeline.from_pretrained(mvar_directory, device="cpu", dtype="float32")
+
+
+def test_shapes_and_types(pipeline: Pipeline) -> None:
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    tokens = pipeline.encode(images)
+    assert (tokens.shape, tokens.dtype) == ((2, 30), torch.int64)
+    decoded = pipeline.decode(tokens.to(torch.int32))
+    assert (decoded.shape, decoded.dtype) == ((2, 3, 64, 64), torch.float32)
+    for labels in ([1, 2], torch.tensor([1, 2]), np.array([1, 2])):
+        logits = pipeline.logits(tokens, labels)
+        assert (logits.shape, logits.dtype) == ((2, 30, 64), torch.float32)
+    out = pipeline.sample(labels=[3, 3, 7], cfg=1.5, top_k=9, top_p=0.96, seed=0)
+    assert (out.images.shape, out.images.dtype) == ((3, 64, 64, 3), torch.uint8)
+    assert (out.tokens.shape, out.labels) == ((3, 30), (3, 3, 7))
+    assert not torch.equal(out.images[0], out.images[1])
+
+
+def test_images_are_those_of_the_tokens(pipeline: Pipeline) -> None:
+    out = pipeline.sample([3, 5], top_k=9)
+    bytes_of_tokens = ((pipeline.decode(out.tokens) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert (bytes_of_tokens.int() - out.images.int()).abs().max() <= 1
+
+
+def test_results_can_be_trained_on(pipeline: Pipeline) -> None:
+    """What comes out is ordinary tensors, not ones that autograd refuses."""
+    tokens = pipeline.sample([0], top_k=5).tokens
+    weight = torch.ones(64, 1, requires_grad=True)
+    torch.nn.functional.embedding(tokens, weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_inputs_that_are_not_the_models(pipeline: Pipeline) -> None:
+    with pytest.raises(DataError, match="32×32 pixels; .* takes 64×64"):
+        pipeline.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(DataError, match=r"takes \(B, 30\)"):
+        pipeline.decode(torch.zeros(1, 29, dtype=torch.int64))
+    with pytest.raises(DataError, match="the codebook has 64"):
+        pipeline.decode(torch.full((1, 30), 64))
+
+
+def published_files(folder: Path, name: str, wrapper: str | None) -> tuple[Path, ModelConfig]:
+    """A small model on the published pyramid, written as published."""
+    small = [
+        "transformer.depth=1",
+        "transformer.embed_dim=64",
+        "transformer.num_heads=1",
+        "transformer.num_classes=4",
+        "tokenizer.base_channels=32",
+        "tokenizer.codebook_size=16",
+        "tokenizer.latent_channels=4",
+        "sampling.top_k=16",
+    ]
+    config = load_config(f"{wrapper or 'var'}-d16-256".replace("_wo_ddp", ""), small).model
+    torch.manual_seed(0)
+    model = official.transformer_to_official(Transformer(config).state_dict(), config)
+    tokenizer = official.tokenizer_to_official(VQVAE(config.tokenizer, config.pyramid).state_dict(), config)
+    official.save_official(model, folder / name, wrapper=wrapper)
+    official.save_official(tokenizer, folder / "vae_small.pth")
+    return folder / name, config
+
+
+@pytest.mark.parametrize("wrapper", [None, "mvar_wo_ddp"])
+def test_a_published_file_loads_as_it_is(tmp_path: Path, wrapper: str | None) -> None:
+    path, config = published_files(tmp_path, "model.pth", wrapper)
+    pipeline = Pipeline.from_pretrained(path, device="cpu", dtype="float32")
+    assert pipeline.config.patterns == config.patterns
+    assert pipeline.config.attention.scale_prefixes == (1 if wrapper else "all")
+    pipeline.save_pretrained(tmp_path / "directory")
+    again = Pipeline.from_pretrained(tmp_path / "directory", device="cpu", dtype="float32")
+    first, second = pipeline.sample([1], cfg=1.0), again.sample([1], cfg=1.0)
+    assert first.images.shape == (1, 256, 256, 3)
+    assert torch.equal(first.images, second.images)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, mvar_directory: Path) -> None:
+    path, _ = published_files(tmp_path, "model.pth", None)
+    (tmp_path / "vae_small.pth").unlink()
+    with pytest.raises(CheckpointError, match="needs its tokenizer"):
+        Pipeline.from_pretrained(path)
+    with pytest.raises(ConfigError, match="not a device"):
+        Pipeline.from_pretrained(mvar_directory, device="gpu")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Pipeline.from_pretrained(tmp_path / "nothing")

@@ -32,8 +32,8 @@ def run(
 ) -> None:
     """Parameters, operations, KV cache and memory of a model, per scale and in total.
 
-    Without a preset or a checkpoint, or with --preset alone, lists the presets. Multiply-accumulates of attention follow the MVAR paper's
-    convention; memory is a prediction.
+    Without a preset or a checkpoint, or with --preset alone, lists the presets. Multiply-accumulates of attention
+    follow the MVAR paper's convention; memory is a prediction.
     """
     console = Console(as_json)
     if listing or (preset is None and checkpoint is None and not settings):

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mvar_cli.console import format_count, format_number, format_seconds
 from mvar_cli.report import Picture, Section, page
+from mvar_cli.story import Results, next_commands
 from mvar_core.analysis.plots import plot_metrics
-from mvar_core.data.images import Pixels, from_uint8
+from mvar_core.data.images import Pixels
 from mvar_core.data.pictures import make_grid
 from mvar_core.files import write_text
-from mvar_core.pipeline import to_uint8
+from mvar_core.pixels import from_uint8, to_uint8
 
 if TYPE_CHECKING:
-    from mvar_cli.commands.quickstart import Results
     from mvar_core.analysis.locality import LocalityReport
     from mvar_core.pipeline import Pipeline
 
@@ -70,8 +70,6 @@ def write_page(out: Path, pipeline: Pipeline, test: Tensor, results: Results, at
         results: What was measured.
         attention: Where the attention goes.
     """
-    from mvar_cli.commands.quickstart import next_commands
-
     plot_metrics(
         out / "tokenizer" / "metrics.jsonl",
         out / "tokenizer.png",

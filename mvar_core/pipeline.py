@@ -17,6 +17,7 @@ from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.pixels import to_uint8
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.sampler import check_settings, sample_tokens
 
@@ -47,11 +48,6 @@ class Samples:
     tokens: Int[Tensor, "N L"]
     labels: tuple[int, ...]
     stages: UInt8[Tensor, "N S H W 3"] | None = None
-
-
-def to_uint8(images_B3HW: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B H W 3"]:
-    """Images in [-1, 1] as bytes: (x + 1)/2 · 255, clamped and truncated as the published systems do."""
-    return ((images_B3HW.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class Pipeline:

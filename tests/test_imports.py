@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "files", "scales", "config", "presets", "runtime"}
+FOUNDATION = {"errors", "files", "scales", "config", "pixels", "presets", "runtime"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "scales": {"errors"},
     "config": {"errors", "scales"},
     "presets": {"errors", "scales", "config"},
+    "pixels": set(),
     "runtime": {"errors"},
     "kernels": FOUNDATION,
     "models": FOUNDATION | {"kernels"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +15,9 @@ from mvar_core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mvar_cli.measures import Measures
+    from mvar_cli.story import Results
     from mvar_core.config import RunConfig
     from mvar_core.pipeline import Pipeline
-    from mvar_core.training.tokenizer import TokenizerTrainResult
 
 EXAMPLE = "mvar quickstart --out runs/quickstart"
 
@@ -81,20 +79,6 @@ def configuration(minutes: float, seed: int, settings: list[str]) -> RunConfig:
     return load_config(PRESET, [*scaled, *settings], {"seed": seed})
 
 
-@dataclass
-class Results:
-    """What the page and the JSON object are made from."""
-
-    tokenizer: TokenizerTrainResult
-    measures: Measures
-    config: RunConfig
-    stage_seconds: dict[str, float]
-    parameters: int
-    loss: float
-    num_samples: int
-    report: Path
-
-
 class Story:
     """The stages, one after the other; each leaves its files in the output directory and can be resumed.
 
@@ -131,6 +115,7 @@ class Story:
         """Train, draw, measure, write the page."""
         from mvar_cli import classifier as demo
         from mvar_cli.measures import measure_samples
+        from mvar_cli.story import Results
         from mvar_cli.training import fit_to_tokens, tokenize_run, train_run, train_tokenizer_run
         from mvar_core.data.tokens import TokenCache
         from mvar_core.metrics.demo import DemoClassifier
@@ -227,21 +212,6 @@ class Story:
         write_page(self.out, pipeline, test, results, attention)
 
 
-def next_commands(out: Path) -> str:
-    """What to type next: own images, published weights."""
-    return f"""# more samples
-mvar sample --checkpoint {out / "mvar"} --class 3,7 --num 16 --out digits.png
-
-# your own images: a folder with one sub-folder per class
-mvar train-tokenizer --preset digits --data IMAGES --out runs/tokenizer
-mvar tokenize --checkpoint runs/tokenizer --preset digits --data IMAGES --out runs/tokens
-mvar train --preset digits --tokens runs/tokens --checkpoint runs/tokenizer --out runs/mvar
-
-# published weights
-mvar convert --model var_d16.pth --tokenizer vae_ch160v4096z32.pth --out var-d16
-mvar sample --checkpoint var-d16 --class 207 --num 4 --out retriever.png"""
-
-
 def _stop_if(interrupted: bool, console: Console) -> None:
     if interrupted:
         raise options.interrupted(console)
@@ -254,6 +224,7 @@ def _parameters(config: RunConfig) -> int:
 
 
 def _report(console: Console, out: Path, results: Results, seconds: float, device: str) -> None:
+    from mvar_cli.story import next_commands
     from mvar_cli.story_page import measure_rows
     from mvar_core.runtime import peak_memory_bytes, resolve_device
 

@@ -1,11 +1,10 @@
-"""Images as training data: opening a source, reading batches, and the way between pixels and the model's numbers."""
+"""Images as training data: opening a source, reading batches."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from mvar_core.data.pictures import make_grid, save_grid, save_png
 from mvar_core.data.sources import ImageSource, Progress, reading_threads
 from mvar_core.data.transforms import Pixels, Views, resize_and_crop
 from mvar_core.errors import DataError
+from mvar_core.pixels import from_uint8
 
 __all__ = [
     "DigitsSource",
@@ -28,7 +28,6 @@ __all__ = [
     "Pixels",
     "Progress",
     "Views",
-    "from_uint8",
     "image_batches",
     "make_grid",
     "open_images",
@@ -38,7 +37,6 @@ __all__ = [
     "save_grid",
     "save_png",
     "split_name",
-    "to_uint8",
 ]
 
 CACHE_BYTES = 256 * 2**20
@@ -76,42 +74,6 @@ def open_images(source: str, split: str = "train") -> ImageSource:
             f"{name}: tar shards cannot be read yet.", "Unpack them into one folder per class and give that folder."
         )
     return FolderSource(Path(name).expanduser(), split, name)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels of decoded images: clamp, then truncation of (x+1)/2·255, the published convention.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1].
-
-    Returns:
-        uint8 (B, H, W, 3) on the same device.
-    """
-    scaled = images.float().clamp(-1, 1).add(1).mul(0.5).mul(255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def from_uint8(pixels: Tensor | Pixels) -> Tensor:
-    """Pixels as the models read them: float32 (B, 3, H, W) in [-1, 1] from uint8 (B, H, W, 3).
-
-    `to_uint8` gives back exactly these pixels.
-    """
-    if isinstance(pixels, np.ndarray):
-        pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-    planes = pixels.permute(0, 3, 1, 2).contiguous()
-    return _levels().to(planes.device).index_select(0, planes.flatten().int()).view(planes.shape)
-
-
-@cache
-def _levels() -> Tensor:
-    """The number in [-1, 1] for each of the 256 levels, lifted by an ulp where truncation would lose the level."""
-    levels = torch.arange(256)
-    numbers = (levels.double() / 127.5 - 1).float()
-    while True:
-        lost = to_uint8(numbers.view(1, 1, 1, 256)).flatten() != levels
-        if not lost.any():
-            return numbers
-        numbers = torch.where(lost, torch.nextafter(numbers, torch.ones(())), numbers)
 
 
 class ImageRows:

@@ -14,7 +14,6 @@ from mvar_core.data import images as images_module
 from mvar_core.data.images import (
     ImageRows,
     Views,
-    from_uint8,
     image_batches,
     make_grid,
     open_images,
@@ -22,9 +21,9 @@ from mvar_core.data.images import (
     save_grid,
     save_png,
     split_name,
-    to_uint8,
 )
 from mvar_core.errors import DataError
+from mvar_core.pixels import from_uint8, to_uint8
 
 
 def test_pixels_are_truncated_as_published():

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from mvar_core.config import DataConfig, ModelConfig, TokenizerConfig
-from mvar_core.data.images import ImageSource, Views, from_uint8, open_images
+from mvar_core.data.images import ImageSource, Views, open_images
 from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
 from mvar_core.errors import DataError
+from mvar_core.pixels import from_uint8
 from mvar_core.scales import ScalePyramid
 
 HASH = "a" * 64

@@ -17,29 +17,37 @@ DTYPE_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 def cost_of(
     config: ModelConfig,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     dtype: str = "auto",
-    guided: bool | None = None,
+    guided: bool = True,
     device_memory: int | None = None,
 ) -> Plan:
-    """The predicted cost of a model, of its training too where the configuration says how it is trained.
+    """The predicted cost of a model and of its training.
+
+    Args:
+        config: The model, or a run.
+        batch_size: Images sampled or trained on together; by default 1, and what the run trains with.
+        dtype: Of weights and activations.
+        guided: Whether sampling also runs without the class.
+        device_memory: Bytes to find the largest batch for.
 
     Raises:
         ConfigError: Unknown dtype, or sizes that make no sense.
     """
     from mvar_core.analysis.cost import plan
-    from mvar_core.config import RunConfig
+    from mvar_core.config import RunConfig, TrainConfig
     from mvar_core.errors import ConfigError, nearest
 
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"--dtype {dtype!r} is not known. {nearest(dtype, DTYPE_BYTES)}")
+    train = config.train if isinstance(config, RunConfig) else TrainConfig(batch_size=batch_size or 1)
     return plan(
         config,
-        batch_size=batch_size,
+        batch_size=batch_size or 1,
         dtype_bytes=DTYPE_BYTES[dtype],
-        guided=config.sampling.cfg > 0 if guided is None else guided,
+        guided=guided,
         device_memory=device_memory,
-        train=config.train if isinstance(config, RunConfig) else None,
+        train=train.model_copy(update={"batch_size": batch_size}) if batch_size else train,
     )
 
 

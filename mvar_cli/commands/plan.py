@@ -22,7 +22,13 @@ def run(
     preset: options.Preset = None,
     checkpoint: options.OptionalCheckpoint = None,
     settings: options.Settings = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images sampled together.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, metavar="N", help="Images together. Default: 1, and the preset's training."
+        ),
+    ] = None,
+    guided: Annotated[bool, typer.Option("--guided/--unguided", help="Sampling with guidance runs twice.")] = True,
     device_memory: Annotated[
         str | None, typer.Option("--device-memory", metavar="SIZE", help="Find the largest batch, as in 24GB.")
     ] = None,
@@ -43,7 +49,7 @@ def run(
 
     config = resolve(preset, checkpoint, settings or [])
     memory = options.parse_bytes(device_memory) if device_memory else None
-    cost = cost_of(config, batch_size=batch_size, dtype=dtype, device_memory=memory)
+    cost = cost_of(config, batch_size=batch_size, dtype=dtype, guided=guided, device_memory=memory)
     show_cost(console, cost)
     console.finish(cost.to_dict())
 

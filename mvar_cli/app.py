@@ -42,6 +42,11 @@ COMMANDS = (
 )
 """Every command, in the order of the help. Listing them here lets the help answer without importing any."""
 
+SUBCOMMANDS = (
+    CommandEntry("evaluate make-reference", "make_reference", "Measure a reference once, for `evaluate`.", "Use"),
+)
+"""Commands that are words behind another command."""
+
 
 def load_module(entry: CommandEntry) -> Any:
     """A command's module."""
@@ -78,6 +83,9 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The real command in place of its stub; an unknown name fails with the nearest ones."""
+        below = next((entry for entry in SUBCOMMANDS if entry.name.split() == args[:2]), None)
+        if below is not None:
+            return below.name, load_command(below), args[2:]
         entry = next((entry for entry in COMMANDS if entry.name == args[0]), None)
         if entry is not None:
             bare = getattr(load_module(entry), "BARE_OPTIONS", ())

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mvar_cli.app import COMMANDS, CommandEntry, load_command, load_module
+from mvar_cli.app import COMMANDS, SUBCOMMANDS, CommandEntry, load_command, load_module
 
 INTRODUCTION = """# Commands
 
@@ -22,7 +22,7 @@ A configuration is built from `--preset`, then any number of `--set key=value`, 
 
 def reference() -> str:
     """The whole reference."""
-    return "\n".join([INTRODUCTION, *map(_command, COMMANDS)]).rstrip() + "\n"
+    return "\n".join([INTRODUCTION, *map(_command, (*COMMANDS, *SUBCOMMANDS))]).rstrip() + "\n"
 
 
 def _command(entry: CommandEntry) -> str:

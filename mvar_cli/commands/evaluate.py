@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mvar_cli import options
-from mvar_cli.console import Console, format_seconds
-from mvar_core.errors import ConfigError, DataError, nearest
+from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from mvar_core.metrics.features import FeatureExtractor
-    from mvar_core.metrics.statistics import FeatureSet
+    from mvar_cli.image_sets import DrawnImages, ReconstructedImages, StoredImages
+    from mvar_cli.processes import Processes
 
 EXAMPLE = "mvar evaluate --checkpoint runs/quickstart/mvar --reference digits"
 
-FEATURES = ("auto", "inception", "demo")
-DEFAULT_SAMPLES = {"inception": 50_000, "demo": 1_000}
-HEADINGS = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-}
+DEFAULT_SAMPLES = {"inception": 50_000}
+DEFAULT_OTHER_SAMPLES = 1_000
+RECONSTRUCTION = ("rfid", "psnr", "ssim", "usage_per_scale")
 
 
 def run(
@@ -42,19 +29,38 @@ def run(
     samples: Annotated[str | None, typer.Option("--samples", metavar="PATH", help="Folder or npz of images.")] = None,
     checkpoint: options.OptionalCheckpoint = None,
     num_samples: Annotated[
-        int | None, typer.Option("--num-samples", min=2, metavar="N", help="To draw, balanced over classes.")
+        int | None,
+        typer.Option("--num-samples", min=2, metavar="N", help="To draw, balanced over classes; or to read."),
     ] = None,
     metrics: Annotated[
         str, typer.Option("--metrics", metavar="NAMES", help="Comma list of fid, sfid, inception_score, precision, …")
     ] = "all",
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also a score per class, the worst first.")] = False,
+    reconstruction: Annotated[
+        bool, typer.Option("--reconstruction", help="Judge the checkpoint's tokenizer: rFID, PSNR, SSIM, code usage.")
+    ] = False,
+    save_samples: Annotated[
+        Path | None, typer.Option("--save-samples", metavar="FILE.npz", help="Keep what is drawn, with --checkpoint.")
+    ] = None,
+    overwrite: options.Overwrite = False,
     features: Annotated[
-        str, typer.Option("--features", metavar="NAME", help="inception, or demo; auto is demo for digits.")
+        str,
+        typer.Option(
+            "--features",
+            metavar="NAME|FILE.pt2",
+            help="inception, demo, a program from torch.export, or a name registered with torch-fidelity; "
+            "auto is demo for digits.",
+        ),
     ] = "auto",
     inception_weights: Annotated[
         Path | None, typer.Option("--inception-weights", metavar="FILE", help="The network that FID is defined by.")
     ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the Inception weights if absent.")] = False,
     demo_classifier: Annotated[
         Path | None, typer.Option("--demo-classifier", metavar="FILE", help="The classifier behind demo features.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Keep features there, and take those that are known.")
     ] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance, with --checkpoint.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="With --checkpoint.")] = None,
@@ -70,236 +76,141 @@ def run(
 ) -> None:
     """FID, sFID, inception score, precision, recall and KID of images, or of a checkpoint, against a reference.
 
-    Says whether the figures may stand beside published ones, and if not, why not.
+    Says whether the figures may stand beside published ones, and if not, why not. Under torchrun the processes share
+    the images and give the figures of one process. `mvar evaluate make-reference` measures a reference once for all.
     """
-    console = Console(as_json)
+    _check_flags(samples, checkpoint, reconstruction, per_class, save_samples, overwrite)
+    from mvar_cli.processes import processes
+    from mvar_core.metrics.scores import METRICS, check_metrics
+
+    asked = METRICS if metrics == "all" else check_metrics([name.strip() for name in metrics.split(",")])
+    if reconstruction:
+        asked = RECONSTRUCTION
+    with processes() as team:
+        from mvar_cli import evaluation
+        from mvar_cli.image_sets import ReconstructedImages
+        from mvar_core.runtime import resolve_device
+
+        console = team.console(as_json)
+        kept = evaluation.open_cache(cache)
+        kind = evaluation.feature_kind(features, reference)
+        if kind == "inception":
+            inception_weights = evaluation.inception_file(inception_weights, download and not dry_run, console, team)
+        device = team.device(device)
+        target = resolve_device(device)
+        judged: StoredImages | DrawnImages | ReconstructedImages
+        if checkpoint is None:
+            judged = _stored(str(samples), num_samples)
+        else:
+            loading = {"tokenizer": tokenizer, "device": device, "dtype": dtype, "attention": attention}
+            if reconstruction:
+                _one_process(team, "--reconstruction")
+                judged = _reconstructed(checkpoint, loading, reference, num_samples)
+            else:
+                count = num_samples or DEFAULT_SAMPLES.get(kind, DEFAULT_OTHER_SAMPLES)
+                chosen = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+                judged = _drawn(checkpoint, loading, count, chosen, seed, save_samples)
+        if isinstance(judged, ReconstructedImages):
+            known = evaluation.Reference(reference, judged.originals)
+        else:
+            known = evaluation.Reference.open(reference, judged.image_shape, kind)
+        if per_class:
+            _check_labels(judged.labels, known.labels, reference)
+        if dry_run:
+            console.say(f"1. {judged.verb} {judged.count} images of {judged.name}")
+            console.say(f"2. measure {', '.join(asked)} with {kind} features against {reference}")
+            console.say("Nothing was done (--dry-run).")
+            console.finish({"dry_run": True, "num_samples": judged.count, "features": kind, "metrics": asked})
+            return
+        nearby = [checkpoint, checkpoint.parent] if checkpoint is not None else []
+        extractor = evaluation.make_extractor(
+            kind, inception_weights, demo_classifier, nearby, judged.image_shape, target
+        )
+        known.check(extractor)
+        measurer = evaluation.Measurer(
+            extractor,
+            console,
+            team,
+            kept,
+            keep_features=per_class or any(name in asked for name in evaluation.NEED_FEATURES),
+            batch_size=batch_size or evaluation.DEFAULT_BATCH,
+        )
+        start = time.monotonic()
+        reference_set = known.measure(measurer)
+        sample_set = measurer.measure(judged, "samples")
+        if not team.first or sample_set is None or reference_set is None:
+            return
+        from mvar_cli.evaluation_report import Report
+
+        report = Report(judged, known, sample_set, reference_set, extractor, str(target), seed, team.count, start)
+        report.show(console, asked, per_class=per_class)
+
+
+def _check_flags(
+    samples: str | None,
+    checkpoint: Path | None,
+    reconstruction: bool,
+    per_class: bool,
+    save_samples: Path | None,
+    overwrite: bool,
+) -> None:
+    """Find flags that contradict each other before anything is imported or read."""
     if (samples is None) == (checkpoint is None):
         raise ConfigError(
             "There must be something to measure.", "Give --samples PATH or --checkpoint DIR, one of them."
         )
-    if features not in FEATURES:
-        raise ConfigError(f"--features {features!r} is not known. {nearest(features, FEATURES)}")
-    from mvar_core.metrics.scores import METRICS, check_metrics
-
-    asked = METRICS if metrics == "all" else check_metrics([name.strip() for name in metrics.split(",")])
-    kind = features if features != "auto" else "demo" if reference.split(":")[0] == "digits" else "inception"
-    if kind == "inception":
-        from mvar_core.metrics.features import find_inception_weights
-
-        inception_weights = find_inception_weights(inception_weights)
-    if checkpoint is not None:
-        judged = _of_checkpoint(checkpoint, tokenizer, num_samples or DEFAULT_SAMPLES[kind], device, dtype, attention)
-        judged.settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
-        judged.pipeline.sampling_settings(cfg, top_k, top_p)
-    else:
-        judged = _of_images(str(samples), num_samples)
-    judged.batch_size = batch_size or 64
-    known = Reference.open(reference, judged.image_shape, kind)
-    if dry_run:
-        console.say(f"1. {judged.verb} {judged.count} images of {judged.name}")
-        console.say(f"2. measure {', '.join(asked)} with {kind} features against {reference}")
-        console.say("Nothing was done (--dry-run).")
-        console.finish({"dry_run": True, "num_samples": judged.count, "features": kind, "metrics": asked})
+    if reconstruction and checkpoint is None:
+        raise ConfigError("--reconstruction judges a tokenizer.", "Name its model directory with --checkpoint.")
+    if reconstruction and per_class:
+        raise ConfigError("--reconstruction has no scores per class.", "Leave out --per-class.")
+    if save_samples is None:
         return
-    extractor = _extractor(kind, inception_weights, demo_classifier, checkpoint, judged.image_shape, device)
-    start = time.monotonic()
-    reference_set = known.measure(console, extractor)
-    sample_set = judged.measure(console, extractor)
-    _report(console, judged, sample_set, reference_set, extractor, asked, seed, time.monotonic() - start)
+    if checkpoint is None or reconstruction:
+        raise ConfigError("--save-samples keeps what is drawn from a checkpoint.", "Give --checkpoint DIR alone.")
+    if save_samples.suffix.lower() != ".npz":
+        raise DataError(f"--save-samples {save_samples} does not end in .npz.")
+    if save_samples.is_dir() or (save_samples.exists() and not overwrite):
+        raise DataError(
+            f"{save_samples} is already there.", "Choose another --save-samples, or add --overwrite to replace it."
+        )
 
 
-@dataclass
-class Judged:
-    """The images that are judged: read, or drawn as they are measured."""
-
-    name: str
-    verb: str
-    count: int
-    image_shape: tuple[int, int]
-    labels: np.ndarray | None
-    source: Any = None
-    pipeline: Any = None
-    settings: dict[str, Any] | None = None
-    batch_size: int = 64
-
-    def batches(self) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W)."""
-        if self.pipeline is None:
-            yield from _first(self.source.batches(self.batch_size), self.count)
-            return
-        assert self.labels is not None
-        for start in range(0, self.count, self.batch_size):
-            labels = self.labels[start : start + self.batch_size].tolist()
-            indices = range(start, start + len(labels))
-            drawn = self.pipeline.sample(labels, indices=indices, **(self.settings or {}))
-            yield drawn.images.permute(0, 3, 1, 2).contiguous()
-
-    def measure(self, console: Console, extractor: FeatureExtractor) -> FeatureSet:
-        """Features of all images."""
-        from mvar_core.metrics.statistics import collect
-
-        with console.progress("samples") as progress:
-            return collect(extractor, self.batches(), self.count, progress)
+def _one_process(team: Processes, option: str) -> None:
+    if team.count > 1:
+        raise ConfigError(f"{option} runs in one process, found {team.count}.", "Start it without torchrun.")
 
 
-def _first(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    for batch in batches:
-        if count <= 0:
-            return
-        yield batch[:count]
-        count -= len(batch)
+def _check_labels(samples: Any, reference: Any, name: str) -> None:
+    for labels, what in ((samples, "the samples"), (reference, f"the reference {name}")):
+        if labels is None:
+            raise DataError(
+                f"--per-class needs the class of every image, and {what} do not have them."
+                if what == "the samples"
+                else f"--per-class needs the class of every image, and {what} does not have them.",
+                "Class folders have them, an npz with labels, a checkpoint, digits.",
+            )
 
 
-def _of_images(samples: str, limit: int | None) -> Judged:
-    from mvar_core.data.evaluation_images import open_evaluation_images
-    from mvar_core.data.images import split_name
-    from mvar_core.presets import load_config
+def _stored(samples: str, limit: int | None) -> StoredImages:
+    from mvar_cli.image_sets import open_stored
 
-    # Digits have no size of their own; they are measured at the size that the preset gives them.
-    shape = load_config("digits").image_shape if split_name(samples)[0] == "digits" else None
-    images = open_evaluation_images(samples, shape)
-    count = min(images.count, limit or images.count)
-    labels = images.labels[:count] if images.labels is not None else None
-    return Judged(samples, "read", count, images.image_shape, labels, source=images)
+    return open_stored(samples, limit)
 
 
-def _of_checkpoint(
-    checkpoint: Path, tokenizer: Path | None, count: int, device: str, dtype: str, attention: str
-) -> Judged:
-    import numpy as np
-
+def _drawn(
+    checkpoint: Path, loading: dict[str, Any], count: int, chosen: dict[str, Any], seed: int, save_samples: Path | None
+) -> DrawnImages:
+    from mvar_cli.image_sets import DrawnImages
     from mvar_core.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(
-        checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, attention=attention
-    )
-    labels = np.arange(count) % pipeline.transformer.no_class
-    return Judged(str(checkpoint), "draw", count, pipeline.config.image_shape, labels, pipeline=pipeline)
+    pipeline = Pipeline.from_pretrained(checkpoint, **loading)
+    return DrawnImages(str(checkpoint), pipeline, count, pipeline.sampling_settings(**chosen), seed, save_samples)
 
 
-@dataclass
-class Reference:
-    """What the images are judged by: images, or statistics of them, or both."""
+def _reconstructed(checkpoint: Path, loading: dict[str, Any], reference: str, limit: int | None) -> ReconstructedImages:
+    from mvar_cli.image_sets import ReconstructedImages, open_stored
+    from mvar_core.pipeline import Pipeline
 
-    path: Path | None
-    images: Any
-
-    @classmethod
-    def open(cls, text: str, image_shape: tuple[int, int], kind: str) -> Reference:
-        """Check that the reference is there and can be used, before anything slow.
-
-        Raises:
-            DataError: It is neither images nor statistics.
-        """
-        from mvar_core.data.evaluation_images import open_evaluation_images
-        from mvar_core.metrics.statistics import read_statistics
-
-        path = Path(text).expanduser()
-        if path.suffix.lower() != ".npz":
-            return cls(None, open_evaluation_images(text, image_shape))
-        has_statistics = kind == "inception" and read_statistics(path) is not None
-        try:
-            images = open_evaluation_images(text, image_shape)
-        except DataError:
-            if not has_statistics:
-                raise
-            images = None
-        return cls(path if has_statistics else None, images)
-
-    def measure(self, console: Console, extractor: FeatureExtractor) -> FeatureSet:
-        """Features and statistics of the reference."""
-        from mvar_core.metrics.statistics import collect, read_statistics
-
-        measured = None
-        if self.images is not None:
-            with console.progress("reference") as progress:
-                measured = collect(extractor, self.images.batches(64), self.images.count, progress)
-        if self.path is None:
-            assert measured is not None
-            return measured
-        known = read_statistics(self.path, measured)
-        assert known is not None
-        return known
-
-
-def _extractor(
-    kind: str,
-    inception_weights: Path | None,
-    demo_classifier: Path | None,
-    checkpoint: Path | None,
-    image_shape: tuple[int, int],
-    device: str,
-) -> FeatureExtractor:
-    from mvar_core.runtime import resolve_device
-
-    target = resolve_device(device)
-    if kind == "inception":
-        from mvar_core.metrics.features import load_inception
-
-        return load_inception(inception_weights, "cpu" if target.type == "mps" else target)
-    from mvar_cli.classifier import find_classifier
-    from mvar_core.metrics.demo import DemoExtractor
-
-    nearby = [checkpoint, checkpoint.parent] if checkpoint is not None else []
-    return DemoExtractor(find_classifier(demo_classifier, nearby, image_shape), "cpu")
-
-
-def _report(
-    console: Console,
-    judged: Judged,
-    sample_set: FeatureSet,
-    reference_set: FeatureSet,
-    extractor: FeatureExtractor,
-    asked: tuple[str, ...],
-    seed: int,
-    seconds: float,
-) -> None:
-    from mvar_core.metrics.published import comparability
-    from mvar_core.metrics.scores import evaluate_features
-
-    scores = evaluate_features(sample_set, reference_set, asked, seed=seed)
-    comparable, why_not = comparability(extractor, judged.count, reference_set)
-    rows: list[tuple[Any, ...]] = [(judged.name, *(scores[name] for name in HEADINGS))]
-    if extractor.name == "inception" and judged.image_shape == (256, 256):
-        rows += _published_rows()
-    console.table(f"{judged.count:,} samples, {extractor.name} features", ("", *HEADINGS.values()), rows)
-    accuracy = _accuracy(sample_set, judged) if extractor.name == "demo" else None
-    if accuracy is not None:
-        console.say(f"Classified as their labels say: {accuracy:.1%}")
-    for name, reason in scores["reasons"].items():
-        if reason != "not asked for":
-            console.say(f"{HEADINGS[name]}: not computed, {reason}")
-    if comparable:
-        console.say("Comparable with published figures.")
-    else:
-        console.say(f"Not comparable with published figures: {'; '.join(why_not)}.")
-    console.note(f"Measured in {format_seconds(seconds)}.")
-    console.finish(
-        {
-            **scores,
-            "num_samples": judged.count,
-            "num_reference": reference_set.num_images,
-            "features": extractor.name,
-            "weights_hash": extractor.weights_hash,
-            "comparable_to_papers": comparable,
-            "why_not": why_not,
-            "classifier_accuracy": accuracy,
-            "seconds": seconds,
-        }
-    )
-
-
-def _accuracy(sample_set: FeatureSet, judged: Judged) -> float | None:
-    """Part of the samples that the classifier takes for what they are labelled as."""
-    if judged.labels is None or sample_set.logits is None or judged.labels.max() >= sample_set.logits.shape[1]:
-        return None
-    return float((sample_set.logits.argmax(dim=1).numpy() == judged.labels).mean())
-
-
-def _published_rows() -> list[tuple[Any, ...]]:
-    from mvar_core.metrics.published import IMAGENET_256
-
-    return [
-        (f"{row.model}, published", row.fid, None, row.inception_score, row.precision, row.recall, None)
-        for row in IMAGENET_256
-    ]
+    pipeline = Pipeline.from_pretrained(checkpoint, **loading)
+    originals = open_stored(reference, limit, pipeline.config.image_shape)
+    return ReconstructedImages(str(checkpoint), pipeline, originals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import zipfile
 import zlib
@@ -22,9 +23,11 @@ from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, reading_threads
 from mvar_core.data.transforms import Pixels, resize_and_crop
 from mvar_core.errors import DataError
+from mvar_core.files import sha256_of_file
 
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")
+LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
 
 logger = logging.getLogger("mvar")
 
@@ -42,6 +45,8 @@ class EvaluationImages:
         image_shape: Height and width in pixels.
         labels: int64 (N,), or None where they are not known.
         class_names: One name per class, or None where they are not known.
+        stored_shape: Height and width that some images have where they are stored, if not `image_shape`.
+        num_lossy: How many images are stored with lossy compression, which moves features.
     """
 
     name: str
@@ -49,16 +54,24 @@ class EvaluationImages:
     image_shape: ImageShape
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...] | None
-    _read: Callable[[int], Batches] = field(repr=False)
+    _read: Callable[[int, int, int], Batches] = field(repr=False)
+    _content: Callable[[], str] = field(repr=False)
+    stored_shape: ImageShape | None = None
+    num_lossy: int = 0
 
-    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """The images in order: uint8 (B, 3, H, W); the last batch may be smaller.
+    def batches(self, batch_size: int = 64, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """The images `start` up to `stop` in order: uint8 (B, 3, H, W); the last batch may be smaller.
 
         Raises:
             DataError: An image cannot be read.
         """
-        for pixels in self._read(batch_size):
+        stop = self.count if stop is None else min(stop, self.count)
+        for pixels in self._read(batch_size, start, stop):
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+    def fingerprint(self) -> str:
+        """SHA-256 that equal images of an equal form have, wherever they lie: of their stored bytes and their size."""
+        return hashlib.sha256(f"{self._content()} {_size(self.image_shape)}".encode()).hexdigest()
 
 
 def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> EvaluationImages:
@@ -96,15 +109,29 @@ def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> 
         labels=source.labels if has_classes else None,
         class_names=source.class_names if has_classes else None,
         _read=_source_reader(source, image_shape or found),
+        _content=lambda: _source_content(source),
+        stored_shape=found if image_shape not in (None, found) else None,
+        num_lossy=sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names),
     )
 
 
-def _source_reader(source: ImageSource, image_shape: ImageShape) -> Callable[[int], Batches]:
-    def read(batch_size: int) -> Batches:
-        for pixels, _ in pixel_batches(source, image_shape, None, batch_size):
+def _source_reader(source: ImageSource, image_shape: ImageShape) -> Callable[[int, int, int], Batches]:
+    def read(batch_size: int, start: int, stop: int) -> Batches:
+        for pixels, _ in pixel_batches(source, image_shape, range(start, stop), batch_size):
             yield pixels
 
     return read
+
+
+def _source_content(source: ImageSource) -> str:
+    """What the images are: every file's bytes in order, or for bundled data its name, which stands for its content."""
+    if not isinstance(source, FolderSource):
+        return f"{source.name}:{source.split} {source.fingerprint()}"
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(reading_threads()) as pool:
+        for content in pool.map(sha256_of_file, map(source.path, range(len(source)))):
+            digest.update(content.encode())
+    return digest.hexdigest()
 
 
 def _folder_shape(source: FolderSource, wanted: ImageShape | None) -> ImageShape:
@@ -160,21 +187,27 @@ def _open_npz(text: str, path: Path, image_shape: ImageShape | None) -> Evaluati
         image_shape=image_shape or (height, width),
         labels=labels,
         class_names=None,
-        _read=lambda batch_size: _npz_batches(text, path, array, batch_size, image_shape),
+        _read=lambda batch_size, start, stop: _npz_batches(text, path, array, batch_size, image_shape, start, stop),
+        _content=lambda: sha256_of_file(path),
+        stored_shape=(height, width) if image_shape not in (None, (height, width)) else None,
     )
 
 
-def _npz_batches(text: str, path: Path, array: str, batch_size: int, image_shape: ImageShape | None) -> Batches:
-    """Read an array of an npz file front to back: nothing but one batch is ever in memory."""
+def _npz_batches(
+    text: str, path: Path, array: str, batch_size: int, image_shape: ImageShape | None, start: int, stop: int
+) -> Batches:
+    """Read a part of an array of an npz file front to back: nothing but one batch is ever in memory."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{array}.npy") as file:
             count, height, width = _read_header(file, f"{text}, array {array}")
-            for start in range(0, count, batch_size):
-                size = min(batch_size, count - start)
+            if start:
+                file.seek(start * height * width * 3, 1)
+            for first in range(start, stop, batch_size):
+                size = min(batch_size, stop - first)
                 wanted = size * height * width * 3
                 content = file.read(wanted)
                 if len(content) < wanted:
-                    raise EOFError(f"it ends within images {start} to {start + size - 1} of {count}")
+                    raise EOFError(f"it ends within images {first} to {first + size - 1} of {count}")
                 pixels = np.frombuffer(content, np.uint8).reshape(size, height, width, 3)
                 if image_shape is not None and (height, width) != image_shape:
                     resized = (resize_and_crop(Image.fromarray(image), image_shape) for image in pixels)

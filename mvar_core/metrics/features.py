@@ -5,10 +5,13 @@ Letters: B batch, H, W height and width in pixels, F features, K classes of the 
 
 from __future__ import annotations
 
+import http.client
 import io
 import os
 import pickle
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError
-from mvar_core.files import sha256_of_file
+from mvar_core.files import atomic_path, sha256_of_file
 from mvar_core.metrics.fidelity import fidelity_module
 
 INCEPTION_URL = (
@@ -31,6 +34,9 @@ INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-20
 INCEPTION_VARIABLE = "MVAR_INCEPTION_WEIGHTS"
 
 SPATIAL_CHANNELS = 7
+
+DOWNLOAD_BLOCK = 1 << 18
+DOWNLOAD_TIMEOUT_SECONDS = 30
 
 
 class Features(NamedTuple):
@@ -86,6 +92,35 @@ def check_images(images: Tensor) -> None:
         )
 
 
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Measure in float32 proper: no TensorFloat-32 in CUDA's matrix products and convolutions inside the block.
+
+    TensorFloat-32 moves features by more than other machines' rounding does. Settings from outside are restored.
+    """
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    # torch has two sets of names for these settings, and raises on reading the older where the newer contradict them.
+    try:
+        matmul, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:
+        matmul, convolutions = None, None
+    try:
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+            cudnn.allow_tf32 = False
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+            cudnn.allow_tf32 = convolutions
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 class InceptionExtractor:
     """The Inception network of 2015-12-05 that FID was defined with, as torch-fidelity's inception-v3-compat.
 
@@ -138,8 +173,7 @@ class InceptionExtractor:
             DataError: Not uint8 images.
         """
         check_images(images)
-        # TensorFloat-32 convolutions move the features by more than other machines' rounding does.
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        with exact_matmul():
             pool, logits = self._network(images.to(self._device))
         spatial, self._spatial = self._spatial, None
         assert spatial is not None
@@ -169,6 +203,48 @@ def find_inception_weights(path: Path | str | None = None) -> Path:
             _verify(candidate)
             return candidate
     raise DataError("The Inception weights are not on this machine.", _how_to_get_weights())
+
+
+def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
+    """Fetch the Inception weights into torch's cache of downloads, unless the verified file is there already.
+
+    Args:
+        progress: Called with the bytes that have arrived and their total.
+
+    Returns:
+        The file, which `find_inception_weights` finds; its size and SHA-256 were checked before it took its name.
+
+    Raises:
+        DataError: The network or the disk failed, or other bytes arrived; says where to get the file by hand.
+    """
+    for name in INCEPTION_FILES:
+        try:
+            _verify(_download_cache() / name)
+        except (DataError, OSError):
+            continue
+        return _download_cache() / name
+    target = _download_cache() / INCEPTION_FILES[0]
+    try:
+        with atomic_path(target) as temporary:
+            with (
+                urllib.request.urlopen(INCEPTION_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer,
+                temporary.open("wb") as file,
+            ):
+                done = 0
+                while block := answer.read(DOWNLOAD_BLOCK):
+                    file.write(block)
+                    done += len(block)
+                    if progress:
+                        progress(done, INCEPTION_BYTES)
+            wrong = _difference(temporary)
+            if wrong:
+                raise DataError(f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.")
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"The Inception weights cannot be fetched: {reason}.", _how_to_get_weights()) from error
+    except DataError as error:
+        raise DataError(error.message, _how_to_get_weights()) from None
+    return target
 
 
 def load_inception(path: Path | str | None = None, device: torch.device | str = "cpu") -> InceptionExtractor:
@@ -204,15 +280,18 @@ def _how_to_get_weights() -> str:
 
 
 def _verify(path: Path) -> None:
+    wrong = _difference(path)
+    if wrong:
+        raise DataError(
+            f"{path} is not the Inception weights: {wrong}.",
+            f"Delete it or name another file. {_how_to_get_weights()}",
+        )
+
+
+def _difference(path: Path) -> str | None:
+    """What tells a file from the published one; None for the published one."""
     size = path.stat().st_size
     if size != INCEPTION_BYTES:
-        raise DataError(
-            f"{path} is not the Inception weights: it has {size:,} bytes, expected {INCEPTION_BYTES:,}.",
-            f"Delete it or name another file. {_how_to_get_weights()}",
-        )
+        return f"it has {size:,} bytes, expected {INCEPTION_BYTES:,}"
     found = sha256_of_file(path)
-    if found != INCEPTION_SHA256:
-        raise DataError(
-            f"{path} is not the Inception weights: its SHA-256 is {found}, expected {INCEPTION_SHA256}.",
-            f"Delete it or name another file. {_how_to_get_weights()}",
-        )
+    return None if found == INCEPTION_SHA256 else f"its SHA-256 is {found}, expected {INCEPTION_SHA256}"

@@ -75,7 +75,9 @@ def comparability(
     """
     why_not = []
     if not extractor.comparable_to_papers:
-        network = "a small classifier's" if extractor.name == "demo" else "other weights'"
+        network = {"demo": "a small classifier's", "inception": "other weights'"}.get(
+            extractor.name, "another network's"
+        )
         why_not.append(f"{extractor.name} features are {network}, not those of the Inception network of 2015-12-05")
     if num_samples < PAPER_SAMPLES:
         why_not.append(f"{num_samples:,} samples, papers measure {PAPER_SAMPLES:,}")

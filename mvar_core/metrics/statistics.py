@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core.errors import DataError
-from mvar_core.metrics.features import FeatureExtractor
+from mvar_core.metrics.features import FeatureExtractor, exact_matmul
 
 BLOCK_ROWS = 256
 
@@ -33,10 +33,14 @@ class StreamingStatistics:
 
     Rows are merged in blocks of a fixed number, so the result does not depend on how they were batched (Chan, Golub
     and LeVeque 1979 for the merge).
+
+    Args:
+        first: Index of the first row among all images, by which an image that cannot be used is named.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         self.count = 0
+        self._first = first
         self._mean: NDArray[np.float64] | None = None
         self._scatter: NDArray[np.float64] | None = None
         self._merged = 0
@@ -46,13 +50,10 @@ class StreamingStatistics:
         """Add a batch of features, (B, F).
 
         Raises:
-            DataError: Features that are not finite.
+            DataError: Features that are not finite; names the first such image.
         """
+        check_finite(features, self._first + self.count)
         rows = features.detach().cpu().numpy().astype(np.float64)
-        if not np.isfinite(rows).all():
-            raise DataError(
-                "Some image's features are not finite numbers.", "Check the images and the extractor's weights."
-            )
         self.count += len(rows)
         self._waiting.append(rows)
         if self.count - self._merged >= BLOCK_ROWS:
@@ -82,15 +83,71 @@ class StreamingStatistics:
     def _merge(self, block: NDArray[np.float64]) -> None:
         mean = block.mean(axis=0)
         centered = block - mean
-        scatter = centered.T @ centered
+        self._merge_moments(len(block), mean, centered.T @ centered)
+
+    def _merge_moments(self, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
         if self._mean is None or self._scatter is None:
-            self._mean, self._scatter, self._merged = mean, scatter, len(block)
+            self._mean, self._scatter, self._merged = mean, scatter, count
             return
-        total = self._merged + len(block)
+        total = self._merged + count
         delta = mean - self._mean
-        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self._merged * len(block) / total)
-        self._mean = self._mean + delta * (len(block) / total)
+        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self._merged * count / total)
+        self._mean = self._mean + delta * (count / total)
         self._merged = total
+
+
+def merge_statistics(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
+    """Mean and covariance of the union of sets whose own are known (Chan, Golub and LeVeque 1979).
+
+    Args:
+        parts: Number of rows and statistics of each set; at least one set, each of at least two rows.
+    """
+    merged = StreamingStatistics()
+    for count, part in parts:
+        merged._merge_moments(count, part["mu"], part["sigma"] * (count - 1))
+        merged.count += count
+    return merged.result()
+
+
+def check_finite(features: Tensor, first: int = 0) -> None:
+    """Refuse features that are not finite numbers.
+
+    Args:
+        features: (B, F).
+        first: Index of the first row among all images.
+
+    Raises:
+        DataError: Names the first image whose features are not finite.
+    """
+    finite = torch.isfinite(features).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        index = first + int((~finite).nonzero()[0, 0])
+        raise DataError(
+            f"The features of image {index} (counted from 0) are not finite numbers.",
+            "Check that image and the extractor's weights.",
+        )
+
+
+class _Rows:
+    """Rows that arrive in batches, in one buffer of the expected size: joining a list would take the memory twice."""
+
+    def __init__(self, expected: int):
+        self._expected = expected
+        self._buffer: Tensor | None = None
+        self._count = 0
+
+    def append(self, rows: Tensor) -> None:
+        rows = rows.detach().cpu().float()
+        needed = self._count + len(rows)
+        if self._buffer is None:
+            self._buffer = torch.empty(max(needed, self._expected), rows.shape[1])
+        elif needed > len(self._buffer):
+            self._buffer = torch.cat([self._buffer[: self._count], torch.empty(needed, rows.shape[1])])
+        self._buffer[self._count : needed] = rows
+        self._count = needed
+
+    def result(self) -> Tensor | None:
+        return None if self._buffer is None else self._buffer[: self._count]
 
 
 @dataclass(frozen=True)
@@ -105,6 +162,7 @@ class FeatureSet:
         spatial: Mean and covariance of the spatial features; None where there are none.
         features: (N, F), the features themselves; None where only statistics are known.
         logits: (N, K), what the network classifies the images as; None where unknown.
+        labels: int64 (N,), the images' classes; None where unknown.
         source: Where the statistics were read from; None for images that were measured here.
     """
 
@@ -115,6 +173,7 @@ class FeatureSet:
     spatial: Statistics | None = None
     features: Tensor | None = None
     logits: Tensor | None = None
+    labels: NDArray[np.int64] | None = None
     source: str | None = None
 
     @property
@@ -124,37 +183,56 @@ class FeatureSet:
             return self.count
         return None if self.features is None else len(self.features)
 
+    @property
+    def width(self) -> int | None:
+        """Number of features, F; None where neither they nor their statistics are known."""
+        if self.features is not None:
+            return self.features.shape[1]
+        return None if self.statistics is None else len(self.statistics["mu"])
+
 
 def collect(
     extractor: FeatureExtractor,
     batches: Iterable[Tensor],
     total: int,
     progress: Progress | None = None,
+    *,
+    keep_features: bool = True,
+    first: int = 0,
 ) -> FeatureSet:
     """Run an extractor over all images, once.
+
+    What stays in memory: the statistics, whose size does not depend on the number of images; the logits in float32,
+    which the shuffled inception score reads (4 MB per thousand images for Inception's 1008 classes, 40 kB for ten);
+    and, only with `keep_features`, the features in float32 (8 MB per thousand images for Inception's 2048).
 
     Args:
         extractor: The network.
         batches: uint8 images (B, 3, H, W), batch by batch.
-        total: How many images there will be, for `progress`.
+        total: How many images there will be, for `progress` and to reserve memory.
         progress: Called with the number of images done and the total.
+        keep_features: Whether to keep the features themselves, for precision, recall, KID and scores per class; FID,
+            sFID and the inception score need none.
+        first: Index of the first image among all, where these are a part of them; errors name images by it.
 
     Raises:
         DataError: No images, images of the wrong kind, or features that are not finite.
     """
-    pools: list[Tensor] = []
-    logits: list[Tensor] = []
-    pool_statistics, spatial_statistics = StreamingStatistics(), StreamingStatistics()
-    for images in batches:
-        batch = extractor(images)
-        pools.append(batch.pool.float())
-        if batch.logits is not None:
-            logits.append(batch.logits.float())
-        if batch.spatial is not None:
-            spatial_statistics.update(batch.spatial)
-        pool_statistics.update(batch.pool)
-        if progress:
-            progress(pool_statistics.count, total)
+    features, logits = _Rows(total), _Rows(total)
+    pool_statistics, spatial_statistics = StreamingStatistics(first), StreamingStatistics(first)
+    with exact_matmul():
+        for images in batches:
+            batch = extractor(images)
+            if batch.logits is not None:
+                check_finite(batch.logits, first + pool_statistics.count)
+                logits.append(batch.logits)
+            if batch.spatial is not None:
+                spatial_statistics.update(batch.spatial)
+            if keep_features:
+                features.append(batch.pool)
+            pool_statistics.update(batch.pool)
+            if progress:
+                progress(pool_statistics.count, total)
     count = pool_statistics.count
     if count == 0:
         raise DataError("There are no images to measure.")
@@ -164,8 +242,8 @@ def collect(
         count=count,
         statistics=pool_statistics.result() if count > 1 else None,
         spatial=spatial_statistics.result() if spatial_statistics.count > 1 else None,
-        features=torch.cat(pools),
-        logits=torch.cat(logits) if logits else None,
+        features=features.result(),
+        logits=logits.result(),
     )
 
 
@@ -201,10 +279,10 @@ def read_statistics(path: Path, images: FeatureSet | None = None) -> FeatureSet 
 
 
 def _check_dimension(path: Path, pool: Statistics, images: FeatureSet) -> None:
-    if images.features is not None and images.features.shape[1] != len(pool["mu"]):
+    width = images.width
+    if width is not None and width != len(pool["mu"]):
         raise DataError(
-            f"{path} holds statistics of {len(pool['mu'])} features, but {images.extractor} features are"
-            f" {images.features.shape[1]}.",
+            f"{path} holds statistics of {len(pool['mu'])} features, but {images.extractor} features are {width}.",
             "Choose the --features that the file was made with.",
         )
 

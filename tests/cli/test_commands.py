@@ -199,8 +199,9 @@ def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_pat
     monkeypatch.setattr(features, "find_inception_weights", lambda path: path)
     monkeypatch.setattr(features, "load_inception", lambda path, device: Small())
     random = np.random.default_rng(0)
-    np.savez(tmp_path / "a.npz", arr_0=random.integers(0, 256, (8, 256, 256, 3), np.uint8))
-    outcome = mvar("evaluate", "--samples", tmp_path / "a.npz", "--reference", tmp_path / "a.npz", "--metrics", "fid")
+    path = tmp_path / "imagenet.npz"
+    np.savez(path, arr_0=random.integers(0, 256, (8, 256, 256, 3), np.uint8))
+    outcome = mvar("evaluate", "--samples", path, "--reference", path, "--metrics", "fid")
     assert outcome.code == 0, outcome.err
     assert "MVAR-d16, published" in outcome.out
     assert "3.09" in outcome.out

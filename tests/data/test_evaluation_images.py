@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.data.images import open_images
@@ -169,3 +171,80 @@ def test_digits_are_read_at_the_size_asked_for():
     assert np.array_equal(next(iter(opened.batches(2)))[1].permute(1, 2, 0).numpy(), source.read(1, (16, 16)))
     with pytest.raises(DataError, match="digits has no image size of its own"):
         open_evaluation_images("digits")
+
+
+def test_a_part_of_the_images_is_those_of_the_whole(tmp_path, write, images):
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", arr_0=images)
+        opened = open_evaluation_images(str(tmp_path / "a.npz"))
+        part = torch.cat(list(opened.batches(2, 3, 6))).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(part, images[3:6])
+    for number in range(5):
+        path = write(f"samples/{number}.png", number, shape=(16, 24))
+    opened = open_evaluation_images(str(path.parent))
+    whole = torch.cat(list(opened.batches()))
+    assert torch.equal(torch.cat(list(opened.batches(2, 1, 4))), whole[1:4])
+    assert len(torch.cat(list(opened.batches(2, 3, 99)))) == 2
+
+
+def test_the_fingerprint_is_that_of_the_pixels_and_their_size(tmp_path, write, images):
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    first = open_evaluation_images(str(tmp_path / "a.npz")).fingerprint()
+    assert open_evaluation_images(str(tmp_path / "a.npz"), (4, 4)).fingerprint() != first
+    shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert open_evaluation_images(str(tmp_path / "b.npz")).fingerprint() == first
+    images[3, 2, 1, 0] ^= 1
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    assert open_evaluation_images(str(tmp_path / "a.npz")).fingerprint() != first
+    path = write("samples/0.png", 0)
+    write("samples/1.png", 1)
+    folder = open_evaluation_images(str(path.parent)).fingerprint()
+    shutil.copytree(path.parent, tmp_path / "copy")
+    assert open_evaluation_images(str(tmp_path / "copy")).fingerprint() == folder
+    (tmp_path / "copy" / "0.png").rename(tmp_path / "copy" / "2.png")
+    assert open_evaluation_images(str(tmp_path / "copy")).fingerprint() != folder  # another order
+    assert (
+        open_evaluation_images("digits", (8, 8)).fingerprint()
+        != open_evaluation_images("digits:test", (8, 8)).fingerprint()
+    )
+
+
+def test_lossy_and_resized_images_are_known(tmp_path, write, images):
+    write("samples/0.png", 0, shape=(16, 16))
+    write("samples/1.jpg", 1, shape=(16, 16))
+    path = write("samples/2.webp", 2, shape=(16, 16))
+    assert open_evaluation_images(str(path.parent)).num_lossy == 2
+    assert open_evaluation_images(str(path.parent), (16, 16)).stored_shape is None
+    assert open_evaluation_images(str(path.parent), (8, 8)).stored_shape == (16, 16)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    assert open_evaluation_images(str(tmp_path / "a.npz"), (4, 4)).stored_shape == (8, 12)
+    assert open_evaluation_images(str(tmp_path / "a.npz"), (8, 12)).stored_shape is None
+
+
+def test_other_kinds_of_pixels_are_converted(tmp_path):
+    """Gray and CMYK become RGB, transparent parts white, 16-bit gray is scaled to 8 bits."""
+    ramp = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    transparent = np.stack([ramp, ramp, ramp, np.where(ramp < 128, 0, 255).astype(np.uint8)], axis=-1)
+    expected = {
+        "0-gray.png": (Image.fromarray(ramp), ramp),
+        "1-alpha.png": (Image.fromarray(transparent, "RGBA"), np.where(ramp < 128, 255, ramp)),
+        "2-sixteen.png": (Image.fromarray(ramp.astype(np.uint16) * 257), ramp),
+        "3-cmyk.tif": (Image.fromarray(ramp).convert("RGB").convert("CMYK"), ramp),
+    }
+    for name, (image, _) in expected.items():
+        image.save(tmp_path / name)
+    pixels = read(tmp_path)
+    for found, (_, gray) in zip(pixels, expected.values(), strict=True):
+        assert np.array_equal(found, np.repeat(gray[..., None], 3, axis=2))
+
+
+def test_a_file_that_is_damaged_inside_is_named_when_it_is_read(write):
+    path = write("samples/1.png", 1, shape=(120, 120))
+    write("samples/0.png", 0, shape=(120, 120))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)
+    opened = open_evaluation_images(str(path.parent))
+    with pytest.raises(DataError, match=r"1\.png cannot be read"):
+        list(opened.batches())

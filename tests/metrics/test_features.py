@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from mvar_core.metrics.features import (
     load_inception,
 )
 from mvar_core.metrics.fidelity import fidelity_module
+from mvar_core.metrics.scores import evaluate_features
 from mvar_core.metrics.statistics import collect
 
 
@@ -220,3 +223,75 @@ def test_loads_the_verified_file(
     assert loaded.weights_hash == module.INCEPTION_SHA256
     state = loaded._network.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> list[str]:
+    """Answer every download with this; returns the list of addresses that were asked for."""
+    asked: list[str] = []
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        assert timeout > 0
+        asked.append(url)
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    return asked
+
+
+def test_downloads_the_weights_once(no_weights: Path, pretend: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DOWNLOAD_BLOCK", 500)
+    asked = serve(monkeypatch, pretend)
+    seen: list[tuple[int, int]] = []
+    path = module.download_inception(lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == pretend
+    assert path == find_inception_weights() == no_weights / module.INCEPTION_FILES[0]
+    assert seen[0] == (500, len(pretend))
+    assert seen[-1] == (len(pretend), len(pretend))
+    assert module.download_inception() == path
+    assert asked == [module.INCEPTION_URL]
+
+
+def test_a_download_replaces_a_damaged_file(no_weights: Path, pretend: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (no_weights / module.INCEPTION_FILES[0]).write_bytes(b"cut")
+    serve(monkeypatch, pretend)
+    assert module.download_inception().read_bytes() == pretend
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (urllib.error.URLError("no route to host"), "cannot be fetched: .*no route to host"),
+        (TimeoutError("timed out"), "cannot be fetched: timed out"),
+        (http.client.IncompleteRead(b"x"), "cannot be fetched: IncompleteRead"),
+        (b"<html>", "is not the Inception weights: it has 6 bytes"),
+    ],
+)
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(
+    no_weights: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception, message: str
+) -> None:
+    serve(monkeypatch, answer)
+    with pytest.raises(DataError, match=message) as caught:
+        module.download_inception()
+    for part in (module.INCEPTION_URL, INCEPTION_SHA256, str(no_weights)):
+        assert part in str(caught.value)
+    assert list(no_weights.iterdir()) == []
+
+
+def test_inception_features_carry_all_metrics(extractor: InceptionExtractor) -> None:
+    sets = []
+    for seed in (1, 2):
+        coarse = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) ** seed
+        images = (nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+        sets.append(collect(extractor, images.split(3), 5))
+    scores = evaluate_features(sets[0], sets[1], splits=2)
+    assert scores["reasons"] == {}
+    assert scores["fid"] > 1
+    assert scores["sfid"] > 1
+    assert scores["inception_score"] > 1
+    assert scores["kid"] > 0
+    assert 0 <= scores["precision"] <= 1
+    assert 0 <= scores["recall"] <= 1
+    same = evaluate_features(sets[0], sets[0], ["precision", "recall"])
+    assert (same["precision"], same["recall"]) == (1, 1)

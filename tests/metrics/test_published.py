@@ -46,3 +46,9 @@ def test_published_rows_are_within_their_ranges() -> None:
         assert all(part is None or 0 < part < 1 for part in (row.precision, row.recall))
     best = min((row for row in IMAGENET_256 if row.model.startswith("MVAR")), key=lambda row: row.fid)
     assert (best.model, best.fid, best.inception_score) == ("MVAR-d24 (fine-tuned)", 2.23, 300.1)
+
+
+def test_other_networks_are_not_comparable() -> None:
+    other = SimpleNamespace(name="dinov2-vit-b-14", comparable_to_papers=False)
+    (reason,) = comparability(other, 50_000)[1]
+    assert reason.startswith("dinov2-vit-b-14 features are another network's, not those of the Inception network")

@@ -12,6 +12,7 @@ from torch import Tensor
 from mvar_core.errors import DataError
 from mvar_core.metrics.features import Features
 from mvar_core.metrics.fidelity import fidelity_module
+from mvar_core.metrics.scores import evaluate_features
 from mvar_core.metrics.statistics import BLOCK_ROWS, StreamingStatistics, collect, read_statistics
 
 
@@ -166,3 +167,72 @@ def test_refuses_what_is_not_an_npz_file(tmp_path: Path) -> None:
         read_statistics(tmp_path / "absent.npz")
     with pytest.raises(DataError, match="not an npz file"):
         read_statistics(tmp_path / "picture.png")
+
+
+def test_collect_without_features_keeps_what_the_other_metrics_need() -> None:
+    pictures = images(600)
+    kept = collect(PixelExtractor(), pictures.split(50), 600)
+    slim = collect(PixelExtractor(), pictures.split(50), 600, keep_features=False)
+    assert slim.features is None
+    assert (slim.count, slim.num_images, slim.width) == (600, 600, 6)
+    assert slim.statistics is not None
+    assert kept.statistics is not None
+    assert slim.logits is not None
+    assert np.array_equal(slim.statistics["sigma"], kept.statistics["sigma"])
+    assert torch.equal(slim.logits, kept.logits)  # type: ignore[arg-type]
+    scores = evaluate_features(slim, kept)
+    assert all(scores[name] is not None for name in ("fid", "sfid", "inception_score"))
+    assert set(scores["reasons"]) == {"precision", "recall", "kid"}
+
+
+@pytest.mark.parametrize("total", [0, 3, 10, 50])
+def test_a_wrong_total_loses_nothing(total: int) -> None:
+    pictures = images(10)
+    features = collect(PixelExtractor(), pictures.split(4), total).features
+    assert features is not None
+    assert torch.equal(features, pictures.flatten(1)[:, :6].float())
+
+
+@pytest.mark.parametrize("part", ["pool", "logits", "spatial"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_name_the_first_such_image(part: str, value: float) -> None:
+    class Broken(PixelExtractor):
+        def __call__(self, images: Tensor) -> Features:
+            found = super().__call__(images)
+            damaged = {"pool": found.pool, "logits": found.logits, "spatial": found.spatial}[part]
+            assert damaged is not None
+            damaged[images.flatten(1)[:, 0] == 7] = value
+            return found
+
+    pictures = images(10)
+    pictures[:, 0, 0, 0] = 1
+    pictures[[6, 8], 0, 0, 0] = 7
+    for batch in (1, 4, 10):
+        with pytest.raises(DataError, match=r"image 6 \(counted from 0\) are not finite"):
+            collect(Broken(), pictures.split(batch), 10)
+    with pytest.raises(DataError, match=r"image 106 \(counted from 0\) are not finite"):
+        collect(Broken(), pictures.split(4), 10, first=100)
+
+
+def test_measures_without_tensorfloat_and_restores_the_settings() -> None:
+    seen: list[tuple[object, object]] = []
+
+    class Looking(PixelExtractor):
+        def __call__(self, images: Tensor) -> Features:
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            seen.append((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
+            return super().__call__(images)
+
+    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        collect(Looking(), [images(2)], 2)
+        assert seen == [(False, False), ("ieee", "highest")]
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        with pytest.raises(DataError):
+            collect(Looking(), [], 0)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,0 +1,101 @@
+"""One command in several processes, as torchrun starts them: who does what, and who speaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mvar_cli.console import Console, Progress
+
+Value = TypeVar("Value")
+
+
+class SilentConsole(Console):
+    """The console of a process that is not the first: it prints nothing."""
+
+    def say(self, text: str = "") -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def table(self, title: str, columns: Any, rows: Any) -> None:
+        """Nothing."""
+
+    def finish(self, result: Any) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def progress(self, title: str, unit: str = "images") -> Iterator[Progress]:
+        """A progress bar that nobody sees."""
+        yield Progress(title, unit, lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one command.
+
+    Attributes:
+        rank: This process's number.
+        count: How many there are.
+        local_rank: This process's number on its machine, which is also the number of its GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reads and writes what there is one of, and that prints."""
+        return self.rank == 0
+
+    def console(self, as_json: bool) -> Console:
+        """Where this process prints."""
+        return Console(as_json) if self.first else SilentConsole(as_json)
+
+    def device(self, name: str) -> str:
+        """The device of this process where `name` leaves the choice: one GPU each."""
+        import torch
+
+        if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank}"
+        return name
+
+    def from_first(self, compute: Callable[[], Value]) -> Value:
+        """What `compute` gives in the first process, in all of them; the others wait for it."""
+        if self.count == 1:
+            return compute()
+        import torch.distributed as dist
+
+        values: list[Any] = [compute() if self.first else None]
+        dist.broadcast_object_list(values, src=0)
+        value: Value = values[0]
+        return value
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes that torchrun started, connected for as long as the block runs; without torchrun, this one alone.
+
+    Results travel between processors' memories (gloo), whatever device computes them.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or "RANK" not in os.environ:
+        yield Processes()
+        return
+    import logging
+
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    if rank:
+        logging.getLogger("mvar").setLevel(logging.ERROR)
+    dist.init_process_group("gloo")
+    try:
+        yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,296 @@
+"""`mvar evaluate`: the same figures whatever the form of the input, and everything that repeats them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+FIGURES = ("fid", "inception_score", "precision", "recall", "kid")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Blocky pictures of three classes, in the order of their classes: 16 of each."""
+    random = np.random.default_rng(5)
+    base = random.integers(0, 256, (3, 1, 4, 4, 3))
+    noisy = np.clip(base + random.normal(0, 40, (3, 16, 4, 4, 3)), 0, 255).astype(np.uint8)
+    return noisy.reshape(48, 4, 4, 3).repeat(4, 1).repeat(4, 2)
+
+
+@pytest.fixture(scope="module")
+def labels() -> np.ndarray:
+    return np.arange(3).repeat(16)
+
+
+@pytest.fixture
+def samples(tmp_path: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
+    np.savez(tmp_path / "samples.npz", arr_0=pixels, labels=labels)
+    return tmp_path / "samples.npz"
+
+
+@pytest.fixture
+def demo(images: Path, classifier: Path) -> list[Any]:
+    """A reference of twelve images and the features of a random network."""
+    return ["--reference", images, "--features", "demo", "--demo-classifier", classifier, "--json"]
+
+
+def same(found: dict[str, Any], expected: dict[str, Any], names: tuple[str, ...] = FIGURES) -> None:
+    for name in names:
+        if expected[name] is None:
+            assert found[name] is None, name
+            continue
+        assert found[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
+
+
+def test_figures_do_not_depend_on_the_form_of_the_input_or_the_batch_size(mvar, samples, pixels, demo, tmp_path):
+    expected = mvar("evaluate", "--samples", samples, *demo).json
+    assert expected["fid"] > 0.01
+    for number, image in enumerate(pixels):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "folder" / f"{number:03d}.png")
+    same(mvar("evaluate", "--samples", tmp_path / "folder", *demo, "--batch-size", 7).json, expected)
+    np.savez_compressed(tmp_path / "other.npz", images=pixels)
+    same(mvar("evaluate", "--samples", tmp_path / "other.npz", *demo, "--batch-size", 48).json, expected)
+
+
+def test_figures_without_chance_do_not_depend_on_the_order_of_the_images(mvar, samples, pixels, demo, tmp_path):
+    expected = mvar("evaluate", "--samples", samples, *demo).json
+    np.savez(tmp_path / "shuffled.npz", arr_0=pixels[np.random.default_rng(0).permutation(48)])
+    same(mvar("evaluate", "--samples", tmp_path / "shuffled.npz", *demo).json, expected, ("fid", "precision", "recall"))
+
+
+def test_saved_samples_are_those_that_were_measured(mvar, model, demo, tmp_path):
+    path = tmp_path / "drawn.npz"
+    options = ["--checkpoint", model, "--num-samples", 12, "--seed", 3]
+    drawn = mvar("evaluate", *options, "--save-samples", path, "--batch-size", 5, *demo).json
+    with np.load(path) as file:
+        assert file["arr_0"].shape == (12, 16, 16, 3)
+        assert file["labels"].tolist() == [0, 1, 2] * 4
+    same(mvar("evaluate", "--samples", path, "--seed", 3, *demo).json, drawn)
+    assert drawn["sampling"]["seed"] == 3
+    assert drawn["sampling"]["top_k"] == 8
+    assert drawn["sampling"]["dtype"] == "float32"
+    assert "is already there" in mvar("evaluate", *options, "--save-samples", path, *demo).error
+    assert mvar("evaluate", *options, "--save-samples", path, "--overwrite", *demo).code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["drawn.npz"]
+
+
+def test_the_result_says_all_that_repeats_it(mvar, samples, demo):
+    found = mvar("evaluate", "--samples", samples, "--seed", 4, *demo).json
+    assert found["versions"].keys() == {"mvar", "torch", "torch-fidelity"}
+    assert (found["shuffle_seed"], found["settings"]["seed"]) == (4, 4)
+    assert (found["device"], found["dtype"], found["processes"]) == ("cpu", "float32", 1)
+    assert found["image_shape"] == [16, 16]
+    assert len(found["weights_hash"]) == 64
+    assert found["sampling"] is None
+    assert found["seconds"] > 0
+    assert any("48 samples are fewer than 64 features" in warning for warning in found["warnings"])
+    assert any("12 reference images are fewer" in warning for warning in found["warnings"])
+
+
+def test_the_cache_gives_the_same_figures_without_measuring(mvar, samples, pixels, demo, tmp_path, monkeypatch):
+    from mvar_core.metrics.demo import DemoExtractor
+
+    options = ["--samples", samples, "--cache", tmp_path / "cache", *demo]
+    expected = mvar("evaluate", *options).json
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    seen: list[int] = []
+    measure = DemoExtractor.__call__
+    monkeypatch.setattr(
+        DemoExtractor, "__call__", lambda self, batch: (seen.append(len(batch)), measure(self, batch))[1]
+    )
+    outcome = mvar("evaluate", *options)
+    same(outcome.json, expected)
+    assert "taken from the cache" in outcome.err
+    assert not seen
+    changed = pixels.copy()
+    changed[0, 0, 0, 0] ^= 1
+    np.savez(samples, arr_0=changed)
+    mvar("evaluate", *options)
+    assert sum(seen) == 48
+
+
+def test_the_cache_is_not_used_where_it_lacks_features(mvar, samples, demo, tmp_path):
+    options = ["--samples", samples, "--cache", tmp_path / "cache", *demo]
+    few = mvar("evaluate", *options, "--metrics", "fid").json
+    assert few["precision"] is None
+    assert mvar("evaluate", *options).json["precision"] is not None
+
+
+def test_drawn_samples_are_cached_with_their_file(mvar, model, demo, tmp_path):
+    options = ["--cache", tmp_path / "cache", *demo]
+    mvar("evaluate", "--checkpoint", model, "--num-samples", 12, *options)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the reference
+    saved = tmp_path / "drawn.npz"
+    mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--save-samples", saved, *options)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert mvar("evaluate", "--samples", saved, *options).err.count("taken from the cache") == 2
+
+
+def test_a_reference_that_was_made_before_gives_the_same_figures(mvar, samples, images, classifier, demo, tmp_path):
+    expected = mvar("evaluate", "--samples", samples, *demo).json
+    network = ["--features", "demo", "--demo-classifier", classifier]
+    made = tmp_path / "reference.npz"
+    written = mvar("evaluate", "make-reference", "--data", images, *network, "--out", made, "--json").json
+    assert written["num_reference"] == 12
+    found = mvar("evaluate", "--samples", samples, "--reference", made, *network, "--json").json
+    same(found, expected)
+    assert found["num_reference"] == 12
+    again = mvar("evaluate", "make-reference", "--data", images, *network, "--out", made)
+    assert "--overwrite" in again.error
+
+
+def test_a_reference_of_another_network_is_refused(mvar, samples, images, classifier, tmp_path):
+    from mvar_core.metrics.demo import DemoClassifier
+
+    other = tmp_path / "other.safetensors"
+    network = DemoClassifier(3, (16, 16))
+    network.initialise(torch.Generator().manual_seed(1))
+    network.save(other)
+    made = tmp_path / "reference.npz"
+    options = ["--features", "demo", "--demo-classifier"]
+    mvar("evaluate", "make-reference", "--data", images, *options, classifier, "--out", made)
+    error = mvar("evaluate", "--samples", samples, "--reference", made, *options, other).error
+    assert network.weights_hash[:12] in error
+    assert DemoClassifier.load(classifier).weights_hash[:12] in error
+
+
+def test_classes_are_listed_worst_first(mvar, samples, images, demo, pixels, labels, tmp_path):
+    scores = mvar("evaluate", "--samples", samples, "--per-class", *demo).json["per_class"]
+    assert [row["num_samples"] for row in scores] == [16] * 3
+    assert [row["num_reference"] for row in scores] == [4] * 3
+    assert {row["name"] for row in scores} == {"cat", "dog", "golden retriever"}
+    found = [row["score"] for row in scores]
+    assert found == sorted(found, reverse=True)
+    np.savez(tmp_path / "nolabels.npz", arr_0=pixels)
+    error = mvar("evaluate", "--samples", tmp_path / "nolabels.npz", "--per-class", *demo).error
+    assert "--per-class needs the class of every image" in error
+    shown = mvar("evaluate", "--samples", samples, "--per-class", *demo[:-1]).out
+    assert "Per class, worst first" in shown
+    assert "over 10 splits, shuffled with seed 0" in shown
+
+
+def test_classes_are_matched_by_name(mvar, images, demo, tmp_path):
+    """A folder that lacks a class numbers the others differently."""
+    shutil.copytree(images, tmp_path / "some")
+    shutil.rmtree(tmp_path / "some" / "cat")
+    scores = mvar("evaluate", "--samples", tmp_path / "some", "--per-class", *demo).json["per_class"]
+    by_name = {row["name"]: row for row in scores}
+    assert by_name["dog"]["score"] == pytest.approx(0, abs=1e-6)
+    assert by_name["cat"]["num_samples"] == 0
+    (tmp_path / "some" / "dog").rename(tmp_path / "some" / "dgo")
+    assert "dog" in mvar("evaluate", "--samples", tmp_path / "some", "--per-class", *demo).error
+
+
+def test_a_tokenizer_is_judged_by_what_it_gives_back(mvar, model, images, classifier):
+    options = ["--checkpoint", model, "--reconstruction", "--reference", images]
+    network = ["--features", "demo", "--demo-classifier", classifier]
+    found = mvar("evaluate", *options, *network, "--json").json
+    assert found["rfid"] > 0
+    assert 0 < found["psnr"] < 40
+    assert -1 <= found["ssim"] <= 1
+    assert len(found["usage_per_scale"]) == 3
+    assert max(found["usage_per_scale"]) <= found["code_usage"] <= 1
+    assert found["num_samples"] == found["num_reference"] == 12
+    other = mvar("evaluate", *options, *network, "--batch-size", 5, "--json").json
+    same(other, found, ("rfid", "psnr", "ssim", "code_usage"))
+    assert mvar("evaluate", *options, *network, "--num-samples", 6, "--json").json["num_reference"] == 6
+    assert "PSNR" in mvar("evaluate", *options, *network).out
+
+
+def test_an_exported_program_gives_features(mvar, samples, images, tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return batch.float().mean(dim=3)[:, 0, ::4] / 255
+
+    class Broken(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return batch.float().mean(dim=3)[:, 0] * float("nan")
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        Means(), (torch.zeros(2, 3, 16, 16, dtype=torch.uint8),), dynamic_shapes=({0: batch},)
+    )
+    torch.export.save(program, tmp_path / "means.pt2")
+    options = ["--samples", samples, "--reference", images, "--features", tmp_path / "means.pt2"]
+    found = mvar("evaluate", *options, "--json").json
+    assert found["features"] == "means"
+    assert found["fid"] > 0
+    assert found["comparable_to_papers"] is False
+    assert found["inception_score"] is None
+    assert "means-FID" in mvar("evaluate", *options).out
+    torch.export.save(
+        torch.export.export(Broken(), (torch.zeros(2, 3, 16, 16, dtype=torch.uint8),), dynamic_shapes=({0: batch},)),
+        tmp_path / "broken.pt2",
+    )
+    assert "image 0" in mvar("evaluate", *options[:-1], tmp_path / "broken.pt2").error
+    (tmp_path / "false.pt2").write_bytes(b"not a program")
+    assert "false.pt2" in mvar("evaluate", *options[:-1], tmp_path / "false.pt2").error
+
+
+def test_flags_that_contradict_each_other(mvar, images, model, tmp_path):
+    options = ["--reference", images, "--features", "demo"]
+    assert "--checkpoint" in mvar("evaluate", "--samples", images, "--reconstruction", *options).error
+    assert "--checkpoint" in mvar("evaluate", "--samples", images, "--save-samples", "a.npz", *options).error
+    assert ".npz" in mvar("evaluate", "--checkpoint", model, "--save-samples", tmp_path / "a", *options).error
+    (tmp_path / "file").touch()
+    assert "--cache" in mvar("evaluate", "--samples", images, "--cache", tmp_path / "file", *options).error
+    assert "--data" in mvar("evaluate", "make-reference", "--out", tmp_path / "a.npz").error
+    assert "dinov2" in mvar("evaluate", "--samples", images, "--reference", images, "--features", "dinov2").error
+
+
+def test_two_processes_give_the_figures_of_one(mvar, model, demo, tmp_path):
+    """Both the samples, which are drawn, and the reference, which is read, are shared among the processes."""
+    path = tmp_path / "drawn.npz"
+    options = ["--checkpoint", model, "--num-samples", 13]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mvar_cli", "evaluate", *map(str, [*options, "--save-samples", path, *demo])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["processes"] == 2
+    assert found["inception_score"] is not None
+    same(found, mvar("evaluate", *options, *demo).json)
+    with np.load(path) as file:
+        assert file["labels"].tolist() == [0, 1, 2] * 4 + [0]
+    same(mvar("evaluate", "--samples", path, *demo).json, found)
+    assert [file.name for file in tmp_path.iterdir()] == ["drawn.npz"]
+
+
+def test_inputs_that_cannot_be_measured(mvar, images, demo, tmp_path):
+    def error(path: Path) -> str:
+        return mvar("evaluate", "--samples", path, *demo[:-1]).error
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in error(tmp_path / "empty")
+    np.savez(tmp_path / "text.npz", words=np.zeros(3))
+    assert "holds no images" in error(tmp_path / "text.npz")
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 16, 16, 3), np.float32))
+    assert "float32" in error(tmp_path / "floats.npz")
+    folder = tmp_path / "some"
+    shutil.copytree(images / "cat", folder)
+    content = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(content[: len(content) // 2])
+    assert "1.png" in error(folder)
+    (folder / "1.png").unlink()
+    Image.new("RGB", (8, 16)).save(folder / "9.png")
+    assert "several sizes" in error(folder)
+    assert "9.png" in error(folder)
+
+
+def test_few_images_leave_reasons_and_not_faults(mvar, images, demo, tmp_path):
+    for count in (2, 3):
+        found = mvar("evaluate", "--samples", images, "--num-samples", count, *demo).json
+        assert found["precision"] is None
+        assert "more than 3" in found["reasons"]["precision"]
+        assert found["inception_score"] is None
+        assert found["fid"] is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,13 @@ def check_finite(features: Tensor, first: int = 0) -> None:
         )
 
 
+def image_digests(images: Tensor) -> Tensor:
+    """A 63-bit hash of each image's bytes: int64 (B,) of uint8 (B, 3, H, W)."""
+    rows = images.detach().cpu().contiguous().flatten(1).numpy()
+    hashes = [int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") >> 1 for row in rows]
+    return torch.tensor(hashes, dtype=torch.int64)
+
+
 class _Rows:
     """Rows that arrive in batches, in one buffer of the expected size: joining a list would take the memory twice."""
 
@@ -163,6 +171,8 @@ class FeatureSet:
         features: (N, F), the features themselves; None where only statistics are known.
         logits: (N, K), what the network classifies the images as; None where unknown.
         labels: int64 (N,), the images' classes; None where unknown.
+        digests: int64 (N,), a hash of each image's bytes, by which random choices are tied to images rather than to
+            their positions; None where unknown.
         source: Where the statistics were read from; None for images that were measured here.
     """
 
@@ -174,6 +184,7 @@ class FeatureSet:
     features: Tensor | None = None
     logits: Tensor | None = None
     labels: NDArray[np.int64] | None = None
+    digests: Tensor | None = None
     source: str | None = None
 
     @property
@@ -219,6 +230,7 @@ def collect(
         DataError: No images, images of the wrong kind, or features that are not finite.
     """
     features, logits = _Rows(total), _Rows(total)
+    digests: list[Tensor] = []
     pool_statistics, spatial_statistics = StreamingStatistics(first), StreamingStatistics(first)
     with exact_matmul():
         for images in batches:
@@ -231,6 +243,7 @@ def collect(
             if keep_features:
                 features.append(batch.pool)
             pool_statistics.update(batch.pool)
+            digests.append(image_digests(images))
             if progress:
                 progress(pool_statistics.count, total)
     count = pool_statistics.count
@@ -244,6 +257,7 @@ def collect(
         spatial=spatial_statistics.result() if spatial_statistics.count > 1 else None,
         features=features.result(),
         logits=logits.result(),
+        digests=torch.cat(digests),
     )
 
 

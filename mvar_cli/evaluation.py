@@ -142,6 +142,13 @@ class Reference:
             images = None
         return cls(text, images, path if has_statistics and kind == "inception" else None)
 
+    @property
+    def count(self) -> int | None:
+        """Number of images, where it is known before anything is measured."""
+        if self.made is not None:
+            return self.made[1].count
+        return None if self.images is None else self.images.count
+
     def check(self, extractor: FeatureExtractor) -> None:
         """Refuse a file whose features are not the extractor's, before anything is measured.
 

@@ -56,12 +56,12 @@ class Report:
     num_processes: int
     start: float
 
-    def show(self, console: Console, asked: tuple[str, ...], *, per_class: bool) -> None:
+    def show(self, console: Console, asked: tuple[str, ...], *, per_class: bool, kid_subset: int | None = None) -> None:
         """Compute the scores, print them, and end with the JSON object where it is wanted."""
         if isinstance(self.judged, ReconstructedImages):
             scores = self._reconstruction(console, self.judged)
         else:
-            scores = self._generation(console, asked)
+            scores = self._generation(console, asked, kid_subset)
             if per_class:
                 scores["per_class"] = self._per_class(console)
         comparable, why_not = self._comparability()
@@ -87,10 +87,12 @@ class Report:
             }
         )
 
-    def _generation(self, console: Console, asked: tuple[str, ...]) -> dict[str, Any]:
+    def _generation(self, console: Console, asked: tuple[str, ...], kid_subset: int | None) -> dict[str, Any]:
         from mvar_core.metrics.scores import evaluate_features
 
-        scores = evaluate_features(self.sample_set, self.reference_set, asked, seed=self.seed)
+        scores = evaluate_features(
+            self.sample_set, self.reference_set, asked, seed=self.seed, kid_subset_size=kid_subset
+        )
         rows: list[tuple[Any, ...]] = [(self.judged.name, *(scores[name] for name in HEADINGS))]
         rows += self._published_rows()
         prefix = "" if self.extractor.name == "inception" else f"{self.extractor.name}-"

@@ -35,6 +35,10 @@ def run(
     metrics: Annotated[
         str, typer.Option("--metrics", metavar="NAMES", help="Comma list of fid, sfid, inception_score, precision, …")
     ] = "all",
+    kid_subset: Annotated[
+        int | None,
+        typer.Option("--kid-subset", min=2, metavar="N", help="Images per subset of KID. Default: 1000, or all."),
+    ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also a score per class, the worst first.")] = False,
     reconstruction: Annotated[
         bool, typer.Option("--reconstruction", help="Judge the checkpoint's tokenizer: rFID, PSNR, SSIM, code usage.")
@@ -81,7 +85,7 @@ def run(
     """
     _check_flags(samples, checkpoint, reconstruction, per_class, save_samples, overwrite)
     from mvar_cli.processes import processes
-    from mvar_core.metrics.scores import METRICS, check_metrics
+    from mvar_core.metrics.scores import METRICS, check_counts, check_metrics
 
     asked = METRICS if metrics == "all" else check_metrics([name.strip() for name in metrics.split(",")])
     if reconstruction:
@@ -114,6 +118,9 @@ def run(
             known = evaluation.Reference(reference, judged.originals)
         else:
             known = evaluation.Reference.open(reference, judged.image_shape, kind)
+        # What is asked for by name must be computed; of all metrics, those that cannot be say why.
+        named = asked if metrics != "all" else ("kid",) if kid_subset is not None else ()
+        check_counts(named, judged.count, known.count, kid_subset)
         if per_class:
             _check_labels(judged.labels, known.labels, reference)
         if dry_run:
@@ -143,7 +150,7 @@ def run(
         from mvar_cli.evaluation_report import Report
 
         report = Report(judged, known, sample_set, reference_set, extractor, str(target), seed, team.count, start)
-        report.show(console, asked, per_class=per_class)
+        report.show(console, asked, per_class=per_class, kid_subset=kid_subset)
 
 
 def _check_flags(

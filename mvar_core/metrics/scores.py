@@ -105,16 +105,52 @@ def precision_recall(
     return float(result[metric.KEY_METRIC_PRECISION]), float(result[metric.KEY_METRIC_RECALL])
 
 
-def kid_subsets(num_samples: int, num_reference: int) -> tuple[int, int]:
+def check_counts(
+    metrics: Sequence[str], num_samples: int, num_reference: int | None, kid_subset_size: int | None = None
+) -> None:
+    """Refuse, before anything is measured, metrics that sets of these sizes do not have.
+
+    Args:
+        metrics: Names out of METRICS that must be computed.
+        num_samples: Images that are judged.
+        num_reference: Images they are judged by; None where that is not known.
+        kid_subset_size: Images per subset of KID, where the user chose it.
+
+    Raises:
+        DataError: Too few images; says how many are needed.
+    """
+    needs = {"fid": 2, "sfid": 2, "precision": NEIGHBOURHOOD + 1, "recall": NEIGHBOURHOOD + 1, "kid": 2}
+    if kid_subset_size is not None:
+        needs["kid"] = kid_subset_size
+    for what, count in (("samples", num_samples), ("reference images", num_reference)):
+        lacking = {name: needs[name] for name in metrics if name in needs and count is not None and count < needs[name]}
+        if what == "samples" and "inception_score" in metrics and num_samples < INCEPTION_SPLITS:
+            lacking["inception_score"] = INCEPTION_SPLITS
+        if lacking:
+            wanted = ", ".join(f"{name} needs {least}" for name, least in lacking.items())
+            raise DataError(f"There are {count} {what}: {wanted}.", "Give more images, or leave out those --metrics.")
+
+
+def kid_subsets(num_samples: int, num_reference: int, subset_size: int | None = None) -> tuple[int, int]:
     """Number and size of the subsets that KID is averaged over, for sets of these sizes."""
-    size = min(KID_SUBSET_SIZE, num_samples, num_reference)
+    size = min(subset_size or KID_SUBSET_SIZE, num_samples, num_reference)
     return (1 if num_samples == num_reference == size else KID_SUBSETS), size
 
 
 def kernel_distance(
-    samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"], *, seed: int = 0
+    samples: Float[Tensor, "N F"],
+    reference: Float[Tensor, "M F"],
+    *,
+    seed: int = 0,
+    subset_size: int | None = None,
 ) -> tuple[float, float]:
     """KID: unbiased squared maximum mean discrepancy, kernel (xᵀy/F + 1)³ (Bińkowski et al. 2018).
+
+    Args:
+        samples: The images that are judged.
+        reference: What they are judged by.
+        seed: Decides the subsets.
+        subset_size: Images per subset, at most what the sets have; None for 1000.
 
     Returns:
         Mean and standard deviation over the subsets.
@@ -122,7 +158,7 @@ def kernel_distance(
     Raises:
         DataError: A set has fewer than two images.
     """
-    subsets, size = kid_subsets(len(samples), len(reference))
+    subsets, size = kid_subsets(len(samples), len(reference), subset_size)
     if size < 2:
         raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
     metric = fidelity_module("metric_kid")
@@ -144,6 +180,7 @@ def evaluate_features(
     *,
     seed: int = 0,
     splits: int = INCEPTION_SPLITS,
+    kid_subset_size: int | None = None,
 ) -> dict[str, Any]:
     """All scores that can be computed of these two sets; what cannot is None, with the reason.
 
@@ -154,6 +191,7 @@ def evaluate_features(
         seed: Decides the shuffle of the inception score and the subsets of KID, which are drawn from the images in the
             order of a hash of their bytes: the order in which they were measured changes no score.
         splits: Splits of the inception score.
+        kid_subset_size: Images per subset of KID; None for 1000, or what there is.
 
     Returns:
         fid, sfid, inception_score, inception_score_std, precision, recall, kid, kid_std; `reasons`, why a score is
@@ -196,11 +234,13 @@ def evaluate_features(
     if "kid" in asked:
         fill(
             ["kid", "kid_std"],
-            lambda: kernel_distance(_features("sample", samples), _features("reference", reference), seed=seed),
+            lambda: kernel_distance(
+                _features("sample", samples), _features("reference", reference), seed=seed, subset_size=kid_subset_size
+            ),
         )
         if scores["kid"] is not None:
             sizes = len(_features("sample", samples)), len(_features("reference", reference))
-            settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(*sizes)
+            settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(*sizes, kid_subset_size)
     return {**scores, "reasons": reasons, "settings": settings}
 
 

@@ -297,3 +297,24 @@ def test_few_images_leave_reasons_and_not_faults(mvar, images, demo, tmp_path):
         assert "more than 3" in found["reasons"]["precision"]
         assert found["inception_score"] is None
         assert found["fid"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metrics", "precision", "--num-samples", 3], "There are 3 samples: precision needs 4"),
+        (["--metrics", "inception_score", "--num-samples", 5], "inception_score needs 10"),
+        (["--kid-subset", 13], "There are 12 reference images: kid needs 13"),
+        (["--kid-subset", 100], "There are 48 samples: kid needs 100"),
+    ],
+)
+def test_too_few_images_for_what_is_asked_by_name(mvar, samples, demo, options, message):
+    assert message in mvar("evaluate", "--samples", samples, *demo, *options).error
+
+
+def test_too_few_images_for_some_of_all_metrics_say_why(mvar, samples, demo):
+    found = mvar("evaluate", "--samples", samples, *demo, "--num-samples", 3).json
+    assert (found["precision"], found["inception_score"]) == (None, None)
+    assert "more than 3 images" in found["reasons"]["precision"]
+    subset = mvar("evaluate", "--samples", samples, *demo, "--kid-subset", 6).json
+    assert subset["settings"]["kid_subset_size"] == 6

@@ -141,8 +141,8 @@ def check_reference(
 def write_features(path: Path, features: FeatureSet, description: Mapping[str, Any]) -> None:
     """Write a set of features and a description of it to an npz file, whole or not at all.
 
-    Arrays: mu, sigma, mu_s, sigma_s in float64; features (N, F) and logits (N, K) in float32; labels and digests (N,)
-    int64; each where known; and `record`, a JSON text.
+    Arrays: mu, sigma, mu_s, sigma_s in float64; features (N, F) and logits (N, K) in float32; labels and
+    content_keys (N,) int64; each where known; and `record`, a JSON text.
     """
     arrays: dict[str, NDArray[Any]] = {}
     for statistics, suffix in ((features.statistics, ""), (features.spatial, "_s")):
@@ -152,8 +152,8 @@ def write_features(path: Path, features: FeatureSet, description: Mapping[str, A
         arrays["features"] = features.features.float().numpy()
     if features.logits is not None:
         arrays["logits"] = features.logits.float().numpy()
-    if features.digests is not None:
-        arrays["digests"] = features.digests.numpy()
+    if features.content_keys is not None:
+        arrays["content_keys"] = features.content_keys.numpy()
     if features.labels is not None:
         arrays["labels"] = features.labels.astype(np.int64)
     text = {
@@ -211,7 +211,7 @@ def _feature_set(archive: np.lib.npyio.NpzFile, known: Mapping[str, Any]) -> Fea
             raise ValueError(f"{name} has {len(array)} rows, expected {count}")
         return array
 
-    features, logits, digests = rows("features"), rows("logits"), rows("digests")
+    features, logits, keys = rows("features"), rows("logits"), rows("content_keys")
     return FeatureSet(
         extractor=known["extractor"],
         weights_hash=known["weights_hash"],
@@ -221,5 +221,5 @@ def _feature_set(archive: np.lib.npyio.NpzFile, known: Mapping[str, Any]) -> Fea
         features=None if features is None else torch.from_numpy(features),
         logits=None if logits is None else torch.from_numpy(logits),
         labels=rows("labels"),
-        digests=None if digests is None else torch.from_numpy(digests),
+        content_keys=None if keys is None else torch.from_numpy(keys),
     )

@@ -189,7 +189,7 @@ def evaluate_features(
         reference: What they are judged by.
         metrics: Names out of METRICS.
         seed: Decides the shuffle of the inception score and the subsets of KID, which are drawn from the images in the
-            order of a hash of their bytes: the order in which they were measured changes no score.
+            order of their content: the order in which they were measured changes no score.
         splits: Splits of the inception score.
         kid_subset_size: Images per subset of KID; None for 1000, or what there is.
 
@@ -273,8 +273,8 @@ def _features(role: str, images: FeatureSet) -> Tensor:
 
 
 def _by_content(images: FeatureSet, rows: Tensor) -> Tensor:
-    """Rows in the order of the images' hashes, so that splits and subsets follow the images and not their order."""
-    return rows if images.digests is None else rows[images.digests.argsort(stable=True)]
+    """Rows in an order that follows from the images alone, so that splits and subsets do too."""
+    return rows if images.content_keys is None else rows[images.content_keys.argsort(stable=True)]
 
 
 def _check_same_features(samples: FeatureSet, reference: FeatureSet) -> None:

@@ -39,11 +39,11 @@ def shard(total: int) -> range:
 def merge_features(local: FeatureSet, positions: NDArray[np.int64] | range, total: int) -> FeatureSet:
     """Bring together what all processes have measured; each gets all of it. Without torch.distributed, `local`.
 
-    Features, logits, labels and digests are put in the order of the images, bit for bit as one process would have them,
-    so that precision, recall, KID and the shuffled inception score are the same. Means and covariances are merged rank
-    by rank in float64 (Chan, Golub and LeVeque 1979): they differ from one process's by the rounding of float64 sums,
-    some 1e-13 relative. Networks may round differently in batches of another size, so what one process gives to the
-    last bit needs shards that are cut at the same batches.
+    Features, logits, labels and content keys are put in the order of the images, bit for bit as one process would have
+    them, so that precision, recall, KID and the shuffled inception score are the same. Means and covariances are merged
+    rank by rank in float64 (Chan, Golub and LeVeque 1979): they differ from one process's by the rounding of float64
+    sums, some 1e-13 relative. Networks may round differently in batches of another size, so what one process gives to
+    the last bit needs shards that are cut at the same batches.
 
     Args:
         local: What this process has measured.
@@ -60,7 +60,7 @@ def merge_features(local: FeatureSet, positions: NDArray[np.int64] | range, tota
     # What one process lacks, none sends: checked first, or some would wait for the others for ever.
     shapes = [
         None if rows is None else tuple(rows.shape[1:])
-        for rows in (local.features, local.logits, _labels(local), local.digests)
+        for rows in (local.features, local.logits, _labels(local), local.content_keys)
     ]
     statistics = [part is not None for part in (local.statistics, local.spatial)]
     description = (local.extractor, local.weights_hash, shapes, statistics)
@@ -83,7 +83,7 @@ def merge_features(local: FeatureSet, positions: NDArray[np.int64] | range, tota
         features=_in_order(local.features, order, counts),
         logits=_in_order(local.logits, order, counts),
         labels=None if labels is None else labels.numpy(),
-        digests=_in_order(local.digests, order, counts),
+        content_keys=_in_order(local.content_keys, order, counts),
     )
 
 

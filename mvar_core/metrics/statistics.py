@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypedDict
 from zipfile import BadZipFile
@@ -129,11 +129,19 @@ def check_finite(features: Tensor, first: int = 0) -> None:
         )
 
 
-def image_digests(images: Tensor) -> Tensor:
-    """A 63-bit hash of each image's bytes: int64 (B,) of uint8 (B, 3, H, W)."""
-    rows = images.detach().cpu().contiguous().flatten(1).numpy()
-    hashes = [int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") >> 1 for row in rows]
-    return torch.tensor(hashes, dtype=torch.int64)
+def content_keys(images: Tensor) -> Tensor:
+    """A number for each image that puts a set into one order, however it was ordered: int64 (B,) of uint8 (B, 3, H, W).
+
+    It is a fixed random projection of the image's bytes, in whole numbers and so exact. A hash would do for images that
+    are equal to the bit; this one also hardly changes where another machine decodes a pixel one level higher.
+    """
+    rows = images.detach().cpu().flatten(1).numpy().astype(np.int64)
+    return torch.from_numpy(rows @ _projection(rows.shape[1]))
+
+
+@lru_cache(maxsize=4)
+def _projection(length: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=0)).integers(-(2**20), 2**20, length)
 
 
 class _Rows:
@@ -171,8 +179,8 @@ class FeatureSet:
         features: (N, F), the features themselves; None where only statistics are known.
         logits: (N, K), what the network classifies the images as; None where unknown.
         labels: int64 (N,), the images' classes; None where unknown.
-        digests: int64 (N,), a hash of each image's bytes, by which random choices are tied to images rather than to
-            their positions; None where unknown.
+        content_keys: int64 (N,), see `content_keys`: ties random choices to images rather than to their positions; None
+            where unknown.
         source: Where the statistics were read from; None for images that were measured here.
     """
 
@@ -184,7 +192,7 @@ class FeatureSet:
     features: Tensor | None = None
     logits: Tensor | None = None
     labels: NDArray[np.int64] | None = None
-    digests: Tensor | None = None
+    content_keys: Tensor | None = None
     source: str | None = None
 
     @property
@@ -230,7 +238,7 @@ def collect(
         DataError: No images, images of the wrong kind, or features that are not finite.
     """
     features, logits = _Rows(total), _Rows(total)
-    digests: list[Tensor] = []
+    keys: list[Tensor] = []
     pool_statistics, spatial_statistics = StreamingStatistics(first), StreamingStatistics(first)
     with exact_matmul():
         for images in batches:
@@ -243,7 +251,7 @@ def collect(
             if keep_features:
                 features.append(batch.pool)
             pool_statistics.update(batch.pool)
-            digests.append(image_digests(images))
+            keys.append(content_keys(images))
             if progress:
                 progress(pool_statistics.count, total)
     count = pool_statistics.count
@@ -257,7 +265,7 @@ def collect(
         spatial=spatial_statistics.result() if spatial_statistics.count > 1 else None,
         features=features.result(),
         logits=logits.result(),
-        digests=torch.cat(digests),
+        content_keys=torch.cat(keys),
     )
 
 

@@ -240,7 +240,7 @@ import torch
 from mvar_core.metrics.features import Features
 from mvar_core.metrics.fidelity import fidelity_module
 from mvar_core.metrics.scores import evaluate_features
-from mvar_core.metrics.statistics import collect, image_digests
+from mvar_core.metrics.statistics import collect, content_keys
 
 fidelity = fidelity_module()
 
@@ -276,7 +276,7 @@ class Pictures(torch.utils.data.Dataset):
     def __init__(self, count, seed, low):
         source = torch.Generator().manual_seed(seed)
         pictures = torch.randint(low, 256, (count, 3, 8, 8), generator=source, dtype=torch.uint8)
-        self.pictures = pictures[image_digests(pictures).argsort()]  # the order in which ours draws splits and subsets
+        self.pictures = pictures[content_keys(pictures).argsort()]  # the order in which ours draws splits and subsets
 
     def __len__(self):
         return len(self.pictures)

@@ -13,7 +13,7 @@ from mvar_core.errors import DataError
 from mvar_core.metrics.features import Features
 from mvar_core.metrics.fidelity import fidelity_module
 from mvar_core.metrics.scores import evaluate_features
-from mvar_core.metrics.statistics import BLOCK_ROWS, StreamingStatistics, collect, read_statistics
+from mvar_core.metrics.statistics import BLOCK_ROWS, StreamingStatistics, collect, content_keys, read_statistics
 
 
 class PixelExtractor:
@@ -236,3 +236,14 @@ def test_measures_without_tensorfloat_and_restores_the_settings() -> None:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_content_keys_follow_the_image_and_hardly_its_last_levels() -> None:
+    images = torch.randint(0, 250, (200, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    keys = content_keys(images)
+    assert keys.dtype == torch.int64
+    assert len(keys.unique()) == 200
+    assert torch.equal(content_keys(images[7:9]), keys[7:9])
+    nearly = images.flatten(1).clone()
+    nearly[torch.arange(200), torch.arange(200) % 192] += 1
+    assert (content_keys(nearly.view_as(images)).argsort() == keys.argsort()).float().mean() > 0.8

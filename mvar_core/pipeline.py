@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
+from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.transformer import Transformer
@@ -58,6 +59,9 @@ class Pipeline:
         tokenizer: The VQVAE.
         device: Where both are.
         attention: The attention backend, or "auto".
+
+    Raises:
+        BackendError: No such backend, or one that cannot run this model here.
     """
 
     def __init__(
@@ -68,6 +72,9 @@ class Pipeline:
         self._transformer = transformer.eval() if transformer is not None else None
         self.device = tokenizer.quantizer.codebook.device
         self.attention = attention
+        if transformer is not None:
+            dtype = transformer.input_projection.weight.dtype
+            check_backend(attention, config.patterns, self.device, dtype)
 
     @classmethod
     def from_pretrained(
@@ -91,6 +98,7 @@ class Pipeline:
 
         Raises:
             CheckpointError: Nothing there that can be loaded.
+            BackendError: An attention backend or device that is not to be had.
         """
         path = Path(path)
         target = resolve_device(device)

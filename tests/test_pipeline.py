@@ -6,7 +6,7 @@ import torch
 
 from mvar_core import Pipeline
 from mvar_core.config import ModelConfig
-from mvar_core.errors import CheckpointError, ConfigError, DataError
+from mvar_core.errors import BackendError, CheckpointError, ConfigError, DataError
 from mvar_core.models import official
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
@@ -97,5 +97,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, mvar_directory: Path) -> None:
         Pipeline.from_pretrained(path)
     with pytest.raises(ConfigError, match="not a device"):
         Pipeline.from_pretrained(mvar_directory, device="gpu")
+    with pytest.raises(BackendError, match="'dens' is not a backend. Did you mean dense"):
+        Pipeline.from_pretrained(mvar_directory, device="cpu", attention="dens")
     with pytest.raises(CheckpointError, match="does not exist"):
         Pipeline.from_pretrained(tmp_path / "nothing")

@@ -87,6 +87,17 @@ def _memory() -> Finding:
     return Finding("memory", True, f"{format_bytes(available)} of {format_bytes(total)} free")
 
 
+def _attention() -> Finding:
+    from mvar_core.kernels import available_backends
+    from mvar_core.runtime import resolve_device, resolve_dtype
+
+    device = resolve_device("auto")
+    backends = available_backends(device, resolve_dtype("auto", device))
+    can = [name for name, reason in backends if reason is None]
+    cannot = [f"{name} cannot: {reason}" for name, reason in backends if reason is not None]
+    return Finding("attention", True, "; ".join([f"{', '.join(can)} run on {device.type}", *cannot]))
+
+
 def _natten() -> Finding:
     mend = (
         "pip install setuptools wheel && pip install --no-build-isolation natten   (optional; others do the same work)"
@@ -145,6 +156,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _threads,
     _memory,
     _disk,
+    _attention,
     _natten,
     _torch_fidelity,
     _inception,

@@ -120,8 +120,11 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
     from mvar_cli.training import fit_to_tokens, prepare_run, tokenize_run, train_run
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import TokenCache
-    from mvar_core.runtime import peak_memory_bytes, resolve_device
+    from mvar_core.kernels import check_backend
+    from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
 
+    device = resolve_device(request.device)
+    check_backend(request.attention, config.patterns, device, resolve_dtype(request.dtype, device), needs_grad=True)
     resume = prepare_run(request.out, request.resume, request.overwrite)
     tokens = request.tokens
     if tokens is None:
@@ -156,7 +159,7 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
         provenance={"started_from": str(request.start)} if request.start else None,
     )
     speed = result.steps * config.train.batch_size / max(result.seconds, 1e-9)
-    memory = peak_memory_bytes(resolve_device(request.device))
+    memory = peak_memory_bytes(device)
     columns = ["steps", "loss", "time", "images/s", "peak memory", "skipped steps"]
     row: list[Any] = [
         result.steps, result.loss, format_seconds(result.seconds), speed, format_bytes(memory), result.skipped

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mvar_core.config import RunConfig
 from mvar_core.errors import DataError
+from mvar_core.kernels import check_backend
 from mvar_core.models.directory import save_model
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
@@ -211,12 +212,14 @@ def train_transformer(
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
         DataError: No tokens, or tokens or labels that do not fit the model.
+        BackendError: The attention backend does not exist or cannot train this model here.
         MvarError: Ten steps in a row were not finite.
     """
     train = config.train
     device = device or next(transformer.parameters()).device
     seed = config.seed if seed is None else seed
     check_tokens(tokens, transformer, quantizer)
+    check_backend(attention, transformer.patterns, device, dtype, needs_grad=True)
     transformer.to(device)
     quantizer.to(device)
     objective = TransformerObjective(

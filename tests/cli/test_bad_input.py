@@ -178,6 +178,12 @@ def test_machines_that_are_not_there(mvar, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_backend_is_checked_before_images_are_tokenized(mvar, preset, images, model, tmp_path):
+    options = ["--preset", preset, "--data", images, "--checkpoint", model, "--out", tmp_path / "out"]
+    assert "dense" in mvar("train", *options, "--attention", "dens").error
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluation_without_weights_says_so_before_sampling(mvar, model, images, monkeypatch, tmp_path):
     monkeypatch.setenv("MVAR_INCEPTION_WEIGHTS", str(tmp_path / "absent.pth"))
     outcome = mvar("evaluate", "--checkpoint", model, "--reference", images, "--num-samples", 4)

@@ -189,7 +189,20 @@ class TrainConfig(Section):
     batch_size: int = Field(448, ge=1, description="images per step")
     epochs: float | None = Field(300, gt=0, description="passes over the tokens; ignored where steps is given")
     steps: int | None = Field(None, ge=1, description="optimizer steps")
-    curriculum: Literal["joint"] = Field("joint", description="joint: all scales in one packed pass")
+    curriculum: Literal["joint", "interleaved"] = Field(
+        "joint",
+        description="joint: all scales in one packed pass; interleaved: the published turns of first and last scales",
+    )
+    ratio_k: int = Field(8, ge=1, description="interleaved: steps on the first scales per step on each of the last")
+    scales_alone: int | None = Field(
+        None,
+        ge=1,
+        description="interleaved: how many of the last scales have steps of their own; null: those of the last two that"
+        " are windowed, or both where no scale is",
+    )
+    scale_weights: tuple[float, ...] = Field(
+        (), description="relative weight of a token's loss, one per scale; empty = all alike"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
@@ -242,6 +255,19 @@ class RunConfig(ModelConfig):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     train_tokenizer: TokenizerTrainConfig = TokenizerTrainConfig()
+
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> RunConfig:
+        scales, train = self.pyramid.num_scales, self.train
+        if train.scales_alone is not None and train.scales_alone >= scales:
+            raise ValueError(f"train.scales_alone is {train.scales_alone}; expected less than the {scales} scales")
+        weights = train.scale_weights
+        if weights and (len(weights) != scales or min(weights) < 0 or max(weights) == 0):
+            raise ValueError(
+                f"train.scale_weights is {list(weights)}; expected one number per scale ({scales}), none below 0, one"
+                " above"
+            )
+        return self
 
     @property
     def model(self) -> ModelConfig:

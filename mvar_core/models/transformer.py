@@ -111,29 +111,50 @@ class Transformer(nn.Module):
         labels_B: Int[Tensor, " B"],
         inputs_BLZ: Float[Tensor, "B l Z"],
         *,
+        scales: range | None = None,
         attention: str = "auto",
         generator: torch.Generator | None = None,
         probe: AttentionProbe | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """Logits of all tokens in one packed pass (teacher forcing).
+        """Logits of consecutive scales, by default of all, in one packed pass (teacher forcing).
+
+        Scales that the wanted ones see, directly or through others, are computed along; their logits are not.
 
         Args:
             labels_B: Class labels, 0 … num_classes (the last stands for no class).
             inputs_BLZ: Inputs of the scales after the first, from the true tokens (B, L - l₁, Z).
+            scales: The wanted scales; None is all.
             attention: Attention backend.
             generator: In training mode, drops labels and branches; without it nothing is dropped.
             probe: Called before each layer's and scale's attention with its queries and keys.
 
         Returns:
-            float32 logits of all L tokens.
+            float32 logits of the wanted scales' tokens.
         """
         if generator is not None and self.training:
             labels_B = self._drop_labels(labels_B, generator)
         conditioning = self.condition(labels_B)
-        scales = range(self.pyramid.num_scales)
+        wanted = range(self.pyramid.num_scales) if scales is None else scales
+        needed = range(self.earliest_needed(wanted.start), wanted.stop)
+        if len(needed) < self.pyramid.num_scales:
+            first = self.pyramid.grids[0].tokens
+            spans = self.pyramid.spans
+            inputs_BLZ = inputs_BLZ[:, max(spans[needed.start].start - first, 0) : spans[needed.stop - 1].stop - first]
         return self.forward_scales(
-            scales, inputs_BLZ, conditioning, attention=attention, generator=generator, probe=probe
+            needed,
+            inputs_BLZ,
+            conditioning,
+            attention=attention,
+            generator=generator,
+            probe=probe,
+            logits_from=wanted.start,
         )
+
+    def earliest_needed(self, scale: int) -> int:
+        """The earliest scale on which `scale` depends: what it sees, what those see, and so on down."""
+        while (first := self.first_visible[scale]) < scale:
+            scale = first
+        return scale
 
     def condition(self, labels_B: Int[Tensor, " B"]) -> Conditioning:
         """What the class labels say to every layer."""
@@ -157,6 +178,7 @@ class Transformer(nn.Module):
         attention: str = "auto",
         generator: torch.Generator | None = None,
         probe: AttentionProbe | None = None,
+        logits_from: int | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Logits of consecutive scales, processed together.
 
@@ -168,9 +190,10 @@ class Transformer(nn.Module):
             attention: Attention backend.
             generator: In training mode, drops branches.
             probe: Called before each layer's and scale's attention.
+            logits_from: The first of the scales whose logits are wanted; by default all.
 
         Returns:
-            float32 logits of the tokens of `scales`.
+            float32 logits of the tokens of `scales`, from `logits_from` on.
         """
         x_BLC = self._embed(scales, inputs_BLZ, conditioning.embedding_BC)
         context = AttentionContext(
@@ -186,6 +209,8 @@ class Transformer(nn.Module):
             x_BLC = block(x_BLC, modulation_B6C, context, generator)
         if cache is not None and scales.stop < self.pyramid.num_scales:
             cache.drop_before(self.first_visible[scales.stop])
+        if logits_from is not None and logits_from > scales.start:
+            x_BLC = x_BLC[:, context.local_span(logits_from).start :]
         with torch.autocast(x_BLC.device.type, enabled=False):
             scale_B1C, shift_B1C = conditioning.head_B2C.unsqueeze(2).unbind(1)
             return self.head(modulated_norm(x_BLC.float(), scale_B1C, shift_B1C))
@@ -206,7 +231,12 @@ class Transformer(nn.Module):
         spans = self.pyramid.spans
         span = slice(spans[scales.start].start, spans[scales.stop - 1].stop)
         scale_ids = torch.tensor(self.pyramid.scale_of_token[span], device=x_BLC.device)
-        return x_BLC + (self.scale_embedding(scale_ids) + self.position_embedding[:, span])
+        places_1LC = self.scale_embedding(scale_ids) + self.position_embedding[:, span]
+        if torch.is_grad_enabled() and len(parts) == 1:
+            # Every parameter has a gradient in every training step, which is what ranks that share gradients rely on.
+            unused = self.input_projection.parameters() if scales.start == 0 else [self.start_position]
+            places_1LC = places_1LC + 0 * torch.stack([parameter.sum() for parameter in unused]).sum()
+        return x_BLC + places_1LC
 
     def _drop_labels(self, labels_B: Tensor, generator: torch.Generator) -> Tensor:
         draws_B = torch.rand(labels_B.shape[0], generator=generator, device=generator.device).to(labels_B.device)

@@ -1,12 +1,17 @@
 """What one training step trains: which scales, with which weights.
 
-A curriculum is one class with one method. The joint one trains all scales in one packed pass.
+The joint curriculum trains all scales in one packed pass. The interleaved one is what MVAR was published with: most
+steps train the first scales together, the others one of the last scales alone. Given the tokens the scales' losses
+simply add up, so both follow the same gradient on average; the joint one follows it in every step.
 """
 
-# Shape suffixes: B batch, L tokens of all scales, Z latent channels, V codebook entries, S scales.
+# Shape suffixes: B batch, L tokens of all scales, l tokens of the trained scales, Z latent channels,
+# V codebook entries, S scales.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from mvar_core.config import TrainConfig
 from mvar_core.models.transformer import Transformer
-from mvar_core.scales import ScalePyramid
+from mvar_core.scales import AttentionPattern, ScalePyramid
 
 
 class ScaleLosses(NamedTuple):
@@ -33,6 +38,14 @@ class ScaleLosses(NamedTuple):
 class Curriculum(Protocol):
     """Chooses what a step trains."""
 
+    def trained_scales(self, step: int | None) -> range:
+        """The consecutive scales that a step trains; all of them for None."""
+        ...
+
+    def tokens_per_step(self) -> float:
+        """Tokens of an image that a step trains, on average over the steps."""
+        ...
+
     def losses(
         self,
         transformer: Transformer,
@@ -40,11 +53,11 @@ class Curriculum(Protocol):
         tokens_BL: Int[Tensor, "B L"],
         inputs_BLZ: Float[Tensor, "B l Z"],
         *,
-        step: int,
+        step: int | None,
         attention: str,
         generator: torch.Generator | None,
     ) -> ScaleLosses:
-        """Losses of one step; a pure function of the step, the batch and the generator."""
+        """Losses of one step; a pure function of the step, the batch and the generator. Step None measures all."""
         ...
 
 
@@ -57,25 +70,50 @@ def token_losses(
     ).view_as(tokens_BL)
 
 
-def per_scale_means(values_BL: Float[Tensor, "B L"], pyramid: ScalePyramid) -> Float[Tensor, " S"]:
-    """Mean over images and tokens of each scale."""
-    return torch.stack([values_BL[:, span].mean() for span in pyramid.spans])
+def per_scale_means(
+    values_Bl: Float[Tensor, "B l"], pyramid: ScalePyramid, scales: range | None = None
+) -> Float[Tensor, " S"]:
+    """Mean over images and tokens of each scale; nan for the scales that are not among those given.
+
+    Args:
+        values_Bl: One value per token of `scales`.
+        pyramid: All scales.
+        scales: Which scales the values belong to; None is all.
+    """
+    scales = range(pyramid.num_scales) if scales is None else scales
+    offset = pyramid.spans[scales.start].start
+    means = values_Bl.new_full((pyramid.num_scales,), math.nan)
+    for scale in scales:
+        span = pyramid.spans[scale]
+        means[scale] = values_Bl[:, span.start - offset : span.stop - offset].mean()
+    return means
 
 
 class JointCurriculum:
-    """All scales in one packed pass; every token weighs 1/L.
-
-    Given the tokens, the scales' losses simply add up, so one pass over all of them has the exact gradient of what the
-    published interleaved steps train in turn.
+    """All scales in one packed pass; every token weighs 1/L, times its scale's weight.
 
     Args:
         pyramid: The scales.
         label_smoothing: Probability spread evenly over the codebook.
+        scale_weights: Relative weight of a token's loss, one per scale, empty for all alike; they are scaled so that
+            the mean over an image's tokens is 1.
     """
 
-    def __init__(self, pyramid: ScalePyramid, label_smoothing: float = 0.0):
+    def __init__(self, pyramid: ScalePyramid, label_smoothing: float = 0.0, scale_weights: Sequence[float] = ()):
         self.pyramid = pyramid
         self.label_smoothing = label_smoothing
+        self.weights_L: Tensor | None = None
+        if scale_weights:
+            weights_L = torch.tensor([scale_weights[scale] for scale in pyramid.scale_of_token], dtype=torch.float64)
+            self.weights_L = (weights_L / weights_L.mean()).float()
+
+    def trained_scales(self, step: int | None) -> range:
+        """All scales, in every step."""
+        return range(self.pyramid.num_scales)
+
+    def tokens_per_step(self) -> float:
+        """All tokens."""
+        return self.pyramid.num_tokens
 
     def losses(
         self,
@@ -84,20 +122,103 @@ class JointCurriculum:
         tokens_BL: Int[Tensor, "B L"],
         inputs_BLZ: Float[Tensor, "B l Z"],
         *,
-        step: int,
+        step: int | None,
         attention: str,
         generator: torch.Generator | None,
     ) -> ScaleLosses:
-        """Losses of one packed pass over all scales."""
-        logits_BLV = transformer(labels_B, inputs_BLZ, attention=attention, generator=generator)
-        losses_BL = token_losses(logits_BLV, tokens_BL, self.label_smoothing)
+        """Losses of one packed pass over the scales that the step trains; over all for step None."""
+        scales = self.trained_scales(step)
+        span = slice(self.pyramid.spans[scales.start].start, self.pyramid.spans[scales.stop - 1].stop)
+        wanted = None if len(scales) == self.pyramid.num_scales else scales
+        logits_BlV = transformer(labels_B, inputs_BLZ, scales=wanted, attention=attention, generator=generator)
+        tokens_Bl = tokens_BL[:, span]
+        losses_Bl = token_losses(logits_BlV, tokens_Bl, self.label_smoothing)
         with torch.no_grad():
-            hits_BL = (logits_BLV.argmax(dim=-1) == tokens_BL).float()
+            hits_Bl = (logits_BlV.argmax(dim=-1) == tokens_Bl).float()
         return ScaleLosses(
-            losses_BL.mean(), per_scale_means(losses_BL.detach(), self.pyramid), per_scale_means(hits_BL, self.pyramid)
+            self._weighted(losses_Bl, span),
+            per_scale_means(losses_Bl.detach(), self.pyramid, scales),
+            per_scale_means(hits_Bl, self.pyramid, scales),
         )
 
+    def _weighted(self, losses_Bl: Tensor, span: slice) -> Tensor:
+        """Mean over images of the sum of the tokens' losses, each over L: a step on some scales adds up to a part."""
+        if self.weights_L is not None:
+            losses_Bl = losses_Bl * self.weights_L[span].to(losses_Bl.device)
+        part = losses_Bl.shape[1] / self.pyramid.num_tokens
+        return losses_Bl.mean() if part == 1 else losses_Bl.mean() * part
 
-def build_curriculum(config: TrainConfig, pyramid: ScalePyramid) -> Curriculum:
-    """The curriculum that the configuration names."""
-    return JointCurriculum(pyramid, config.label_smoothing)
+
+class InterleavedCurriculum(JointCurriculum):
+    """The published schedule: of every ratio_k + n steps, ratio_k train the first scales, n one of the last n each.
+
+    With the published ratio_k = 8 and n = 2 on ten scales: eight steps train scales 1 … 8 together, the ninth scale 9
+    alone, the tenth scale 10 alone, and so on from step 0. A token's loss weighs 1/L in whichever step trains it. Where
+    a scale sees earlier ones (more than one scale prefix, or VAR) those are computed along in its step, without a loss
+    of their own but with gradient, so that the steps' gradients add up to the joint one in any case.
+
+    Args:
+        pyramid: The scales.
+        ratio_k: Steps on the first scales per step on each of the last.
+        alone: How many of the last scales have steps of their own; at most all but one.
+        label_smoothing: Probability spread evenly over the codebook.
+        scale_weights: See `JointCurriculum`.
+    """
+
+    def __init__(
+        self,
+        pyramid: ScalePyramid,
+        ratio_k: int = 8,
+        alone: int = 2,
+        label_smoothing: float = 0.0,
+        scale_weights: Sequence[float] = (),
+    ):
+        super().__init__(pyramid, label_smoothing, scale_weights)
+        self.ratio_k = ratio_k
+        self.together = max(1, pyramid.num_scales - alone)
+
+    @property
+    def period(self) -> int:
+        """Steps after which the schedule repeats."""
+        return self.ratio_k + self.pyramid.num_scales - self.together
+
+    def trained_scales(self, step: int | None) -> range:
+        """The first scales, or one of the last, by the step's place in the period."""
+        if step is None:
+            return super().trained_scales(step)
+        beyond = step % self.period - self.ratio_k
+        return range(self.together) if beyond < 0 else range(self.together + beyond, self.together + beyond + 1)
+
+    def tokens_per_step(self) -> float:
+        """Tokens of an image that a step trains, on average over a period."""
+        grids = self.pyramid.grids
+        trained = (grids[scale].tokens for step in range(self.period) for scale in self.trained_scales(step))
+        return sum(trained) / self.period
+
+
+def scales_alone(patterns: Sequence[AttentionPattern]) -> int:
+    """How many of the last scales the interleaved curriculum trains alone unless told otherwise.
+
+    Published are the last two, which have windows. So: the windowed scales at the end, two at most; where there are
+    none, two.
+    """
+    windowed = 0
+    while windowed < min(2, len(patterns)) and patterns[-1 - windowed].is_windowed:
+        windowed += 1
+    return windowed or 2
+
+
+def build_curriculum(
+    config: TrainConfig, pyramid: ScalePyramid, patterns: Sequence[AttentionPattern] = ()
+) -> JointCurriculum:
+    """The curriculum that the configuration names.
+
+    Args:
+        config: The training settings.
+        pyramid: The scales.
+        patterns: What each scale attends to; says which scales are windowed.
+    """
+    if config.curriculum == "interleaved":
+        alone = config.scales_alone or scales_alone(patterns)
+        return InterleavedCurriculum(pyramid, config.ratio_k, alone, config.label_smoothing, config.scale_weights)
+    return JointCurriculum(pyramid, config.label_smoothing, config.scale_weights)

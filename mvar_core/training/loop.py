@@ -92,7 +92,7 @@ class TransformerObjective:
         scales = range(self.num_scales)
         self.metric_names = (*(f"loss_{s}" for s in scales), *(f"accuracy_{s}" for s in scales))
         self.num_rows = len(tokens)
-        self.tokens_per_image = transformer.pyramid.num_tokens
+        self.tokens_per_image = round(curriculum.tokens_per_step())
         self.val_loss: float | None = None
 
     def fetch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class TransformerObjective:
                     labels_B,
                     tokens_BL,
                     self._inputs(tokens_BL),
-                    step=0,
+                    step=None,  # all scales, whatever the curriculum
                     attention=self.attention,
                     generator=None,
                 )
@@ -227,7 +227,7 @@ def train_transformer(
         quantizer,
         tokens,
         validation,
-        build_curriculum(train, transformer.pyramid),
+        build_curriculum(train, transformer.pyramid, transformer.patterns),
         batch_size=train.batch_size,
         device=device,
         dtype=dtype,

@@ -44,9 +44,12 @@ TokenizerFile = Annotated[
         "--tokenizer", metavar="FILE", help="The published tokenizer, where --checkpoint is a published .pth."
     ),
 ]
-Data = Annotated[str, typer.Option("--data", metavar="digits|FOLDER", help="Bundled digits, or a folder of images.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="NAME|FOLDER", help="Bundled digits or photographs, or a folder of images.")
+]
 OptionalData = Annotated[
-    str | None, typer.Option("--data", metavar="digits|FOLDER", help="Bundled digits, or a folder of images.")
+    str | None,
+    typer.Option("--data", metavar="NAME|FOLDER", help="Bundled digits or photographs, or a folder of images."),
 ]
 Tokens = Annotated[Path | None, typer.Option("--tokens", metavar="CACHE", help="Token cache, from `mvar tokenize`.")]
 Validation = Annotated[

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mvar_cli.console import Console, Progress
 from mvar_core.config import DataConfig, ModelConfig, RunConfig
+from mvar_core.data.crops import RandomCrops
 from mvar_core.data.images import ImageRows, ImageSource, Views, open_images, split_name
 from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
 from mvar_core.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from mvar_core.scales import ScalePyramid
 from mvar_core.training.finetune import load_pretrained
 from mvar_core.training.loop import TrainResult, train_transformer
 from mvar_core.training.record import StepReport
-from mvar_core.training.tokenizer import TokenizerTrainResult, train_tokenizer
+from mvar_core.training.tokenizer import ImageBatchSource, TokenizerTrainResult, train_tokenizer
 
 RUN_FILES = ("config.yaml", "checkpoints", "tokens", "start")
 """Any of these in a directory says that a run was begun there."""
@@ -39,8 +40,8 @@ class ImagesAlone:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: np.ndarray) -> Tensor:
-        """The images of some rows."""
+    def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
+        """The images of some rows; the same at every step."""
         return self.rows.batch(rows)[0]
 
 
@@ -88,11 +89,16 @@ def train_tokenizer_run(
     source = open_images(data)
     target = resolve_device(device)
     test = held_out(data)
+    images: ImageBatchSource = (
+        ImagesAlone(ImageRows(source, config.image_shape, Views(config.data, config.seed)))
+        if config.data.crop == "center"
+        else RandomCrops(source, config.image_shape, config.data, config.seed)
+    )
     vqvae = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)
     with console.progress("tokenizer", "steps") as progress:
         return train_tokenizer(
             vqvae,
-            ImagesAlone(ImageRows(source, config.image_shape, Views(config.data, config.seed))),
+            images,
             config,
             out,
             device=target,

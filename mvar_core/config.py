@@ -228,6 +228,13 @@ class TokenizerTrainConfig(Section):
 class DataConfig(Section):
     """How images become training data."""
 
+    crop: Literal["center", "random"] = Field(
+        "center",
+        description="what of a picture trains a tokenizer: its centre, or a new crop at each step (and a flip, if set)",
+    )
+    crop_scale: float = Field(
+        0.8, ge=0, le=1, description="smallest random crop, as a part of the picture's shorter side; never enlarges"
+    )
     flip: bool = Field(False, description="a horizontally flipped view of every image")
     augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
     shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a part of the side")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mvar_core.data.sources import ImageSource, Progress, reading_threads
-from mvar_core.data.transforms import Pixels, resize_and_crop
+from mvar_core.data.transforms import Pixels, random_resized_crop, resize_and_crop
 from mvar_core.errors import DataError, nearest
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -69,6 +69,12 @@ class FolderSource(ImageSource):
     def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
         """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
         return np.asarray(resize_and_crop(read_rgb(self.path(index)), image_shape))
+
+    def random_crop(
+        self, index: int, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
+    ) -> Pixels:
+        """A random crop of the whole picture, resized to `image_shape`: uint8 (H, W, 3)."""
+        return random_resized_crop(read_rgb(self.path(index)), image_shape, smallest, random)
 
     def check(self, progress: Progress | None = None) -> None:
         """Open every file, read its header and look whether its end is there."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mvar_core.data.digits import DigitsSource
 from mvar_core.data.folders import SPLIT_FOLDERS, FolderSource, read_rgb
+from mvar_core.data.photographs import PhotographsSource
 from mvar_core.data.pictures import make_grid, save_grid, save_png
 from mvar_core.data.sources import ImageSource, Progress, reading_threads
 from mvar_core.data.transforms import Pixels, Views, resize_and_crop
@@ -25,6 +26,7 @@ __all__ = [
     "FolderSource",
     "ImageRows",
     "ImageSource",
+    "PhotographsSource",
     "Pixels",
     "Progress",
     "Views",
@@ -57,7 +59,7 @@ def split_name(source: str, split: str = "train") -> tuple[str, str]:
 
 
 def open_images(source: str, split: str = "train") -> ImageSource:
-    """Open what `--data` names: `digits`, or a folder of images (one sub-folder per class, or flat).
+    """Open what `--data` names: `digits`, `photographs`, or a folder of images (one sub-folder per class, or flat).
 
     Args:
         source: The name; `:train` or `:test` at its end chooses the split. A folder called digits is `./digits`.
@@ -69,6 +71,8 @@ def open_images(source: str, split: str = "train") -> ImageSource:
     name, split = split_name(source, split)
     if name == "digits":
         return DigitsSource(split)
+    if name == "photographs":
+        return PhotographsSource(split)
     if name.lower().endswith((".tar", ".tar.gz", ".tgz")):
         raise DataError(
             f"{name}: tar shards cannot be read yet.", "Unpack them into one folder per class and give that folder."

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar_core.data.transforms import Pixels
+from mvar_core.data.transforms import Pixels, cut
 
 Progress = Callable[[int, int], None]
 """Called with the number of things done and the total."""
@@ -60,6 +60,26 @@ class ImageSource(ABC):
         Raises:
             DataError: The image cannot be read.
         """
+
+    def random_crop(
+        self, index: int, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
+    ) -> Pixels:
+        """A random crop of one image, resized to `image_shape`: uint8 (H, W, 3).
+
+        A source that does not hand out whole pictures cuts it from the centre crop.
+
+        Args:
+            index: Which image.
+            image_shape: Height and width of the result.
+            smallest: Smallest crop, as a part of the picture's shorter side.
+            random: Where size and place are drawn from.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        part = random.uniform(smallest, 1) if smallest < 1 else 1.0
+        height, width = (round(side / max(part, 0.1)) for side in image_shape)
+        return cut(self.read(index, (height, width)), image_shape, random)
 
     def check(self, progress: Progress | None = None) -> None:  # noqa: B027 - nothing to check is a fair default
         """Look for images that cannot be read before slow work starts.

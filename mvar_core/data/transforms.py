@@ -34,6 +34,44 @@ def resize_and_crop(image: Image.Image, image_shape: tuple[int, int]) -> Image.I
     return image.crop((left, top, left + width, top + height))
 
 
+def random_resized_crop(
+    image: Image.Image, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
+) -> Pixels:
+    """Resize a picture to a random size that covers `image_shape`, and cut out a random place.
+
+    The crop covers between `smallest` and all of the picture's shorter side (of the side that limits it, where
+    `image_shape` is not square). It is never enlarged, unless the picture is smaller than `image_shape`.
+
+    Args:
+        image: The picture.
+        image_shape: Height and width asked for, in pixels.
+        smallest: Smallest crop, as a part of the picture.
+        random: Where size and place are drawn from.
+
+    Returns:
+        uint8 pixels (H, W, 3).
+    """
+    height, width = image_shape
+    covering = max(height / image.height, width / image.width)  # resizing by this shows as much as can be shown
+    largest = max(covering, min(1.0, covering / smallest if smallest else 1.0))
+    # Uniform in the part of the picture that is seen, which is covering / scale.
+    scale = covering / random.uniform(covering / largest, 1) if largest > covering else covering
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    while image.width >= 2 * size[0] and image.height >= 2 * size[1]:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return cut(np.asarray(image), image_shape, random)
+
+
+def cut(image: Pixels, image_shape: tuple[int, int], random: np.random.Generator) -> Pixels:
+    """A random place of an image that is at least `image_shape` (height, width) large, as a copy."""
+    height, width = image_shape
+    top = int(random.integers(image.shape[0] - height + 1))
+    left = int(random.integers(image.shape[1] - width + 1))
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
+
+
 class Views:
     """The views of every image that become training data: the image, its mirror image, and small affine changes.
 

@@ -54,8 +54,8 @@ class Objective(Protocol[Batch]):
     """Rows that there are to train on."""
     tokens_per_image: int
 
-    def fetch(self, rows: Any) -> Batch:
-        """Read a batch; runs in a thread of its own."""
+    def fetch(self, rows: Any, step: int) -> Batch:
+        """Read the batch of a step; runs in a thread of its own."""
         ...
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ class _Run:
         self.line_started = time.monotonic()
         # On a CPU the model already uses every core: a thread that reads would only stand in its way.
         ahead = 0 if self.plan.device.type == "cpu" else 2
-        batches = prefetch(lambda step: self.objective.fetch(self.rows(step)), start, total, ahead)
+        batches = prefetch(lambda step: self.objective.fetch(self.rows(step), step), start, total, ahead)
         interrupted = False
         with InterruptFlag() as flag, closing(batches):
             for batch in batches:

@@ -95,7 +95,7 @@ class TransformerObjective:
         self.tokens_per_image = round(curriculum.tokens_per_step())
         self.val_loss: float | None = None
 
-    def fetch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def fetch(self, rows: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
         """Tokens and labels of rows."""
         return self.tokens.batch(rows)
 

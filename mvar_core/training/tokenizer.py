@@ -25,7 +25,7 @@ from mvar_core.training.codebook import count_codes, perplexity, revive_dead_cod
 from mvar_core.training.engine import OnStep, Plan, comparable_settings, optimise
 from mvar_core.training.order import batch_rows
 
-_MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer")
+_COMPARED_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "data")
 _MEASURED_IMAGES = 2048
 
 
@@ -36,8 +36,8 @@ class ImageBatchSource(Protocol):
         """Rows: images times views."""
         ...
 
-    def batch(self, rows: np.ndarray) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of rows, float32."""
+    def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of rows, float32; what is drawn at random, as crops, is the step's."""
         ...
 
 
@@ -151,9 +151,9 @@ class TokenizerObjective:
         self.revival_counts_V = torch.zeros(codes, dtype=torch.long, device=device)
         self.revived = torch.zeros((), dtype=torch.long)
 
-    def fetch(self, rows: np.ndarray) -> Tensor:
-        """Images of rows."""
-        return self.images.batch(rows)
+    def fetch(self, rows: np.ndarray, step: int) -> Tensor:
+        """Images of rows, with the crops of a step."""
+        return self.images.batch(rows, step)
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Weighted loss; reconstruction loss, quantizer loss and PSNR of the batch."""
@@ -176,8 +176,12 @@ class TokenizerObjective:
         if batches == 0:
             return
         features = [
-            self.vqvae.encode_features(self._on_device(self.images.batch(rows)))
-            for rows in (batch_rows(step, self.train.batch_size, self.num_rows, self.seed) for step in range(batches))
+            self.vqvae.encode_features(
+                self._on_device(
+                    self.images.batch(batch_rows(step, self.train.batch_size, self.num_rows, self.seed), step)
+                )
+            )
+            for step in range(batches)
         ]
         start_codebook(self.vqvae.quantizer, torch.cat(features), self.seed)
 
@@ -268,7 +272,7 @@ def train_tokenizer(
     check_images(images, config)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = TokenizerObjective(vqvae, images, validation, train, total_steps=train.steps, device=device, seed=seed)
-    settings = comparable_settings(config, _MODEL_SECTIONS, train.model_dump(mode="json"))
+    settings = comparable_settings(config, _COMPARED_SECTIONS, train.model_dump(mode="json"))
     plan = Plan(
         total_steps=train.steps,
         batch_size=train.batch_size,

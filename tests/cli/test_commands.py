@@ -71,6 +71,21 @@ def test_training_goes_on_where_it_stopped(mvar, preset, tokens, model, tmp_path
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("data", ["photographs", "folder"])
+def test_a_tokenizer_trains_on_random_crops_of_any_size(mvar, preset, tmp_path, data):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, shape in enumerate([(20, 31, 3), (17, 90, 3), (64, 16, 3)]):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, np.uint8)).save(folder / f"{number}.png")
+    given = ["--preset", preset, "--data", folder if data == "folder" else data, "--out", tmp_path / "out"]
+    given += ["--set", "data.crop=random", "--set", "data.crop_scale=0.5", "--set", "data.flip=true"]
+    first = mvar("train-tokenizer", *given, "--json").json
+    assert first["steps"] == 4
+    assert np.isfinite(first["psnr"])
+    refused = mvar("train-tokenizer", *given, "--set", "data.crop_scale=0.9", "--json").error
+    assert "data.crop_scale (checkpoint 0.5, now 0.9)" in refused
+
+
 @pytest.mark.parametrize("command", ["train", "train-tokenizer"])
 def test_an_interrupted_run_is_saved_and_goes_on(mvar, preset, images, tokens, model, tmp_path, monkeypatch, command):
     source = ["--tokens", tokens, "--checkpoint", model] if command == "train" else ["--data", images]

@@ -81,7 +81,7 @@ class FakeImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, rows: np.ndarray) -> Tensor:
+    def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
         return self.images[torch.from_numpy(rows)]
 
 

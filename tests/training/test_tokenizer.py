@@ -75,6 +75,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train, tmp_path, s
     assert lines[0] == lines[1]
 
 
+def test_every_step_asks_for_its_own_crops(train, make_images, tmp_path):
+    images = make_images()
+    asked = []
+
+    class Crops:
+        def __len__(self) -> int:
+            return len(images)
+
+        def batch(self, rows: np.ndarray, step: int = 0) -> torch.Tensor:
+            asked.append(step)
+            return images.batch(rows)
+
+    train(tmp_path, images=Crops(), validation=images)
+    assert asked == [0, 0, 1, *range(10)]  # the check of the size, two batches of k-means, ten steps
+
+
 def usage(quantizer, features) -> float:
     counts = count_codes(quantizer.encode(features), quantizer.pyramid, quantizer.codebook.shape[0])
     return float((counts.sum(0) > 0).double().mean())

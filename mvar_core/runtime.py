@@ -74,6 +74,31 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Ge
     return torch.Generator(device=device).manual_seed(_seed_of(parts))
 
 
+class RowDraws:
+    """Uniform numbers for some rows of a batch: a row sees the same ones whichever rows are computed with it.
+
+    Args:
+        generator: Draws for the whole batch.
+        start: Where the rows begin in the batch.
+        total: Rows of the whole batch.
+    """
+
+    def __init__(self, generator: torch.Generator, start: int, total: int):
+        self.generator = generator
+        self.start = start
+        self.total = total
+
+    def __call__(self, count: int) -> Tensor:
+        """The next number of each of `count` rows, (count,) float32 in [0, 1), where the generator is."""
+        drawn = torch.rand(self.total, generator=self.generator, device=self.generator.device)
+        return drawn[self.start : self.start + count]
+
+
+def draw_rows(source: torch.Generator | RowDraws, count: int) -> Tensor:
+    """One uniform number for each of `count` rows, (count,) float32 in [0, 1); of a generator, rows are the batch."""
+    return (source if isinstance(source, RowDraws) else RowDraws(source, 0, count))(count)
+
+
 def sample_uniforms(seed: int, indices: Sequence[int], count: int, stream: int = 0) -> Tensor:
     """Uniform numbers in [0, 1), one stream per sample, so that a sample never depends on its batch.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mvar_core.config import TransformerConfig
@@ -200,19 +200,25 @@ class Block(nn.Module):
         x_BLC: Float[Tensor, "B L C"],
         modulation_B6C: Float[Tensor, "B 6 C"],
         context: AttentionContext,
-        generator: torch.Generator | None = None,
+        kept_2B: Bool[Tensor, "2 B"] | None = None,
     ) -> Float[Tensor, "B L C"]:
-        """Refine the stream; with a generator, in training mode, whole branches are dropped per sample."""
-        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
-        branch = self.attention(modulated_norm(x_BLC, scale_1, shift_1), context)
-        x_BLC = x_BLC + self._dropped(branch * gate_1, generator)
-        branch = self.mlp(modulated_norm(x_BLC, scale_2, shift_2))
-        return x_BLC + self._dropped(branch * gate_2, generator)
+        """Refine the stream.
 
-    def _dropped(self, branch_BLC: Tensor, generator: torch.Generator | None) -> Tensor:
-        if generator is None or not self.training or self.drop_path == 0:
+        Args:
+            x_BLC: The stream.
+            modulation_B6C: From `modulate`.
+            context: What attention sees.
+            kept_2B: Which samples keep their attention and their MLP branch; those kept are scaled up. None keeps all,
+                at their own scale.
+        """
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
+        kept_1, kept_2 = (None, None) if kept_2B is None else kept_2B
+        branch = self.attention(modulated_norm(x_BLC, scale_1, shift_1), context)
+        x_BLC = x_BLC + self._dropped(branch * gate_1, kept_1)
+        branch = self.mlp(modulated_norm(x_BLC, scale_2, shift_2))
+        return x_BLC + self._dropped(branch * gate_2, kept_2)
+
+    def _dropped(self, branch_BLC: Tensor, kept_B: Tensor | None) -> Tensor:
+        if kept_B is None:
             return branch_BLC
-        keep = 1 - self.drop_path
-        draws_B = torch.rand(branch_BLC.shape[0], generator=generator, device=generator.device)
-        kept_B11 = (draws_B < keep).to(branch_BLC).view(-1, 1, 1)
-        return branch_BLC * kept_B11 / keep
+        return branch_BLC * kept_B.to(branch_BLC).view(-1, 1, 1) / (1 - self.drop_path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mvar_core.config import ModelConfig, TransformerConfig
 from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, KeyValueCache, modulated_norm
 from mvar_core.models.linear import RowStableLinear
+from mvar_core.runtime import RowDraws, draw_rows
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
         *,
         scales: range | None = None,
         attention: str = "auto",
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | RowDraws | None = None,
         probe: AttentionProbe | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Logits of consecutive scales, by default of all, in one packed pass (teacher forcing).
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         attention: str = "auto",
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | RowDraws | None = None,
         probe: AttentionProbe | None = None,
         logits_from: int | None = None,
     ) -> Float[Tensor, "B L V"]:
@@ -206,7 +207,7 @@ class Transformer(nn.Module):
             probe,
         )
         for block, modulation_B6C in zip(self._layers, conditioning.blocks_B6C, strict=True):
-            x_BLC = block(x_BLC, modulation_B6C, context, generator)
+            x_BLC = block(x_BLC, modulation_B6C, context, self._kept_branches(block, x_BLC, generator))
         if cache is not None and scales.stop < self.pyramid.num_scales:
             cache.drop_before(self.first_visible[scales.stop])
         if logits_from is not None and logits_from > scales.start:
@@ -214,6 +215,15 @@ class Transformer(nn.Module):
         with torch.autocast(x_BLC.device.type, enabled=False):
             scale_B1C, shift_B1C = conditioning.head_B2C.unsqueeze(2).unbind(1)
             return self.head(modulated_norm(x_BLC.float(), scale_B1C, shift_B1C))
+
+    def _kept_branches(
+        self, block: Block, x_BLC: Tensor, generator: torch.Generator | RowDraws | None
+    ) -> Tensor | None:
+        """Draw outside the block, so that a block that is computed a second time drops the same branches."""
+        if generator is None or not self.training or block.drop_path == 0:
+            return None
+        kept = [draw_rows(generator, x_BLC.shape[0]) < 1 - block.drop_path for _ in range(2)]
+        return torch.stack(kept).to(x_BLC.device)
 
     def _reuses(self, scales: range) -> bool:
         """Whether keys pass from earlier scales to these, or from these to later ones."""
@@ -238,8 +248,8 @@ class Transformer(nn.Module):
             places_1LC = places_1LC + 0 * torch.stack([parameter.sum() for parameter in unused]).sum()
         return x_BLC + places_1LC
 
-    def _drop_labels(self, labels_B: Tensor, generator: torch.Generator) -> Tensor:
-        draws_B = torch.rand(labels_B.shape[0], generator=generator, device=generator.device).to(labels_B.device)
+    def _drop_labels(self, labels_B: Tensor, generator: torch.Generator | RowDraws) -> Tensor:
+        draws_B = draw_rows(generator, labels_B.shape[0]).to(labels_B.device)
         return torch.where(draws_B < self.config.class_dropout, self.no_class, labels_B)
 
     def _initialise(self, sizes: TransformerConfig) -> None:

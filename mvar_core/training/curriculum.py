@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mvar_core.config import TrainConfig
 from mvar_core.models.transformer import Transformer
+from mvar_core.runtime import RowDraws
 from mvar_core.scales import AttentionPattern, ScalePyramid
 
 
@@ -55,7 +56,7 @@ class Curriculum(Protocol):
         *,
         step: int | None,
         attention: str,
-        generator: torch.Generator | None,
+        generator: torch.Generator | RowDraws | None,
     ) -> ScaleLosses:
         """Losses of one step; a pure function of the step, the batch and the generator. Step None measures all."""
         ...
@@ -124,7 +125,7 @@ class JointCurriculum:
         *,
         step: int | None,
         attention: str,
-        generator: torch.Generator | None,
+        generator: torch.Generator | RowDraws | None,
     ) -> ScaleLosses:
         """Losses of one packed pass over the scales that the step trains; over all for step None."""
         scales = self.trained_scales(step)

@@ -8,11 +8,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
 from mvar_core.errors import DataError
@@ -20,9 +20,10 @@ from mvar_core.kernels import check_backend
 from mvar_core.models.directory import save_model
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
-from mvar_core.runtime import generator
+from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.curriculum import Curriculum, build_curriculum
-from mvar_core.training.engine import OnStep, Plan, comparable_settings, optimise
+from mvar_core.training.engine import optimise
+from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
 
 _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
@@ -99,17 +100,17 @@ class TransformerObjective:
         """Tokens and labels of rows."""
         return self.tokens.batch(rows)
 
-    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Loss, and each scale's loss and accuracy."""
         tokens_BL, labels_B = (part.to(self.device, non_blocking=True) for part in batch)
         losses = self.curriculum.losses(
-            self.transformer,
+            cast("Transformer", model),
             labels_B,
             tokens_BL,
             self._inputs(tokens_BL),
             step=step,
             attention=self.attention,
-            generator=generator("train", self.seed, step),
+            generator=RowDraws(generator("train", self.seed, step), part.start, part.total),
         )
         return losses.loss, torch.cat([losses.scale_losses, losses.scale_accuracies])
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvar_core.config import RunConfig, TokenizerTrainConfig
 from mvar_core.errors import DataError
@@ -22,7 +22,8 @@ from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
-from mvar_core.training.engine import OnStep, Plan, comparable_settings, optimise
+from mvar_core.training.engine import optimise
+from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
 
 _COMPARED_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "data")
@@ -155,10 +156,10 @@ class TokenizerObjective:
         """Images of rows, with the crops of a step."""
         return self.images.batch(rows, step)
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch: Tensor, step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Weighted loss; reconstruction loss, quantizer loss and PSNR of the batch."""
         images_BCHW = self._on_device(batch)
-        output = self.vqvae(images_BCHW, self.train.commitment)
+        output = model(images_BCHW, self.train.commitment)
         distance = F.l1_loss if self.train.reconstruction == "l1" else F.mse_loss
         reconstruction = distance(output.images_BCHW, images_BCHW)
         counts_SV = count_codes(output.tokens_BL, self.pyramid, self.line_counts_SV.shape[1])

@@ -1,0 +1,110 @@
+"""What a run measures while it trains: means between two lines of metrics.jsonl, speed, memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvar_core.runtime import peak_memory_bytes
+from mvar_core.training.objective import Objective, Plan
+from mvar_core.training.record import MetricsLog, StepReport
+from mvar_core.training.step import StepResult
+
+
+class Recorder:
+    """Sums the measures of steps, and turns them into lines and reports.
+
+    Attributes:
+        window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
+        loss: Training loss, averaged over the last finished line.
+
+    Args:
+        objective: Names and describes the measures.
+        plan: When lines are due.
+    """
+
+    def __init__(self, objective: Objective[Any], plan: Plan):
+        self.objective = objective
+        self.plan = plan
+        self.window = torch.zeros(2, 1 + len(objective.metric_names), device=plan.device)
+        self.loss = math.nan
+        self.started = time.monotonic()
+        self.earlier_seconds = 0.0
+        self._log: MetricsLog | None = None
+        self._images = 0
+        self._line_started = self.started
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, over all sessions of the run."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput since the last line."""
+        return self._images / max(time.monotonic() - self._line_started, 1e-9)
+
+    def open(self, log: MetricsLog | None) -> None:
+        """Begin to write lines to `log`; None keeps them to this process."""
+        self._log = log
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count images per second anew."""
+        self._images, self._line_started = 0, time.monotonic()
+
+    def add(self, values: Tensor | None) -> None:
+        """Take one step's measures in, or None of a step that was left out."""
+        self._images += self.plan.batch_size
+        if values is not None:
+            self.window += torch.stack([values.nan_to_num(), (~values.isnan()).float()])
+
+    def training_line(self, step: int, result: StepResult, skipped: int) -> dict[str, Any]:
+        """Write and return the line that is due after `step` steps; empty where none is."""
+        if step % self.plan.log_every and step != self.plan.total_steps:
+            return {}
+        means = dict(zip(("loss", *self.objective.metric_names), self._means(), strict=True))
+        self.loss = means["loss"]
+        speed = self.images_per_second
+        line = {
+            "step": step,
+            "loss": self.loss,
+            **self.objective.describe(means),
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "skipped": skipped,
+            "images_per_second": speed,
+            "tokens_per_second": speed * self.objective.tokens_per_image,
+            "peak_memory_bytes": peak_memory_bytes(self.plan.device),
+        }
+        self.write(line)
+        self.window.zero_()
+        return line
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self._log is not None:
+            self._log.append(line)
+
+    def report(self, step: int, result: StepResult, skipped: int, line: Mapping[str, Any]) -> StepReport:
+        """What a progress bar may show of a step."""
+        return StepReport(
+            step=step,
+            total_steps=self.plan.total_steps,
+            loss=result.loss,
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            images_per_second=self.images_per_second,
+            skipped=skipped,
+            metrics=line,
+        )
+
+    def _means(self) -> list[float]:
+        sums, counts = self.window
+        means: list[float] = (sums / counts).tolist()  # nan where no step had the measure
+        return means

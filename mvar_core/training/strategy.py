@@ -1,0 +1,63 @@
+"""Where a step is computed, and with whom: the one place that knows whether other processes share the work.
+
+The engine asks the strategy to wrap the model, which rows of a batch are this process's, to clip, and to add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from mvar_core.training.objective import BatchPart
+
+
+class Strategy:
+    """One process that does everything itself. Strategies of several processes derive from it.
+
+    Attributes:
+        rank: This process's number.
+        count: How many processes share each batch.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what there is one of."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """What the forward pass goes through; called once, before the optimizer is built on `module`."""
+        return module
+
+    def part(self, batch_size: int) -> BatchPart:
+        """The rows of a step's batch that this process computes."""
+        return BatchPart(batch_size * self.rank // self.count, batch_size * (self.rank + 1) // self.count, batch_size)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Entered around the forward and backward pass of each part; only the last one exchanges gradients."""
+        return nullcontext()
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradients to a total norm of `limit` at most (0 does not clip); returns the norm before."""
+        return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+
+    def scaler(self, device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+        """The scaler of gradients; it does nothing but in float16, for bfloat16 has the range of float32."""
+        return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of all processes' values."""
+        return values
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is raised in some process; all processes ask together."""
+        return flag
+
+    def wait(self) -> None:
+        """Until all processes are here."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
@@ -18,37 +18,13 @@ from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.pixels import to_uint8
 from mvar_core.runtime import resolve_device, resolve_dtype
-from mvar_core.sampling.sampler import check_settings, sample_tokens
+from mvar_core.sampling.images import ImageSampler, Samples, join_samples
+from mvar_core.sampling.sampler import check_settings
 
 Labels = Sequence[int] | Tensor | np.ndarray
 
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
-
-DEFAULT_BATCH_TOKENS = 16 * 680
-"""Tokens that are sampled together where no batch size is given: 16 images of the published 256 px pyramid."""
-
-
-DECODE_BATCH = 8
-"""Images that a GPU decodes together."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What `Pipeline.sample` gives, on the CPU.
-
-    Attributes:
-        images: uint8 (N, H, W, 3).
-        tokens: int64 (N, L).
-        labels: The class label of each sample.
-        stages: uint8 (N, S, H, W, 3): each sample decoded after every scale, if asked for.
-    """
-
-    images: UInt8[Tensor, "N H W 3"]
-    tokens: Int[Tensor, "N L"]
-    labels: tuple[int, ...]
-    stages: UInt8[Tensor, "N S H W 3"] | None = None
 
 
 class Pipeline:
@@ -56,7 +32,6 @@ class Pipeline:
 
     Attributes:
         config: What the model is.
-        tokenizer: The VQVAE.
         device: Where both are.
         attention: The attention backend, or "auto".
 
@@ -68,7 +43,8 @@ class Pipeline:
         self, config: ModelConfig, tokenizer: VQVAE, transformer: Transformer | None = None, *, attention: str = "auto"
     ):
         self.config = config
-        self.tokenizer = tokenizer.eval()
+        self._tokenizer = tokenizer.eval()
+        self._load_tokenizer: Callable[[], VQVAE] | None = None
         self._transformer = transformer.eval() if transformer is not None else None
         self.device = tokenizer.quantizer.codebook.device
         self.attention = attention
@@ -106,11 +82,13 @@ class Pipeline:
         if path.is_file():
             return cls._from_official(path, tokenizer, target, kind, attention)
         config = model_directory.read_model_config(path)
-        vqvae = model_directory.load_tokenizer(path, config, target, kind)
+        load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
         transformer = None
         if config.transformer is not None:
             transformer = model_directory.load_transformer(path, config, target, kind)
-        return cls(config, vqvae, transformer, attention=attention)
+        pipeline = cls(config, load_tokenizer(encoder=transformer is None), transformer, attention=attention)
+        pipeline._load_tokenizer = load_tokenizer
+        return pipeline
 
     @classmethod
     def _from_official(
@@ -130,6 +108,14 @@ class Pipeline:
             transformer.requires_grad_(False).to_compute_dtype(dtype).to(device),
             attention=attention,
         )
+
+    @property
+    def tokenizer(self) -> VQVAE:
+        """The VQVAE. Its encoder, which sampling has no use for, is loaded when it is first asked for."""
+        if not self._tokenizer.has_encoder:
+            assert self._load_tokenizer is not None
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
 
     @property
     def transformer(self) -> Transformer:
@@ -168,7 +154,7 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] of tokens."""
-        return self.tokenizer.decode(self._checked(tokens))
+        return self._tokenizer.decode(self._checked(tokens))
 
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "B L"], labels: Labels) -> Float[Tensor, "B L V"]:
@@ -176,7 +162,7 @@ class Pipeline:
 
         No class is dropped.
         """
-        inputs_BLZ = self.tokenizer.quantizer.teacher_forcing_inputs(self._checked(tokens))
+        inputs_BLZ = self._tokenizer.quantizer.teacher_forcing_inputs(self._checked(tokens))
         labels_B = torch.as_tensor(labels, dtype=torch.long, device=self.device)
         return self.transformer(labels_B, inputs_BLZ, attention=self.attention)
 
@@ -212,6 +198,7 @@ class Pipeline:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
+        memory: int | None = None,
         stages: bool = False,
         more_smooth: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -227,13 +214,55 @@ class Pipeline:
             top_p: Keep the most likely codes of this total probability; 0 or 1 keep all.
             seed: The run's seed.
             indices: Global index of each sample; by default 0 … N-1.
-            batch_size: Samples that run together; decides speed and memory, never the result.
+            batch_size: Samples that advance from scale to scale together; decides speed and memory, never the result.
+            memory: Bytes that sampling may take, weights included, and on a CPU the process as well; by default half
+                of what the device has free.
             stages: Also decode each sample after every scale.
             more_smooth: Mixtures of codes instead of drawn ones: for looks, never for metrics.
-            progress: Called as progress(done, total).
+            progress: Called as progress(done, total), in images; also while images are on their way.
 
         Raises:
-            ConfigError: A label that does not exist, or a setting out of range.
+            ConfigError: A label that does not exist, a setting out of range, or too little memory for one image.
+        """
+        parts = list(
+            self.stream(
+                labels,
+                cfg=cfg,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                indices=indices,
+                batch_size=batch_size,
+                memory=memory,
+                stages=stages,
+                more_smooth=more_smooth,
+                progress=progress,
+            )
+        )
+        return join_samples(parts, self.config)
+
+    def stream(
+        self,
+        labels: Labels,
+        *,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        stages: bool = False,
+        more_smooth: bool | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Samples]:
+        """`sample`, a batch at a time: what was given is not held.
+
+        Yields:
+            Samples in order, `batch_size` at a time.
+
+        Raises:
+            ConfigError: As `sample`; before anything is drawn.
         """
         settings = self.sampling_settings(cfg, top_k, top_p, more_smooth)
         labels = [int(label) for label in labels]
@@ -245,43 +274,9 @@ class Pipeline:
                 raise ConfigError(
                     f"class {label} does not exist; the model has classes 0 … {self.transformer.no_class - 1}."
                 )
-        batch_size = batch_size or max(1, DEFAULT_BATCH_TOKENS // self.config.pyramid.num_tokens)
-        images, tokens, strips = [], [], []
-        for start in range(0, len(labels), batch_size):
-            batch = slice(start, start + batch_size)
-            sampled = sample_tokens(
-                self.transformer,
-                self.tokenizer.quantizer,
-                labels[batch],
-                indices[batch],
-                seed,
-                settings,
-                attention=self.attention,
-                keep_stages=stages,
-            )
-            tokens.append(sampled.tokens_BL.cpu())
-            images.append(self._decode_in_parts(sampled.fhat_BZhw))
-            if sampled.stages_BSZhw is not None:
-                flat = self._decode_in_parts(sampled.stages_BSZhw.flatten(0, 1))
-                strips.append(flat.unflatten(0, sampled.stages_BSZhw.shape[:2]))
-            if progress is not None:
-                progress(min(start + batch_size, len(labels)), len(labels))
-        height, width = self.config.image_shape
-        return Samples(
-            images=torch.cat(images) if images else torch.empty(0, height, width, 3, dtype=torch.uint8),
-            tokens=torch.cat(tokens) if tokens else torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long),
-            labels=tuple(labels),
-            stages=torch.cat(strips) if strips else None,
-        )
-
-    @torch.no_grad()
-    def _decode_in_parts(self, fhat_BZhw: Tensor) -> Tensor:
-        """Bytes of images, few at a time to bound memory, and one by one on a CPU.
-
-        There convolutions choose their algorithm, and so their rounding, by the batch they see.
-        """
-        size = 1 if self.device.type == "cpu" else DECODE_BATCH
-        return torch.cat([to_uint8(self.tokenizer.decode_features(part)).cpu() for part in fhat_BZhw.split(size)])
+        sampler = ImageSampler(self.config, self.transformer, self._tokenizer, self.attention)
+        sizes = sampler.micro_batches(len(labels), settings, batch_size=batch_size, memory=memory, stages=stages)
+        return sampler.stream(labels, indices, seed, settings, sizes, stages=stages, progress=progress)
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, refused where they cannot be the model's."""

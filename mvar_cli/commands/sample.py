@@ -68,7 +68,8 @@ def run(
             "--format grid has no place for tokens.", "Use --format png or npz, or leave out --save-tokens."
         )
 
-    from mvar_core.pipeline import DEFAULT_BATCH_TOKENS, Pipeline
+    from mvar_core.pipeline import Pipeline
+    from mvar_core.sampling.budget import IMAGES_AT_ONCE
 
     if checkpoint.is_dir():
         config = _check_early(checkpoint, classes, top_k)
@@ -85,7 +86,7 @@ def run(
     if dry_run:
         _show_plan(console, config, classes, num, batch_size, cfg, dtype, target)
         return
-    batch = min(batch_size or max(1, DEFAULT_BATCH_TOKENS // config.pyramid.num_tokens), len(labels))
+    batch = min(batch_size or IMAGES_AT_ONCE, len(labels))
     drawing: dict[str, Any] = {
         "cfg": settings.cfg,
         "top_k": settings.top_k,

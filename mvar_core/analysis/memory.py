@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mvar_core.analysis.convolutions import decoder_layers
 from mvar_core.analysis.counts import (
     head_parameters,
-    key_value_bytes_per_token,
-    rows,
     tokenizer_parameters,
     transformer_parameters,
 )
 from mvar_core.config import ModelConfig, TrainConfig
+from mvar_core.models import footprint
 
 FLOAT32 = 4
 MAX_BATCH = 1 << 24
@@ -33,45 +31,33 @@ def weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     return parameters * dtype_bytes + in_float32 * (FLOAT32 - dtype_bytes)
 
 
-def sample_peak_bytes(config: ModelConfig, batch_size: int, dtype_bytes: int, guided: bool) -> int:
-    """Most memory live at once while `batch_size` images are sampled together.
+def sample_peak_bytes(
+    config: ModelConfig, batch_size: int, dtype_bytes: int, guided: bool, top_k: int | None = None
+) -> int:
+    """Most memory live at once while `batch_size` images go through every scale together, not in micro-batches.
 
-    Weights plus the larger of
+    Weights, what lives from scale to scale, and the larger of the widest scale (with its keys and values) and the
+    decoder with one image.
 
-    * over scales: KV cache while the scale runs (earlier visible scales and its own; nothing with one prefix), plus the
-      widest of attention, MLP and the drawing of tokens at that scale;
-    * the decoder, which takes one image after the other: three feature maps of its widest layer (a residual block's
-      input, the input of a convolution and its output).
+    Args:
+        config: The model.
+        batch_size: Images.
+        dtype_bytes: Bytes per value of the compute dtype.
+        guided: Whether sampling uses guidance.
+        top_k: Codes that the drawing keeps; by default the model's.
     """
+    kept = config.sampling.top_k if top_k is None else top_k
     scale_peak = max(
-        (_scale_bytes(config, scale, batch_size, dtype_bytes, guided) for scale in range(config.pyramid.num_scales)),
+        (
+            footprint.scale_bytes(config, scale, dtype_bytes, guided, kept)
+            + footprint.cached_bytes(config, scale, dtype_bytes, guided)
+            for scale in range(config.pyramid.num_scales)
+        ),
         default=0,
     )
-    widest = max(layer.outputs for layer in decoder_layers(config.tokenizer, config.pyramid.latent_grid))
-    decoder_peak = 3 * widest * dtype_bytes
-    return weight_bytes(config, dtype_bytes) + max(scale_peak, decoder_peak)
-
-
-def _scale_bytes(config: ModelConfig, scale: int, batch_size: int, dtype_bytes: int, guided: bool) -> int:
-    sizes = config.transformer
-    if sizes is None:
-        return 0
-    width, hidden, codes = sizes.embed_dim, sizes.hidden_dim, config.tokenizer.codebook_size
-    pattern, batch = config.patterns[scale], rows(batch_size, guided)
-    tokens = batch * pattern.queries
-    cache = copies = 0
-    if config.attention.scale_prefixes != 1:
-        cache = key_value_bytes_per_token(sizes, dtype_bytes) * batch * pattern.keys
-        if pattern.prefix_tokens:  # one layer's keys and values, laid in a row for the kernel
-            copies = 2 * width * dtype_bytes * batch * pattern.keys
-    # Stream, modulated norm, q k v as projected, q and k normalised (in float32, then cast), attention's output.
-    attention = tokens * width * (8 * dtype_bytes + (3 * FLOAT32 if sizes.l2_attention else 0)) + copies
-    # Stream, modulated norm, hidden layer before and after GELU.
-    mlp = tokens * (2 * width + 2 * hidden) * dtype_bytes
-    # Logits of all rows; then, per image, logits guided, cut by top-k and sorted, the sort's int64 order, two sums.
-    drawing = tokens * codes * FLOAT32 + batch_size * pattern.queries * codes * (5 * FLOAT32 + 8)
-    conditioning = batch * (sizes.depth * 6 + 1) * width * dtype_bytes
-    return cache + conditioning + max(attention, mlp, drawing)
+    between = batch_size * (footprint.image_bytes(config) + footprint.class_bytes(config, dtype_bytes))
+    active = max(batch_size * scale_peak, footprint.decoder_bytes(config, dtype_bytes))
+    return weight_bytes(config, dtype_bytes) + between + active
 
 
 def train_peak_bytes(config: ModelConfig, train: TrainConfig, dtype_bytes: int) -> int:

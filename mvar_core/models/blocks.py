@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import TransformerConfig
 from mvar_core.kernels import attend
-from mvar_core.models.linear import RowStableLinear, row_stable_linear
+from mvar_core.models.linear import RowStableLinear, linear_gelu, row_stable_linear
 from mvar_core.scales import AttentionPattern, ScalePyramid
 
 AttentionProbe = Callable[[int, int, Tensor, Tensor, AttentionPattern, float], None]
@@ -25,36 +25,70 @@ AttentionProbe = Callable[[int, int, Tensor, Tensor, AttentionPattern, float], N
 MAX_LOG_HEAD_SCALE = math.log(100)
 
 
-@dataclass
 class KeyValueCache:
     """Keys and values of earlier scales, for scales that are processed one after the other.
 
-    Only scales that a later one may still see are kept: none for scale-Markov models, all for VAR.
+    Only scales that a later one may still see are kept: none for scale-Markov models, all for VAR. A scale's buffers
+    hold all rows of a batch; parts of the batch fill and read theirs through `rows`.
 
-    Attributes:
-        keys: By (layer, scale), (B, H, K, D).
-        values: By (layer, scale), (B, H, K, D).
+    Args:
+        num_rows: Rows of the whole batch, the unconditional ones included.
     """
 
-    keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    def __init__(self, num_rows: int):
+        self.num_rows = num_rows
+        self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def store(self, layer: int, scale: int, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
-        """Keep one scale's keys and values."""
-        self.keys[layer, scale] = k_BHKD
-        self.values[layer, scale] = v_BHKD
+    def rows(self, rows_G: Int[Tensor, " G"] | None = None) -> CachedRows:
+        """The entries of some rows; None for all."""
+        return CachedRows(self, rows_G)
 
     def drop_before(self, scale: int) -> None:
         """Forget the scales before `scale`."""
-        for entries in (self.keys, self.values):
-            for layer, stored in list(entries):
-                if stored < scale:
-                    del entries[layer, stored]
+        self._buffers = {entry: buffers for entry, buffers in self._buffers.items() if entry[1] >= scale}
+
+    @property
+    def scales(self) -> set[int]:
+        """The scales that are kept."""
+        return {scale for _, scale in self._buffers}
 
     @property
     def num_bytes(self) -> int:
         """Memory held now."""
-        return sum(t.numel() * t.element_size() for entries in (self.keys, self.values) for t in entries.values())
+        return sum(tensor.numel() * tensor.element_size() for pair in self._buffers.values() for tensor in pair)
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Some rows of a cache, in the order in which a part of the batch holds them.
+
+    Attributes:
+        cache: The cache.
+        rows_G: Which rows, or None for all.
+    """
+
+    cache: KeyValueCache
+    rows_G: Tensor | None
+
+    def store(self, layer: int, scale: int, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
+        """Keep one scale's keys and values of these rows."""
+        buffers = self.cache._buffers
+        if self.rows_G is None:
+            # Copies, since views would keep the queries of the fused projection alive as well.
+            buffers[layer, scale] = (k_BHKD.contiguous(), v_BHKD.contiguous())
+            return
+        if (layer, scale) not in buffers:
+            shape = (self.cache.num_rows, *k_BHKD.shape[1:])
+            buffers[layer, scale] = (k_BHKD.new_empty(shape), v_BHKD.new_empty(shape))
+        for buffer, part in zip(buffers[layer, scale], (k_BHKD, v_BHKD), strict=True):
+            buffer[self.rows_G] = part
+
+    def read(self, layer: int, scales: range) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values, each (B, H, K, D), of these rows at some scales."""
+        pairs = [self.cache._buffers[layer, scale] for scale in scales]
+        if self.rows_G is not None:
+            pairs = [(keys[self.rows_G], values[self.rows_G]) for keys, values in pairs]
+        return [keys for keys, _ in pairs], [values for _, values in pairs]
 
 
 @dataclass(frozen=True)
@@ -76,7 +110,7 @@ class AttentionContext:
     first_visible: tuple[int, ...]
     scales: range
     backend: str = "auto"
-    cache: KeyValueCache | None = None
+    cache: CachedRows | None = None
     probe: AttentionProbe | None = None
 
     def local_span(self, scale: int) -> slice:
@@ -129,12 +163,10 @@ class ScaleAttention(nn.Module):
         start = context.local_span(max(first, context.scales.start)).start
         k_BHKD, v_BHKD = k_BHLD[:, :, start : own.stop], v_BHLD[:, :, start : own.stop]
         if context.cache is not None:
-            # Copies, since views would keep the queries of the fused projection alive as well.
-            context.cache.store(self.layer, scale, k_BHLD[:, :, own].contiguous(), v_BHLD[:, :, own].contiguous())
-            earlier = [(self.layer, cached) for cached in range(first, context.scales.start)]
-            if earlier:
-                k_BHKD = torch.cat([*(context.cache.keys[entry] for entry in earlier), k_BHKD], dim=2)
-                v_BHKD = torch.cat([*(context.cache.values[entry] for entry in earlier), v_BHKD], dim=2)
+            context.cache.store(self.layer, scale, k_BHLD[:, :, own], v_BHLD[:, :, own])
+            keys, values = context.cache.read(self.layer, range(first, context.scales.start))
+            if keys:
+                k_BHKD, v_BHKD = torch.cat([*keys, k_BHKD], dim=2), torch.cat([*values, v_BHKD], dim=2)
         pattern = context.patterns[scale]
         q_BHQD = q_BHLD[:, :, own]
         if context.probe is not None:
@@ -152,7 +184,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BLC: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
         """Transform each token by itself."""
-        return self.down(F.gelu(self.up(x_BLC), approximate="tanh"))
+        return self.down(linear_gelu(x_BLC, self.up.weight, self.up.bias))
 
 
 def modulated_norm(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:

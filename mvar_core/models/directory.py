@@ -120,15 +120,27 @@ def load_tokenizer(
     config: ModelConfig,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    encoder: bool = True,
 ) -> VQVAE:
     """The tokenizer of a model directory, in evaluation mode; the quantizer stays in float32.
+
+    Args:
+        directory: The model directory.
+        config: Its configuration.
+        device: Where to.
+        dtype: Of the convolutions.
+        encoder: Load the encoder too, which sampling has no use for.
 
     Raises:
         CheckpointError: The file is missing, damaged, or does not fit the configuration.
     """
     with torch.device("meta"):
         model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
-    _load(model, directory / TOKENIZER_FILE, device)
+        whole = model.state_dict()
+        if not encoder:
+            model.drop_encoder()
+    _load(model, directory / TOKENIZER_FILE, device, whole)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)
 
@@ -226,15 +238,25 @@ def _open(path: Path) -> safe_open:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}.") from None
 
 
-def _load(model: nn.Module, path: Path, device: torch.device | str) -> None:
-    """Fill a model that stands on the meta device, in the dtypes that it has there."""
+def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mapping[str, Tensor] | None = None) -> None:
+    """Fill a model that stands on the meta device, in the dtypes that it has there.
+
+    On a CPU, tensors that are stored in the model's dtype stay mapped from the file: they are read when they are used,
+    and the system may drop and read them again when memory is short.
+
+    Args:
+        model: What to fill.
+        path: The file.
+        device: Where to.
+        whole: What the file must hold, where the model is only a part of it.
+    """
     expected = model.state_dict()
     with _open(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    check_state(found, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
+    check_state(found, {name: tuple(tensor.shape) for name, tensor in (whole or expected).items()}, path)
     state = {}
     for name, target in expected.items():
-        # Opened anew for each tensor: pages of the file that were read stay resident for as long as it is mapped.
+        # Opened anew for each tensor: what is converted would stay resident for as long as the file is mapped.
         with _open(path) as file:
             state[name] = file.get_tensor(name).to(device=device, dtype=target.dtype)
     model.load_state_dict(state, assign=True)

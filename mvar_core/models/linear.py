@@ -7,6 +7,9 @@ and costs nothing that can be measured: so few rows are bound by reading the wei
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +24,30 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, SMALLEST_ROWS - rows))
     return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU (tanh approximation) of x @ weight.T + bias over the last axis.
+
+    In bfloat16 on a CPU, where no gradient is asked for, the activation is computed inside the product (oneDNN), from
+    its float32 sums: apart, it takes a fifth of the product's time.
+    """
+    fuses = x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
+    if fuses and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _has_fused_linear():
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+        return fused
+    return F.gelu(row_stable_linear(x, weight, bias), approximate="tanh")
+
+
+@lru_cache(maxsize=1)
+def _has_fused_linear() -> bool:
+    """Whether this build of torch has the fused product and this processor computes bfloat16 with it."""
+    try:
+        x = torch.ones(1, 1, dtype=torch.bfloat16)
+        torch.ops.mkldnn._linear_pointwise(x, x, x[0], "gelu", [], "tanh")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 class RowStableLinear(nn.Linear):

@@ -20,36 +20,48 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import ModelConfig, TransformerConfig
-from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, KeyValueCache, modulated_norm
+from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, CachedRows, KeyValueCache, modulated_norm
 from mvar_core.models.linear import RowStableLinear
 from mvar_core.runtime import RowDraws, draw_rows
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the class says to every layer; computed once per class and reused at every scale.
+    """What the class says to every layer: computed once per class, laid out for a batch only where it is used.
 
     Attributes:
-        embedding_BC: The class embedding.
-        blocks_B6C: AdaLN vectors of each block.
-        head_B2C: AdaLN vectors (scale, shift) of the head, float32.
+        embedding_UC: Class embeddings.
+        blocks_U6C: AdaLN vectors of each block.
+        head_U2C: AdaLN vectors (scale, shift) of the head, float32.
+        rows_B: Which of the U entries each row of the batch has; None where row i has entry i.
     """
 
-    embedding_BC: Tensor
-    blocks_B6C: tuple[Tensor, ...]
-    head_B2C: Tensor
-
-    def first(self, count: int) -> Conditioning:
-        """The conditioning of the first `count` rows."""
-        return Conditioning(
-            self.embedding_BC[:count], tuple(vectors[:count] for vectors in self.blocks_B6C), self.head_B2C[:count]
-        )
+    embedding_UC: Tensor
+    blocks_U6C: tuple[Tensor, ...]
+    head_U2C: Tensor
+    rows_B: Tensor | None = None
 
     def select(self, rows: Tensor) -> Conditioning:
-        """The conditioning of the given rows, which may repeat."""
-        return Conditioning(
-            self.embedding_BC[rows], tuple(vectors[rows] for vectors in self.blocks_B6C), self.head_B2C[rows]
-        )
+        """The conditioning of a batch whose rows have the given entries, which may repeat."""
+        return Conditioning(self.embedding_UC, self.blocks_U6C, self.head_U2C, self._of(rows))
+
+    def embedding(self) -> Float[Tensor, "B C"]:
+        """The class embedding of each row."""
+        return self._laid_out(self.embedding_UC)
+
+    def block(self, layer: int) -> Float[Tensor, "B 6 C"]:
+        """The six AdaLN vectors of one block for each row."""
+        return self._laid_out(self.blocks_U6C[layer])
+
+    def head(self) -> Float[Tensor, "B 2 C"]:
+        """The head's AdaLN vectors for each row."""
+        return self._laid_out(self.head_U2C)
+
+    def _of(self, rows: Tensor) -> Tensor:
+        return rows if self.rows_B is None else self.rows_B[rows]
+
+    def _laid_out(self, table: Tensor) -> Tensor:
+        return table if self.rows_B is None else table[self.rows_B]
 
 
 class Transformer(nn.Module):
@@ -175,19 +187,19 @@ class Transformer(nn.Module):
         inputs_BLZ: Float[Tensor, "B l Z"],
         conditioning: Conditioning,
         *,
-        cache: KeyValueCache | None = None,
+        cache: CachedRows | None = None,
         attention: str = "auto",
         generator: torch.Generator | RowDraws | None = None,
         probe: AttentionProbe | None = None,
         logits_from: int | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """Logits of consecutive scales, processed together.
+        """Logits of consecutive scales, processed together: `head_logits` of `hidden_states`.
 
         Args:
-            scales: Which scales. Those that they see must be among them or in the cache.
-            inputs_BLZ: Their inputs, without those of the first scale of the pyramid, which has none.
+            scales: Which scales.
+            inputs_BLZ: Their inputs.
             conditioning: From `condition`.
-            cache: Holds earlier scales' keys and values; takes these scales', and drops what no later scale sees.
+            cache: Keys and values of earlier scales.
             attention: Attention backend.
             generator: In training mode, drops branches.
             probe: Called before each layer's and scale's attention.
@@ -196,7 +208,40 @@ class Transformer(nn.Module):
         Returns:
             float32 logits of the tokens of `scales`, from `logits_from` on.
         """
-        x_BLC = self._embed(scales, inputs_BLZ, conditioning.embedding_BC)
+        x_BLC = self.hidden_states(
+            scales, inputs_BLZ, conditioning, cache=cache, attention=attention, generator=generator, probe=probe
+        )
+        if logits_from is not None and logits_from > scales.start:
+            spans = self.pyramid.spans
+            x_BLC = x_BLC[:, spans[logits_from].start - spans[scales.start].start :]
+        return self.head_logits(x_BLC, conditioning)
+
+    def hidden_states(
+        self,
+        scales: range,
+        inputs_BLZ: Float[Tensor, "B l Z"],
+        conditioning: Conditioning,
+        *,
+        cache: CachedRows | None = None,
+        attention: str = "auto",
+        generator: torch.Generator | RowDraws | None = None,
+        probe: AttentionProbe | None = None,
+    ) -> Float[Tensor, "B L C"]:
+        """The stream behind the last block, for consecutive scales that are processed together.
+
+        Args:
+            scales: Which scales. Those that they see must be among them or in the cache.
+            inputs_BLZ: Their inputs, without those of the first scale of the pyramid, which has none.
+            conditioning: From `condition`.
+            cache: Holds earlier scales' keys and values of these rows, and takes these scales'.
+            attention: Attention backend.
+            generator: In training mode, drops branches.
+            probe: Called before each layer's and scale's attention.
+
+        Returns:
+            In the compute dtype.
+        """
+        x_BLC = self._embed(scales, inputs_BLZ, conditioning.embedding())
         context = AttentionContext(
             self.pyramid,
             self.patterns,
@@ -206,15 +251,36 @@ class Transformer(nn.Module):
             cache if self._reuses(scales) else None,
             probe,
         )
-        for block, modulation_B6C in zip(self._layers, conditioning.blocks_B6C, strict=True):
-            x_BLC = block(x_BLC, modulation_B6C, context, self._kept_branches(block, x_BLC, generator))
-        if cache is not None and scales.stop < self.pyramid.num_scales:
-            cache.drop_before(self.first_visible[scales.stop])
-        if logits_from is not None and logits_from > scales.start:
-            x_BLC = x_BLC[:, context.local_span(logits_from).start :]
+        for layer, block in enumerate(self._layers):
+            x_BLC = block(x_BLC, conditioning.block(layer), context, self._kept_branches(block, x_BLC, generator))
+        return x_BLC
+
+    def head_logits(
+        self, x_BLC: Float[Tensor, "B L C"], conditioning: Conditioning, guidance: float = 0.0
+    ) -> Float[Tensor, "b L V"]:
+        """Logits, in float32, of the stream behind the last block.
+
+        Args:
+            x_BLC: From `hidden_states`; with guidance, the conditional rows and behind them as many unconditional ones.
+            conditioning: Of these rows.
+            guidance: t of classifier-free guidance, (1 + t)·conditional - t·unconditional. The head is linear and
+                the two weights add up to 1, so what goes into it is guided rather than the logits: one product for two.
+
+        Returns:
+            (B, L, V), or with guidance half as many rows.
+        """
         with torch.autocast(x_BLC.device.type, enabled=False):
-            scale_B1C, shift_B1C = conditioning.head_B2C.unsqueeze(2).unbind(1)
-            return self.head(modulated_norm(x_BLC.float(), scale_B1C, shift_B1C))
+            scale_B1C, shift_B1C = conditioning.head().unsqueeze(2).unbind(1)
+            normed_BLC = modulated_norm(x_BLC.float(), scale_B1C, shift_B1C)
+            if guidance:
+                conditional_BLC, unconditional_BLC = normed_BLC.chunk(2)
+                normed_BLC = torch.lerp(unconditional_BLC, conditional_BLC, 1 + guidance)
+            return self.head(normed_BLC)
+
+    def drop_unseen(self, cache: KeyValueCache, scale: int) -> None:
+        """Forget what no scale after `scale` sees."""
+        if scale + 1 < self.pyramid.num_scales:
+            cache.drop_before(self.first_visible[scale + 1])
 
     def _kept_branches(
         self, block: Block, x_BLC: Tensor, generator: torch.Generator | RowDraws | None

@@ -205,6 +205,20 @@ class VQVAE(nn.Module):
         self.decoder_conv = _conv(config.latent_channels, config.latent_channels)
         self.decoder = Decoder(config)
 
+    ENCODER_PARTS = ("encoder", "quantizer_conv")
+    """Modules that only `encode_features` needs."""
+
+    def drop_encoder(self) -> VQVAE:
+        """Leave out what sampling has no use for; encoding is then an AttributeError."""
+        for name in self.ENCODER_PARTS:
+            delattr(self, name)
+        return self
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether images can be encoded."""
+        return hasattr(self, "encoder")
+
     def to_compute_dtype(self, dtype: torch.dtype) -> VQVAE:
         """Hold the convolutions in `dtype`, channels last, and the quantizer in float32."""
         self.to(dtype)

@@ -45,19 +45,71 @@ def keep_top_p(logits_BlV: Float[Tensor, "B l V"], top_p: float) -> Float[Tensor
     return logits_BlV.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 
 
+def draw_most_likely(
+    logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], top_k: int, top_p: float
+) -> Int[Tensor, "B l"]:
+    """`draw` of what `keep_top_k` and then `keep_top_p` keep, without sorting the vocabulary.
+
+    The k most likely codes come in descending order, so that their running sums tell both where top-p ends and where
+    the draw falls; nothing else is touched. Sums are float64 where the device has it. Without filters the codes stay in
+    the codebook's order.
+
+    Args:
+        logits_BlV: Guided logits.
+        uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
+        top_k: Keep the k most likely codes and ties with the k-th; 0 keeps all.
+        top_p: Then keep the most likely of this total probability; 0 or 1 keep all.
+    """
+    size = logits_BlV.shape[-1]
+    limited, nucleus = 0 < top_k < size, 0 < top_p < 1
+    if not limited:
+        if nucleus:
+            descending, order = logits_BlV.sort(dim=-1, descending=True)
+            return order.gather(-1, _draw_ranks(descending, uniforms_Bl, top_p).unsqueeze(-1)).squeeze(-1)
+        return draw(logits_BlV, uniforms_Bl)
+    # One more than k tells whether the k-th is tied with a code that would be left out.
+    descending, order = logits_BlV.topk(top_k + 1, dim=-1)
+    ranks_Bl1 = _draw_ranks(descending[..., :-1], uniforms_Bl, top_p if nucleus else 1.0).unsqueeze(-1)
+    tokens_Bl = order.gather(-1, ranks_Bl1).squeeze(-1)
+    tied_Bl = descending[..., -2] == descending[..., -1]
+    if tied_Bl.any():
+        rows_1nV = keep_top_k(logits_BlV[tied_Bl].unsqueeze(0), top_k)
+        tokens_Bl[tied_Bl] = draw_most_likely(rows_1nV, uniforms_Bl[tied_Bl].unsqueeze(0), 0, top_p)[0]
+    return tokens_Bl
+
+
+def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float) -> Tensor:
+    """Where draws fall among codes in descending order, of which the first that reach `top_p` are kept."""
+    cumulative_Blk = _exact(descending_Blk).softmax(dim=-1).cumsum(dim=-1)
+    total_Bl1 = cumulative_Blk[..., -1:]
+    if top_p < 1:
+        last_Bl1 = torch.searchsorted(cumulative_Blk, top_p * total_Bl1)
+        total_Bl1 = cumulative_Blk.gather(-1, last_Bl1)
+    return _invert(cumulative_Blk, uniforms_Bl, total_Bl1)
+
+
 def draw(logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
-    """One token per row by the inverse of the cumulative distribution.
+    """One token per row by the inverse of the cumulative distribution, in the order in which the codes stand.
 
     Args:
         logits_BlV: Filtered logits; -∞ is never drawn.
         uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
     """
-    cumulative_BlV = logits_BlV.double().softmax(dim=-1).cumsum(dim=-1)
-    total_Bl1 = cumulative_BlV[..., -1:]
+    cumulative_BlV = _exact(logits_BlV).softmax(dim=-1).cumsum(dim=-1)
+    return _invert(cumulative_BlV, uniforms_Bl, cumulative_BlV[..., -1:])
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Values in float64, which every device but Apple's has."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def _invert(cumulative_Blk: Tensor, uniforms_Bl: Tensor, total_Bl1: Tensor) -> Tensor:
+    """The first entries whose cumulative sums pass uniforms · total."""
     # Strictly below the total, so that rounding can never point past the last entry of positive probability.
     below_total = torch.nextafter(total_Bl1, torch.zeros_like(total_Bl1))
     targets_Bl1 = torch.minimum(uniforms_Bl.unsqueeze(-1).to(total_Bl1) * total_Bl1, below_total)
-    return torch.searchsorted(cumulative_BlV, targets_Bl1, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative_Blk, targets_Bl1, right=True).squeeze(-1)
 
 
 def soft_embeddings(
@@ -79,6 +131,6 @@ def soft_embeddings(
     """
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     smallest = torch.finfo(torch.float64).tiny
-    gumbels = -(-uniforms_BlV.clamp(min=smallest).log()).clamp(min=smallest).log()
+    gumbels = -(-_exact(uniforms_BlV).clamp(min=smallest).log()).clamp(min=smallest).log()
     weights = ((logits_BlV.double() * (1 + ratio) + gumbels) / temperature).softmax(dim=-1)
     return row_stable_linear(weights.to(codebook_VZ), codebook_VZ.T, None)

@@ -1,15 +1,20 @@
 """Sampling scale by scale: class in, tokens and features f̂ out.
 
+All images advance together from scale to scale; within a scale they are processed in micro-batches, for nothing passes
+between images. Between scales live f̂, the tokens and, where a later scale sees earlier ones, keys and values: so the
+memory of a scale-Markov model hardly grows with the number of images.
+
 A sample depends on (seed, global index, class, settings, weights) alone: it draws from a stream of its own, and nothing
 in a batch mixes samples. On a CPU in float32 this holds to the bit (see also mvar_core.models.linear).
 """
 
-# Shape suffixes: B batch, G batch with the unconditional half appended where guidance asks for it, L tokens of all
-# scales, l tokens of one scale, V codebook entries, Z latent channels, h w the latent grid, S scales.
+# Shape suffixes: N images, B images of a micro-batch, G those with the unconditional half appended where guidance asks
+# for it, L tokens of all scales, l tokens of one scale, C width, V codebook entries, Z latent channels, h w the latent
+# grid, S scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +27,7 @@ from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Conditioning, Transformer
 from mvar_core.runtime import sample_uniforms
-from mvar_core.sampling.guidance import draw, guide, keep_top_k, keep_top_p, soft_embeddings
+from mvar_core.sampling.guidance import draw_most_likely, keep_top_k, keep_top_p, soft_embeddings
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,14 @@ class SampledTokens:
     """What the sampler gives.
 
     Attributes:
-        tokens_BL: Tokens of all scales.
-        fhat_BZhw: Features for the decoder.
-        stages_BSZhw: f̂ after each scale, if asked for.
+        tokens_NL: Tokens of all scales.
+        fhat_NZhw: Features for the decoder.
+        stages_NSZhw: f̂ after each scale, if asked for.
     """
 
-    tokens_BL: Int[Tensor, "B L"]
-    fhat_BZhw: Float[Tensor, "B Z h w"]
-    stages_BSZhw: Float[Tensor, "B S Z h w"] | None
+    tokens_NL: Int[Tensor, "N L"]
+    fhat_NZhw: Float[Tensor, "N Z h w"]
+    stages_NSZhw: Float[Tensor, "N S Z h w"] | None
 
 
 def check_settings(settings: SamplingConfig, codebook_size: int) -> None:
@@ -61,10 +66,12 @@ def sample_tokens(
     seed: int,
     settings: SamplingConfig,
     *,
+    micro_batches: Sequence[int] | None = None,
     attention: str = "auto",
     keep_stages: bool = False,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> SampledTokens:
-    """Sample one batch.
+    """Sample images that advance together from scale to scale.
 
     Args:
         transformer: In evaluation mode.
@@ -73,51 +80,125 @@ def sample_tokens(
         indices: Global index of each sample; its random stream follows from it and the seed.
         seed: The run's seed.
         settings: Guidance and filters.
+        micro_batches: For each scale how many images go through the transformer in one pass; by default all. Decides
+            speed and memory, never the result.
         attention: Attention backend.
         keep_stages: Keep f̂ after each scale.
+        on_tokens: Called with the number of tokens drawn since the last call.
 
     Raises:
         ConfigError: The settings do not fit the model.
     """
     check_settings(settings, quantizer.codebook.shape[0])
     pyramid = transformer.pyramid
-    device = quantizer.codebook.device
-    batch = len(labels)
-    labels_B = torch.tensor(labels, dtype=torch.long, device=device)
-    uniforms_BL = sample_uniforms(seed, indices, pyramid.num_tokens).to(device)
-    conditioning = _conditioning(transformer, labels_B, guided=settings.cfg > 0)
-    cache = KeyValueCache()
-    reuses_keys = any(pattern.prefix_tokens for pattern in transformer.patterns)
-    fhat_BZhw = quantizer.empty_features(batch)
-    tokens, stages = [], []
-    for scale, span in enumerate(pyramid.spans):
-        strength = settings.cfg * pyramid.ratio(scale)
+    count = len(labels)
+    run = _Run(transformer, quantizer, labels, indices, seed, settings, attention)
+    stages = []
+    for scale in range(pyramid.num_scales):
+        size = micro_batches[scale] if micro_batches is not None else max(1, count)
+        for start in range(0, count, size):
+            images = slice(start, min(start + size, count))
+            run.advance(scale, images)
+            if on_tokens is not None:
+                on_tokens((images.stop - images.start) * pyramid.grids[scale].tokens)
+        transformer.drop_unseen(run.cache, scale)
+        if keep_stages:
+            stages.append(run.fhat_NZhw.clone())
+    return SampledTokens(run.tokens_NL, run.fhat_NZhw, torch.stack(stages, dim=1) if keep_stages else None)
+
+
+class _Run:
+    """Images on their way through the scales: what lives from one scale to the next, and how it advances."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        quantizer: MultiScaleQuantizer,
+        labels: Sequence[int],
+        indices: Sequence[int],
+        seed: int,
+        settings: SamplingConfig,
+        attention: str,
+    ):
+        self.transformer = transformer
+        self.quantizer = quantizer
+        self.indices = indices
+        self.seed = seed
+        self.settings = settings
+        self.attention = attention
+        self.pyramid = transformer.pyramid
+        device = quantizer.codebook.device
+        count = len(labels)
+        labels_N = torch.tensor(labels, dtype=torch.long, device=device)
+        classes = torch.cat([labels_N, labels_N.new_full((1 if settings.cfg > 0 else 0,), transformer.no_class)])
+        distinct, entries = classes.unique(return_inverse=True)
+        # AdaLN vectors depend on the class alone: once per class, for all images and scales.
+        self.conditioning = transformer.condition(distinct)
+        self.entries_N, self.no_class_entry = entries[:count], entries[count:]
+        self.uniforms_NL = _on_device(sample_uniforms(seed, indices, self.pyramid.num_tokens), device)
+        self.fhat_NZhw = quantizer.empty_features(count)
+        self.tokens_NL = torch.empty(count, self.pyramid.num_tokens, dtype=torch.long, device=device)
+        self.reuses_keys = any(pattern.prefix_tokens for pattern in transformer.patterns)
+        self.cache = KeyValueCache(2 * count if settings.cfg > 0 else count)
+
+    def advance(self, scale: int, images: slice) -> None:
+        """Draw the tokens of one scale for some images and add them to f̂."""
+        settings, span = self.settings, self.pyramid.spans[scale]
+        strength = settings.cfg * self.pyramid.ratio(scale)
         # Scale 0 is never guided, but where later scales see it the unconditional half must have its keys there.
-        both_halves = strength > 0 or (settings.cfg > 0 and reuses_keys)
-        inputs_BlZ = quantizer.scale_input(fhat_BZhw, scale) if scale else fhat_BZhw.new_empty(batch, 0, 1)
-        logits_GlV = transformer.forward_scales(
+        both_halves = strength > 0 or (settings.cfg > 0 and self.reuses_keys)
+        conditioning = self._conditioning(images, both_halves)
+        inputs_BlZ = self._inputs(scale, images)
+        x_GlC = self.transformer.hidden_states(
             range(scale, scale + 1),
             torch.cat([inputs_BlZ, inputs_BlZ]) if both_halves else inputs_BlZ,
-            conditioning if both_halves else conditioning.first(batch),
-            cache=cache,
-            attention=attention,
+            conditioning,
+            cache=self.cache.rows(self._rows(images, both_halves)) if self.reuses_keys else None,
+            attention=self.attention,
         )
-        logits_BlV = logits_GlV[:batch]
-        if strength > 0:
-            logits_BlV = guide(logits_BlV, logits_GlV[batch:], strength)
-        logits_BlV = keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p)
-        tokens_Bl = draw(logits_BlV, uniforms_BL[:, span])
-        tokens.append(tokens_Bl)
-        embeddings_BlZ = quantizer.embed(tokens_Bl)
+        if both_halves and strength == 0:
+            x_GlC, conditioning = x_GlC.chunk(2)[0], self._conditioning(images, False)
+        logits_BlV = self.transformer.head_logits(x_GlC, conditioning, strength)
+        uniforms_Bl = self.uniforms_NL[images, span]
         if settings.more_smooth:
-            uniforms_BlV = sample_uniforms(seed, indices, logits_BlV[0].numel(), stream=1 + scale).to(device)
-            embeddings_BlZ = soft_embeddings(
-                logits_BlV, uniforms_BlV.view_as(logits_BlV), quantizer.codebook, pyramid.ratio(scale)
-            )
-        fhat_BZhw = fhat_BZhw + _increments(quantizer, embeddings_BlZ, scale)
-        if keep_stages:
-            stages.append(fhat_BZhw)
-    return SampledTokens(torch.cat(tokens, dim=1), fhat_BZhw, torch.stack(stages, dim=1) if keep_stages else None)
+            logits_BlV = keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p)
+            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, 0, 0)
+            embeddings_BlZ = self._soft_embeddings(logits_BlV, scale, images)
+        else:
+            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, settings.top_k, settings.top_p)
+            embeddings_BlZ = self.quantizer.embed(tokens_Bl)
+        self.tokens_NL[images, span] = tokens_Bl
+        self.fhat_NZhw[images] += _increments(self.quantizer, embeddings_BlZ, scale)
+
+    def _conditioning(self, images: slice, both_halves: bool) -> Conditioning:
+        entries_B = self.entries_N[images]
+        if both_halves:
+            entries_B = torch.cat([entries_B, self.no_class_entry.expand_as(entries_B)])
+        return self.conditioning.select(entries_B)
+
+    def _inputs(self, scale: int, images: slice) -> Tensor:
+        fhat_BZhw = self.fhat_NZhw[images]
+        if scale == 0:
+            return fhat_BZhw.new_empty(len(fhat_BZhw), 0, 1)
+        return self.quantizer.scale_input(fhat_BZhw, scale)
+
+    def _rows(self, images: slice, both_halves: bool) -> Tensor | None:
+        """Rows of the cache: images, then their unconditional halves; None where they are all that there are."""
+        count = len(self.entries_N)
+        if images.stop - images.start == count:
+            return None
+        rows_B = torch.arange(images.start, images.stop, device=self.entries_N.device)
+        return torch.cat([rows_B, rows_B + count]) if both_halves else rows_B
+
+    def _soft_embeddings(self, logits_BlV: Tensor, scale: int, images: slice) -> Tensor:
+        uniforms_BX = sample_uniforms(self.seed, self.indices[images], logits_BlV[0].numel(), stream=1 + scale)
+        uniforms_BlV = _on_device(uniforms_BX, logits_BlV.device).view_as(logits_BlV)
+        return soft_embeddings(logits_BlV, uniforms_BlV, self.quantizer.codebook, self.pyramid.ratio(scale))
+
+
+def _on_device(uniforms: Tensor, device: torch.device) -> Tensor:
+    """Random numbers on the device; Apple's has no float64."""
+    return uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def _increments(quantizer: MultiScaleQuantizer, embeddings_BlZ: Tensor, scale: int) -> Tensor:
@@ -125,10 +206,3 @@ def _increments(quantizer: MultiScaleQuantizer, embeddings_BlZ: Tensor, scale: i
     if embeddings_BlZ.device.type != "cpu":
         return quantizer.increment(embeddings_BlZ, scale)
     return torch.cat([quantizer.increment(embeddings_1lZ, scale) for embeddings_1lZ in embeddings_BlZ.split(1)])
-
-
-def _conditioning(transformer: Transformer, labels_B: Tensor, guided: bool) -> Conditioning:
-    """AdaLN vectors once per distinct class, laid out for the batch (and for no class behind it)."""
-    labels_G = torch.cat([labels_B, torch.full_like(labels_B, transformer.no_class)]) if guided else labels_B
-    classes, rows_G = labels_G.unique(return_inverse=True)
-    return transformer.condition(classes).select(rows_G)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from mvar_core.analysis import memory
 from mvar_core.analysis.convolutions import decoder_layers
 from mvar_core.config import SamplingConfig, TrainConfig
+from mvar_core.models import footprint
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import load_config
@@ -71,7 +72,7 @@ def test_sampling_peak_follows_the_tensors_that_live(prefixes, width, codes, top
     labels, indices = [0, 1, 2, 3, 4, 5, 6, 7], range(batch)
     with LiveBytes([*transformer.parameters(), *tokenizer.parameters()]) as live:
         sample_tokens(transformer, tokenizer.quantizer, labels, indices, 0, settings, attention="dense")
-    predicted = memory.sample_peak_bytes(config, batch, 4, guided=cfg > 0) - memory.weight_bytes(config, 4)
+    predicted = memory.sample_peak_bytes(config, batch, 4, cfg > 0, top_k) - memory.weight_bytes(config, 4)
     assert predicted == pytest.approx(live.peak, rel=0.2)
 
 
@@ -83,7 +84,10 @@ def test_decoder_peak_follows_the_tensors_that_live():
     widest = max(layer.outputs for layer in decoder_layers(config.tokenizer, config.pyramid.latent_grid))
     assert 3 * widest * 4 == pytest.approx(live.peak, rel=0.1)
     alone = config.model_copy(update={"transformer": None})
-    assert memory.sample_peak_bytes(alone, 64, 4, True) == memory.weight_bytes(alone, 4) + 3 * widest * 4
+    assert memory.sample_peak_bytes(alone, 64, 4, True) == (
+        memory.weight_bytes(alone, 4) + 64 * footprint.image_bytes(alone) + footprint.decoder_bytes(alone, 4)
+    )
+    assert footprint.decoder_bytes(alone, 4) >= 3 * widest * 4
 
 
 def test_weights_are_as_many_bytes_as_the_modules_hold():

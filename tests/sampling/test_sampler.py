@@ -54,10 +54,10 @@ def test_features_are_those_of_the_tokens(pipeline: Pipeline) -> None:
     sampled = sample_tokens(
         pipeline.transformer, quantizer, LABELS, range(8), 0, SamplingConfig(top_k=20), keep_stages=True
     )
-    assert torch.allclose(quantizer.decode(sampled.tokens_BL), sampled.fhat_BZhw, atol=1e-5)
-    assert sampled.stages_BSZhw is not None
-    assert sampled.stages_BSZhw.shape[1] == pipeline.config.pyramid.num_scales
-    assert torch.equal(sampled.stages_BSZhw[:, -1], sampled.fhat_BZhw)
+    assert torch.allclose(quantizer.decode(sampled.tokens_NL), sampled.fhat_NZhw, atol=1e-5)
+    assert sampled.stages_NSZhw is not None
+    assert sampled.stages_NSZhw.shape[1] == pipeline.config.pyramid.num_scales
+    assert torch.equal(sampled.stages_NSZhw[:, -1], sampled.fhat_NZhw)
 
 
 def test_stages_end_in_the_image(pipeline: Pipeline) -> None:
@@ -68,7 +68,7 @@ def test_stages_end_in_the_image(pipeline: Pipeline) -> None:
     assert samples.stages is not None
     assert samples.stages.shape == (3, 4, 64, 64, 3)
     assert torch.equal(samples.stages[:, -1], samples.images)
-    assert seen == [(2, 3), (3, 3)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_impossible_settings(pipeline: Pipeline) -> None:

@@ -1,0 +1,216 @@
+"""From classes to images: batches that advance from scale to scale, then the decoder a few images at a time."""
+
+# Shape suffixes: N images of a batch, L tokens of all scales, S scales, Z latent channels, h w the latent grid,
+# H W pixels, C color channels.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.pixels import to_uint8
+from mvar_core.sampling.budget import PART_OF_FREE_MEMORY, MicroBatches, choose_micro_batches, free_memory
+from mvar_core.sampling.sampler import sample_tokens
+
+PROCESS_BYTES = 350_000_000
+"""Resident memory of Python and torch themselves, which a memory budget on a CPU has to cover."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled images, on the CPU.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        tokens: int64 (N, L).
+        labels: The class label of each sample.
+        stages: uint8 (N, S, H, W, 3): each sample decoded after every scale, if asked for.
+    """
+
+    images: UInt8[Tensor, "N H W 3"]
+    tokens: Int[Tensor, "N L"]
+    labels: tuple[int, ...]
+    stages: UInt8[Tensor, "N S H W 3"] | None = None
+
+
+def join_samples(parts: Sequence[Samples], config: ModelConfig) -> Samples:
+    """One after the other; none at all where there are no parts."""
+    if not parts:
+        return Samples(
+            images=torch.empty(0, *config.image_shape, 3, dtype=torch.uint8),
+            tokens=torch.empty(0, config.pyramid.num_tokens, dtype=torch.long),
+            labels=(),
+        )
+    if len(parts) == 1:
+        return parts[0]
+    strips = [part.stages for part in parts if part.stages is not None]
+    return Samples(
+        images=torch.cat([part.images for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        labels=tuple(label for part in parts for label in part.labels),
+        stages=torch.cat(strips) if strips else None,
+    )
+
+
+class ImageSampler:
+    """Draws images with a transformer and a tokenizer.
+
+    Args:
+        config: What the model is.
+        transformer: In evaluation mode.
+        tokenizer: On the same device; its encoder is not needed.
+        attention: Attention backend.
+    """
+
+    def __init__(self, config: ModelConfig, transformer: Transformer, tokenizer: VQVAE, attention: str = "auto"):
+        self.config = config
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        self.attention = attention
+        self.device = tokenizer.quantizer.codebook.device
+
+    def micro_batches(
+        self,
+        images: int,
+        settings: SamplingConfig,
+        *,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        stages: bool = False,
+    ) -> MicroBatches:
+        """How many images run together when `images` are sampled.
+
+        Args:
+            images: How many are asked for.
+            settings: Guidance and filters.
+            batch_size: Images that advance from scale to scale together; by default as many as are fast and fit.
+            memory: Bytes that sampling may take, weights included, and on a CPU the process as well; by default half
+                of what the device has free.
+            stages: f̂ is kept after every scale.
+
+        Raises:
+            ConfigError: Too little memory for one image.
+        """
+        if memory is None:
+            free = free_memory(self.device)
+            budget = None if free is None else int(PART_OF_FREE_MEMORY * free)
+        else:
+            budget = memory - self.weight_bytes() - (PROCESS_BYTES if self.device.type == "cpu" else 0)
+        return choose_micro_batches(
+            self.config,
+            images,
+            device=self.device,
+            dtype_bytes=self.transformer.input_projection.weight.element_size(),
+            guided=settings.cfg > 0,
+            top_k=settings.top_k,
+            budget=budget,
+            batch_size=batch_size,
+            keep_stages=stages,
+        )
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that sampling uses."""
+        modules = (self.transformer, self.tokenizer)
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def stream(
+        self,
+        labels: Sequence[int],
+        indices: Sequence[int],
+        seed: int,
+        settings: SamplingConfig,
+        sizes: MicroBatches,
+        *,
+        stages: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Samples]:
+        """Samples in order, a batch at a time.
+
+        Args:
+            labels: Class label of each sample.
+            indices: Global index of each sample; its random stream follows from it and the seed.
+            seed: The run's seed.
+            settings: Guidance and filters.
+            sizes: From `micro_batches`.
+            stages: Also decode each sample after every scale.
+            progress: Called as progress(done, total), in images; also while images are on their way.
+        """
+        report = _Progress(progress, len(labels), self.config.pyramid.num_tokens)
+        for start in range(0, len(labels), sizes.images):
+            batch = slice(start, min(start + sizes.images, len(labels)))
+            sampled = sample_tokens(
+                self.transformer,
+                self.tokenizer.quantizer,
+                labels[batch],
+                indices[batch],
+                seed,
+                settings,
+                micro_batches=sizes.scales,
+                attention=self.attention,
+                keep_stages=stages,
+                on_tokens=report.tokens,
+            )
+            images_NHWC = self._decode(sampled.fhat_NZhw, sizes.decoder, report.images)
+            strips = None
+            if sampled.stages_NSZhw is not None:
+                shape = sampled.stages_NSZhw.shape[:2]
+                strips = self._decode(sampled.stages_NSZhw.flatten(0, 1), sizes.decoder).unflatten(0, shape)
+            report.batch_done(batch.stop)
+            yield Samples(images_NHWC, sampled.tokens_NL.cpu(), tuple(labels[batch]), strips)
+
+    @torch.no_grad()
+    def _decode(
+        self, fhat_NZhw: Float[Tensor, "N Z h w"], at_once: int, on_images: Callable[[int], None] | None = None
+    ) -> UInt8[Tensor, "N H W 3"]:
+        """Bytes of images on the CPU, decoded a few at a time; copies from a GPU run beside the next decoding."""
+        on_gpu = self.device.type == "cuda"
+        shape = (len(fhat_NZhw), *self.config.image_shape, 3)
+        pixels_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+        for start in range(0, len(fhat_NZhw), at_once):
+            part = slice(start, start + at_once)
+            decoded = to_uint8(self.tokenizer.decode_features(fhat_NZhw[part]))
+            pixels_NHWC[part].copy_(decoded, non_blocking=on_gpu)
+            if on_images is not None:
+                on_images(len(decoded))
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        return pixels_NHWC
+
+
+class _Progress:
+    """Tells how many images are done, where drawing the tokens of one and decoding it are taken for half of it each."""
+
+    def __init__(self, report: Callable[[int, int], None] | None, total: int, tokens_per_image: int):
+        self.report = report
+        self.total = total
+        self.tokens_per_image = tokens_per_image
+        self.halves = 0.0
+        self.reported = 0
+
+    def tokens(self, count: int) -> None:
+        self._add(count / self.tokens_per_image)
+
+    def images(self, count: int) -> None:
+        self._add(count)
+
+    def batch_done(self, done: int) -> None:
+        """Every image up to here is finished."""
+        self.halves = 2.0 * done
+        self._tell(done)
+
+    def _add(self, halves: float) -> None:
+        self.halves += halves
+        # The last image of a batch is only done when the batch is.
+        self._tell(min(int(self.halves / 2), self.total - 1))
+
+    def _tell(self, done: int) -> None:
+        if self.report is not None and done > self.reported:
+            self.reported = done
+            self.report(done, self.total)

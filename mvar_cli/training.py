@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mvar_cli.console import Console, Progress
-from mvar_core.config import DataConfig, ModelConfig, RunConfig
+from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.crops import RandomCrops
 from mvar_core.data.images import ImageRows, ImageSource, Views, open_images, split_name
-from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
+from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.files import require_new_directory
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
@@ -118,57 +118,6 @@ def step_display(progress: Progress) -> Callable[[StepReport], None]:
         progress(report.step, report.total_steps, note + (f", {report.skipped} skipped" if report.skipped else ""))
 
     return show
-
-
-def tokenize_run(
-    console: Console,
-    checkpoint: Path,
-    config: ModelConfig,
-    data: str,
-    out: Path,
-    *,
-    views: DataConfig,
-    seed: int,
-    device: str,
-    dtype: str,
-    batch_size: int = 64,
-    overwrite: bool = False,
-) -> CacheSummary:
-    """Turn the images that `data` names into a token cache.
-
-    Args:
-        console: Where to report.
-        checkpoint: Model directory with the tokenizer.
-        config: Says image size and pyramid, which may be another than the directory's.
-        data: Names the images.
-        out: The cache's directory.
-        views: Which views of each image.
-        seed: Of the augmented views.
-        device: Where to compute.
-        dtype: What to compute in; auto is float32, for an index may hang on the last bits.
-        batch_size: Images at a time.
-        overwrite: Replace what is there.
-
-    Raises:
-        MvarError: Images, tokenizer or cache do not fit.
-    """
-    source = open_images(data)
-    target = resolve_device(device)
-    kind = resolve_dtype("float32" if dtype == "auto" else dtype, target)
-    tokenizer = load_tokenizer(checkpoint, config, target, kind)
-    with console.progress("tokenizing") as progress:
-        return write_token_cache(
-            out,
-            source,
-            lambda images: tokenizer.encode(images.to(target)),
-            config=config,
-            tokenizer_hash=tokenizer_hash(checkpoint),
-            data=views,
-            seed=seed,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
 
 
 def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[str, ...]) -> RunConfig:

@@ -57,7 +57,7 @@ def run(
         finish_dry_run(console, config, plan, images=len(source), views=views)
         return
 
-    from mvar_cli.training import tokenize_run
+    from mvar_cli.tokenization import tokenize_run
 
     start = time.monotonic()
     summary = tokenize_run(

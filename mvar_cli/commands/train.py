@@ -117,7 +117,8 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
         _show_plan(console, request, config)
         return
 
-    from mvar_cli.training import fit_to_tokens, prepare_run, tokenize_run, train_run
+    from mvar_cli.tokenization import tokenize_run
+    from mvar_cli.training import fit_to_tokens, prepare_run, train_run
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import TokenCache
     from mvar_core.kernels import check_backend

@@ -183,10 +183,36 @@ class TokenizerOptimizerConfig(OptimizerConfig):
     end: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak")
 
 
-class TrainConfig(Section):
-    """Training of the transformer on a token cache."""
+class LoopConfig(Section):
+    """What every training loop can do: memory, averages, rhythm, logs."""
 
     batch_size: int = Field(448, ge=1, description="images per step")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulate: int = Field(1, ge=1, description="micro-batches that add up to a step's gradient")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images computed together; another way to say accumulate; null = as accumulate says"
+    )
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which the model gets then; 0 = none")
+    max_skipped: int = Field(10, ge=1, description="steps in a row that may be nan or infinite before the run stops")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints, and between validations")
+    keep: int = Field(2, ge=1, description="checkpoints that are kept, beside the one of the best validation loss")
+    sample_every: int = Field(0, ge=0, description="steps between pictures of what the model makes; 0 = none")
+    tensorboard: bool = Field(False, description="log to TensorBoard too, under the run's tensorboard/")
+    wandb: bool = Field(False, description="log to Weights & Biases too")
+
+    @model_validator(mode="after")
+    def _check_micro_batches(self) -> LoopConfig:
+        if self.micro_batch is not None and self.accumulate > 1:
+            raise ValueError(
+                f"accumulate is {self.accumulate} and micro_batch {self.micro_batch}; both divide a batch, set one"
+            )
+        return self
+
+
+class TrainConfig(LoopConfig):
+    """Training of the transformer on a token cache."""
+
     epochs: float | None = Field(300, gt=0, description="passes over the tokens; ignored where steps is given")
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     curriculum: Literal["joint", "interleaved"] = Field(
@@ -203,13 +229,14 @@ class TrainConfig(Section):
     scale_weights: tuple[float, ...] = Field(
         (), description="relative weight of a token's loss, one per scale; empty = all alike"
     )
-    optimizer: OptimizerConfig = OptimizerConfig()
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    activation_checkpointing: bool = Field(
+        False, description="compute each block's activations again for its gradient instead of keeping them"
+    )
+    compile: bool = Field(False, description="compile the blocks with torch.compile")
 
 
-class TokenizerTrainConfig(Section):
+class TokenizerTrainConfig(LoopConfig):
     """Training of the tokenizer on images."""
 
     batch_size: int = Field(48, ge=1, description="images per step")
@@ -221,8 +248,6 @@ class TokenizerTrainConfig(Section):
     kmeans_batches: int = Field(8, ge=0, description="batches whose features start the codebook by k-means; 0 = random")
     revive_every: int = Field(20, ge=0, description="steps between restarts of unused codes; 0 = never")
     revive_until: float = Field(0.7, ge=0, le=1, description="part of the steps during which codes are restarted")
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
 
 
 class DataConfig(Section):

@@ -163,7 +163,7 @@ class _Session:
     @property
     def at_checkpoint(self) -> bool:
         """Whether a checkpoint, and with it a validation, is due."""
-        return self.step == self.plan.total_steps or self.step % self.plan.checkpoint_every == 0
+        return self.step == self.plan.total_steps or self.step % self.plan.train.checkpoint_every == 0
 
     def take_step(self, batch: Any, flag: InterruptFlag, on_step: OnStep | None) -> None:
         """One step, and everything that is written and shown of it."""

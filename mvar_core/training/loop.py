@@ -235,13 +235,10 @@ def train_transformer(
         attention=attention,
         seed=seed,
     )
-    settings = comparable_settings(config, _MODEL_SECTIONS, train.model_dump(mode="json"))
+    settings = comparable_settings(config, _MODEL_SECTIONS, train)
     plan = Plan(
         total_steps=planned_steps(train, len(tokens)) if total_steps is None else total_steps,
-        batch_size=train.batch_size,
-        optimizer=train.optimizer,
-        log_every=train.log_every,
-        checkpoint_every=train.checkpoint_every,
+        train=train,
         device=device,
         dtype=dtype,
         seed=seed,

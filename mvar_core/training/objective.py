@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mvar_core.config import OptimizerConfig, RunConfig
+from mvar_core.config import LoopConfig, RunConfig
 from mvar_core.training.record import StepReport
 
 OnStep = Callable[[StepReport], None]
@@ -35,9 +35,8 @@ class BatchPart:
         """How many rows the part has."""
         return self.stop - self.start
 
-    def split(self, size: int | None) -> list[BatchPart]:
-        """Parts of `size` rows at most, in order; None leaves it whole."""
-        size = size or self.rows
+    def split(self, size: int) -> list[BatchPart]:
+        """Parts of `size` rows at most, in order."""
         return [
             BatchPart(start, min(start + size, self.stop), self.total) for start in range(self.start, self.stop, size)
         ]
@@ -100,29 +99,21 @@ class Plan:
 
     Attributes:
         total_steps: Optimizer steps of the whole run.
-        batch_size: Rows per step, over all processes.
-        optimizer: AdamW's settings.
-        log_every: Steps between lines of metrics.jsonl.
-        checkpoint_every: Steps between checkpoints.
+        train: Batch size, optimizer, micro-batches, averages, the rhythm of logs and checkpoints.
         device: Where to compute; the model is there.
         dtype: Type that autocast computes in; parameters stay in float32.
         seed: Of everything that is drawn.
         settings: What a resumed run must agree on.
         resume: Whether to go on from the last checkpoint in `out`.
-        micro_batch: Rows that are computed together; their gradients add up to the batch's. None computes all at once.
     """
 
     total_steps: int
-    batch_size: int
-    optimizer: OptimizerConfig
-    log_every: int
-    checkpoint_every: int
+    train: LoopConfig
     device: torch.device
     dtype: torch.dtype
     seed: int
     settings: Mapping[str, Any]
     resume: bool = True
-    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,14 +135,22 @@ class Outcome:
     interrupted: bool
 
 
-def comparable_settings(config: RunConfig, sections: Collection[str], train: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resumed run must agree on: sections of the configuration, and training settings but for their rhythm.
+_FREE_SETTINGS = {
+    "steps", "epochs", "accumulate", "micro_batch", "max_skipped", "log_every", "checkpoint_every", "keep",
+    "sample_every", "tensorboard", "wandb", "activation_checkpointing", "compile",
+}  # fmt: skip
+"""Training settings that a resumed run may change: they say how long, how and how often, not what is learned."""
+
+
+def comparable_settings(config: RunConfig, sections: Collection[str], train: LoopConfig) -> dict[str, Any]:
+    """What a resumed run must agree on: sections of the configuration, and what decides what is learned.
 
     Args:
         config: The run's configuration.
         sections: Top-level keys of the model's configuration.
-        train: The dumped training section; steps, epochs and the intervals of logs and checkpoints may change.
+        train: The training section.
     """
-    free = {"steps", "epochs", "log_every", "checkpoint_every"}
-    chosen = config.model_dump(mode="json", include=set(sections))
-    return {**chosen, "train": {key: value for key, value in train.items() if key not in free}}
+    return {
+        **config.model_dump(mode="json", include=set(sections)),
+        "train": train.model_dump(mode="json", exclude=_FREE_SETTINGS),
+    }

@@ -60,13 +60,13 @@ class Recorder:
 
     def add(self, values: Tensor | None) -> None:
         """Take one step's measures in, or None of a step that was left out."""
-        self._images += self.plan.batch_size
+        self._images += self.plan.train.batch_size
         if values is not None:
             self.window += torch.stack([values.nan_to_num(), (~values.isnan()).float()])
 
     def training_line(self, step: int, result: StepResult, skipped: int) -> dict[str, Any]:
         """Write and return the line that is due after `step` steps; empty where none is."""
-        if step % self.plan.log_every and step != self.plan.total_steps:
+        if step % self.plan.train.log_every and step != self.plan.total_steps:
             return {}
         means = dict(zip(("loss", *self.objective.metric_names), self._means(), strict=True))
         self.loss = means["loss"]

@@ -17,7 +17,6 @@ from mvar_core.training.optim import build_optimizer, learning_rate
 from mvar_core.training.order import batch_rows
 from mvar_core.training.strategy import Strategy
 
-MAX_SKIPPED_IN_A_ROW = 10
 MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its scale, and halves it each time
 
 logger = logging.getLogger("mvar")
@@ -63,7 +62,7 @@ class Stepper:
         self.plan = plan
         self.strategy = strategy
         self.model = strategy.wrap(module)
-        self.optimizer = build_optimizer(module, plan.optimizer, no_decay, plan.device)
+        self.optimizer = build_optimizer(module, plan.train.optimizer, no_decay, plan.device)
         self.scaler = strategy.scaler(plan.device, plan.dtype)
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.skipped = 0
@@ -71,11 +70,11 @@ class Stepper:
 
     def rows(self, step: int) -> Any:
         """The rows of the data that a step trains on, over all processes."""
-        return batch_rows(step, self.plan.batch_size, self.objective.num_rows, self.plan.seed)
+        return batch_rows(step, self.plan.train.batch_size, self.objective.num_rows, self.plan.seed)
 
     def fetch(self, step: int) -> Any:
         """This process's part of a step's batch."""
-        part = self.strategy.part(self.plan.batch_size)
+        part = self.strategy.part(self.plan.train.batch_size)
         return self.objective.fetch(self.rows(step)[part.start : part.stop], step)
 
     def take(self, batch: Any, step: int) -> StepResult:
@@ -89,13 +88,13 @@ class Stepper:
             MvarError: Too many steps in a row were not finite.
         """
         plan = self.plan
-        rate = learning_rate(step, plan.total_steps, plan.batch_size, plan.optimizer)
+        rate = learning_rate(step, plan.total_steps, plan.train.batch_size, plan.train.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         values = self.strategy.add_up(self.accumulate_gradients(batch, step))
         self.scaler.unscale_(self.optimizer)
-        norm = self.strategy.clip(self.parameters, plan.optimizer.grad_clip)
+        norm = self.strategy.clip(self.parameters, plan.train.optimizer.grad_clip)
         loss_value, norm_value = torch.stack([values[0], norm.float()]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
@@ -115,9 +114,10 @@ class Stepper:
         Returns:
             This process's share of the loss and of the objective's values: shares of all processes add up to the means.
         """
-        plan, own = self.plan, self.strategy.part(self.plan.batch_size)
+        plan, own = self.plan, self.strategy.part(self.plan.train.batch_size)
         total: Tensor | None = None
-        for part in own.split(plan.micro_batch):
+        size = plan.train.micro_batch or math.ceil(own.rows / plan.train.accumulate)
+        for part in own.split(size):
             with self.strategy.accumulating(self.model, last=part.stop == own.stop):
                 rows = take_rows(batch, part.start - own.start, part.stop - own.start)
                 with torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
@@ -136,7 +136,7 @@ class Stepper:
         overflow = self.scaler.is_enabled() and math.isfinite(loss)
         if not overflow:
             logger.warning("Step %d was left out: loss %s, gradient norm %s.", step + 1, loss, norm)
-        if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if overflow else MAX_SKIPPED_IN_A_ROW):
+        if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if overflow else self.plan.train.max_skipped):
             rows = self.rows(step)
             shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
             raise MvarError(

@@ -273,13 +273,10 @@ def train_tokenizer(
     check_images(images, config)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = TokenizerObjective(vqvae, images, validation, train, total_steps=train.steps, device=device, seed=seed)
-    settings = comparable_settings(config, _COMPARED_SECTIONS, train.model_dump(mode="json"))
+    settings = comparable_settings(config, _COMPARED_SECTIONS, train)
     plan = Plan(
         total_steps=train.steps,
-        batch_size=train.batch_size,
-        optimizer=train.optimizer,
-        log_every=train.log_every,
-        checkpoint_every=train.checkpoint_every,
+        train=train,
         device=device,
         dtype=dtype,
         seed=seed,

@@ -1,0 +1,165 @@
+"""Instruments: seconds by stage, medians on any device, and the peak of what torch's allocators hand out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mvar_core.runtime import synchronize
+
+OTHER = "other"
+
+
+class AllocationPeak:
+    """Filled in when the block of `allocation_peak` ends.
+
+    Attributes:
+        peak_bytes: Most memory allocated at once within the block, beyond what was held before it.
+        allocations: How many allocations were seen.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self.allocations = 0
+
+
+@contextmanager
+def allocation_peak(device: torch.device | str = "cpu") -> Iterator[AllocationPeak]:
+    """The most memory that torch's allocator gives out at once within the block.
+
+    On CUDA the allocator's own counter is read. On a CPU every allocation and release of the block is recorded through
+    torch's profiler: all tensors and the scratch space that kernels take from torch's allocator, to the byte; not what
+    libraries take from the system by themselves. Recording costs time, so nothing should be timed within. What was
+    allocated before the block does not count, nor does its release.
+
+    Args:
+        device: Whose memory.
+    """
+    place = torch.device(device)
+    result = AllocationPeak()
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+        before = torch.cuda.memory_allocated(place)
+        count = torch.cuda.memory_stats(place)["allocation.all.allocated"]
+        torch.cuda.reset_peak_memory_stats(place)
+        yield result
+        torch.cuda.synchronize(place)
+        result.peak_bytes = torch.cuda.max_memory_allocated(place) - before
+        result.allocations = torch.cuda.memory_stats(place)["allocation.all.allocated"] - count
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+        yield result
+    assert recorder.profiler is not None
+    assert recorder.profiler.kineto_results is not None
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in recorder.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
+    ]
+    now = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        result.peak_bytes = max(result.peak_bytes, now)
+        result.allocations += size > 0
+
+
+def median_seconds(
+    run: Callable[[], object], device: torch.device, *, repeats: int = 3, warmup: Callable[[], object] | None = None
+) -> tuple[float, list[float]]:
+    """Seconds of `run`: the median of some repetitions, and each of them.
+
+    On CUDA the device's own events measure, elsewhere the clock.
+
+    Args:
+        run: What to measure.
+        device: Where it computes.
+        repeats: How often.
+        warmup: Run once before, not measured; by default `run`.
+    """
+    (warmup or run)()
+    synchronize(device)
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            stop.record()
+            torch.cuda.synchronize(device)
+            seconds.append(start.elapsed_time(stop) / 1000)
+        else:
+            begun = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds), seconds
+
+
+class StageClock:
+    """Charges time to stages while chosen methods of chosen objects run.
+
+    At every boundary the device is waited for, so that the whole is a little slower than without the clock.
+
+    Args:
+        device: Where the methods compute.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._stage = OTHER
+        self._since = 0.0
+        self._watched: list[tuple[Any, str, Any]] = []
+
+    def watch(self, owner: Any, method: str, stage: str | Callable[..., str], then: str | None = None) -> None:
+        """Charge calls of a method to a stage, for as long as the clock runs.
+
+        Args:
+            owner: An object.
+            method: Name of one of its methods.
+            stage: The stage, or a function of the call's arguments that names it.
+            then: The stage that what follows the call belongs to, until the next boundary; by default what was before.
+        """
+        original = getattr(owner, method)
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            outer = self._stage
+            self._enter(stage if isinstance(stage, str) else stage(*arguments, **keywords))
+            try:
+                return original(*arguments, **keywords)
+            finally:
+                self._enter(then or outer)
+
+        self._watched.append((owner, method, vars(owner).get(method)))
+        setattr(owner, method, timed)
+
+    def run(self, work: Callable[[], object]) -> dict[str, float]:
+        """Seconds by stage of one run, in the order in which stages first appear; then the objects are as before."""
+        try:
+            self._seconds.clear()
+            synchronize(self.device)
+            self._stage, self._since = OTHER, time.perf_counter()
+            work()
+            self._enter(OTHER)
+        finally:
+            for owner, method, before in reversed(self._watched):
+                delattr(owner, method)
+                if before is not None:
+                    setattr(owner, method, before)
+            self._watched.clear()
+        ordered = dict(self._seconds)
+        ordered[OTHER] = ordered.pop(OTHER, 0.0)
+        return ordered
+
+    def _enter(self, stage: str) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self._seconds[self._stage] += now - self._since
+        self._stage, self._since = stage, now

@@ -1,0 +1,68 @@
+"""Models with random weights, made in the dtype that they compute in: to measure sizes for which there are no files."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mvar_core.config import ModelConfig
+from mvar_core.models.quantizer import MultiScaleQuantizer
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.runtime import generator
+
+
+def random_transformer(
+    config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Transformer:
+    """A transformer of random weights, frozen, in evaluation mode; at no time is there a copy in another dtype."""
+    with torch.device("meta"):
+        model = Transformer(config).to_compute_dtype(dtype)
+    _fill(model, torch.device(device), seed)
+    return model.eval().requires_grad_(False)
+
+
+def random_tokenizer(
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    encoder: bool = True,
+) -> VQVAE:
+    """A tokenizer of random weights, frozen, in evaluation mode, channels last; without its encoder where asked for."""
+    with torch.device("meta"):
+        model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
+    if not encoder:
+        model.drop_encoder()
+    _fill(model, torch.device(device), seed)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
+
+
+def random_quantizer(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> MultiScaleQuantizer:
+    """A quantizer of random weights, frozen, in float32."""
+    with torch.device("meta"):
+        model = MultiScaleQuantizer(config.tokenizer, config.pyramid)
+    _fill(model, torch.device(device), seed)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Weights of the size that keeps activations at theirs; norms and head scales as they start in training."""
+    assert not list(model.buffers())
+    model.to_empty(device=device)
+    random = generator("random_model", seed, device=device)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "log_head_scale":
+                parameter.fill_(math.log(4))
+            elif isinstance(module, nn.GroupNorm) and name == "weight":
+                parameter.fill_(1)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=random)

@@ -1,9 +1,6 @@
 """What a result must say of where it was measured."""
 
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +11,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe() -> dict[str, Any]:
     """Machine, versions and date."""
-    import torch
-
-    import mvar_core
+    from mvar_cli.machine import describe_machine
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "mvar": mvar_core.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    return {"commit": commit.stdout.strip() or None, **describe_machine()}
 
 
 def save(name: str, result: dict[str, Any]) -> None:
@@ -39,11 +23,3 @@ def save(name: str, result: dict[str, Any]) -> None:
     text = json.dumps({"machine": describe(), **result}, indent=2) + "\n"
     (RESULTS / f"{name}.json").write_text(text)
     sys.stdout.write(text)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

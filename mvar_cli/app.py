@@ -38,6 +38,7 @@ COMMANDS = (
     CommandEntry("sample", "sample", "Draw class-conditional images.", "Use"),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use"),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
+    CommandEntry("bench", "bench", "Measure VAR against MVAR in one run: time, memory, stages.", "Use"),
     CommandEntry("convert", "convert", "Published .pth files to a model directory, and back.", "Use"),
 )
 """Every command, in the order of the help. Listing them here lets the help answer without importing any."""

@@ -37,7 +37,7 @@ def plot_scale_mass(report: LocalityReport, path: Path) -> None:
     scales = len(mass_SS)
     names = _scale_names(report)
     side = max(4.2, 0.56 * scales + 1.6)
-    figure = _figure(side + 1.6, side)
+    figure = new_figure(side + 1.6, side)
     axes = figure.add_subplot()
     future_SS = np.triu(np.ones_like(mass_SS, dtype=bool), k=1)
     image = axes.imshow(np.ma.masked_array(mass_SS, future_SS), cmap="viridis", vmin=0, vmax=1)
@@ -56,12 +56,12 @@ def plot_scale_mass(report: LocalityReport, path: Path) -> None:
                 text = f"{value:.2f}".removeprefix("0") if value < 0.995 else "1"
                 axes.text(key, query, text, ha="center", va="center", size=8, color="black" if value > 0.6 else "white")
     figure.colorbar(image, ax=axes, shrink=0.8, label="mean attention mass")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_window_mass(report: LocalityReport, path: Path) -> None:
     """Curves, one per scale: part of the scale's own attention within a k×k window, over k."""
-    figure = _figure(7.2, 4.4)
+    figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
     share = report.window_share
     windows = sorted(share)
@@ -86,7 +86,7 @@ def plot_window_mass(report: LocalityReport, path: Path) -> None:
     axes.set_title("Attention within a k×k window of the own scale")
     axes.grid(alpha=0.3)
     axes.legend(title="scale", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(
@@ -112,7 +112,7 @@ def plot_curves(
     drawn = {name: points for name, points in series.items() if len(points[0])}
     if not drawn:
         raise DataError(f"There is nothing to draw in {path.name}: no values of {', '.join(series) or 'anything'}.")
-    figure = _figure(7.2, 4.0)
+    figure = new_figure(7.2, 4.0)
     axes = figure.add_subplot()
     for order, (name, (steps, values)) in enumerate(drawn.items()):
         marker = "o" if len(steps) < 12 else None
@@ -125,7 +125,7 @@ def plot_curves(
     axes.grid(alpha=0.3)
     if len(drawn) > 1:
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_metrics(
@@ -173,7 +173,8 @@ def _scale_names(report: LocalityReport) -> list[str]:
     return [f"{size[0]}×{size[1]}" if isinstance(size, tuple) else str(size) for size in report.patch_sizes]
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, sizes in inches, which no global state knows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -188,7 +189,9 @@ def _colour(order: int, count: int) -> Any:
     return colormaps["viridis"](0.9 * order / max(1, count - 1))
 
 
-def _save(figure: Any, path: Path) -> None:
-    # The format is given because the temporary name does not end in .png.
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, as SVG where the name ends so, otherwise as PNG."""
+    # The format is given because the temporary name does not end like the final one.
+    kind = "svg" if path.suffix.lower() == ".svg" else "png"
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=140)
+        figure.savefig(temporary, format=kind, dpi=140)

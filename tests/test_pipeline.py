@@ -101,3 +101,31 @@ def test_what_cannot_be_loaded(tmp_path: Path, mvar_directory: Path) -> None:
         Pipeline.from_pretrained(mvar_directory, device="cpu", attention="dens")
     with pytest.raises(CheckpointError, match="does not exist"):
         Pipeline.from_pretrained(tmp_path / "nothing")
+
+
+def test_the_encoder_is_loaded_when_it_is_asked_for(mvar_directory: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(mvar_directory, device="cpu", dtype="float32")
+    pipe.sample([1], top_k=5)
+    assert not pipe._tokenizer.has_encoder
+    assert pipe.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 30)
+    again = Pipeline.from_pretrained(mvar_directory, device="cpu", dtype="float32")
+    again.save_pretrained(tmp_path / "copy")
+    copy = Pipeline.from_pretrained(tmp_path / "copy", device="cpu", dtype="float32")
+    assert torch.equal(copy.encode(torch.zeros(1, 3, 64, 64)), pipe.encode(torch.zeros(1, 3, 64, 64)))
+
+
+def test_a_stream_gives_the_same_samples_a_batch_at_a_time(pipeline: Pipeline) -> None:
+    whole = pipeline.sample([3, 3, 7, 1, 2], top_k=9, seed=4)
+    parts = list(pipeline.stream([3, 3, 7, 1, 2], top_k=9, seed=4, batch_size=2))
+    assert [len(part.labels) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    with pytest.raises(ConfigError, match="class 12 does not exist"):
+        pipeline.stream([12])
+
+
+def test_a_memory_budget_bounds_the_batch_and_changes_nothing(pipeline: Pipeline) -> None:
+    whole = pipeline.sample([3] * 12, top_k=9)
+    bounded = pipeline.sample([3] * 12, top_k=9, memory=375_000_000)
+    assert torch.equal(bounded.tokens, whole.tokens)
+    with pytest.raises(ConfigError, match="MB are left for sampling beside the weights"):
+        pipeline.sample([3], memory=10_000_000)

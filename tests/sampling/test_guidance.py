@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mvar_core.sampling.guidance import draw, guide, keep_top_k, keep_top_p, soft_embeddings
+from mvar_core.sampling.guidance import draw, draw_most_likely, guide, keep_top_k, keep_top_p, soft_embeddings
 
 
 @pytest.fixture
@@ -73,3 +73,39 @@ def test_soft_embeddings_mix_kept_codes(logits: torch.Tensor) -> None:
     assert weights[filtered == -torch.inf].abs().max() == 0
     last = soft_embeddings(filtered, uniforms, codebook, 1.0)
     assert (last.amax(-1) > weights.amax(-1) - 1e-6).float().mean() > 0.9
+
+
+FILTERS = [(0, 0.0), (5, 0.0), (0, 0.8), (7, 0.5), (1, 0.96), (40, 1.0), (39, 0.9), (12, 0.96), (40, 0.3)]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_the_quick_draw_is_the_draw_of_what_the_filters_keep(top_k: int, top_p: float) -> None:
+    """Equal tokens where the filtered codes are laid out in descending order, in which the quick one draws."""
+    logits = torch.randn(50, 8, 40, generator=torch.Generator().manual_seed(2)) * 3
+    uniforms = torch.rand(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    filtered = keep_top_p(keep_top_k(logits, top_k), top_p)
+    if top_k in (0, 40) and top_p in (0, 1):
+        expected = draw(filtered, uniforms)
+    else:
+        descending, order = filtered.sort(dim=-1, descending=True)
+        expected = order.gather(-1, draw(descending, uniforms).unsqueeze(-1)).squeeze(-1)
+    assert torch.equal(draw_most_likely(logits, uniforms, top_k, top_p), expected)
+
+
+def test_ties_with_the_kth_are_drawn_too() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 1.0, 1.0, -4.0]).expand(1, 4000, 6)
+    uniforms = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)[None]
+    for top_p in (0.0, 1.0, 0.9999):
+        drawn = draw_most_likely(logits, uniforms, 2, top_p)[0].bincount(minlength=6)
+        assert drawn[[0, 5]].tolist() == [0, 0]
+        expected = 4000 * logits[0, 0, 1:5].softmax(0)
+        assert (drawn[1:5] - expected).abs().max() <= 2
+    assert set(draw_most_likely(torch.zeros(1, 4000, 6), uniforms, 1, 0.0)[0].tolist()) == set(range(6))
+
+
+def test_the_quick_draw_at_the_ends() -> None:
+    logits = torch.tensor([[[1.0, 4.0, 2.0, 3.0]]]).expand(1, 2, 4)
+    uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
+    assert draw_most_likely(logits, uniforms, 3, 0.0).tolist() == [[1, 2]]
+    assert draw_most_likely(logits, uniforms, 3, 1e-9).tolist() == [[1, 1]]
+    assert draw_most_likely(logits, uniforms, 0, 0.9).tolist() == [[1, 2]]

@@ -3,14 +3,16 @@ from pathlib import Path
 import pytest
 import torch
 from golden_models import GoldenCase
+from live_bytes import LiveBytes
 
 from mvar_core import Pipeline
 from mvar_core.config import SamplingConfig
 from mvar_core.errors import ConfigError
+from mvar_core.models import footprint
 from mvar_core.models.official import convert
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.sampling.sampler import sample_tokens
+from mvar_core.sampling.sampler import SampledTokens, sample_tokens
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -36,6 +38,45 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline: Pipeline, cfg: float, m
         assert torch.equal(again.images, together.images)
     alone = pipeline.sample([LABELS[5]], indices=[5], **settings)
     assert torch.equal(alone.images[0], together.images[5])
+
+
+@pytest.mark.parametrize(("cfg", "more_smooth"), [(0.0, False), (1.5, False), (1.5, True)])
+def test_micro_batches_change_nothing(pipeline: Pipeline, cfg: float, more_smooth: bool) -> None:
+    settings = SamplingConfig(cfg=cfg, top_k=30, top_p=0.96, more_smooth=more_smooth)
+
+    def sample(*sizes: int) -> SampledTokens:
+        quantizer = pipeline.tokenizer.quantizer
+        return sample_tokens(pipeline.transformer, quantizer, LABELS, range(8), 5, settings, micro_batches=sizes)
+
+    whole = sample(8, 8, 8, 8)
+    for sizes in ((1, 1, 1, 1), (2, 2, 2, 2), (8, 4, 3, 1), (1, 3, 8, 5)):
+        cut = sample(*sizes)
+        assert torch.equal(cut.tokens_NL, whole.tokens_NL)
+        assert torch.equal(cut.fhat_NZhw, whole.fhat_NZhw)
+
+
+def test_micro_batches_in_bfloat16(mvar_directory: Path) -> None:
+    """In half precision products of another size may round otherwise: nearly all tokens stay."""
+    half = Pipeline.from_pretrained(mvar_directory, device="cpu", dtype="bfloat16")
+    labels = [label % 10 for label in range(96)]
+    settings = {"cfg": 1.5, "top_k": 30, "top_p": 0.96}
+    whole = half.sample(labels, batch_size=96, **settings).tokens
+    assert (half.sample(labels, batch_size=5, **settings).tokens == whole).float().mean() >= 0.999
+
+
+def test_memory_does_not_grow_with_the_batch(pipeline: Pipeline) -> None:
+    """Beside f̂ and tokens, a scale-Markov model holds no more for 48 images than for 8; a VAR holds its cache."""
+    quantizer, transformer = pipeline.tokenizer.quantizer, pipeline.transformer
+    settings = SamplingConfig(cfg=1.5, top_k=30, top_p=0.96)
+    peaks = []
+    for count in (8, 48):
+        with LiveBytes([*transformer.parameters(), *quantizer.parameters()]) as live:
+            sample_tokens(transformer, quantizer, [3] * count, range(count), 0, settings, micro_batches=(8, 4, 2, 1))
+        peaks.append(live.peak - count * footprint.image_bytes(pipeline.config))
+    if transformer.patterns[-1].prefix_tokens:
+        assert peaks[1] > 3 * peaks[0]
+    else:
+        assert peaks[1] < 1.05 * peaks[0]
 
 
 def test_a_sample_depends_on_seed_index_class_and_settings(pipeline: Pipeline) -> None:

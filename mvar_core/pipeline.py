@@ -16,6 +16,7 @@ from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
 from mvar_core.models import official
+from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype
@@ -96,7 +97,7 @@ class Pipeline:
     ) -> Pipeline:
         tokenizer_path = Path(tokenizer) if tokenizer else official.tokenizer_beside(path)
         converted = official.convert(path, tokenizer_path)
-        with torch.device("meta"):
+        with skeleton():
             vqvae = VQVAE(converted.config.tokenizer, converted.config.pyramid)
             transformer = Transformer(converted.config)
         vqvae.load_state_dict(converted.tokenizer, assign=True)

@@ -36,7 +36,8 @@ class Backend:
         name: What `--attention` calls it.
         attend: `(q_BHQD, k_BHKD, v_BHKD, pattern, scale) -> o_BHQD`, differentiable.
         cannot_run: The reason why it cannot run a call, or None.
-        not_chosen: The reason why "auto" passes it over although it can run, or None.
+        not_chosen: The reason why "auto" passes it over even where it can run, or None. It is asked first, so it must
+            be quick: no import of a package that the answer may not need.
     """
 
     name: str

@@ -150,7 +150,7 @@ def _not_chosen(call: AttentionCall) -> str | None:
         return "there is no window to gain from"
     if call.device.type != "cuda":
         return f"it has no kernels for {call.device.type} and would make the whole matrix of scores"
-    if not _has_kernels(call.device):
+    if _cannot_run(call) is None and not _has_kernels(call.device):
         return "it was built without libnatten and would make the whole matrix of scores"
     return None
 

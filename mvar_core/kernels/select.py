@@ -107,7 +107,8 @@ def available_backends(
 def _choose(call: AttentionCall) -> Backend:
     passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS:
-        reason = backend.cannot_run(call) or backend.not_chosen(call)
+        # In this order: to learn that it cannot run may take importing it, which takes longer than to pass it over.
+        reason = backend.not_chosen(call) or backend.cannot_run(call)
         if reason is None:
             kind = "windowed" if call.pattern.is_windowed else "whole"
             because = "".join(f"; not {other}: {why}" for other, why in passed_over)

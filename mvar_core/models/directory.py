@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvar_core.config import ModelConfig, validate
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 from mvar_core.files import atomic_path, read_json, write_json, write_text
+from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 
@@ -109,7 +110,7 @@ def load_transformer(
             f"{directory} holds a tokenizer but no transformer ({TRANSFORMER_FILE}).",
             "Train one with `mvar train --checkpoint` on it, or give the model's directory.",
         )
-    with torch.device("meta"):
+    with skeleton():
         model = Transformer(config).to_compute_dtype(dtype)
     _load(model, directory / TRANSFORMER_FILE, device)
     return model.eval().requires_grad_(False)
@@ -135,7 +136,7 @@ def load_tokenizer(
     Raises:
         CheckpointError: The file is missing, damaged, or does not fit the configuration.
     """
-    with torch.device("meta"):
+    with skeleton():
         model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
         whole = model.state_dict()
         if not encoder:

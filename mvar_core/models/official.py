@@ -21,6 +21,7 @@ from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.files import atomic_path
 from mvar_core.models.directory import check_state
 from mvar_core.models.official_names import tokenizer_names, transformer_names
+from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import presets_directory
@@ -208,7 +209,7 @@ def transformer_from_official(state: Mapping[str, Tensor], config: ModelConfig, 
     Raises:
         CheckpointError: Names the missing, extra and misshaped keys.
     """
-    with torch.device("meta"):
+    with skeleton():
         ours = Transformer(config).state_dict()
     return _from_official(state, ours, transformer_names(config), source)
 
@@ -236,7 +237,7 @@ def tokenizer_from_official(state: Mapping[str, Tensor], config: ModelConfig, so
     Raises:
         CheckpointError: Names the missing, extra and misshaped keys.
     """
-    with torch.device("meta"):
+    with skeleton():
         ours = VQVAE(config.tokenizer, config.pyramid).state_dict()
     return _from_official(state, ours, tokenizer_names(config.tokenizer), source)
 

@@ -6,14 +6,14 @@ import importlib
 import inspect
 import os
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 from mvar_core import __version__
-from mvar_core.errors import MvarError, nearest
+from mvar_core.errors import ConfigError, MvarError, nearest
 
 
 class CommandEntry(NamedTuple):
@@ -23,6 +23,8 @@ class CommandEntry(NamedTuple):
     module: str
     summary: str
     panel: str
+    shared: bool = False
+    """Whether several processes can share the work, so that it has --nproc and runs under torchrun."""
 
 
 COMMANDS = (
@@ -36,7 +38,7 @@ COMMANDS = (
     CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train"),
     CommandEntry("finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train"),
     CommandEntry("sample", "sample", "Draw class-conditional images.", "Use"),
-    CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use"),
+    CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
     CommandEntry("bench", "bench", "Measure VAR against MVAR in one run: time, memory, stages.", "Use"),
     CommandEntry("convert", "convert", "Published .pth files to a model directory, and back.", "Use"),
@@ -44,7 +46,7 @@ COMMANDS = (
 """Every command, in the order of the help. Listing them here lets the help answer without importing any."""
 
 SUBCOMMANDS = (
-    CommandEntry("evaluate make-reference", "make_reference", "Measure a reference once, for `evaluate`.", "Use"),
+    CommandEntry("evaluate make-reference", "make_reference", "Measure a reference once, for `evaluate`.", "Use", True),
 )
 """Commands that are words behind another command."""
 
@@ -54,9 +56,19 @@ def load_module(entry: CommandEntry) -> Any:
     return importlib.import_module(f"mvar_cli.commands.{entry.module}")
 
 
-def load_command(entry: CommandEntry) -> Any:
-    """Import a command's module and build its command from the module's `run` and `EXAMPLE`."""
+def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
+    """Import a command's module and build its command from the module's `run` and `EXAMPLE`.
+
+    Args:
+        entry: Which command.
+        arguments: What was typed after its name, for the processes that --nproc starts.
+    """
     module = load_module(entry)
+    run = module.run
+    if entry.shared:
+        from mvar_cli.launch import launchable
+
+        run = launchable(entry.name, run, arguments)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
     # Typer keeps the line breaks of a docstring, which fit the source and not the terminal.
     paragraphs = inspect.cleandoc(module.run.__doc__).split("\n\n")
@@ -64,7 +76,7 @@ def load_command(entry: CommandEntry) -> Any:
         entry.name,
         help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
         epilog=f"[bold]Example[/bold]\n\n{module.EXAMPLE}",
-    )(module.run)
+    )(run)
     return typer.main.get_command(single)
 
 
@@ -86,11 +98,14 @@ class LazyGroup(TyperGroup):
         """The real command in place of its stub; an unknown name fails with the nearest ones."""
         below = next((entry for entry in SUBCOMMANDS if entry.name.split() == args[:2]), None)
         if below is not None:
-            return below.name, load_command(below), args[2:]
+            _require_one_process(below)
+            return below.name, load_command(below, args[2:]), args[2:]
         entry = next((entry for entry in COMMANDS if entry.name == args[0]), None)
         if entry is not None:
             bare = getattr(load_module(entry), "BARE_OPTIONS", ())
-            return entry.name, load_command(entry), without_bare_options(args[1:], bare)
+            _require_one_process(entry)
+            arguments = without_bare_options(args[1:], bare)
+            return entry.name, load_command(entry, arguments), arguments
         if not ctx.resilient_parsing and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
         return super().resolve_command(ctx, args)
@@ -100,16 +115,23 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            code = 130
         except Exception as error:
             line = error_line(error)
             if line is None:
                 raise
+            from mvar_cli.launch import lost_connection, report
+
             if os.environ.get("MVAR_DEBUG") == "1":
                 traceback.print_exc()
-            typer.echo(line, err=True)
-            raise typer.Exit(1) from None
+            report(line, consequence=lost_connection(error))
+            code = 1
+        # Out here the error is gone, and with it what its frames held open, such as files under temporary names.
+        from mvar_cli.launch import Worker, leave
+
+        if code == 130 and Worker.here().rank == 0:
+            typer.echo("interrupted", err=True)
+        raise leave(code)
 
 
 def error_line(error: Exception) -> str | None:
@@ -123,10 +145,27 @@ def error_line(error: Exception) -> str | None:
         return f"error: out of memory: {text} Use a smaller --batch-size; `mvar plan` predicts what fits."
     if isinstance(error, OSError):
         return f"error: {text}"
+    from mvar_cli.launch import lost_connection
+
+    if lost_connection(error):
+        return (
+            f"error: the connection to another process of this job is lost: {text} "
+            "Run the same command again: what can be resumed goes on from where it was last saved."
+        )
     return (
         f"error: unexpected {type(error).__name__}: {text} "
         "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it."
     )
+
+
+def _require_one_process(entry: CommandEntry) -> None:
+    """Refuse to do the same work several times over.
+
+    Raises:
+        ConfigError: torchrun has started several processes of a command that cannot share its work.
+    """
+    if not entry.shared and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        raise ConfigError(f"`mvar {entry.name}` runs in one process.", "Start it without torchrun.")
 
 
 app = typer.Typer(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mvar_cli.console import Console, Progress
+from mvar_cli.launch import Worker
 
 Value = TypeVar("Value")
 
@@ -78,24 +79,37 @@ class Processes:
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
+def processes(device: str = "cpu") -> Iterator[Processes]:
     """The processes that torchrun started, connected for as long as the block runs; without torchrun, this one alone.
 
-    Results travel between processors' memories (gloo), whatever device computes them.
+    A process that dies without closing its connections (its machine is gone) ends the others within a minute.
+
+    Args:
+        device: As the user named it. Tensors on a GPU travel between GPUs (NCCL); results travel between processors'
+            memories (gloo), whatever device computes them.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or "RANK" not in os.environ:
+    worker = Worker.here()
+    if worker.count == 1:
         yield Processes()
         return
     import logging
 
+    import torch
     import torch.distributed as dist
 
-    rank = int(os.environ["RANK"])
-    if rank:
+    from mvar_cli.heartbeat import Heartbeat
+
+    team = Processes(worker.rank, worker.count, int(os.environ.get("LOCAL_RANK", "0")))
+    if not team.first:
         logging.getLogger("mvar").setLevel(logging.ERROR)
-    dist.init_process_group("gloo")
-    try:
-        yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
-    finally:
-        dist.destroy_process_group()
+    own = team.device(device)
+    if own.startswith("cuda") and dist.is_nccl_available():
+        torch.cuda.set_device(own)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    with Heartbeat(worker.rank, worker.count):
+        yield team
+        dist.all_reduce(torch.zeros(()))  # until all are done: the first process may hold the store
+    # Not where an error ends the block: the others may be waiting for what this process will not send.
+    dist.destroy_process_group()

@@ -16,8 +16,14 @@ from mvar_core.errors import DataError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that is renamed to it when the block ends well, and removed when it does not."""
+def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` that is renamed to it when the block ends well, and removed when it does not.
+
+    Args:
+        path: The final name.
+        durable: Wait until the bytes are on the disk before they take their name, so that a machine that loses its
+            power does not leave an empty file there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -27,6 +33,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,6 +56,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files and directories of writers that were killed; nobody may be writing there now."""
+    for path in directory.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from mvar_core.errors import CheckpointError
 from mvar_core.files import atomic_path
 
+BEST = "best"
+"""Name of the model directory inside a run directory that holds the weights of the best validation."""
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-_KEPT = 2
 
 
 @dataclass
@@ -35,6 +37,11 @@ class TrainingState:
         loss: Training loss, averaged over the last finished line.
         skipped: Steps left out so far because their loss or gradient was not finite.
         seconds: Time spent so far, over all sessions of the run.
+        average: Exponential average of the weights, where there is one.
+        random: State of the global random number generators.
+        skipped_in_a_row: Steps left out just before this one.
+        best_step: The step of the best validation so far; None without any.
+        best_score: Its score, lower is better.
     """
 
     step: int
@@ -47,6 +54,11 @@ class TrainingState:
     loss: float = float("nan")
     skipped: int = 0
     seconds: float = 0.0
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
+    best_step: int | None = None
+    best_score: float = float("inf")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -64,22 +76,42 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 
 def remove_checkpoints(out: Path) -> None:
-    """Forget the checkpoints of a run directory, to start it anew."""
+    """Forget the checkpoints of a run directory, and the model made of the best one, to start it anew."""
     for path in checkpoints(out):
         path.unlink()
+    shutil.rmtree(out / BEST, ignore_errors=True)
 
 
-def save_checkpoint(out: Path, state: TrainingState) -> Path:
-    """Write `out`/checkpoints/step-NNNNNNNN.pt whole or not at all, and keep the last two."""
-    directory = out / "checkpoints"
-    path = directory / f"step-{state.step:08d}.pt"
+def best_weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights that the model has at a checkpoint: the averaged ones, where the run averages."""
+    state = load_checkpoint(checkpoint_path(out, step))
+    return {**state.model, **state.average}
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return out / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
+    """Write `out`/checkpoints/step-NNNNNNNN.pt whole or not at all; of the older ones some are kept.
+
+    Args:
+        out: The run directory.
+        state: What to write. It is on the disk, not only on its way there, when this returns.
+        keep: How many of the last checkpoints stay. That of the best validation stays too.
+    """
+    path = checkpoint_path(out, state.step)
+    directory = path.parent
     content = {name: getattr(state, name) for name in state.__dataclass_fields__}
     # Settings travel as JSON: they are compared as text is, without tuples turning into lists.
     content.update(format=_FORMAT, settings=json.dumps(state.settings, sort_keys=True))
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=True) as temporary:
         torch.save(content, temporary)
-    for old in checkpoints(out)[:-_KEPT]:
-        old.unlink()
+    best = None if state.best_step is None else checkpoint_path(out, state.best_step)
+    for old in checkpoints(out)[:-keep]:
+        if old != best:
+            old.unlink()
     for leftover in directory.glob(".step-*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
     return path
@@ -101,14 +133,15 @@ def load_checkpoint(path: Path) -> TrainingState:
             f"{path} cannot be read as a training checkpoint: {reason[0]}",
             "Delete it to resume from the one before, or start anew with --overwrite.",
         ) from None
-    names = set(TrainingState.__dataclass_fields__)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or not names <= content.keys():
+    fields = TrainingState.__dataclass_fields__
+    needed = {name for name, entry in fields.items() if entry.default is MISSING and entry.default_factory is MISSING}
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not needed <= content.keys():
         found = f"format {content.get('format')!r}" if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} is not a training checkpoint of this version (found {found}, expected format {_FORMAT}).",
             "Start anew with --overwrite or another --out.",
         )
-    values = {name: content[name] for name in names}
+    values = {name: content[name] for name in fields if name in content}
     values["settings"] = json.loads(content["settings"])
     return TrainingState(**values)
 

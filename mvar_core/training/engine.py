@@ -7,17 +7,20 @@ an uninterrupted one would have done, to the bit on a CPU in float32.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from contextlib import closing
+import math
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
 from mvar_core.config import RunConfig
 from mvar_core.errors import DataError
-from mvar_core.files import write_text
+from mvar_core.files import remove_leftovers, write_text
+from mvar_core.training.average import WeightAverage
 from mvar_core.training.checkpoints import (
     TrainingState,
     check_settings,
@@ -27,12 +30,13 @@ from mvar_core.training.checkpoints import (
     save_checkpoint,
 )
 from mvar_core.training.interrupt import InterruptFlag
-from mvar_core.training.objective import Objective, OnStep, Outcome, Plan
+from mvar_core.training.objective import Objective, OnSample, OnStep, Outcome, Plan
 from mvar_core.training.order import prefetch
-from mvar_core.training.record import MetricsLog
+from mvar_core.training.randomness import random_state, set_random_state
 from mvar_core.training.reporting import Recorder
 from mvar_core.training.step import Stepper
 from mvar_core.training.strategy import Strategy
+from mvar_core.training.trackers import check_trackers
 
 logger = logging.getLogger("mvar")
 
@@ -46,11 +50,14 @@ def optimise(
     *,
     no_decay: Collection[str] = (),
     on_step: OnStep | None = None,
+    on_sample: OnSample | None = None,
     strategy: Strategy | None = None,
 ) -> Outcome:
     """Train `module` on an objective inside a run directory, from its last checkpoint if it has one.
 
-    Writes `out`/config.yaml, metrics.jsonl and checkpoints/. A step whose loss or gradient is not finite is left out.
+    Writes `out`/config.yaml, metrics.jsonl and checkpoints/. A step whose loss or gradient is not finite is left out
+    and recorded in skipped.jsonl. At the end the module has the weights that the model is to have: the averaged ones,
+    where the plan asks for an average.
 
     Args:
         module: What is trained, on its device, in float32.
@@ -60,21 +67,27 @@ def optimise(
         out: The run directory.
         no_decay: Names of parameters without weight decay, beside biases and 1-D ones.
         on_step: Called after every step; a KeyboardInterrupt from it ends the run as Ctrl-C does.
+        on_sample: Called every `sample_every` steps and at the end.
         strategy: Where the steps are computed; by default in this process alone.
 
     Raises:
         CheckpointError: The last checkpoint is damaged or belongs to a run with other settings.
-        MvarError: Ten steps in a row were not finite.
+        ConfigError: A tracker is asked for that is not installed.
+        MvarError: Too many steps in a row were not finite.
         DataError: There is nothing to train on.
     """
     if objective.num_rows < 1:
         raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
+    check_trackers(plan.train)
     session = _Session(module, objective, plan, out, strategy or Strategy(), no_decay)
+    session.on_step, session.on_sample = on_step, on_sample
+    if session.strategy.first:
+        remove_leftovers(out)
+        if not plan.resume:
+            remove_checkpoints(out)
     if plan.resume:
         session.resume()
-    elif session.strategy.first:
-        remove_checkpoints(out)
-    return session.train(config, on_step)
+    return session.train(config)
 
 
 class _Session:
@@ -96,7 +109,12 @@ class _Session:
         self.strategy = strategy
         self.stepper = Stepper(module, objective, plan, strategy, no_decay)
         self.recorder = Recorder(objective, plan)
+        self.average = WeightAverage(module, plan.train.ema) if plan.train.ema else None
         self.step = 0
+        self.best_step: int | None = None
+        self.best_score = math.inf
+        self.on_step: OnStep | None = None
+        self.on_sample: OnSample | None = None
 
     def resume(self) -> None:
         """Take everything back from the last checkpoint, if there is one."""
@@ -109,15 +127,20 @@ class _Session:
             logger.warning(
                 "%s has already run %d steps, more than the %d asked for.", path, state.step, self.plan.total_steps
             )
+        stepper, recorder = self.stepper, self.recorder
         self.module.load_state_dict(state.model)
-        self.stepper.optimizer.load_state_dict(state.optimizer)
-        if self.stepper.scaler.is_enabled():
-            self.stepper.scaler.load_state_dict(state.scaler)
+        stepper.optimizer.load_state_dict(state.optimizer)
+        if stepper.scaler.is_enabled():
+            stepper.scaler.load_state_dict(state.scaler)
+        if self.average is not None:
+            self.average.load_state(state.average)
         self.objective.load_state(state.objective)
         if state.window is not None:
-            self.recorder.window = state.window.to(self.plan.device)
-        self.step, self.recorder.loss = state.step, state.loss
-        self.stepper.skipped, self.recorder.earlier_seconds = state.skipped, state.seconds
+            recorder.window = state.window.to(self.plan.device)
+        self.step, self.best_step, self.best_score = state.step, state.best_step, state.best_score
+        stepper.skipped, stepper.skipped_in_a_row = state.skipped, state.skipped_in_a_row
+        recorder.loss, recorder.earlier_seconds = state.loss, state.seconds
+        set_random_state(state.random, self.plan.device)
 
     def save(self) -> None:
         """Write a checkpoint of the state after `self.step` steps."""
@@ -132,61 +155,108 @@ class _Session:
             loss=self.recorder.loss,
             skipped=self.stepper.skipped,
             seconds=self.recorder.seconds,
+            average=self.average.state() if self.average is not None else {},
+            random=random_state(self.plan.device),
+            skipped_in_a_row=self.stepper.skipped_in_a_row,
+            best_step=self.best_step,
+            best_score=self.best_score,
         )
         if self.strategy.first:
-            save_checkpoint(self.out, state)
+            save_checkpoint(self.out, state, self.plan.train.keep)
 
-    def train(self, config: RunConfig, on_step: OnStep | None) -> Outcome:
+    def train(self, config: RunConfig) -> Outcome:
         """Take the steps that are left."""
-        plan, start, total = self.plan, self.step, self.plan.total_steps
+        start, total = self.step, self.plan.total_steps
+        values = config.model_dump(mode="json")
         if self.strategy.first:
-            values = config.model_dump(mode="json")
             write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            self.recorder.open(self.out, start, values)
         self.module.train()
         if start == 0:
             self.objective.prepare()
-        self.recorder.open(MetricsLog(self.out / "metrics.jsonl", start) if self.strategy.first else None)
-        # On a CPU the model already uses every core: a thread that reads would only stand in its way.
-        ahead = 0 if plan.device.type == "cpu" else 2
         interrupted = False
+        try:
+            if start < total:
+                interrupted = self.take_steps(start, total)
+        finally:
+            self.recorder.close()
+        if self.average is not None and not interrupted:
+            self.average.swap()
+        self.module.eval()
+        recorder, skipped = self.recorder, self.stepper.skipped
+        return Outcome(self.step, recorder.loss, recorder.seconds, skipped, interrupted, self.best_step)
+
+    def take_steps(self, start: int, total: int) -> bool:
+        """Steps `start` … `total` - 1, with checkpoints; returns whether an interruption ended them early."""
+        # On a CPU the model already uses every core: a thread that reads would only stand in its way.
+        ahead = 0 if self.plan.device.type == "cpu" else 2
+        self.recorder.start(start)
         with InterruptFlag() as flag, closing(prefetch(self.stepper.fetch, start, total, ahead)) as batches:
             for batch in batches:
-                self.take_step(batch, flag, on_step)
+                self.take_step(batch, flag)
                 interrupted = self.strategy.anywhere(flag.raised) and self.step < total
-                if interrupted or self.at_checkpoint:
+                if interrupted or self.due(self.plan.train.checkpoint_every):
                     self.save()
                 if interrupted:
-                    break
-        self.module.eval()
-        return Outcome(self.step, self.recorder.loss, self.recorder.seconds, self.stepper.skipped, interrupted)
+                    return True
+        return False
 
-    @property
-    def at_checkpoint(self) -> bool:
-        """Whether a checkpoint, and with it a validation, is due."""
-        return self.step == self.plan.total_steps or self.step % self.plan.train.checkpoint_every == 0
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now; 0 is never."""
+        return every > 0 and (self.step % every == 0 or self.step == self.plan.total_steps)
 
-    def take_step(self, batch: Any, flag: InterruptFlag, on_step: OnStep | None) -> None:
-        """One step, and everything that is written and shown of it."""
-        result = self.stepper.take(batch, self.step)
+    def take_step(self, batch: Any, flag: InterruptFlag) -> None:
+        """One step, and everything that is measured, written and shown of it."""
+        stepper, recorder, train = self.stepper, self.recorder, self.plan.train
+        result = stepper.take(batch, self.step)
+        if result.values is None:
+            if not result.overflow:
+                recorder.write_skipped(self.step + 1, result, stepper.rows(self.step))
+            stepper.check_skipped(self.step, result)
         self.step += 1
-        recorder, skipped = self.recorder, self.stepper.skipped
+        if self.average is not None and result.values is not None:
+            self.average.update(self.step - stepper.skipped - 1)
         recorder.add(result.values)
-        line = recorder.training_line(self.step, result, skipped)
-        report = recorder.report(self.step, result, skipped, line)
-        if self.at_checkpoint:
+        line = recorder.training_line(self.step, result, stepper.skipped)
+        report = recorder.report(self.step, result, stepper.skipped, line)
+        if self.due(train.checkpoint_every):
             self.validate()
+        if self.due(train.sample_every):
+            self.draw_samples()
         if line:
             recorder.restart_clock()
-        if on_step is not None:
+        if self.on_step is not None:
             try:
-                on_step(report)
+                self.on_step(report)
             except KeyboardInterrupt:
                 flag.raised = True
 
-    def validate(self) -> None:
-        """Measure on held-out data and write the line."""
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While entered, the module is what its model directory would be: in evaluation mode, with averaged weights."""
         self.module.eval()
-        measures = self.objective.validate()
-        self.module.train()
-        if measures:
-            self.recorder.write({"step": self.step, **measures})
+        try:
+            with torch.no_grad(), self.average.in_place() if self.average is not None else nullcontext():
+                yield
+        finally:
+            self.module.train()
+
+    def validate(self) -> None:
+        """Measure on held-out data, write the line, and remember the best."""
+        with self.measuring():
+            measures = self.objective.validate()
+        if not measures:
+            return
+        self.recorder.write({"step": self.step, **measures})
+        score = self.objective.score(measures)
+        if score is not None and score < self.best_score:
+            self.best_step, self.best_score = self.step, score
+
+    def draw_samples(self) -> None:
+        """Let the caller make a picture of what the model generates."""
+        if self.on_sample is None:
+            return
+        with self.measuring():
+            image = self.on_sample(self.step)
+        if image is not None:
+            self.recorder.picture(self.step, image)

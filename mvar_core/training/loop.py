@@ -21,9 +21,10 @@ from mvar_core.models.directory import save_model
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws, generator
+from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
 from mvar_core.training.engine import optimise
-from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
+from mvar_core.training.objective import BatchPart, OnSample, OnStep, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
 
 _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
@@ -49,9 +50,10 @@ class TrainResult:
         steps: Steps done.
         loss: Training loss, averaged over the last line of metrics.jsonl.
         seconds: Time spent, over all sessions of the run.
-        interrupted: Whether Ctrl-C ended it early; run the same again to go on.
+        interrupted: Whether Ctrl-C or SIGTERM ended it early; run the same again to go on.
         skipped: Steps left out because their loss or gradient was not finite.
         val_loss: Loss on the validation tokens, where there are any.
+        best_step: The step of the lowest validation loss, whose weights are in `out`/best.
     """
 
     steps: int
@@ -60,6 +62,7 @@ class TrainResult:
     interrupted: bool
     skipped: int = 0
     val_loss: float | None = None
+    best_step: int | None = None
 
 
 class TransformerObjective:
@@ -157,6 +160,10 @@ class TransformerObjective:
             "val_scale_accuracy": rest[self.num_scales :],
         }
 
+    def score(self, measures: Mapping[str, Any]) -> float | None:
+        """The validation loss."""
+        return measures.get("val_loss")
+
     def state(self) -> dict[str, Tensor]:
         """The last validation loss, so that a finished run still knows it."""
         return {} if self.val_loss is None else {"val_loss": torch.tensor(self.val_loss, dtype=torch.float64)}
@@ -188,6 +195,7 @@ def train_transformer(
     validation: TokenSource | None = None,
     provenance: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
+    on_sample: OnSample | None = None,
 ) -> TrainResult:
     """Train a transformer and leave a run directory that is also a model directory.
 
@@ -209,9 +217,11 @@ def train_transformer(
         validation: Held-out tokens, measured at every checkpoint and at the end.
         provenance: Further facts for config.json.
         on_step: Called after every step.
+        on_sample: Called every `train.sample_every` steps, to make a picture of what the transformer generates.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
+        ConfigError: A tracker is asked for that is not installed.
         DataError: No tokens, or tokens or labels that do not fit the model.
         BackendError: The attention backend does not exist or cannot train this model here.
         MvarError: Ten steps in a row were not finite.
@@ -246,14 +256,31 @@ def train_transformer(
         resume=resume,
     )
     outcome = optimise(
-        transformer, objective, plan, config, out, no_decay=transformer.no_decay_names(), on_step=on_step
+        transformer,
+        objective,
+        plan,
+        config,
+        out,
+        no_decay=transformer.no_decay_names(),
+        on_step=on_step,
+        on_sample=on_sample,
     )
     if not outcome.interrupted:
         facts = {**config.provenance, **(provenance or {}), "training_steps": outcome.steps, "seed": seed}
         model = config.model.model_copy(update={"provenance": facts})
+        if outcome.best_step is not None:
+            best = config.model.model_copy(update={"provenance": {**facts, "training_steps": outcome.best_step}})
+            weights = best_weights(out, outcome.best_step)
+            save_model(out / BEST, best, transformer=weights, tokenizer=tokenizer_state)
         save_model(out, model, transformer=transformer.state_dict(), tokenizer=tokenizer_state)
     return TrainResult(
-        outcome.steps, outcome.loss, outcome.seconds, outcome.interrupted, outcome.skipped, objective.val_loss
+        outcome.steps,
+        outcome.loss,
+        outcome.seconds,
+        outcome.interrupted,
+        outcome.skipped,
+        objective.val_loss,
+        outcome.best_step,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from mvar_core.config import LoopConfig, RunConfig
 from mvar_core.training.record import StepReport
 
 OnStep = Callable[[StepReport], None]
+OnSample = Callable[[int], np.ndarray | None]
+"""Called with the steps done, while the module has the weights that its model directory would get, in evaluation mode;
+makes a picture (H, W, 3) uint8 of what it generates."""
 Batch = TypeVar("Batch")
 
 
@@ -84,6 +88,10 @@ class Objective(Protocol[Batch]):
         """Measures on held-out data; empty without any."""
         ...
 
+    def score(self, measures: Mapping[str, Any]) -> float | None:
+        """By what of `validate`'s measures the best checkpoint is chosen, lower is better; None by nothing."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Tensors carried from step to step beside the model."""
         ...
@@ -125,7 +133,8 @@ class Outcome:
         loss: Training loss, averaged over the last line of metrics.jsonl.
         seconds: Time spent, over all sessions of the run.
         skipped: Steps left out because their loss or gradient was not finite.
-        interrupted: Whether Ctrl-C ended it before its last step; a checkpoint was written.
+        interrupted: Whether Ctrl-C or SIGTERM ended it before its last step; a checkpoint was written.
+        best_step: The step of the best validation; None without any. Its checkpoint is kept.
     """
 
     steps: int
@@ -133,6 +142,7 @@ class Outcome:
     seconds: float
     skipped: int
     interrupted: bool
+    best_step: int | None = None
 
 
 _FREE_SETTINGS = {

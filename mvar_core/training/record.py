@@ -25,6 +25,9 @@ class StepReport:
         images_per_second: Throughput since the run or the last line of metrics.jsonl began.
         skipped: Steps left out so far because their loss or gradient was not finite.
         metrics: The line just appended to metrics.jsonl; empty on the steps between.
+        tokens_per_second: Throughput in tokens.
+        peak_memory_bytes: Highest memory so far.
+        seconds_left: Until the last step, at the speed of this session; nan before there is one.
     """
 
     step: int
@@ -35,6 +38,9 @@ class StepReport:
     images_per_second: float
     skipped: int
     metrics: Mapping[str, Any]
+    tokens_per_second: float = math.nan
+    peak_memory_bytes: int = 0
+    seconds_left: float = math.nan
 
 
 class MetricsLog:
@@ -49,7 +55,8 @@ class MetricsLog:
         self.path = path
         lines = read_metrics(path) if resume_step > 0 else []
         kept = [line for line in lines if line["step"] <= resume_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        if kept or path.exists():
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line; numbers that JSON does not have (nan, inf) become null."""

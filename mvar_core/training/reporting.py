@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from mvar_core.runtime import peak_memory_bytes
 from mvar_core.training.objective import Objective, Plan
 from mvar_core.training.record import MetricsLog, StepReport
 from mvar_core.training.step import StepResult
+from mvar_core.training.trackers import Tracker, open_trackers
 
 
 class Recorder:
@@ -36,8 +39,11 @@ class Recorder:
         self.started = time.monotonic()
         self.earlier_seconds = 0.0
         self._log: MetricsLog | None = None
+        self._skipped_log: MetricsLog | None = None
+        self._trackers: list[Tracker] = []
+        self._first_step = 0
         self._images = 0
-        self._line_started = self.started
+        self._line_started = self._first_step_started = self.started
 
     @property
     def seconds(self) -> float:
@@ -49,10 +55,31 @@ class Recorder:
         """Throughput since the last line."""
         return self._images / max(time.monotonic() - self._line_started, 1e-9)
 
-    def open(self, log: MetricsLog | None) -> None:
-        """Begin to write lines to `log`; None keeps them to this process."""
-        self._log = log
+    def open(self, out: Path, step: int, settings: Mapping[str, Any]) -> None:
+        """Begin to write under `out`; without this call nothing is written, which is right for all processes but one.
+
+        Args:
+            out: The run directory.
+            step: Steps done; lines of later ones are dropped, they will be written again.
+            settings: The run's configuration, for the trackers.
+
+        Raises:
+            ConfigError: A tracker that is not installed.
+        """
+        self._trackers = open_trackers(self.plan.train, out, step, settings)
+        self._log = MetricsLog(out / "metrics.jsonl", step)
+        self._skipped_log = MetricsLog(out / "skipped.jsonl", step)
+
+    def start(self, step: int) -> None:
+        """The first step of this session comes next, after `step` steps of others."""
+        self._first_step = step
         self.restart_clock()
+        self._first_step_started = self._line_started
+
+    def close(self) -> None:
+        """Write what the trackers still hold."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def restart_clock(self) -> None:
         """Count images per second anew."""
@@ -90,6 +117,19 @@ class Recorder:
         """Append a line to metrics.jsonl."""
         if self._log is not None:
             self._log.append(line)
+        for tracker in self._trackers:
+            tracker.write(line["step"], {name: value for name, value in line.items() if name != "step"})
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """Hand a picture of what the model makes to the trackers."""
+        for tracker in self._trackers:
+            tracker.picture(step, image)
+
+    def write_skipped(self, step: int, result: StepResult, rows: Any) -> None:
+        """Append a step that was left out to skipped.jsonl, with the rows of the data that it trained on."""
+        if self._skipped_log is not None:
+            line = {"step": step, "loss": result.found_loss, "grad_norm": result.grad_norm, "rows": rows.tolist()}
+            self._skipped_log.append(line)
 
     def report(self, step: int, result: StepResult, skipped: int, line: Mapping[str, Any]) -> StepReport:
         """What a progress bar may show of a step."""
@@ -102,6 +142,14 @@ class Recorder:
             images_per_second=self.images_per_second,
             skipped=skipped,
             metrics=line,
+            tokens_per_second=self.images_per_second * self.objective.tokens_per_image,
+            peak_memory_bytes=peak_memory_bytes(self.plan.device),
+            seconds_left=self._seconds_left(step),
+        )
+
+    def _seconds_left(self, step: int) -> float:
+        return (
+            (time.monotonic() - self._first_step_started) / (step - self._first_step) * (self.plan.total_steps - step)
         )
 
     def _means(self) -> list[float]:

@@ -31,12 +31,16 @@ class StepResult:
         grad_norm: Norm of the gradient before clipping.
         learning_rate: Of this step.
         values: The loss and the objective's values; None where the step was left out.
+        found_loss: The loss, also where the step was left out.
+        overflow: Whether it was left out because float16 gradients overflowed, as they now and then do.
     """
 
     loss: float
     grad_norm: float
     learning_rate: float
     values: Tensor | None
+    found_loss: float
+    overflow: bool = False
 
 
 class Stepper:
@@ -83,9 +87,6 @@ class Stepper:
         Args:
             batch: From `fetch`.
             step: Steps done before this one.
-
-        Raises:
-            MvarError: Too many steps in a row were not finite.
         """
         plan = self.plan
         rate = learning_rate(step, plan.total_steps, plan.train.batch_size, plan.train.optimizer)
@@ -102,11 +103,13 @@ class Stepper:
         if self.scaler.is_enabled():
             self.scaler.update()  # lowers the scale after an overflow
         if not finite:
-            self._count_skipped(step, loss_value, norm_value)
-            return StepResult(math.nan, norm_value, rate, None)
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            overflow = self.scaler.is_enabled() and math.isfinite(loss_value)
+            return StepResult(math.nan, norm_value, rate, None, loss_value, overflow)
         self.skipped_in_a_row = 0
         self.objective.after_step(batch, step, self.optimizer)
-        return StepResult(loss_value, norm_value, rate, values)
+        return StepResult(loss_value, norm_value, rate, values, loss_value)
 
     def accumulate_gradients(self, batch: Any, step: int) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch.
@@ -130,18 +133,25 @@ class Stepper:
         assert total is not None
         return total
 
-    def _count_skipped(self, step: int, loss: float, norm: float) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        overflow = self.scaler.is_enabled() and math.isfinite(loss)
-        if not overflow:
-            logger.warning("Step %d was left out: loss %s, gradient norm %s.", step + 1, loss, norm)
-        if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if overflow else self.plan.train.max_skipped):
+    def check_skipped(self, step: int, result: StepResult) -> None:
+        """Report a step that was left out, and give up after too many in a row.
+
+        Args:
+            step: Steps done before it.
+            result: What it gave.
+
+        Raises:
+            MvarError: Too many steps in a row were not finite; names the last one's rows.
+        """
+        found = f"loss {result.found_loss}, gradient norm {result.grad_norm}"
+        if not result.overflow:
+            logger.warning("Step %d was left out: %s.", step + 1, found)
+        if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if result.overflow else self.plan.train.max_skipped):
             rows = self.rows(step)
             shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
             raise MvarError(
-                f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {step + 1} (loss {loss},"
-                f" gradient norm {norm}) on rows {shown}.",
+                f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {step + 1} ({found}) on"
+                f" rows {shown}. skipped.jsonl lists them all.",
                 "Try a lower learning rate or --dtype float32; the last checkpoint is from before.",
             )
 

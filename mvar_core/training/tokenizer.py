@@ -217,6 +217,10 @@ class TokenizerObjective:
         measures = measure_tokenizer(self.vqvae, self.validation, batch_size=self.train.batch_size)
         return {"val_psnr": measures.psnr, "val_code_usage": measures.code_usage}
 
+    def score(self, measures: Mapping[str, Any]) -> float | None:
+        """The PSNR, negated."""
+        return -measures["val_psnr"] if "val_psnr" in measures else None
+
     def state(self) -> dict[str, Tensor]:
         """Counts since the last line and the last restart."""
         return {"line": self.line_counts_SV, "revival": self.revival_counts_V, "revived": self.revived}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,25 @@ def test_the_last_two_are_kept_in_order_of_steps(tmp_path):
         save_checkpoint(tmp_path, state(step))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010.pt", "step-00000100.pt"]
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000100.pt"
+
+
+def test_the_checkpoint_of_the_best_validation_is_kept_beside_the_last_ones(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        best = 2 if step >= 2 else None
+        save_checkpoint(tmp_path, replace(state(step), best_step=best, best_score=0.5), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002.pt", "step-00000005.pt"]
+    save_checkpoint(tmp_path, replace(state(6), best_step=6, best_score=0.4), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006.pt"]
+
+
+def test_checkpoints_from_before_a_field_was_added_still_load(tmp_path):
+    path = save_checkpoint(tmp_path, state(1))
+    content = torch.load(path)
+    for name in ("average", "random", "best_step"):
+        del content[name]
+    torch.save(content, path)
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.average, loaded.best_step) == (1, {}, None)
 
 
 def test_leftovers_of_killed_writers_are_removed_and_never_read(tmp_path):

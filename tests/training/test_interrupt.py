@@ -29,3 +29,12 @@ def test_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_sigterm_sets_the_flag_however_often_it_comes():
+    before = signal.getsignal(signal.SIGTERM)
+    with InterruptFlag() as flag:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert flag.raised
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import yaml
 from mvar_core.config import RunConfig, validate
 from mvar_core.errors import CheckpointError, DataError, MvarError
 from mvar_core.models.directory import load_transformer, read_model_config
-from mvar_core.training.checkpoints import checkpoints, latest_checkpoint
+from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
 from mvar_core.training.loop import train_transformer
+from mvar_core.training.order import batch_rows
 from mvar_core.training.record import read_metrics
 
 FAST = ("train.steps=60", "train.checkpoint_every=30", "train.optimizer.lr=0.05", "transformer.gate_init=1.0")
@@ -154,6 +156,113 @@ def test_ctrl_c_finishes_the_step_and_saves(train, tmp_path):
     assert latest_checkpoint(tmp_path).name == "step-00000003.pt"
 
 
+def test_sigterm_saves_and_stops(train, tmp_path):
+    def terminate(report) -> None:
+        if report.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    result, _ = train(tmp_path / "parts", on_step=terminate)
+    assert (result.steps, result.interrupted) == (3, True)
+    _, resumed = train(tmp_path / "parts")
+    assert_same(resumed, train(tmp_path / "whole")[1])
+
+
+EVERYTHING = ("train.ema=0.9", "train.accumulate=3", "train.keep=1", "train.checkpoint_every=2", "train.log_every=1")
+
+
+@pytest.mark.parametrize("step", [3, 5, 9])
+def test_averages_and_the_best_checkpoint_survive_a_crash(train, make_config, make_tokens, tmp_path, step):
+    held_out = make_tokens(make_config(), rows=9, seed=1)
+    whole, expected = train(tmp_path / "whole", *EVERYTHING, validation=held_out)
+    parts = tmp_path / "parts"
+    with pytest.raises(RuntimeError):
+        train(parts, *EVERYTHING, validation=held_out, on_step=stop_after(step, RuntimeError))
+    result, resumed = train(parts, *EVERYTHING, validation=held_out)
+    assert_same(resumed, expected)
+    assert measures(parts) == measures(tmp_path / "whole")
+    assert (result.best_step, result.val_loss) == (whole.best_step, whole.val_loss)
+    first, second = (load_checkpoint(latest_checkpoint(out)) for out in (parts, tmp_path / "whole"))
+    assert_same(first.model, second.model)
+    assert_same(first.average, second.average)
+    assert not torch.equal(first.model["head.weight"], first.average["head.weight"])
+
+
+def test_the_model_directory_has_the_average_and_validation_measures_it(
+    train, make_config, make_models, make_tokens, tmp_path
+):
+    held_out = make_tokens(make_config(), rows=9, seed=1)
+    _, weights = train(tmp_path, *EVERYTHING, validation=held_out)
+    state = load_checkpoint(latest_checkpoint(tmp_path))
+    assert_same({name: weights[name] for name in state.average}, state.average)
+    config = read_model_config(tmp_path)
+    assert_same(load_transformer(tmp_path, config).state_dict(), weights)
+    transformer, tokenizer = make_models(make_config())
+    transformer.load_state_dict(weights)
+    tokens, labels = held_out.batch(np.arange(9))
+    with torch.no_grad():
+        logits = transformer.eval()(labels, tokenizer.quantizer.teacher_forcing_inputs(tokens))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
+    assert measures(tmp_path)[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_validation_has_a_model_directory_of_its_own(train, make_config, make_tokens, tmp_path):
+    held_out = make_tokens(make_config(), rows=9, seed=1)
+    settings = ("train.checkpoint_every=2", "train.keep=1", "train.optimizer.lr=40")  # diverges after a while
+    result, _ = train(tmp_path, *settings, validation=held_out)
+    losses = {line["step"]: line["val_loss"] for line in measures(tmp_path) if "val_loss" in line}
+    assert result.best_step == min(losses, key=losses.__getitem__)
+    assert result.best_step < 10
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{result.best_step:08d}.pt", "step-00000010.pt"]
+    best = read_model_config(tmp_path / "best")
+    assert best.provenance["training_steps"] == result.best_step
+    state = load_checkpoint(checkpoints(tmp_path)[0])
+    assert_same(load_transformer(tmp_path / "best", best).state_dict(), state.model)
+    train(tmp_path, total_steps=1, resume=False)
+    assert not (tmp_path / "best").exists()
+
+
+def test_pictures_are_made_with_the_averaged_weights_and_change_nothing(train, tmp_path):
+    seen: dict[int, torch.Tensor] = {}
+    models = []
+
+    def on_sample(step: int) -> None:
+        assert not models[0].training
+        assert not torch.is_grad_enabled()
+        seen[step] = models[0].head.weight.detach().clone()
+        torch.rand(3)
+
+    settings = ("train.ema=0.9", "train.sample_every=4")
+    _, expected = train(tmp_path / "without", *settings)
+    _, weights = train(tmp_path / "with", *settings, on_sample=on_sample, prepare=models.append)
+    assert sorted(seen) == [4, 8, 10]
+    assert_same(weights, expected)
+    assert torch.equal(seen[10], weights["head.weight"])
+    assert not torch.equal(seen[8], seen[10])
+
+
+def test_global_random_generators_go_on_where_they_stopped(train, make_config, make_tokens, tmp_path):
+    class Noisy(make_tokens):
+        """Data that draws from the global generators."""
+
+        def batch(self, rows):
+            tokens, labels = super().batch(rows)
+            shift = int(torch.randint(4, ()) + np.random.randint(4) + random.randrange(4))
+            return (tokens + shift) % 16, labels
+
+    def seed() -> None:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        random.seed(1)
+
+    seed()
+    _, expected = train(tmp_path / "whole", tokens=Noisy(make_config()))
+    seed()
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "parts", tokens=Noisy(make_config()), on_step=stop_after(6, RuntimeError))
+    _, resumed = train(tmp_path / "parts", tokens=Noisy(make_config()))
+    assert_same(resumed, expected)
+
+
 def test_a_finished_run_does_nothing_more(train, tmp_path):
     first, weights = train(tmp_path)
     before = measures(tmp_path)
@@ -202,9 +311,15 @@ def test_steps_that_are_not_finite_end_the_run_and_name_the_rows(train, tmp_path
     with pytest.raises(MvarError, match=r"10 steps in a row.*step 10 .*rows (\d+, ){5}\d+"):
         train(tmp_path, "train.steps=30", prepare=poison)
     assert "Step 1 was left out" in caplog.text
+    lines = read_metrics(tmp_path / "skipped.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[1]["rows"] == batch_rows(1, 6, 20, 0).tolist()
+    assert lines[1]["loss"] is None
+    with pytest.raises(MvarError, match=r"3 steps in a row"):
+        train(tmp_path / "strict", "train.steps=30", "train.max_skipped=3", prepare=poison)
 
 
-def test_one_bad_step_is_left_out(train, tmp_path, monkeypatch):
+def test_one_bad_step_is_left_out(train, tmp_path, monkeypatch, caplog):
     from mvar_core.training.curriculum import JointCurriculum
 
     original = JointCurriculum.losses
@@ -221,6 +336,7 @@ def test_one_bad_step_is_left_out(train, tmp_path, monkeypatch):
     assert all(np.isfinite(report.loss) for report in reports if report.step != 3)
     assert all(value.isfinite().all() for value in weights.values())
     assert measures(tmp_path)[0]["skipped"] == 1
+    assert [record.getMessage()[:19] for record in caplog.records] == ["Step 3 was left out"]
     assert measures(tmp_path)[0]["loss"] == pytest.approx(np.mean([reports[i].loss for i in (0, 1, 3)]), rel=1e-4)
 
 

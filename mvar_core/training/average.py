@@ -1,0 +1,63 @@
+"""An exponential moving average of the weights, which samples better than the weights of any one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """The average of a module's trained parameters, in their own type and place.
+
+    Step t (from 0) moves the average by 1 - min(decay, (1 + t) / (10 + t)) towards the weights, so that the random
+    start is soon forgotten.
+
+    Args:
+        module: Its weights now are the average so far.
+        decay: Of the average per step, below 1.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Take the weights in.
+
+        Args:
+            steps: How often that was done before.
+        """
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered, the module has the average for weights; then its own again, to the bit."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the module's weights and the average, one parameter at a time."""
+        for name, weight in self._weights.items():
+            kept = weight.detach().clone()
+            weight.copy_(self._average[name])
+            self._average[name].copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average by parameter names."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        for name, average in self._average.items():
+            average.copy_(state[name])

@@ -44,12 +44,11 @@ TokenizerFile = Annotated[
         "--tokenizer", metavar="FILE", help="The published tokenizer, where --checkpoint is a published .pth."
     ),
 ]
-Data = Annotated[
-    str, typer.Option("--data", metavar="NAME|FOLDER", help="Bundled digits or photographs, or a folder of images.")
-]
+DATA_HELP = "Bundled digits or photographs, a folder of images, tar shards, or parquet files; see docs/data.md."
+Data = Annotated[str, typer.Option("--data", metavar="NAME|PATH", help=DATA_HELP)]
 OptionalData = Annotated[
     str | None,
-    typer.Option("--data", metavar="NAME|FOLDER", help="Bundled digits or photographs, or a folder of images."),
+    typer.Option("--data", metavar="NAME|PATH", help=DATA_HELP),
 ]
 Tokens = Annotated[Path | None, typer.Option("--tokens", metavar="CACHE", help="Token cache, from `mvar tokenize`.")]
 Validation = Annotated[

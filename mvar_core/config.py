@@ -261,6 +261,9 @@ class DataConfig(Section):
         0.8, ge=0, le=1, description="smallest random crop, as a part of the picture's shorter side; never enlarges"
     )
     flip: bool = Field(False, description="a horizontally flipped view of every image")
+    crops: int = Field(
+        1, ge=1, description="crops of every picture in a token cache: its centre, then random ones (see crop_scale)"
+    )
     augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
     shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a part of the side")
     rotate: float = Field(5.0, ge=0, description="largest rotation of an augmented view, in degrees")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,6 +75,27 @@ Attention = Annotated[
         rich_help_panel="Machine",
     ),
 ]
+GuidanceSchedule = Annotated[
+    str | None,
+    typer.Option(
+        "--cfg-schedule",
+        metavar="NAME|LIST",
+        help="Guidance over the scales: linear (as published), constant, cosine, or a comma list, one per scale.",
+    ),
+]
+GuidanceScales = Annotated[
+    str | None,
+    typer.Option("--cfg-scales", metavar="FIRST-LAST", help="Guide these scales alone, from 0, as in 4-9."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What sampling may take in all, as in 2GB. Default: half of what is free. Never changes an image.",
+        rich_help_panel="Machine",
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images at a time.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Where chance starts.")]
 OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Where chance starts.")]
@@ -100,6 +121,37 @@ def parse_bytes(text: str) -> int:
         return int(float(number) * units[stripped[len(number) :].strip() or ""])
     except (KeyError, ValueError):
         raise ConfigError(f"{text!r} is not an amount of memory.", "Write for example 24GB or 16GiB.") from None
+
+
+def parse_schedule(text: str | None) -> Any:
+    """A guidance schedule from its name or from one number per scale.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if text is None or text in ("linear", "constant", "cosine"):
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--cfg-schedule {text!r} is not known.", "Use linear, constant, cosine, or a comma list of numbers."
+        ) from None
+
+
+def parse_scale_range(text: str | None) -> tuple[int, int] | None:
+    """First and last scale from `4-9`, or one scale from `9`.
+
+    Raises:
+        ConfigError: Not a range.
+    """
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError:
+        raise ConfigError(f"--cfg-scales {text!r} is not a range of scales.", "Write for example 4-9.") from None
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

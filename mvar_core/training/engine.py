@@ -30,6 +30,7 @@ from mvar_core.training.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
+from mvar_core.training.compilation import uncompiled
 from mvar_core.training.interrupt import InterruptFlag
 from mvar_core.training.objective import Objective, OnSample, OnStep, Outcome, Plan
 from mvar_core.training.order import prefetch
@@ -241,7 +242,8 @@ class _Session:
         """While entered, the module is what its model directory would be: in evaluation mode, with averaged weights."""
         self.module.eval()
         try:
-            with torch.no_grad(), self.average.in_place() if self.average is not None else nullcontext():
+            averaged = self.average.in_place() if self.average is not None else nullcontext()
+            with torch.no_grad(), averaged, uncompiled(self.module):
                 yield
         finally:
             self.module.train()

@@ -6,43 +6,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mvar_cli.console import Console, Progress
 from mvar_core.config import ModelConfig, RunConfig
-from mvar_core.data.crops import RandomCrops
-from mvar_core.data.images import ImageRows, ImageSource, Views, open_images, split_name
+from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.files import require_new_directory
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
 from mvar_core.models.transformer import Transformer
-from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator, resolve_device, resolve_dtype
 from mvar_core.scales import ScalePyramid
 from mvar_core.training.finetune import load_pretrained
 from mvar_core.training.loop import TrainResult, train_transformer
 from mvar_core.training.record import StepReport
-from mvar_core.training.tokenizer import ImageBatchSource, TokenizerTrainResult, train_tokenizer
 
 RUN_FILES = ("config.yaml", "checkpoints", "tokens", "start")
 """Any of these in a directory says that a run was begun there."""
-
-
-class ImagesAlone:
-    """Images without their labels, which the training of a tokenizer has no use for."""
-
-    def __init__(self, rows: ImageRows):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
-        """The images of some rows; the same at every step."""
-        return self.rows.batch(rows)[0]
 
 
 def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:
@@ -76,38 +57,6 @@ def seeded(build: Callable[[], torch.nn.Module], *seed: int | str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(*seed).initial_seed())
         return build()
-
-
-def train_tokenizer_run(
-    console: Console, config: RunConfig, data: str, out: Path, *, device: str, dtype: str, resume: bool
-) -> TokenizerTrainResult:
-    """Train a tokenizer on the images that `data` names.
-
-    Raises:
-        MvarError: Images, configuration or checkpoint do not fit.
-    """
-    source = open_images(data)
-    target = resolve_device(device)
-    test = held_out(data)
-    images: ImageBatchSource = (
-        ImagesAlone(ImageRows(source, config.image_shape, Views(config.data, config.seed)))
-        if config.data.crop == "center"
-        else RandomCrops(source, config.image_shape, config.data, config.seed)
-    )
-    vqvae = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)
-    with console.progress("tokenizer", "steps") as progress:
-        return train_tokenizer(
-            vqvae,
-            images,
-            config,
-            out,
-            device=target,
-            dtype=resolve_dtype(dtype, target),
-            resume=resume,
-            validation=ImagesAlone(ImageRows(test, config.image_shape)) if test else None,
-            provenance={"data": data, "images": len(source)},
-            on_step=step_display(progress),
-        )
 
 
 def step_display(progress: Progress) -> Callable[[StepReport], None]:

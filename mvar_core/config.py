@@ -96,9 +96,6 @@ class AttentionConfig(Section):
         return () if value is None else value
 
 
-GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
-
-
 class SamplingConfig(Section):
     """Recommended sampling settings of a model; `mvar sample` uses them unless told otherwise."""
 
@@ -107,26 +104,7 @@ class SamplingConfig(Section):
     top_p: float = Field(
         0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
     )
-    cfg_schedule: GuidanceSchedule = Field(
-        "linear", description="how cfg grows over the scales: linear, constant, cosine, or one number per scale"
-    )
-    cfg_scales: tuple[int, int] | None = Field(None, description="first and last guided scale, from 0; null guides all")
     more_smooth: bool = Field(False, description="Gumbel-softmax mixtures of codes: for looks, never for metrics")
-
-    @model_validator(mode="after")
-    def _check_guidance(self) -> SamplingConfig:
-        if not isinstance(self.cfg_schedule, str) and any(strength < 0 for strength in self.cfg_schedule):
-            raise ValueError(f"cfg_schedule {self.cfg_schedule} holds a negative number")
-        if self.cfg_scales is not None and not 0 <= self.cfg_scales[0] <= self.cfg_scales[1]:
-            raise ValueError(f"cfg_scales {self.cfg_scales} is not a first and a last scale, counted from 0")
-        return self
-
-    @property
-    def guided(self) -> bool:
-        """Whether any scale may be guided."""
-        if isinstance(self.cfg_schedule, str):
-            return self.cfg > 0
-        return any(strength > 0 for strength in self.cfg_schedule)
 
 
 class ModelConfig(Section):
@@ -258,6 +236,37 @@ class TrainConfig(LoopConfig):
     compile: bool = Field(False, description="compile the blocks with torch.compile")
 
 
+class PerceptualConfig(Section):
+    """The tokenizer's perceptual loss, LPIPS; reads weights from local files (see mvar doctor)."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the perceptual loss; 0 = none, and no weights are read")
+
+
+class DiscriminatorOptimizerConfig(OptimizerConfig):
+    """The discriminator's AdamW and its schedule, which runs from the adversarial loss's start to the run's end."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr_batch: int | None = Field(None, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
+    betas: tuple[float, float] = (0.5, 0.9)
+    weight_decay: float = Field(0.0, ge=0, description="not applied to 1-D parameters, biases and tables")
+    grad_clip: float = Field(1.0, ge=0, description="clip the gradient's norm; 0 does not clip")
+    schedule: Literal["lin0", "cosine", "constant"] = Field("constant", description="shape after the warm-up")
+    warmup: float = Field(0, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
+
+
+class AdversarialConfig(Section):
+    """The tokenizer's adversarial loss: a PatchGAN discriminator with hinge losses."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0 = none, and no discriminator")
+    start: int = Field(0, ge=0, description="steps before the discriminator and its loss take part")
+    adaptive: bool = Field(True, description="times the ratio of both losses' gradients at the decoder's last layer")
+    max_weight: float = Field(1e4, gt=0, description="largest such ratio")
+    channels: int = Field(64, ge=1, description="the discriminator's width at half resolution; doubles up to 8 times")
+    layers: int = Field(3, ge=1, description="its layers of stride 2: 3 judge patches of 70×70 pixels")
+    lecam: float = Field(0.0, ge=0, description="weight of LeCam regularisation of the discriminator")
+    optimizer: DiscriminatorOptimizerConfig = DiscriminatorOptimizerConfig()
+
+
 class TokenizerTrainConfig(LoopConfig):
     """Training of the tokenizer on images."""
 
@@ -266,6 +275,11 @@ class TokenizerTrainConfig(LoopConfig):
     reconstruction: Literal["l1", "l2"] = "l1"
     vq_weight: float = Field(1.0, ge=0, description="weight of the quantizer's loss")
     commitment: float = Field(0.25, ge=0, description="weight of the encoder's part of the quantizer's loss")
+    perceptual: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    scale_dropout: float = Field(
+        0.0, ge=0, le=1, description="how often an image is decoded from a random number of its first scales alone"
+    )
     optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
     kmeans_batches: int = Field(8, ge=0, description="batches whose features start the codebook by k-means; 0 = random")
     revive_every: int = Field(20, ge=0, description="steps between restarts of unused codes; 0 = never")
@@ -283,9 +297,6 @@ class DataConfig(Section):
         0.8, ge=0, le=1, description="smallest random crop, as a part of the picture's shorter side; never enlarges"
     )
     flip: bool = Field(False, description="a horizontally flipped view of every image")
-    crops: int = Field(
-        1, ge=1, description="crops of every picture in a token cache: its centre, then random ones (see crop_scale)"
-    )
     augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
     shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a part of the side")
     rotate: float = Field(5.0, ge=0, description="largest rotation of an augmented view, in degrees")

@@ -135,6 +135,15 @@ def _inception() -> Finding:
         return Finding("inception weights", False, error.message, error.hint)
 
 
+def _perceptual() -> Finding:
+    from mvar_core.training.perceptual import LPIPS, VGG16, find_weights
+
+    try:
+        return Finding("perceptual weights", True, ", ".join(str(find_weights(file)) for file in (VGG16, LPIPS)))
+    except MvarError as error:
+        return Finding("perceptual weights", False, f"{error.message} (only for tokenizers)", error.hint)
+
+
 def _cache() -> Finding:
     from mvar_core.metrics.demo import default_demo_path
 
@@ -160,6 +169,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _natten,
     _torch_fidelity,
     _inception,
+    _perceptual,
     _cache,
 )
 

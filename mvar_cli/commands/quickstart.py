@@ -117,7 +117,8 @@ class Story:
         from mvar_cli.measures import measure_samples
         from mvar_cli.story import Results
         from mvar_cli.tokenization import tokenize_run
-        from mvar_cli.training import fit_to_tokens, train_run, train_tokenizer_run
+        from mvar_cli.tokenizer_training import train_tokenizer_run
+        from mvar_cli.training import fit_to_tokens, train_run
         from mvar_core.data.tokens import TokenCache
         from mvar_core.metrics.demo import DemoClassifier
         from mvar_core.models.directory import read_model_config

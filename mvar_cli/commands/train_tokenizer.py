@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,21 @@ def run(
     steps: Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")] = None,
     batch_size: options.BatchSize = None,
     seed: options.OptionalSeed = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--start", metavar="DIR|FILE.pth", help="Tokenizer to go on from, a model directory or published."
+        ),
+    ] = None,
+    new_codebook: Annotated[
+        bool, typer.Option("--new-codebook", help="With --start: start the codebook anew, in any size.")
+    ] = False,
+    vgg_weights: Annotated[
+        Path | None, typer.Option("--vgg-weights", metavar="FILE", help="VGG16, for the perceptual loss.")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option("--lpips-weights", metavar="FILE", help="LPIPS' weights, for the perceptual loss.")
+    ] = None,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
@@ -35,9 +51,12 @@ def run(
 
     Running the same command again goes on where it stopped. The run directory is also a model directory.
     """
+    from mvar_core.errors import ConfigError
     from mvar_core.presets import load_config
 
     console = Console(as_json)
+    if new_codebook and start is None:
+        raise ConfigError("--new-codebook goes with --start.", "Without --start the codebook is new anyway.")
     overrides = {"seed": seed, "train_tokenizer": {"steps": steps, "batch_size": batch_size}}
     config = load_config(preset, settings or [], overrides)
     config = config.model_copy(update={"transformer": None})
@@ -50,15 +69,19 @@ def run(
 
         train = config.train_tokenizer
         plan = [f"train {train.steps} steps of {train.batch_size} of {len(source)} images", f"write {out}"]
+        if start is not None:
+            plan.insert(0, f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}")
         finish_dry_run(console, config, plan, images=len(source))
         return
 
-    from mvar_cli.training import prepare_run, train_tokenizer_run
+    from mvar_cli.tokenizer_training import TokenizerFiles, train_tokenizer_run
+    from mvar_cli.training import prepare_run
     from mvar_core.runtime import peak_memory_bytes, resolve_device
 
     resume = prepare_run(out, resume, overwrite)
     source.check()
-    result = train_tokenizer_run(console, config, data, out, device=device, dtype=dtype, resume=resume)
+    files = TokenizerFiles(start, new_codebook, vgg_weights, lpips_weights)
+    result = train_tokenizer_run(console, config, data, out, device=device, dtype=dtype, resume=resume, files=files)
     speed = result.steps * config.train_tokenizer.batch_size / max(result.seconds, 1e-9)
     memory = peak_memory_bytes(resolve_device(device))
     _show(console, config, result, speed, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -41,8 +42,13 @@ class RandomCrops:
         Raises:
             DataError: An image cannot be read.
         """
-        # The place in the batch counts too: a batch that wraps around an epoch's end may hold a row twice.
-        tasks = [(int(row), np.random.default_rng((self.seed, step, place))) for place, row in enumerate(rows)]
+        # A batch that is larger than the data holds a row several times, each with a crop of its own; otherwise a
+        # row's crop does not depend on the rest of the batch, which several processes may share.
+        seen: Counter[int] = Counter()
+        tasks = []
+        for row in map(int, rows):
+            tasks.append((row, np.random.default_rng((self.seed, step, row, seen[row]))))
+            seen[row] += 1
         if self.source.in_memory:
             return from_uint8(np.stack([self._draw(*task) for task in tasks]))
         with ThreadPoolExecutor(min(len(tasks), reading_threads())) as pool:

@@ -140,7 +140,12 @@ class MultiScaleQuantizer(nn.Module):
             rest_BZhw = rest_BZhw - self.increment(self.embed(self._quantize(rest_BZhw, scale)), scale)
         return vectors
 
-    def forward(self, features_BZhw: Float[Tensor, "B Z h w"], commitment: float = 0.25) -> QuantizerOutput:
+    def forward(
+        self,
+        features_BZhw: Float[Tensor, "B Z h w"],
+        commitment: float = 0.25,
+        shown_scales_B: Int[Tensor, " B"] | None = None,
+    ) -> QuantizerOutput:
         """Quantize for training.
 
         The loss is the mean over scales of commitment·‖sg(f̂_s) - f‖² + ‖f̂_s - sg(f)‖², each a mean over elements.
@@ -148,18 +153,25 @@ class MultiScaleQuantizer(nn.Module):
         Args:
             features_BZhw: The encoder's features f.
             commitment: Weight of the part that pulls the features to the codebook.
+            shown_scales_B: How many of the first scales each image's returned f̂ sums, all by default. Loss and tokens
+                are of all scales in any case.
         """
         target_BZhw = features_BZhw.detach()
         fhat_BZhw = torch.zeros_like(target_BZhw)
         loss = features_BZhw.new_zeros(())
         tokens = []
+        shown_BZhw = fhat_BZhw
         for scale in range(self.pyramid.num_scales):
             tokens_Bl = self._quantize(target_BZhw - fhat_BZhw.detach(), scale)
             tokens.append(tokens_Bl)
             fhat_BZhw = fhat_BZhw + self.increment(self.embed(tokens_Bl), scale)
             loss = loss + commitment * F.mse_loss(features_BZhw, fhat_BZhw.detach())
             loss = loss + F.mse_loss(fhat_BZhw, target_BZhw)
-        straight_through = features_BZhw + (fhat_BZhw - features_BZhw).detach()
+            if shown_scales_B is None:
+                shown_BZhw = fhat_BZhw
+            else:
+                shown_BZhw = torch.where((shown_scales_B > scale).view(-1, 1, 1, 1), fhat_BZhw, shown_BZhw)
+        straight_through = features_BZhw + (shown_BZhw - features_BZhw).detach()
         return QuantizerOutput(straight_through, loss / self.pyramid.num_scales, torch.cat(tokens, dim=1))
 
     def _vectors(self, rest_BZhw: Tensor, scale: int) -> Tensor:

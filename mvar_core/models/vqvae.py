@@ -248,10 +248,21 @@ class VQVAE(nn.Module):
         """Images, clamped to [-1, 1], of the tokens of all scales."""
         return self.decode_features(self.quantizer.decode(tokens_BL)).clamp(-1, 1)
 
-    def forward(self, images_BCHW: Float[Tensor, "B 3 H W"], commitment: float = 0.25) -> TokenizerOutput:
-        """Reconstruct for training; gradients pass the quantizer straight through."""
+    def forward(
+        self,
+        images_BCHW: Float[Tensor, "B 3 H W"],
+        commitment: float = 0.25,
+        shown_scales_B: Int[Tensor, " B"] | None = None,
+    ) -> TokenizerOutput:
+        """Reconstruct for training; gradients pass the quantizer straight through.
+
+        Args:
+            images_BCHW: In [-1, 1].
+            commitment: Weight of the part of the quantizer's loss that pulls the features to the codebook.
+            shown_scales_B: From how many of its first scales each image is decoded; all by default.
+        """
         features_BZhw = self.encode_features(images_BCHW)
         # Nearest neighbours and f̂ want float32 also where the convolutions run under autocast.
         with torch.autocast(features_BZhw.device.type, enabled=False):
-            quantized = self.quantizer(features_BZhw, commitment)
+            quantized = self.quantizer(features_BZhw, commitment, shown_scales_B)
         return TokenizerOutput(self.decode_features(quantized.features_BZhw), quantized.loss, quantized.tokens_BL)

@@ -1,4 +1,4 @@
-"""Training of the tokenizer: reconstruction and quantizer losses, and a codebook that stays in use."""
+"""Training of the tokenizer: reconstruction, quantizer, perceptual and adversarial losses, a codebook in use."""
 
 # Shape suffixes: B batch, C channels, H W pixels, S scales, V codebook entries.
 
@@ -8,57 +8,28 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig, TokenizerTrainConfig
-from mvar_core.errors import DataError
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
+from mvar_core.training.discriminator import Adversary, balance
 from mvar_core.training.engine import optimise
 from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
+from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
+from mvar_core.training.tokenizer_measures import ImageBatchSource, measure_tokenizer, psnr
 
+_ADVERSARY = "adversary."
 _COMPARED_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "data")
-_MEASURED_IMAGES = 2048
-
-
-class ImageBatchSource(Protocol):
-    """Images to train on, with whatever views of them there are."""
-
-    def __len__(self) -> int:
-        """Rows: images times views."""
-        ...
-
-    def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of rows, float32; what is drawn at random, as crops, is the step's."""
-        ...
-
-
-@dataclass(frozen=True)
-class TokenizerMeasures:
-    """How well a tokenizer reconstructs, and how it uses its codes.
-
-    Attributes:
-        psnr: Mean over images, in dB, on clamped reconstructions.
-        usage_per_scale: Part of the codebook that each scale uses.
-        perplexity_per_scale: How many codes each scale uses as if evenly.
-        code_usage: Part of the codebook that some scale uses.
-        images: How many images were measured.
-    """
-
-    psnr: float
-    usage_per_scale: tuple[float, ...]
-    perplexity_per_scale: tuple[float, ...]
-    code_usage: float
-    images: int
 
 
 @dataclass(frozen=True)
@@ -86,44 +57,24 @@ class TokenizerTrainResult:
     skipped: int
 
 
-def psnr(images: Float[Tensor, "B C H W"], others: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-    """Peak signal-to-noise ratio of each pair, in dB, for images in [-1, 1]."""
-    errors_B = (images - others).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / errors_B.clamp_min(1e-12))
-
-
-@torch.no_grad()
-def measure_tokenizer(
-    vqvae: VQVAE, images: ImageBatchSource, *, batch_size: int = 64, limit: int = _MEASURED_IMAGES
-) -> TokenizerMeasures:
-    """Reconstruct up to `limit` images, evenly spread over the source, and count what they use.
-
-    Raises:
-        DataError: There are no images.
-    """
-    rows = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(np.int64))
-    if len(rows) == 0:
-        raise DataError("There are no images to measure the tokenizer on.")
-    codebook = vqvae.quantizer.codebook
-    pyramid, codes = vqvae.quantizer.pyramid, codebook.shape[0]
-    counts_SV = torch.zeros(pyramid.num_scales, codes, dtype=torch.long, device=codebook.device)
-    ratios = []
-    for start in range(0, len(rows), batch_size):
-        images_BCHW = images.batch(rows[start : start + batch_size]).to(codebook.device)
-        tokens_BL = vqvae.encode(images_BCHW)
-        ratios.append(psnr(vqvae.decode(tokens_BL).float(), images_BCHW))
-        counts_SV += count_codes(tokens_BL, pyramid, codes)
-    return TokenizerMeasures(
-        psnr=float(torch.cat(ratios).mean()),
-        usage_per_scale=tuple((counts_SV > 0).double().mean(dim=1).tolist()),
-        perplexity_per_scale=tuple(perplexity(counts_SV).tolist()),
-        code_usage=float((counts_SV.sum(dim=0) > 0).double().mean()),
-        images=len(rows),
-    )
-
-
 class TokenizerObjective:
-    """Reconstruction and quantizer loss, with k-means at the start and restarts of unused codes."""
+    """What a tokenizer is trained on: its losses, a k-means start of the codebook and restarts of unused codes.
+
+    The loss is reconstruction + perceptual + adversarial + quantizer loss, each with its weight.
+
+    Args:
+        vqvae: The tokenizer.
+        images: What it is trained on.
+        validation: Held-out images.
+        train: Losses and their weights.
+        total_steps: Of the run.
+        device: Where to compute.
+        seed: Of everything that is drawn.
+        image_shape: Height and width of the images.
+        dtype: Type that autocast computes in.
+        perceptual: The perceptual loss, where `train` gives it a weight.
+        keep_codebook: Do not start the codebook anew, because the tokenizer was trained before.
+    """
 
     def __init__(
         self,
@@ -135,6 +86,10 @@ class TokenizerObjective:
         total_steps: int,
         device: torch.device,
         seed: int,
+        image_shape: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        perceptual: PerceptualLoss | None = None,
+        keep_codebook: bool = False,
     ):
         self.vqvae = vqvae
         self.images = images
@@ -142,9 +97,27 @@ class TokenizerObjective:
         self.train = train
         self.device = device
         self.seed = seed
+        self._autocasts = dtype != torch.float32
+        self.keep_codebook = keep_codebook
         self.revival_end = train.revive_until * total_steps if train.revive_every else 0
         self.pyramid = vqvae.quantizer.pyramid
-        self.metric_names: tuple[str, ...] = ("reconstruction", "quantizer", "psnr")
+        self.perceptual = perceptual.to(device) if perceptual is not None and train.perceptual.weight else None
+        self.adversary = None
+        if train.adversarial.weight:
+            self.adversary = Adversary(
+                train.adversarial,
+                image_shape=image_shape,
+                total_steps=total_steps,
+                batch_size=train.batch_size,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+            )
+        self.metric_names: tuple[str, ...] = (
+            *("reconstruction", "quantizer", "psnr"),
+            *(("perceptual",) if self.perceptual else ()),
+            *(("adversarial", "adversarial_weight") if self.adversary else ()),
+        )
         self.num_rows = len(images)
         self.tokens_per_image = self.pyramid.num_tokens
         codes = vqvae.quantizer.codebook.shape[0]
@@ -157,23 +130,51 @@ class TokenizerObjective:
         return self.images.batch(rows, step)
 
     def loss(self, model: nn.Module, batch: Tensor, step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
-        """Weighted loss; reconstruction loss, quantizer loss and PSNR of the batch."""
+        """Weighted loss, and its parts as `metric_names` says; PSNR is of the batch."""
         images_BCHW = self._on_device(batch)
-        output = model(images_BCHW, self.train.commitment)
-        distance = F.l1_loss if self.train.reconstruction == "l1" else F.mse_loss
-        reconstruction = distance(output.images_BCHW, images_BCHW)
+        output = model(images_BCHW, self.train.commitment, self.shown_scales(step, part))
         counts_SV = count_codes(output.tokens_BL, self.pyramid, self.line_counts_SV.shape[1])
         self.line_counts_SV += counts_SV
         self.revival_counts_V += counts_SV.sum(dim=0)
+        distance = F.l1_loss if self.train.reconstruction == "l1" else F.mse_loss
+        reconstruction = distance(output.images_BCHW, images_BCHW)
         with torch.no_grad():
             ratio = psnr(output.images_BCHW.clamp(-1, 1), images_BCHW).mean()
-        values = torch.stack([reconstruction.detach(), output.quantizer_loss.detach(), ratio])
-        return reconstruction + self.train.vq_weight * output.quantizer_loss, values
+        parts = [reconstruction, output.quantizer_loss, ratio]
+        loss = reconstruction
+        # In float16 the gradients of these networks, which are not scaled, could be lost.
+        half = torch.get_autocast_dtype(self.device.type)
+        with torch.autocast(self.device.type, half, enabled=self._autocasts and half != torch.float16):
+            if self.perceptual is not None:
+                perceptual = self.perceptual(output.images_BCHW, images_BCHW).mean()
+                loss = loss + self.train.perceptual.weight * perceptual
+                parts.append(perceptual)
+            if self.adversary is not None:
+                if self.adversary.active(step):
+                    adversarial = self.adversary.judge(output.images_BCHW)
+                    last_layer = self.vqvae.decoder.output_conv.weight
+                    loss, weight = balance(loss, adversarial, output.images_BCHW, last_layer, self.train.adversarial)
+                    self.adversary.keep(images_BCHW, output.images_BCHW, step)
+                    parts += [adversarial, weight]
+                else:
+                    parts += [loss.new_tensor(math.nan)] * 2
+        values = torch.stack([value.detach().float() for value in parts])
+        return loss + self.train.vq_weight * output.quantizer_loss, values
+
+    def shown_scales(self, step: int, part: BatchPart) -> Tensor | None:
+        """From how many of its first scales each image of a part is decoded in a step; None is all of them."""
+        if not self.train.scale_dropout:
+            return None
+        source = generator("shown scales", self.seed, step)
+        scales = self.pyramid.num_scales
+        dropped_B = torch.rand(part.total, generator=source) < self.train.scale_dropout
+        fewer_B = torch.randint(1, scales + 1, (part.total,), generator=source)
+        return torch.where(dropped_B, fewer_B, scales)[part.start : part.stop].to(self.device)
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Start the codebook by k-means on the features of the first batches."""
-        batches = self.train.kmeans_batches
+        batches = 0 if self.keep_codebook else self.train.kmeans_batches
         if batches == 0:
             return
         features = [
@@ -186,9 +187,14 @@ class TokenizerObjective:
         ]
         start_codebook(self.vqvae.quantizer, torch.cat(features), self.seed)
 
-    @torch.no_grad()
     def after_step(self, batch: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Restart the codes that were not used since the last restart."""
+        """Let the discriminator learn, and restart the codes that were not used since the last restart."""
+        if self.adversary is not None:
+            self.adversary.step(step)
+        self._revive(batch, step, optimizer)
+
+    @torch.no_grad()
+    def _revive(self, batch: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
         done = step + 1
         if not self.train.revive_every or done % self.train.revive_every or done > self.revival_end:
             return
@@ -206,6 +212,7 @@ class TokenizerObjective:
             "perplexity_per_scale": perplexity(counts_SV).tolist(),
             "code_usage": float((counts_SV.sum(dim=0) > 0).double().mean()),
             "revived": int(self.revived),
+            **(self.adversary.describe() if self.adversary else {}),
         }
         self.line_counts_SV = torch.zeros_like(counts_SV)
         return line
@@ -214,22 +221,29 @@ class TokenizerObjective:
         """PSNR and use of codes on held-out images."""
         if self.validation is None or len(self.validation) == 0:
             return {}
-        measures = measure_tokenizer(self.vqvae, self.validation, batch_size=self.train.batch_size)
-        return {"val_psnr": measures.psnr, "val_code_usage": measures.code_usage}
+        by_scales = self.train.scale_dropout > 0
+        measures = measure_tokenizer(self.vqvae, self.validation, batch_size=self.train.batch_size, by_scales=by_scales)
+        line: dict[str, Any] = {"val_psnr": measures.psnr, "val_code_usage": measures.code_usage}
+        return {**line, "val_psnr_by_scales": measures.psnr_by_scales} if by_scales else line
 
     def score(self, measures: Mapping[str, Any]) -> float | None:
         """The PSNR, negated."""
         return -measures["val_psnr"] if "val_psnr" in measures else None
 
     def state(self) -> dict[str, Tensor]:
-        """Counts since the last line and the last restart."""
-        return {"line": self.line_counts_SV, "revival": self.revival_counts_V, "revived": self.revived}
+        """Counts since the last line and the last restart, and the discriminator with its optimizer."""
+        own = {"line": self.line_counts_SV, "revival": self.revival_counts_V, "revived": self.revived}
+        others = self.adversary.state() if self.adversary else {}
+        return {**own, **{_ADVERSARY + name: value for name, value in others.items()}}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
         self.line_counts_SV = state["line"].to(self.device)
         self.revival_counts_V = state["revival"].to(self.device)
         self.revived = state["revived"]
+        if self.adversary is not None:
+            names = [name for name in state if name.startswith(_ADVERSARY)]
+            self.adversary.load_state({name.removeprefix(_ADVERSARY): state[name] for name in names})
 
     def _on_device(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
@@ -248,6 +262,9 @@ def train_tokenizer(
     validation: ImageBatchSource | None = None,
     provenance: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
+    perceptual: PerceptualLoss | None = None,
+    started_from: Mapping[str, Any] | None = None,
+    keep_codebook: bool = False,
 ) -> TokenizerTrainResult:
     """Train a tokenizer and leave a run directory that is also a model directory without a transformer.
 
@@ -265,9 +282,14 @@ def train_tokenizer(
         validation: Held-out images for the measures; without them, training images are measured.
         provenance: Further facts for config.json.
         on_step: Called after every step.
+        perceptual: The perceptual loss; needed where the configuration gives it a weight.
+        started_from: What tells the files apart that the run started from (first weights, perceptual loss): a resumed
+            run must agree on it.
+        keep_codebook: Go on with the codebook that `vqvae` has, rather than start it by k-means.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
+        ConfigError: The losses do not fit the size of the images, or the perceptual one is missing.
         DataError: No images, or images of another size than the model's.
         MvarError: Ten steps in a row were not finite.
     """
@@ -275,8 +297,21 @@ def train_tokenizer(
     device = device or next(vqvae.parameters()).device
     seed = config.seed if seed is None else seed
     check_images(images, config)
+    check_losses(config, perceptual)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective = TokenizerObjective(vqvae, images, validation, train, total_steps=train.steps, device=device, seed=seed)
+    objective = TokenizerObjective(
+        vqvae,
+        images,
+        validation,
+        train,
+        total_steps=train.steps,
+        device=device,
+        seed=seed,
+        image_shape=config.image_shape,
+        dtype=dtype,
+        perceptual=perceptual,
+        keep_codebook=keep_codebook,
+    )
     settings = comparable_settings(config, _COMPARED_SECTIONS, train)
     plan = Plan(
         total_steps=train.steps,
@@ -284,7 +319,7 @@ def train_tokenizer(
         device=device,
         dtype=dtype,
         seed=seed,
-        settings={**settings, "seed": seed, "rows": len(images)},
+        settings={**settings, "seed": seed, "rows": len(images), "started_from": dict(started_from or {})},
         resume=resume,
     )
     outcome = optimise(vqvae, objective, plan, config, out, no_decay={"quantizer.codebook"}, on_step=on_step)
@@ -318,4 +353,22 @@ def check_images(images: ImageBatchSource, config: RunConfig) -> None:
         raise DataError(
             f"The images are {'×'.join(map(str, found))}; the model takes {'×'.join(map(str, wanted))}.",
             "Set image_size (and patch_sizes) to fit.",
+        )
+
+
+def check_losses(config: RunConfig, perceptual: PerceptualLoss | None) -> None:
+    """Refuse a perceptual loss without its network, or on images that are too small for it.
+
+    Raises:
+        ConfigError: Says what to set.
+    """
+    if not config.train_tokenizer.perceptual.weight:
+        return
+    if perceptual is None:
+        raise ConfigError("train_tokenizer.perceptual.weight is set, but the loss was not loaded.")
+    if min(config.image_shape) < SMALLEST_SIDE:
+        raise ConfigError(
+            f"The perceptual loss needs images of {SMALLEST_SIDE} pixels or more; these have"
+            f" {'×'.join(map(str, config.image_shape))}.",
+            "Set train_tokenizer.perceptual.weight=0.",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,12 +44,11 @@ TokenizerFile = Annotated[
         "--tokenizer", metavar="FILE", help="The published tokenizer, where --checkpoint is a published .pth."
     ),
 ]
-Data = Annotated[
-    str, typer.Option("--data", metavar="NAME|FOLDER", help="Bundled digits or photographs, or a folder of images.")
-]
+DATA_HELP = "Bundled digits or photographs, a folder of images, tar shards, or parquet files; see docs/data.md."
+Data = Annotated[str, typer.Option("--data", metavar="NAME|PATH", help=DATA_HELP)]
 OptionalData = Annotated[
     str | None,
-    typer.Option("--data", metavar="NAME|FOLDER", help="Bundled digits or photographs, or a folder of images."),
+    typer.Option("--data", metavar="NAME|PATH", help=DATA_HELP),
 ]
 Tokens = Annotated[Path | None, typer.Option("--tokens", metavar="CACHE", help="Token cache, from `mvar tokenize`.")]
 Validation = Annotated[
@@ -73,6 +72,27 @@ Attention = Annotated[
         "--attention",
         metavar="NAME",
         help="auto, reference, dense, tiled or natten; a named one never falls back.",
+        rich_help_panel="Machine",
+    ),
+]
+GuidanceSchedule = Annotated[
+    str | None,
+    typer.Option(
+        "--cfg-schedule",
+        metavar="NAME|LIST",
+        help="Guidance over the scales: linear (as published), constant, cosine, or a comma list, one per scale.",
+    ),
+]
+GuidanceScales = Annotated[
+    str | None,
+    typer.Option("--cfg-scales", metavar="FIRST-LAST", help="Guide these scales alone, from 0, as in 4-9."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What sampling may take in all, as in 2GB. Default: half of what is free. Never changes an image.",
         rich_help_panel="Machine",
     ),
 ]
@@ -101,6 +121,37 @@ def parse_bytes(text: str) -> int:
         return int(float(number) * units[stripped[len(number) :].strip() or ""])
     except (KeyError, ValueError):
         raise ConfigError(f"{text!r} is not an amount of memory.", "Write for example 24GB or 16GiB.") from None
+
+
+def parse_schedule(text: str | None) -> Any:
+    """A guidance schedule from its name or from one number per scale.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if text is None or text in ("linear", "constant", "cosine"):
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--cfg-schedule {text!r} is not known.", "Use linear, constant, cosine, or a comma list of numbers."
+        ) from None
+
+
+def parse_scale_range(text: str | None) -> tuple[int, int] | None:
+    """First and last scale from `4-9`, or one scale from `9`.
+
+    Raises:
+        ConfigError: Not a range.
+    """
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError:
+        raise ConfigError(f"--cfg-scales {text!r} is not a range of scales.", "Write for example 4-9.") from None
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

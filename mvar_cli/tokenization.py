@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mvar_cli.console import Console
+from mvar_cli.processes import Processes
 from mvar_core.config import DataConfig, ModelConfig
 from mvar_core.data.images import open_images
-from mvar_core.data.tokens import CacheSummary, write_token_cache
+from mvar_core.data.manifest import MANIFEST, Manifest
+from mvar_core.data.tokens import CacheSummary, CacheWriter
 from mvar_core.models.directory import load_tokenizer, tokenizer_hash
 from mvar_core.runtime import resolve_device, resolve_dtype
+
+ALONE = Processes()
 
 
 def tokenize_run(
@@ -25,6 +29,9 @@ def tokenize_run(
     dtype: str,
     batch_size: int = 64,
     overwrite: bool = False,
+    skip_bad: bool = False,
+    images_per_shard: int | None = None,
+    team: Processes = ALONE,
 ) -> CacheSummary:
     """Turn the images that `data` names into a token cache.
 
@@ -35,29 +42,40 @@ def tokenize_run(
         data: Names the images.
         out: The cache's directory.
         views: Which views of each image.
-        seed: Of the augmented views.
+        seed: Of random crops and augmented views.
         device: Where to compute.
         dtype: What to compute in; auto is float32, for an index may hang on the last bits.
         batch_size: Images at a time.
         overwrite: Replace what is there.
+        skip_bad: Leave out images that cannot be read.
+        images_per_shard: Images in a shard; by default what suits their number.
+        team: The processes that share the work; all of them return when the cache is complete.
 
     Raises:
         MvarError: Images, tokenizer or cache do not fit.
     """
     source = open_images(data)
-    target = resolve_device(device)
+    target = resolve_device(team.device(device))
     kind = resolve_dtype("float32" if dtype == "auto" else dtype, target)
     tokenizer = load_tokenizer(checkpoint, config, target, kind)
+    writer = CacheWriter(
+        out,
+        source,
+        lambda images: tokenizer.encode(images.to(target)),
+        config=config,
+        tokenizer_hash=tokenizer_hash(checkpoint),
+        data=views,
+        seed=seed,
+        batch_size=batch_size,
+        images_per_shard=images_per_shard,
+        skip_bad=skip_bad,
+    )
+    work = team.from_first(lambda: writer.prepare(overwrite))
+    with console.progress("checking images") as progress:
+        writer.check(work, team.rank, team.count, progress)
     with console.progress("tokenizing") as progress:
-        return write_token_cache(
-            out,
-            source,
-            lambda images: tokenizer.encode(images.to(target)),
-            config=config,
-            tokenizer_hash=tokenizer_hash(checkpoint),
-            data=views,
-            seed=seed,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        writer.write(work, team.rank, team.count, progress)
+    if team.first:
+        return writer.finish(work)
+    writer.wait()
+    return CacheSummary.of(Manifest.read(out / MANIFEST), work.images)

@@ -96,6 +96,9 @@ class AttentionConfig(Section):
         return () if value is None else value
 
 
+GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
+
+
 class SamplingConfig(Section):
     """Recommended sampling settings of a model; `mvar sample` uses them unless told otherwise."""
 
@@ -104,7 +107,26 @@ class SamplingConfig(Section):
     top_p: float = Field(
         0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
     )
+    cfg_schedule: GuidanceSchedule = Field(
+        "linear", description="how cfg grows over the scales: linear, constant, cosine, or one number per scale"
+    )
+    cfg_scales: tuple[int, int] | None = Field(None, description="first and last guided scale, from 0; null guides all")
     more_smooth: bool = Field(False, description="Gumbel-softmax mixtures of codes: for looks, never for metrics")
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> SamplingConfig:
+        if not isinstance(self.cfg_schedule, str) and any(strength < 0 for strength in self.cfg_schedule):
+            raise ValueError(f"cfg_schedule {self.cfg_schedule} holds a negative number")
+        if self.cfg_scales is not None and not 0 <= self.cfg_scales[0] <= self.cfg_scales[1]:
+            raise ValueError(f"cfg_scales {self.cfg_scales} is not a first and a last scale, counted from 0")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale may be guided."""
+        if isinstance(self.cfg_schedule, str):
+            return self.cfg > 0
+        return any(strength > 0 for strength in self.cfg_schedule)
 
 
 class ModelConfig(Section):
@@ -297,6 +319,9 @@ class DataConfig(Section):
         0.8, ge=0, le=1, description="smallest random crop, as a part of the picture's shorter side; never enlarges"
     )
     flip: bool = Field(False, description="a horizontally flipped view of every image")
+    crops: int = Field(
+        1, ge=1, description="crops of every picture in a token cache: its centre, then random ones (see crop_scale)"
+    )
     augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
     shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a part of the side")
     rotate: float = Field(5.0, ge=0, description="largest rotation of an augmented view, in degrees")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.config import GuidanceSchedule, ModelConfig, SamplingConfig, validate
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
@@ -173,20 +173,31 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         more_smooth: bool | None = None,
+        cfg_schedule: GuidanceSchedule | None = None,
+        cfg_scales: tuple[int, int] | None = None,
     ) -> SamplingConfig:
-        """The model's recommended settings with the given ones laid over them.
+        """The model's recommended settings with the given ones laid over them; see `sample` for what they are.
 
         Raises:
-            ConfigError: A value out of range, or a top-k above the codebook.
+            ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
         """
-        given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "more_smooth": more_smooth}
+        given = {
+            "cfg": cfg,
+            "top_k": top_k,
+            "top_p": top_p,
+            "more_smooth": more_smooth,
+            "cfg_schedule": cfg_schedule,
+            "cfg_scales": cfg_scales,
+        }
         for name, value, highest in (("cfg", cfg, None), ("top-k", top_k, None), ("top-p", top_p, 1)):
             if value is not None and (value < 0 or (highest is not None and value > highest)):
                 limits = "at least 0" if highest is None else f"between 0 and {highest}"
                 raise ConfigError(f"{name} is {value}; it must be {limits}.")
         changes = {name: value for name, value in given.items() if value is not None}
-        settings = self.config.sampling.model_copy(update=changes)
-        check_settings(settings, self.config.tokenizer.codebook_size)
+        settings: SamplingConfig = validate(
+            SamplingConfig, {**self.config.sampling.model_dump(), **changes}, "sampling settings"
+        )
+        check_settings(settings, self.config)
         return settings
 
     def sample(
@@ -202,6 +213,8 @@ class Pipeline:
         memory: int | None = None,
         stages: bool = False,
         more_smooth: bool | None = None,
+        cfg_schedule: GuidanceSchedule | None = None,
+        cfg_scales: tuple[int, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
         """Class-conditional images.
@@ -220,6 +233,9 @@ class Pipeline:
                 of what the device has free.
             stages: Also decode each sample after every scale.
             more_smooth: Mixtures of codes instead of drawn ones: for looks, never for metrics.
+            cfg_schedule: How guidance grows over the scales: "linear" as published, "constant", "cosine", or one number
+                per scale.
+            cfg_scales: First and last guided scale, from 0; by default all.
             progress: Called as progress(done, total), in images; also while images are on their way.
 
         Raises:
@@ -237,6 +253,8 @@ class Pipeline:
                 memory=memory,
                 stages=stages,
                 more_smooth=more_smooth,
+                cfg_schedule=cfg_schedule,
+                cfg_scales=cfg_scales,
                 progress=progress,
             )
         )
@@ -255,6 +273,8 @@ class Pipeline:
         memory: int | None = None,
         stages: bool = False,
         more_smooth: bool | None = None,
+        cfg_schedule: GuidanceSchedule | None = None,
+        cfg_scales: tuple[int, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Samples]:
         """`sample`, a batch at a time: what was given is not held.
@@ -265,7 +285,7 @@ class Pipeline:
         Raises:
             ConfigError: As `sample`; before anything is drawn.
         """
-        settings = self.sampling_settings(cfg, top_k, top_p, more_smooth)
+        settings = self.sampling_settings(cfg, top_k, top_p, more_smooth, cfg_schedule, cfg_scales)
         labels = [int(label) for label in labels]
         indices = range(len(labels)) if indices is None else indices
         if len(indices) != len(labels):

@@ -1,8 +1,19 @@
+import resource
+import sys
+
 import pytest
 import torch
 
 from mvar_core.errors import BackendError, ConfigError
-from mvar_core.runtime import generator, peak_memory_bytes, resolve_device, resolve_dtype, sample_uniforms
+from mvar_core.runtime import (
+    _c_library,
+    generator,
+    keeping_freed_memory,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_dtype,
+    sample_uniforms,
+)
 
 
 def test_uniforms_depend_on_seed_and_index_alone() -> None:
@@ -38,3 +49,19 @@ def test_device_and_dtype() -> None:
     with pytest.raises(BackendError, match="CUDA devices"):
         resolve_device("cuda:99")
     assert peak_memory_bytes(torch.device("cpu")) > 10_000_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or _c_library() is None, reason="adjusts glibc's allocator")
+def test_freed_memory_is_kept_only_while_asked_for() -> None:
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(2):
+            torch.ones(512 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    without = page_faults()
+    with keeping_freed_memory(torch.device("cpu")):
+        page_faults()
+        kept = page_faults()
+    assert kept < without / 4
+    assert page_faults() > 4 * kept

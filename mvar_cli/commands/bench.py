@@ -154,7 +154,7 @@ def _check(request: Any) -> None:
 
     place = resolve_device(request.device)
     kind = resolve_dtype(request.dtype, place)
-    check_settings(request.settings, request.config.tokenizer.codebook_size)
+    check_settings(request.settings, request.config)
     for _, twin in twins(request.config):
         try:
             check_backend(request.attention, twin.patterns, place, kind, needs_grad=request.what == "train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +16,12 @@ from mvar_cli.console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mvar_cli.console import Progress
     from mvar_cli.outputs import SampleWriter
     from mvar_core.config import ModelConfig
     from mvar_core.pipeline import Pipeline
 
+SHOWN_SETTINGS = ("cfg", "top_k", "top_p", "more_smooth", "cfg_schedule", "cfg_scales", "seed")
 EXAMPLE = "mvar sample --checkpoint runs/quickstart/mvar --class 3,7 --num 8 --out out"
 
 
@@ -38,8 +41,11 @@ def run(
     more_smooth: Annotated[
         bool | None, typer.Option("--more-smooth/--no-more-smooth", help="Smoother looks; never for metrics.")
     ] = None,
+    cfg_schedule: options.GuidanceSchedule = None,
+    cfg_scales: options.GuidanceScales = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
     output_format: Annotated[
         str | None, typer.Option("--format", metavar="FORMAT", help="png, npz or grid. Default: as --out ends.")
     ] = None,
@@ -80,7 +86,14 @@ def run(
         checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, attention=attention
     )
     config = pipeline.config
-    settings = pipeline.sampling_settings(cfg, top_k, top_p, more_smooth)
+    settings = pipeline.sampling_settings(
+        cfg,
+        top_k,
+        top_p,
+        more_smooth,
+        options.parse_schedule(cfg_schedule),
+        options.parse_scale_range(cfg_scales),
+    )
     chosen = parse_classes(classes, pipeline.transformer.no_class, config.class_names)
     labels = [label for label in chosen for _ in range(num)]
     if dry_run:
@@ -92,7 +105,10 @@ def run(
         "top_k": settings.top_k,
         "top_p": settings.top_p,
         "more_smooth": settings.more_smooth,
+        "cfg_schedule": settings.cfg_schedule,
+        "cfg_scales": settings.cfg_scales,
         "seed": seed,
+        "memory": options.parse_bytes(memory) if memory else None,
         "stages": stages,
     }
     columns = 1 if stages else num if 1 < num <= 24 and len(chosen) > 1 else math.ceil(math.sqrt(len(labels)))
@@ -114,7 +130,7 @@ def _check_early(checkpoint: Path, classes: list[str], top_k: int | None) -> Mod
 
     config = read_model_config(checkpoint)
     if top_k is not None:
-        check_settings(config.sampling.model_copy(update={"top_k": top_k}), config.tokenizer.codebook_size)
+        check_settings(config.sampling.model_copy(update={"top_k": top_k}), config)
     if config.transformer is not None:
         parse_classes(classes, config.transformer.num_classes, config.class_names)
     return config
@@ -140,6 +156,11 @@ def _open_writer(
     return stack.enter_context(writer), target
 
 
+def shifted(progress: Progress, start: int, total: int) -> Callable[[int, int], None]:
+    """Reports of a part of the images as reports of all of them."""
+    return lambda done, _: progress(start + done, total)
+
+
 def _draw(
     console: Console, pipeline: Pipeline, labels: list[int], batch: int, drawing: dict[str, Any], writer: SampleWriter
 ) -> float:
@@ -153,7 +174,13 @@ def _draw(
         progress(0, len(labels))
         for start in range(0, len(labels), batch):
             part = labels[start : start + batch]
-            samples = pipeline.sample(part, indices=range(start, start + len(part)), batch_size=batch, **drawing)
+            samples = pipeline.sample(
+                part,
+                indices=range(start, start + len(part)),
+                batch_size=batch,
+                progress=shifted(progress, start, len(labels)),
+                **drawing,
+            )
             stages = samples.stages.numpy() if samples.stages is not None else None
             writer.write(samples.images.numpy(), np.asarray(part, np.int64), samples.tokens.numpy(), stages)
             progress(start + len(part), len(labels))
@@ -201,7 +228,7 @@ def _report(
             "outputs": outputs,
             "batch_size": batch,
             "device": str(pipeline.device),
-            "settings": {name: drawing[name] for name in ("cfg", "top_k", "top_p", "more_smooth", "seed")},
+            "settings": {name: drawing[name] for name in SHOWN_SETTINGS},
         }
     )
 

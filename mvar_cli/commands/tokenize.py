@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from mvar_core.data.tokens import CacheSummary
 
 EXAMPLE = "mvar tokenize --checkpoint runs/tokenizer --data digits --out runs/tokens"
 
@@ -18,10 +22,21 @@ def run(
     data: options.Data,
     out: options.Out,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Also a mirrored view of every image.")] = None,
+    crops: Annotated[
+        int | None,
+        typer.Option("--crops", min=1, metavar="N", help="Crops of every image: its centre and N-1 random ones."),
+    ] = None,
     preset: options.Preset = None,
     settings: options.Settings = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")
+    ] = False,
+    shard_images: Annotated[
+        int | None,
+        typer.Option("--shard-images", min=1, metavar="N", help="Images in a shard. Default: by their number."),
+    ] = None,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -30,16 +45,16 @@ def run(
 ) -> None:
     """Turn images into a cache of token indices, which is what training reads.
 
-    Views (mirrored, slightly moved) follow data.* of the preset or of --set. A preset's image_size and patch_sizes
-    replace the tokenizer's own. Running the same command again goes on where it stopped.
+    Views (mirrored, cropped, slightly moved) follow data.* of the preset or of --set. A preset's image_size and
+    patch_sizes replace the tokenizer's own. Running the same command again goes on where it stopped. Under torchrun the
+    processes share the work.
     """
     from mvar_core.config import ModelConfig, validate
     from mvar_core.models.directory import read_model_config
     from mvar_core.presets import load_config
 
-    console = Console(as_json)
     tokenizer = read_model_config(checkpoint)
-    run_config = load_config(preset, settings or [], {"data": {"flip": flip}})
+    run_config = load_config(preset, settings or [], {"data": {"flip": flip, "crops": crops}})
     config = tokenizer
     if preset is not None or any(setting.startswith(("image_size", "patch_sizes")) for setting in settings or []):
         sizes = {"image_size": run_config.image_size, "patch_sizes": run_config.patch_sizes}
@@ -54,39 +69,64 @@ def run(
         bytes_per_token = 1 if config.tokenizer.codebook_size <= 256 else 2
         size = len(source) * views * config.pyramid.num_tokens * bytes_per_token
         plan = [f"encode {len(source)} images in {views} views", f"write {format_bytes(size)} of tokens to {out}"]
-        finish_dry_run(console, config, plan, images=len(source), views=views)
+        finish_dry_run(Console(as_json), config, plan, images=len(source), views=views)
         return
 
+    from mvar_cli.processes import processes
     from mvar_cli.tokenization import tokenize_run
 
     start = time.monotonic()
-    summary = tokenize_run(
-        console,
-        checkpoint,
-        config,
-        data,
-        out,
-        views=run_config.data,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size or 64,
-        overwrite=overwrite,
-    )
+    with processes() as team:
+        console = team.console(as_json)
+        summary = tokenize_run(
+            console,
+            checkpoint,
+            config,
+            data,
+            out,
+            views=run_config.data,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size or 64,
+            overwrite=overwrite,
+            skip_bad=skip_bad,
+            images_per_shard=shard_images,
+            team=team,
+        )
     seconds = time.monotonic() - start
-    console.table(
-        "tokens",
-        ("images", "views", "encoded now", "size", "time"),
-        [(summary.images, summary.views, summary.encoded, format_bytes(summary.bytes), format_seconds(seconds))],
-    )
-    console.say(f"Written: {out}")
+    _show(console, out, summary, seconds)
     console.finish(
         {
             "images": summary.images,
             "views": summary.views,
             "bytes": summary.bytes,
+            "bytes_per_view": summary.bytes_per_view,
             "seconds": seconds,
             "encoded": summary.encoded,
+            "skipped": summary.skipped,
             "tokens": str(out),
         }
     )
+
+
+def _show(console: Console, out: Path, summary: CacheSummary, seconds: float) -> None:
+    console.table(
+        "tokens",
+        ("images", "views", "encoded now", "size", "bytes per view", "time", "images/s"),
+        [
+            (
+                summary.images,
+                summary.views,
+                summary.encoded,
+                format_bytes(summary.bytes),
+                summary.bytes_per_view,
+                format_seconds(seconds),
+                summary.encoded / max(seconds, 1e-9),
+            )
+        ],
+    )
+    if summary.skipped:
+        shown = ", ".join(summary.skipped[:5]) + (", …" if len(summary.skipped) > 5 else "")
+        console.say(f"Left out, because they cannot be read: {len(summary.skipped)} images ({shown})")
+    console.say(f"Written: {out}")

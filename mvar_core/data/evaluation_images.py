@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mvar_core.data.folders import FolderSource, check_image
 from mvar_core.data.images import open_images, pixel_batches
-from mvar_core.data.sources import ImageSource, reading_threads
+from mvar_core.data.sources import ImageSource, StoredSource, reading_threads
 from mvar_core.data.transforms import Pixels, resize_and_crop
 from mvar_core.errors import DataError
 from mvar_core.files import sha256_of_file
@@ -75,7 +74,7 @@ class EvaluationImages:
 
 
 def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> EvaluationImages:
-    """Open images for evaluation: a folder (flat or class folders), an npz (`arr_0` or `images`), or `digits[:test]`.
+    """Open images for evaluation: whatever `open_images` opens, or an npz (`arr_0` or `images`).
 
     Images are measured as they are: where no `image_shape` is given they must all have one size. With `image_shape`,
     which suits a reference of photographs, images of another size are resized and cropped as for training.
@@ -92,8 +91,8 @@ def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> 
         return _open_npz(text, path, image_shape)
     source = open_images(text)
     found: ImageShape | None
-    if isinstance(source, FolderSource):
-        found = _folder_shape(source, image_shape)
+    if isinstance(source, StoredSource):
+        found = _common_shape(source, image_shape)
         has_classes = len(source.class_names) > 1
     else:
         found = image_shape
@@ -125,22 +124,18 @@ def _source_reader(source: ImageSource, image_shape: ImageShape) -> Callable[[in
 
 def _source_content(source: ImageSource) -> str:
     """What the images are: every file's bytes in order, or for bundled data its name, which stands for its content."""
-    if not isinstance(source, FolderSource):
+    if not isinstance(source, StoredSource):
         return f"{source.name}:{source.split} {source.fingerprint()}"
     digest = hashlib.sha256()
     with ThreadPoolExecutor(reading_threads()) as pool:
-        for content in pool.map(sha256_of_file, map(source.path, range(len(source)))):
+        for content in pool.map(source.digest, range(len(source))):
             digest.update(content.encode())
     return digest.hexdigest()
 
 
-def _folder_shape(source: FolderSource, wanted: ImageShape | None) -> ImageShape:
-    """The size that all images of a folder have; where one is wanted, the size of one image that differs, if any."""
-    with ThreadPoolExecutor(reading_threads()) as pool:
-        try:
-            shapes = list(pool.map(check_image, map(source.path, range(len(source)))))
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _common_shape(source: StoredSource, wanted: ImageShape | None) -> ImageShape:
+    """The size that all stored images have; where one is wanted, the size of one image that differs, if any."""
+    shapes = source.stored_shapes(range(len(source)))
     expected = wanted or shapes[0]
     other = next((index for index, shape in enumerate(shapes) if shape != expected), None)
     if other is None:

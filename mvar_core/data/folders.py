@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mvar_core.data.sources import ImageSource, Progress, reading_threads
-from mvar_core.data.transforms import Pixels, random_resized_crop, resize_and_crop
+from mvar_core.data.decoding import EXTENSIONS, check_image, read_rgb
+from mvar_core.data.sources import StoredSource
 from mvar_core.errors import DataError, nearest
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+__all__ = ["EXTENSIONS", "SPLIT_FOLDERS", "FolderSource", "check_image", "find_images", "read_rgb", "split_folder"]
+
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation"), "val": ("val", "validation", "test")}
 """Names of the sub-folder that a split may have, best first."""
-
-_ORIENTATION = 0x0112
-_SWAPS_SIDES = (5, 6, 7, 8)
 
 logger = logging.getLogger("mvar")
 
 
-class FolderSource(ImageSource):
+class FolderSource(StoredSource):
     """Images in one sub-folder per class (classes in alphabetical order), or all in one folder, which is one class.
 
     Sub-folders of a class folder belong to the class. Hidden files and files that do not have an image's extension are
@@ -43,7 +39,7 @@ class FolderSource(ImageSource):
     """
 
     def __init__(self, root: Path, split: str = "train", name: str | None = None):
-        folder, reference = _split_folder(root, split)
+        folder, reference = split_folder(root, split)
         class_names, files, labels = find_images(folder)
         if reference != folder:
             known, _, _ = find_images(reference)
@@ -66,25 +62,13 @@ class FolderSource(ImageSource):
         """Size of the image's file."""
         return self.path(index).stat().st_size
 
-    def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
-        """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
-        return np.asarray(resize_and_crop(read_rgb(self.path(index)), image_shape))
+    def open(self, index: int) -> IO[bytes]:
+        """The file of an image, open for reading."""
+        return self.path(index).open("rb")
 
-    def random_crop(
-        self, index: int, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
-    ) -> Pixels:
-        """A random crop of the whole picture, resized to `image_shape`: uint8 (H, W, 3)."""
-        return random_resized_crop(read_rgb(self.path(index)), image_shape, smallest, random)
-
-    def check(self, progress: Progress | None = None) -> None:
-        """Open every file, read its header and look whether its end is there."""
-        with ThreadPoolExecutor(reading_threads()) as pool:
-            try:
-                for done, _ in enumerate(pool.map(check_image, map(self.path, range(len(self)))), start=1):
-                    if progress is not None:
-                        progress(done, len(self))
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def where(self, index: int) -> str:
+        """The file's path."""
+        return str(self.path(index))
 
 
 def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
@@ -106,9 +90,7 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
             "Put every image into its class's folder, or all of them into one folder.",
         )
     if not flat and not classes:
-        raise DataError(
-            f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {_describe(entries)}.", _hint_for(entries)
-        )
+        raise DataError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {_describe(entries)}.")
     if flat:
         return [folder.resolve().name], flat, [0] * len(flat)
     if empty:
@@ -118,76 +100,7 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
     return list(classes), files, labels
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """Read an image file as 8-bit RGB, upright.
-
-    The EXIF orientation is applied; gray, palette and CMYK images are converted; transparent parts become white; 16-bit
-    gray is scaled to 8 bits.
-
-    Raises:
-        DataError: The file is missing, damaged, or not an image.
-    """
-    with _opened(path) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), image.format)
-
-
-def check_image(path: Path) -> tuple[int, int]:
-    """Height and width of an image file as it will be shown, from its header; a file cut off short is noticed too.
-
-    Raises:
-        DataError: The file is missing, damaged, or not an image.
-    """
-    with _opened(path) as image:
-        width, height = image.size
-        # Pillow decodes a whole PNG to look for EXIF data behind the pixels; what stands before them is enough here.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        if has_exif and image.getexif().get(_ORIENTATION) in _SWAPS_SIDES:
-            width, height = height, width
-        if not _has_its_end(path, image.format):
-            image.load()
-    return height, width
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image, whatever its name says.", "Remove or replace it.") from None
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything when given damaged bytes.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be read as an image: {reason}.", "Remove or replace it.") from None
-
-
-def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # PNG has no more than 16 bits
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of kind {image.mode!r}; convert it to 8 or 16 bits a channel")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _has_its_end(path: Path, kind: str | None) -> bool:
-    """Whether the file surely ends as its format says; where that cannot be told cheaply, the answer is no."""
-    marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
-    if marker is None:
-        return False
-    with path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
-        return marker in file.read()
-
-
-def _split_folder(root: Path, split: str) -> tuple[Path, Path]:
+def split_folder(root: Path, split: str) -> tuple[Path, Path]:
     """The folder of a split, and the folder whose classes count."""
     if split not in SPLIT_FOLDERS:
         raise DataError(f"There is no split {split!r}. {nearest(split, SPLIT_FOLDERS)}")
@@ -250,9 +163,3 @@ def _describe(entries: Sequence[str]) -> str:
     if not entries:
         return "nothing"
     return f"{', '.join(entries[:3])}{', …' if len(entries) > 3 else ''} ({len(entries)} in all)"
-
-
-def _hint_for(entries: Sequence[str]) -> str | None:
-    if any(entry.lower().endswith((".tar", ".tar.gz", ".tgz")) for entry in entries):
-        return "Tar shards cannot be read yet: unpack them into one folder per class."
-    return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from mvar_core.data.digits import DigitsSource
 from mvar_core.data.folders import SPLIT_FOLDERS, FolderSource, read_rgb
 from mvar_core.data.photographs import PhotographsSource
 from mvar_core.data.pictures import make_grid, save_grid, save_png
+from mvar_core.data.shards import find_shards
 from mvar_core.data.sources import ImageSource, Progress, reading_threads
+from mvar_core.data.tar import TarSource
 from mvar_core.data.transforms import Pixels, Views, resize_and_crop
 from mvar_core.errors import DataError
 from mvar_core.pixels import from_uint8
@@ -29,6 +32,7 @@ __all__ = [
     "PhotographsSource",
     "Pixels",
     "Progress",
+    "TarSource",
     "Views",
     "image_batches",
     "make_grid",
@@ -36,6 +40,7 @@ __all__ = [
     "pixel_batches",
     "read_rgb",
     "resize_and_crop",
+    "row_batches",
     "save_grid",
     "save_png",
     "split_name",
@@ -59,7 +64,10 @@ def split_name(source: str, split: str = "train") -> tuple[str, str]:
 
 
 def open_images(source: str, split: str = "train") -> ImageSource:
-    """Open what `--data` names: `digits`, `photographs`, or a folder of images (one sub-folder per class, or flat).
+    """Open what `--data` names: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
+
+    A folder has one sub-folder per class, or all images in itself, or holds shards. Shards are also named by a pattern:
+    `shard-{000..146}.tar`, `shard-*.tar`.
 
     Args:
         source: The name; `:train` or `:test` at its end chooses the split. A folder called digits is `./digits`.
@@ -73,10 +81,13 @@ def open_images(source: str, split: str = "train") -> ImageSource:
         return DigitsSource(split)
     if name == "photographs":
         return PhotographsSource(split)
-    if name.lower().endswith((".tar", ".tar.gz", ".tgz")):
-        raise DataError(
-            f"{name}: tar shards cannot be read yet.", "Unpack them into one folder per class and give that folder."
-        )
+    shards = find_shards(name, split)
+    if shards is not None:
+        if shards.kind == "tar":
+            return TarSource(shards)
+        from mvar_core.data.parquet import ParquetSource
+
+        return ParquetSource(shards)
     return FolderSource(Path(name).expanduser(), split, name)
 
 
@@ -166,30 +177,77 @@ def pixel_batches(
     """As `image_batches`, but the pixels: uint8 (B, H, W, 3) and labels int64 (B,)."""
     num_views = len(views) if views else 1
     rows = np.arange(len(source) * num_views) if indices is None else np.asarray(indices, np.int64)
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    for pixels, kept in row_batches(source, image_shape, batches, views):
+        assert pixels is not None
+        yield pixels, source.labels[kept // num_views]
 
-    def read(neighbours: NDArray[np.int64]) -> list[Pixels]:
+
+def row_batches(
+    source: ImageSource,
+    image_shape: tuple[int, int],
+    batches: Iterable[NDArray[np.int64]],
+    views: Views | None = None,
+    on_bad: Callable[[int, DataError], None] | None = None,
+) -> Iterator[tuple[Pixels | None, NDArray[np.int64]]]:
+    """Batches of given rows, in order; threads read the next ones while the caller works on this one.
+
+    Args:
+        source: Where the images come from.
+        image_shape: Height and width to bring them to.
+        batches: The rows of each batch, as in `image_batches`.
+        views: The views of every image; none is the image alone.
+        on_bad: Called with the index of an image that cannot be read, and why; its rows are then left out. Without it
+            the error is raised.
+
+    Yields:
+        uint8 (B, H, W, 3), or None where no row of a batch is left, and the rows int64 (B,).
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    num_views = len(views) if views else 1
+
+    def read(neighbours: NDArray[np.int64]) -> list[Pixels] | DataError:
         image = int(neighbours[0]) // num_views
-        pixels = source.read(image, image_shape)
-        return [views.apply(pixels, image, int(row) % num_views) if views else pixels for row in neighbours]
+        try:
+            if views is None:
+                return [source.read(image, image_shape)] * len(neighbours)
+            return views.render(source, image, image_shape, (neighbours % num_views).tolist())
+        except DataError as error:
+            if on_bad is None:
+                raise
+            return error
 
     def tasks(batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Neighbouring rows of one image together, so that its file is decoded once for all of its views."""
         return np.split(batch, np.flatnonzero(np.diff(batch // num_views)) + 1)
 
+    def gather(batch: NDArray[np.int64], results: Iterable[list[Pixels] | DataError]) -> tuple[Pixels | None, Any]:
+        pixels, kept = [], []
+        for task, result in zip(tasks(batch), results, strict=True):
+            if isinstance(result, DataError):
+                assert on_bad is not None
+                on_bad(int(task[0]) // num_views, result)
+            else:
+                pixels += result
+                kept.append(task)
+        return (np.stack(pixels), np.concatenate(kept)) if pixels else (None, batch[:0])
+
     if source.in_memory:
         for batch in batches:
-            yield np.stack([view for task in tasks(batch) for view in read(task)]), source.labels[batch // num_views]
+            yield gather(batch, map(read, tasks(batch)))
         return
     pool = ThreadPoolExecutor(reading_threads())
     try:
-        waiting: deque[list[Future[list[Pixels]]]] = deque()
-        for number, batch in enumerate(batches):
-            while number + len(waiting) < len(batches) and len(waiting) < BATCHES_AHEAD:
-                waiting.append([pool.submit(read, task) for task in tasks(batches[number + len(waiting)])])
-            yield (
-                np.stack([view for future in waiting.popleft() for view in future.result()]),
-                source.labels[batch // num_views],
-            )
+        waiting: deque[tuple[NDArray[np.int64], list[Future[list[Pixels] | DataError]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, [pool.submit(read, task) for task in tasks(batch)]))
+            if len(waiting) >= BATCHES_AHEAD:
+                first, futures = waiting.popleft()
+                yield gather(first, (future.result() for future in futures))
+        while waiting:
+            first, futures = waiting.popleft()
+            yield gather(first, (future.result() for future in futures))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -17,8 +17,11 @@ from mvar_core.files import read_json, sha256_of_file
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 ITEMS = "items.txt"
-OWN_FILES = (MANIFEST, PARTIAL, ITEMS, "tokens-*.npy", "labels-*.npy")
-VERSION = 1
+"""Names of all images in caches of version 1; since then each shard has its own."""
+RECEIPTS = "shard-*.json"
+OWN_FILES = (MANIFEST, PARTIAL, ITEMS, RECEIPTS, "tokens-*.npy", "labels-*.npy", "names-*.txt")
+VERSION = 2
+READABLE = (1, 2)
 
 
 class _Record(BaseModel):
@@ -50,15 +53,43 @@ class FileEntry(_Record):
 
 
 class Shard(_Record):
-    """Some consecutive images of a cache: tokens (images, views, L) and labels (images)."""
+    """Some consecutive images of a cache: tokens (images, views, L), labels (images), names (a line for each image).
+
+    Attributes:
+        images: Images in the shard.
+        tokens: The file of their tokens.
+        labels: The file of their labels.
+        names: The file of their names; None in caches of version 1.
+        skipped: Names of images that could not be read and were left out.
+    """
 
     images: int
     tokens: FileEntry
     labels: FileEntry
+    names: FileEntry | None = None
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All of the shard's files."""
+        return (self.tokens, self.labels, *((self.names,) if self.names else ()))
 
     def problem(self, directory: Path, verify: bool) -> str | None:
         """What is wrong with the shard's files, or None."""
-        return self.tokens.problem(directory, verify) or self.labels.problem(directory, verify)
+        return next((problem for file in self.files if (problem := file.problem(directory, verify))), None)
+
+    @staticmethod
+    def receipt(directory: Path, number: int) -> Path:
+        """The file that says, while a cache is being written, that a shard is whole."""
+        return directory / f"shard-{number:05d}.json"
+
+    @classmethod
+    def read(cls, path: Path) -> Shard | None:
+        """A shard's receipt, or None where there is none that can be read."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
 
 
 class Manifest(_Record):
@@ -70,15 +101,16 @@ class Manifest(_Record):
         codebook_size: V; every token is below it.
         image_size: Side, or (height, width), of the images that were encoded.
         class_names: One name per label.
-        images: Number of images, N.
+        images: Number of images, N, without those that were left out.
+        skipped: How many images were left out because they could not be read.
         views: Views per image.
         view_names: What each view is.
         data: The settings of the views.
         seed: Seed of the augmented views.
         dtype: Of the tokens: the smallest unsigned type.
         source: Name and split of the images, as typed.
-        fingerprint: SHA-256 over names, labels and sizes of all images; the names are in items.txt, one per line.
-        images_per_shard: Images in every shard but the last.
+        fingerprint: SHA-256 over names, labels and sizes of all images.
+        images_per_shard: Images of the source in every shard but the last.
         shards: The files, in order.
     """
 
@@ -90,6 +122,7 @@ class Manifest(_Record):
     image_size: PatchSize
     class_names: tuple[str, ...]
     images: int
+    skipped: int = 0
     views: int
     view_names: tuple[str, ...]
     data: DataConfig
@@ -110,9 +143,10 @@ class Manifest(_Record):
         values = read_json(path)
         if not isinstance(values, Mapping) or values.get("format") != "mvar-token-cache":
             raise DataError(f"{path} is not the manifest of a token cache.")
-        if values.get("version") != VERSION:
+        if values.get("version") not in READABLE:
             raise DataError(
-                f"{path} has format version {values.get('version')}; this mvar reads version {VERSION}.",
+                f"{path} has format version {values.get('version')}; this mvar reads versions"
+                f" {' and '.join(map(str, READABLE))}.",
                 "Install the mvar that wrote it, or make the cache again with `mvar tokenize`.",
             )
         try:
@@ -130,13 +164,14 @@ class Manifest(_Record):
     def differences(self, asked: Manifest) -> str:
         """How this cache's settings differ from those asked for, in words; empty where they are equal.
 
-        The files and the name of the source do not count: the same images may lie elsewhere now.
+        The files, images left out and the name of the source do not count: the same images may lie elsewhere now.
         """
         there, here = self.to_json(), asked.to_json()
+        there["images"] += self.skipped
         return "; ".join(
             f"{key} is {_short(there[key])} there, {_short(here[key])} asked"
             for key in there
-            if key not in ("shards", "source") and there[key] != here[key]
+            if key not in ("shards", "source", "version", "skipped") and there[key] != here[key]
         )
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from mvar_core.data.transforms import Pixels, cut
+from mvar_core.data.decoding import check_stored, decode_rgb
+from mvar_core.data.transforms import Pixels, cut, random_resized_crop, resize_and_crop
+
+CHECKED_AT_ONCE = 4096
+"""Images whose checks wait in line at a time: a thread pool keeps something for each of them."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of things done and the total."""
@@ -81,8 +88,31 @@ class ImageSource(ABC):
         height, width = (round(side / max(part, 0.1)) for side in image_shape)
         return cut(self.read(index, (height, width)), image_shape, random)
 
-    def check(self, progress: Progress | None = None) -> None:  # noqa: B027 - nothing to check is a fair default
+    def read_crops(
+        self,
+        index: int,
+        image_shape: tuple[int, int],
+        smallest: float,
+        randoms: Sequence[np.random.Generator | None],
+    ) -> list[Pixels]:
+        """Several crops of one image: what `read` gives where `randoms` has None, else what `random_crop` gives.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        return [
+            self.read(index, image_shape) if random is None else self.random_crop(index, image_shape, smallest, random)
+            for random in randoms
+        ]
+
+    def check(  # noqa: B027 - nothing to check is a fair default
+        self, progress: Progress | None = None, indices: Sequence[int] | None = None
+    ) -> None:
         """Look for images that cannot be read before slow work starts.
+
+        Args:
+            progress: Called with images checked and images to check.
+            indices: Which images; all by default.
 
         Raises:
             DataError: An image is damaged, or is not an image.
@@ -98,3 +128,88 @@ class ImageSource(ABC):
         for index, (name, label) in enumerate(zip(self.item_names, self.labels, strict=True)):
             digest.update(f"\n{name}\t{label}\t{self.item_bytes(index)}".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+class StoredSource(ImageSource):
+    """Images that are stored as files of any size, on their own or within larger files."""
+
+    @abstractmethod
+    def open(self, index: int) -> IO[bytes]:
+        """The file of an image, open for reading."""
+
+    def where(self, index: int) -> str:
+        """What messages call an image."""
+        return self.item_names[index]
+
+    def picture(self, index: int) -> Image.Image:
+        """One whole image, RGB and upright.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        return decode_rgb(lambda: self.open(index), self.where(index))
+
+    def stored_shape(self, index: int) -> tuple[int, int]:
+        """Height and width of an image where it is stored, from its header.
+
+        Raises:
+            DataError: The image is missing, cut off short, or not an image.
+        """
+        return check_stored(lambda: self.open(index), self.where(index))
+
+    def stored_shapes(self, indices: Iterable[int], progress: Progress | None = None) -> list[tuple[int, int]]:
+        """Height and width of many images; every header is read, and the end of every file looked for.
+
+        Raises:
+            DataError: An image is missing, cut off short, or not an image.
+        """
+        chosen = list(indices)
+        shapes = []
+        with ThreadPoolExecutor(reading_threads()) as pool:
+            try:
+                for start in range(0, len(chosen), CHECKED_AT_ONCE):
+                    for shape in pool.map(self.stored_shape, chosen[start : start + CHECKED_AT_ONCE]):
+                        shapes.append(shape)
+                        if progress is not None:
+                            progress(len(shapes), len(chosen))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return shapes
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of an image's stored bytes."""
+        digest = hashlib.sha256()
+        with self.open(index) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
+        """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
+        return np.asarray(resize_and_crop(self.picture(index), image_shape))
+
+    def random_crop(
+        self, index: int, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
+    ) -> Pixels:
+        """A random crop of the whole picture, resized to `image_shape`: uint8 (H, W, 3)."""
+        return random_resized_crop(self.picture(index), image_shape, smallest, random)
+
+    def read_crops(
+        self,
+        index: int,
+        image_shape: tuple[int, int],
+        smallest: float,
+        randoms: Sequence[np.random.Generator | None],
+    ) -> list[Pixels]:
+        """Several crops of one image, which is decoded once."""
+        picture = self.picture(index)
+        return [
+            np.asarray(resize_and_crop(picture, image_shape))
+            if random is None
+            else random_resized_crop(picture, image_shape, smallest, random)
+            for random in randoms
+        ]
+
+    def check(self, progress: Progress | None = None, indices: Sequence[int] | None = None) -> None:
+        """Open images, read their headers and look whether their ends are there."""
+        self.stored_shapes(range(len(self)) if indices is None else indices, progress)

@@ -1,30 +1,44 @@
-"""The token cache: every view of every image as token indices, in shards that training reads through memory maps."""
+"""Writing a token cache: every view of every image as token indices, in shards that any number of processes make.
+
+A shard is done when its receipt is there, which is written after its files; the manifest is written when all receipts
+are. Every file appears whole under its name. So a run that was stopped at any moment goes on where it stopped, and what
+it leaves behind does not depend on when it was stopped or on how many processes shared the work.
+"""
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core.config import DataConfig, ModelConfig
-from mvar_core.data.images import image_batches
-from mvar_core.data.manifest import ITEMS, MANIFEST, OWN_FILES, PARTIAL, FileEntry, Manifest, Shard, smallest_unsigned
+from mvar_core.data.images import row_batches
+from mvar_core.data.manifest import (
+    MANIFEST,
+    OWN_FILES,
+    PARTIAL,
+    RECEIPTS,
+    FileEntry,
+    Manifest,
+    Shard,
+    smallest_unsigned,
+)
 from mvar_core.data.sources import ImageSource, Progress
+from mvar_core.data.token_cache import TokenCache
 from mvar_core.data.transforms import Views
+from mvar_core.data.work import CacheSummary, Tally, Work, default_shard
 from mvar_core.errors import DataError
-from mvar_core.files import atomic_path, require_new_directory, write_json, write_text
-from mvar_core.scales import ScalePyramid
+from mvar_core.files import atomic_path, require_new_directory, write_json
+from mvar_core.pixels import from_uint8
 
-SHARD_BYTES = 32 * 2**20
-LARGEST_SHARD = 65_536
+__all__ = ["CacheSummary", "CacheWriter", "Encode", "TokenCache", "Work", "write_token_cache"]
 
 logger = logging.getLogger("mvar")
 
@@ -32,21 +46,251 @@ Encode = Callable[[Tensor], Tensor]
 """Images float32 (B, 3, H, W) in [-1, 1] → tokens (B, L), integers."""
 
 
-@dataclass(frozen=True)
-class CacheSummary:
-    """What `write_token_cache` leaves behind.
+class CacheWriter:
+    """Encodes all views of all images into a token cache, alone or as one of several processes.
 
-    Attributes:
-        images: Images in the cache.
-        views: Views per image.
-        bytes: Size of its tokens and labels.
-        encoded: Images encoded by this call; the others were there already.
+    One process calls `prepare` and hands the result to all; each calls `check` and `write`; the first calls `finish`,
+    which waits for the others' shards. They must see the same directory.
+
+    Args:
+        out: The cache's directory.
+        source: The images.
+        encode: The tokenizer.
+        config: The model, for its pyramid, codebook and image size.
+        tokenizer_hash: SHA-256 of the tokenizer's weights.
+        data: Which views.
+        seed: Seed of random crops and augmented views.
+        batch_size: Views per call of `encode`. No batch spans two shards.
+        images_per_shard: Images in a shard; by default those of the cache that is there, else so many that a shard is
+            some tens of megabytes, and fewer where the images are few.
+        skip_bad: Leave out images that cannot be read instead of raising an error.
     """
 
-    images: int
-    views: int
-    bytes: int
-    encoded: int
+    def __init__(
+        self,
+        out: Path,
+        source: ImageSource,
+        encode: Encode,
+        *,
+        config: ModelConfig,
+        tokenizer_hash: str,
+        data: DataConfig,
+        seed: int = 0,
+        batch_size: int = 64,
+        images_per_shard: int | None = None,
+        skip_bad: bool = False,
+    ):
+        self.out = out
+        self.source = source
+        self.encode = encode
+        self.config = config
+        self.tokenizer_hash = tokenizer_hash
+        self.data = data
+        self.seed = seed
+        self.batch_size = batch_size
+        self.images_per_shard = images_per_shard
+        self.skip_bad = skip_bad
+        self.views = Views(data, seed)
+        self.dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)
+
+    def prepare(self, overwrite: bool = False) -> Work:
+        """Look at what is there, make room, and say what is left to do.
+
+        Args:
+            overwrite: Replace a complete cache, one of other settings, or write beside files that are not a cache's.
+
+        Raises:
+            DataError: `out` holds something else, or a cache of other settings.
+        """
+        asked = self._asked()
+        there = self._there(asked, overwrite)
+        if there is None:
+            for pattern in OWN_FILES:
+                _remove(self.out, pattern)
+        for pattern in OWN_FILES:
+            _remove(self.out, f".{pattern}.*.tmp")  # left by a process that was killed
+        manifest = there or asked
+        if (self.out / MANIFEST).exists():
+            self._clean()
+            return Work(manifest.images, manifest.images_per_shard, ())
+        if there is None:
+            write_json(self.out / PARTIAL, manifest.to_json())
+        work = Work(len(self.source), manifest.images_per_shard, ())
+        pending = []
+        for number in range(work.num_shards):
+            shard = Shard.read(Shard.receipt(self.out, number))
+            if shard is None or shard.problem(self.out, verify=True):
+                Shard.receipt(self.out, number).unlink(missing_ok=True)
+                pending.append(number)
+        work = replace(work, pending=tuple(pending))
+        if work.images < work.total:
+            logger.info("%s: going on after %d of %d images.", self.out, work.total - work.images, work.total)
+        return work
+
+    def check(self, work: Work, rank: int = 0, count: int = 1, progress: Progress | None = None) -> None:
+        """Look for damaged images among those that this process will encode, unless they may be left out.
+
+        Raises:
+            DataError: An image cannot be read, or `out` is not the directory that was prepared.
+        """
+        if work.pending and not (self.out / PARTIAL).exists():
+            raise DataError(
+                f"{self.out} was prepared by process 0, and process {rank} does not see it.",
+                "Give an --out on storage that all machines share.",
+            )
+        if not self.skip_bad and work.pending:
+            shards = [work.images_of(number) for number in work.of(rank, count)]
+            self.source.check(progress, [image for images in shards for image in images])
+
+    def write(self, work: Work, rank: int = 0, count: int = 1, progress: Progress | None = None) -> None:
+        """Encode and write this process's shards.
+
+        Args:
+            work: From `prepare`.
+            rank: Number of this process.
+            count: How many there are.
+            progress: Called with images done, by all processes as far as is known, and images in all.
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        numbers = work.of(rank, count)
+        views = len(self.views)
+        bad: dict[int, DataError] = {}
+        tally = Tally(self.out, work, numbers, progress)
+        batches = row_batches(
+            self.source,
+            self.config.image_shape,
+            (rows for number in numbers for rows in self._batches(work.images_of(number))),
+            self.views,
+            bad.__setitem__ if self.skip_bad else None,
+        )
+        for number in numbers:
+            images = work.images_of(number)
+            tokens = np.empty((len(images) * views, self.config.pyramid.num_tokens), self.dtype)
+            filled = 0
+            for _ in self._batches(images):
+                pixels, rows = next(batches)
+                if pixels is not None:
+                    tokens[filled : filled + len(rows)] = self._encoded(from_uint8(pixels))
+                    filled += len(rows)
+                tally.report(filled // views)
+            kept = [image for image in images if image not in bad]
+            for image in filter(bad.__contains__, images):
+                logger.warning("Left out: %s", bad[image].message)
+            self._write_shard(number, tokens[:filled].reshape(len(kept), views, -1), kept, images)
+            tally.add(len(kept))
+
+    def finish(self, work: Work) -> CacheSummary:
+        """Wait for all shards and complete the cache with its manifest.
+
+        Raises:
+            DataError: No image could be read.
+        """
+        if (self.out / MANIFEST).exists():
+            return CacheSummary.of(Manifest.read(self.out / MANIFEST), 0)
+        for number in work.pending:
+            while not Shard.receipt(self.out, number).exists():
+                time.sleep(0.2)
+        found = [Shard.read(Shard.receipt(self.out, number)) for number in range(work.num_shards)]
+        shards = tuple(shard for shard in found if shard is not None)
+        assert len(shards) == work.num_shards
+        images = sum(shard.images for shard in shards)
+        if not images:
+            raise DataError(f"None of the {len(self.source)} images of {self.source.name} could be read.")
+        asked = self._asked()
+        update = {"images": images, "skipped": asked.images - images, "shards": shards}
+        manifest = asked.model_copy(update={**update, "images_per_shard": work.images_per_shard})
+        write_json(self.out / MANIFEST, manifest.to_json())
+        self._clean()
+        return CacheSummary.of(manifest, work.images)
+
+    def wait(self) -> None:
+        """Wait until another process has completed the cache."""
+        while not (self.out / MANIFEST).exists():
+            time.sleep(0.2)
+
+    def _asked(self) -> Manifest:
+        bytes_per_image = len(self.views) * self.config.pyramid.num_tokens * self.dtype.itemsize
+        return Manifest(
+            tokenizer_hash=self.tokenizer_hash,
+            patch_sizes=self.config.pyramid.patch_sizes,
+            codebook_size=self.config.tokenizer.codebook_size,
+            image_size=self.config.image_size,
+            class_names=self.source.class_names,
+            images=len(self.source),
+            views=len(self.views),
+            view_names=self.views.names,
+            data=self.data,
+            seed=self.seed,
+            dtype=self.dtype.name,
+            source=f"{self.source.name}:{self.source.split}",
+            fingerprint=self.source.fingerprint(),
+            images_per_shard=self.images_per_shard or default_shard(bytes_per_image, len(self.source)),
+        )
+
+    def _there(self, asked: Manifest, overwrite: bool) -> Manifest | None:
+        """The manifest of the complete or unfinished cache that is gone on with; None starts anew."""
+        complete, unfinished = (self.out / MANIFEST).exists(), (self.out / PARTIAL).exists()
+        if not complete and not unfinished:
+            require_new_directory(self.out, overwrite)
+            return None
+        if complete and overwrite:
+            return None
+        try:
+            there = TokenCache.open(self.out).manifest if complete else Manifest.read(self.out / PARTIAL)
+            if not complete and there.version != asked.version:
+                raise DataError(f"{self.out} holds an unfinished token cache of an earlier version of mvar.")
+            if self.images_per_shard is None:
+                asked = asked.model_copy(update={"images_per_shard": there.images_per_shard})
+            if differences := there.differences(asked):
+                kind = "a token cache" if complete else "an unfinished token cache"
+                raise DataError(f"{self.out} holds {kind} made with other settings: {differences}.")
+        except DataError as error:
+            if not overwrite:
+                raise DataError(error.message, "Choose another --out, or add --overwrite to replace it.") from None
+            return None
+        return there
+
+    def _clean(self) -> None:
+        """Remove what only an unfinished cache needs."""
+        _remove(self.out, RECEIPTS)
+        (self.out / PARTIAL).unlink(missing_ok=True)
+
+    def _batches(self, images: range) -> Iterator[NDArray[np.int64]]:
+        start, stop = images.start * len(self.views), images.stop * len(self.views)
+        for first in range(start, stop, self.batch_size):
+            yield np.arange(first, min(first + self.batch_size, stop))
+
+    def _encoded(self, images: Tensor) -> NDArray[np.integer]:
+        tokens: NDArray[np.integer] = self.encode(images).cpu().numpy()
+        expected = (len(images), self.config.pyramid.num_tokens)
+        if tokens.shape != expected or tokens.min() < 0 or tokens.max() >= self.config.tokenizer.codebook_size:
+            raise DataError(
+                f"The tokenizer gave {tokens.shape} tokens from {tokens.min()} to {tokens.max()}; expected {expected}"
+                f" below {self.config.tokenizer.codebook_size}.",
+                "Its weights do not fit its config.json.",
+            )
+        return tokens
+
+    def _write_shard(self, number: int, tokens: NDArray[np.unsignedinteger], kept: list[int], images: range) -> None:
+        names = self.source.item_names
+        labels = self.source.labels[kept].astype(smallest_unsigned(len(self.source.class_names) - 1))
+        entries = {}
+        for kind, array in (("tokens", tokens), ("labels", labels)):
+            path = self.out / f"{kind}-{number:05d}.npy"
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, array)
+                _to_disk(file.fileno())
+            entries[kind] = FileEntry.of(path)
+        path = self.out / f"names-{number:05d}.txt"
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as text:
+            text.writelines(f"{_line(names[image])}\n" for image in kept)
+            _to_disk(text.fileno())
+        kept_set = set(kept)
+        skipped = tuple(_line(names[image]) for image in images if image not in kept_set)
+        shard = Shard(images=len(kept), **entries, names=FileEntry.of(path), skipped=skipped)
+        write_json(Shard.receipt(self.out, number), shard.model_dump(mode="json"))
 
 
 def write_token_cache(
@@ -60,306 +304,46 @@ def write_token_cache(
     seed: int = 0,
     batch_size: int = 64,
     images_per_shard: int | None = None,
+    skip_bad: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CacheSummary:
-    """Encode all views of all images into a token cache.
+    """Encode all views of all images into a token cache in this process alone; the arguments are `CacheWriter`'s.
 
     Finished shards are kept: the same call again goes on where it was interrupted, and leaves a complete cache of the
-    same settings as it is. No batch spans two shards, so that an interruption changes nothing in the files.
-
-    Args:
-        out: The cache's directory.
-        source: The images.
-        encode: The tokenizer.
-        config: The model, for its pyramid, codebook and image size.
-        tokenizer_hash: SHA-256 of the tokenizer's weights file.
-        data: Which views.
-        seed: Seed of the augmented views.
-        batch_size: Views per call of `encode`.
-        images_per_shard: Images in a shard; by default so many that a shard is some tens of megabytes.
-        overwrite: Replace a complete cache, one of other settings, or write beside files that are not a cache's.
-        progress: Called with images done and images in all, after every batch.
+    same settings as it is.
 
     Raises:
         DataError: `out` holds something else, or an image cannot be read.
     """
-    views = Views(data, seed)
-    dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)
-    asked = Manifest(
+    writer = CacheWriter(
+        out,
+        source,
+        encode,
+        config=config,
         tokenizer_hash=tokenizer_hash,
-        patch_sizes=config.pyramid.patch_sizes,
-        codebook_size=config.tokenizer.codebook_size,
-        image_size=config.image_size,
-        class_names=source.class_names,
-        images=len(source),
-        views=len(views),
-        view_names=views.names,
         data=data,
         seed=seed,
-        dtype=dtype.name,
-        source=f"{source.name}:{source.split}",
-        fingerprint=source.fingerprint(),
-        images_per_shard=images_per_shard or _default_shard(len(views) * config.pyramid.num_tokens * dtype.itemsize),
+        batch_size=batch_size,
+        images_per_shard=images_per_shard,
+        skip_bad=skip_bad,
     )
-    manifest = _start(out, asked, overwrite)
-    if (out / MANIFEST).exists():
-        return _summary(manifest, 0)
-    done = sum(shard.images for shard in manifest.shards)
-    if done:
-        logger.info("%s: going on after %d of %d images.", out, done, len(source))
-    if done < len(source):
-        source.check()
-    write_text(out / ITEMS, "".join(f"{_line(name)}\n" for name in source.item_names))
-    write_json(out / PARTIAL, manifest.to_json())
-    for start in range(done, len(source), asked.images_per_shard):
-        images = range(start, min(start + asked.images_per_shard, len(source)))
-
-        def report(encoded: int, start: int = start) -> None:
-            if progress is not None:
-                progress(start + encoded // len(views), len(source))
-
-        shard = np.empty((len(images) * len(views), config.pyramid.num_tokens), dtype)
-        _encode_into(shard, source, encode, config, images, views, batch_size, report)
-        entries = _write_shard(out, len(manifest.shards), shard.reshape(len(images), len(views), -1), source, images)
-        manifest = manifest.model_copy(update={"shards": (*manifest.shards, entries)})
-        write_json(out / PARTIAL, manifest.to_json())
-    write_json(out / MANIFEST, manifest.to_json())
-    (out / PARTIAL).unlink()
-    return _summary(manifest, len(source) - done)
-
-
-class TokenCache:
-    """A complete token cache, read through memory maps.
-
-    Row r is view r % num_views of image r // num_views.
-
-    Attributes:
-        path: The cache's directory.
-        manifest: What it holds and what it was made from.
-    """
-
-    def __init__(self, path: Path, manifest: Manifest):
-        self.path = path
-        self.manifest = manifest
-        self.pyramid = ScalePyramid.from_patch_sizes(manifest.patch_sizes)
-        self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
-        self._tokens = [self._map(shard) for shard in manifest.shards]
-        labels = [np.load(path / shard.labels.file) for shard in manifest.shards]
-        self.labels: NDArray[np.int64] = np.concatenate(labels).astype(np.int64)
-
-    @classmethod
-    def open(cls, path: Path, verify: bool = False) -> TokenCache:
-        """Open a cache after checking that its files are there and have the right sizes.
-
-        Args:
-            path: The cache's directory.
-            verify: Also compare the files' hashes, which reads all of them.
-
-        Raises:
-            DataError: Not a token cache, an unfinished one, or one with missing, shortened or changed files.
-        """
-        if not path.is_dir():
-            raise DataError(
-                f"{path} {'is not a directory' if path.exists() else 'does not exist'}; expected a token cache.",
-                "Make one with `mvar tokenize --checkpoint TOKENIZER --data IMAGES --out DIRECTORY`.",
-            )
-        if not (path / MANIFEST).exists():
-            if (path / PARTIAL).exists():
-                partial = Manifest.read(path / PARTIAL)
-                done = sum(shard.images for shard in partial.shards)
-                raise DataError(
-                    f"{path} is not finished: {done} of {partial.images} images are encoded.",
-                    "Run the same `mvar tokenize` command again; it goes on from there.",
-                )
-            raise DataError(
-                f"{path} is not a token cache: it has no {MANIFEST}.",
-                "Make one with `mvar tokenize --checkpoint TOKENIZER --data IMAGES --out DIRECTORY`.",
-            )
-        manifest = Manifest.read(path / MANIFEST)
-        for shard in manifest.shards:
-            if problem := shard.problem(path, verify):
-                raise DataError(f"The token cache is damaged: {problem}.", f"Make it again: {_command(path, manifest)}")
-        return cls(path, manifest)
-
-    @property
-    def num_images(self) -> int:
-        """Number of images."""
-        return self.manifest.images
-
-    @property
-    def num_views(self) -> int:
-        """Views per image."""
-        return self.manifest.views
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name per label."""
-        return self.manifest.class_names
-
-    def __len__(self) -> int:
-        return self.num_images * self.num_views
-
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The tokens and labels of some rows.
-
-        Args:
-            rows: Row numbers, B of them, in any order.
-
-        Returns:
-            Tokens int64 (B, L) and labels int64 (B,).
-
-        Raises:
-            IndexError: A row that the cache does not have.
-        """
-        chosen = np.asarray(rows, np.int64)
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
-            raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
-        images, views = np.divmod(chosen, self.num_views)
-        shards = np.searchsorted(self._starts, images, side="right") - 1
-        tokens = np.empty((len(chosen), self.pyramid.num_tokens), np.int64)
-        for shard in np.unique(shards):
-            here = shards == shard
-            tokens[here] = self._tokens[shard][images[here] - self._starts[shard], views[here]]
-        return torch.from_numpy(tokens), torch.from_numpy(self.labels[images])
-
-    def item_name(self, row: int) -> str:
-        """Path or id of the image that a row was made from."""
-        return self._items[row // self.num_views]
-
-    def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
-        """Refuse a cache whose tokens mean something else to this model.
-
-        Args:
-            tokenizer_hash: SHA-256 of the model's tokenizer weights.
-            pyramid: The model's pyramid.
-
-        Raises:
-            DataError: The cache was made by another tokenizer, or for another pyramid.
-        """
-        hint = f"Make a cache with this tokenizer: {_command(self.path, self.manifest)}"
-        if self.manifest.tokenizer_hash != tokenizer_hash:
-            raise DataError(
-                f"{self.path} was made by another tokenizer: {self.manifest.tokenizer_hash} there, {tokenizer_hash}"
-                " in this model.",
-                hint,
-            )
-        if self.pyramid.patch_sizes != pyramid.patch_sizes:
-            raise DataError(
-                f"{self.path} was made for another pyramid: {_sides(self.pyramid)} there, {_sides(pyramid)} in this"
-                " model.",
-                hint,
-            )
-
-    @cached_property
-    def _items(self) -> list[str]:
-        return (self.path / ITEMS).read_text(encoding="utf-8").split("\n")
-
-    def _map(self, shard: Shard) -> NDArray[np.unsignedinteger]:
-        path = self.path / shard.tokens.file
-        try:
-            tokens: NDArray[np.unsignedinteger] = np.load(path, mmap_mode="r")
-        except ValueError as error:
-            raise DataError(f"{path} is not a numpy array: {error}.") from None
-        expected = (shard.images, self.num_views, self.pyramid.num_tokens)
-        if tokens.shape != expected or tokens.dtype.name != self.manifest.dtype:
-            raise DataError(
-                f"{path} holds {tokens.dtype} {tokens.shape}; its manifest says {self.manifest.dtype} {expected}."
-            )
-        return tokens
-
-
-def _start(out: Path, asked: Manifest, overwrite: bool) -> Manifest:
-    """The manifest to go on from: of a complete cache, of an unfinished one, or the one asked for, without shards."""
-    complete, unfinished = (out / MANIFEST).exists(), (out / PARTIAL).exists()
-    if not complete and not unfinished:
-        require_new_directory(out, overwrite)
-    elif not (complete and overwrite):
-        try:
-            there = TokenCache.open(out).manifest if complete else Manifest.read(out / PARTIAL)
-            if differences := there.differences(asked):
-                kind = "a token cache" if complete else "an unfinished token cache"
-                raise DataError(f"{out} holds {kind} made with other settings: {differences}.")
-        except DataError as error:
-            if not overwrite:
-                raise DataError(error.message, "Choose another --out, or add --overwrite to replace it.") from None
-        else:
-            return there if complete else there.model_copy(update={"shards": _whole_shards(out, there)})
-    for pattern in OWN_FILES:
-        _remove(out, pattern)
-        _remove(out, f".{pattern}.*.tmp")
-    return asked
-
-
-def _whole_shards(out: Path, manifest: Manifest) -> tuple[Shard, ...]:
-    """The shards of an unfinished cache, up to the first that is damaged; leftovers of a killed process are removed."""
-    for pattern in OWN_FILES:
-        _remove(out, f".{pattern}.*.tmp")
-    return tuple(itertools.takewhile(lambda shard: shard.problem(out, verify=True) is None, manifest.shards))
+    work = writer.prepare(overwrite)
+    writer.check(work)
+    writer.write(work, progress=progress)
+    return writer.finish(work)
 
 
 def _remove(out: Path, pattern: str) -> None:
     for path in out.glob(pattern):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
-def _encode_into(
-    shard: NDArray[np.unsignedinteger],
-    source: ImageSource,
-    encode: Encode,
-    config: ModelConfig,
-    images: range,
-    views: Views,
-    batch_size: int,
-    report: Callable[[int], None],
-) -> None:
-    """Fill (images · views, L) with tokens."""
-    rows = np.arange(images.start * len(views), images.stop * len(views))
-    filled = 0
-    for pixels, _ in image_batches(source, config.image_shape, rows, batch_size, views):
-        tokens = encode(pixels).cpu().numpy()
-        expected = (len(pixels), config.pyramid.num_tokens)
-        if tokens.shape != expected or tokens.min() < 0 or tokens.max() >= config.tokenizer.codebook_size:
-            raise DataError(
-                f"The tokenizer gave {tokens.shape} tokens from {tokens.min()} to {tokens.max()}; expected {expected}"
-                f" below {config.tokenizer.codebook_size}.",
-                "Its weights do not fit its config.json.",
-            )
-        shard[filled : filled + len(tokens)] = tokens
-        filled += len(tokens)
-        report(filled)
-
-
-def _write_shard(
-    out: Path, number: int, tokens: NDArray[np.unsignedinteger], source: ImageSource, images: range
-) -> Shard:
-    labels = source.labels[images.start : images.stop].astype(smallest_unsigned(len(source.class_names) - 1))
-    paths = [out / f"{kind}-{number:05d}.npy" for kind in ("tokens", "labels")]
-    for path, array in zip(paths, (tokens, labels), strict=True):
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, array)
-    return Shard(images=len(images), tokens=FileEntry.of(paths[0]), labels=FileEntry.of(paths[1]))
+def _to_disk(handle: int) -> None:
+    """A receipt must not survive a power cut that its files do not survive."""
+    os.fsync(handle)
 
 
 def _line(name: str) -> str:
     """A file's name as one line of UTF-8, whatever bytes it has."""
     return name.replace("\n", "\\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _default_shard(bytes_per_image: int) -> int:
-    images = min(max(SHARD_BYTES // bytes_per_image, 1), LARGEST_SHARD)
-    return 1 << (images.bit_length() - 1)
-
-
-def _summary(manifest: Manifest, encoded: int) -> CacheSummary:
-    size = sum(shard.tokens.bytes + shard.labels.bytes for shard in manifest.shards)
-    return CacheSummary(manifest.images, manifest.views, size, encoded)
-
-
-def _command(path: Path, manifest: Manifest) -> str:
-    flip = " --flip" if manifest.data.flip else ""
-    return f"mvar tokenize --checkpoint TOKENIZER --data {manifest.source}{flip} --out {path} --overwrite"
-
-
-def _sides(pyramid: ScalePyramid) -> str:
-    return ",".join(map(str, pyramid.patch_sizes))

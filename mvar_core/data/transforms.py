@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,8 @@ from PIL import Image
 from mvar_core.config import DataConfig
 
 Pixels = NDArray[np.uint8]
+
+_CROPS = 0xC0  # sets the stream of random crops apart from that of the affine changes
 
 
 def resize_and_crop(image: Image.Image, image_shape: tuple[int, int]) -> Image.Image:
@@ -72,30 +76,67 @@ def cut(image: Pixels, image_shape: tuple[int, int], random: np.random.Generator
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-class Views:
-    """The views of every image that become training data: the image, its mirror image, and small affine changes.
+class CropSource(Protocol):
+    """Where `Views.render` has its images from; `ImageSource` is one."""
 
-    View 0 is the image as it is. A flip follows if the configuration asks for it, then `augmented_views` views with a
-    random shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image.
-    What lies outside the image repeats its edge. A view depends on (seed, image index, view) alone.
+    def read_crops(
+        self,
+        index: int,
+        image_shape: tuple[int, int],
+        smallest: float,
+        randoms: Sequence[np.random.Generator | None],
+    ) -> list[Pixels]:
+        """The centre crop of an image for every None, else a random crop."""
+        ...
+
+
+class Views:
+    """The views of every image that become training data: crops, their mirror images, and small affine changes.
+
+    View 0 is the image's centre crop as it is. Its mirror image follows if the configuration asks for flips, then
+    `crops` - 1 random crops, each with its mirror image, then `augmented_views` views of the centre crop with a random
+    shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image. What lies
+    outside the image repeats its edge. A view depends on (seed, image index, view) alone.
 
     Args:
         data: Which views, and how large their changes are.
-        seed: Seed of the shifts, rotations and zooms.
+        seed: Seed of the crops, shifts, rotations and zooms.
     """
 
     def __init__(self, data: DataConfig, seed: int = 0):
         self.data = data
         self.seed = seed
         augmented = tuple(f"augmented-{number}" for number in range(1, data.augmented_views + 1))
-        self.names: tuple[str, ...] = ("image", *(("flip",) if data.flip else ()), *augmented)
+        crops = ["image", *(f"crop-{number}" for number in range(1, data.crops))]
+        mirrored = ["flip", *(f"{name}-flip" for name in crops[1:])] if data.flip else []
+        plain = [name for pair in zip(crops, mirrored, strict=True) for name in pair] if mirrored else crops
+        self.names: tuple[str, ...] = (*plain, *augmented)
         self._first_augmented = len(self.names) - len(augmented)
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def render(
+        self, source: CropSource, image_index: int, image_shape: tuple[int, int], views: Sequence[int]
+    ) -> list[Pixels]:
+        """Several views of one image, which is read once: uint8 (H, W, 3) each.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        crops = sorted({self._crop(view) for view in views})
+        randoms = [np.random.default_rng((self.seed, image_index, crop, _CROPS)) if crop else None for crop in crops]
+        pixels = dict(
+            zip(crops, source.read_crops(image_index, image_shape, self.data.crop_scale, randoms), strict=True)
+        )
+        return [self.apply(pixels[self._crop(view)], image_index, view) for view in views]
+
+    def _crop(self, view: int) -> int:
+        """Which crop a view shows; 0 is the centre."""
+        return view // (2 if self.data.flip else 1) if view < self._first_augmented else 0
+
     def apply(self, image: Pixels, image_index: int, view: int) -> Pixels:
-        """One view of an image.
+        """One view of an image, given the crop that it shows.
 
         Args:
             image: uint8 pixels (H, W, 3).
@@ -107,10 +148,8 @@ class Views:
         """
         if not 0 <= view < len(self):
             raise IndexError(f"view {view} of {len(self)}")
-        if view == 0:
-            return image
         if view < self._first_augmented:
-            return np.ascontiguousarray(image[:, ::-1])
+            return np.ascontiguousarray(image[:, ::-1]) if self.data.flip and view % 2 else image
         if self.data.flip and (view - self._first_augmented) % 2:
             image = np.ascontiguousarray(image[:, ::-1])
         uniform = np.random.default_rng((self.seed, image_index, view)).random(4) * 2 - 1

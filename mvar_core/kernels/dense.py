@@ -1,22 +1,24 @@
 """Attention over a scale by PyTorch's scaled_dot_product_attention on all keys, with a mask where there are windows.
 
 Every query meets every key, so time grows with the square of the tokens. A masked key weighs exactly zero, yet its
-value is multiplied: NaN or infinity outside a window spreads into the output.
+value is multiplied: NaN or infinity outside a window spreads into the output. Where a CPU trains, `strips` computes it.
 
 Shapes: B batch, H heads, Q queries, K keys, D head width, N tokens of the scale itself.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
-from mvar_core.scales import AttentionPattern, window_start
+from mvar_core.kernels.strips import WORTHWHILE_NUMBERS, attend_strips
+from mvar_core.kernels.visibility import axis_visibility, visibility_mask
+from mvar_core.scales import AttentionPattern
+
+__all__ = ["BACKEND", "attend_dense", "axis_visibility", "visibility_mask"]
 
 
 def attend_dense(
@@ -27,28 +29,22 @@ def attend_dense(
     scale: float,
 ) -> Float[Tensor, "B H Q D"]:
     """softmax(scale · q kᵀ) v over the keys that `pattern` shows; no mask where the scale is whole."""
+    if _strips_pay(q_BHQD, k_BHKD, v_BHKD, pattern):
+        return attend_strips(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
     mask_QK = visibility_mask(pattern, q_BHQD.device) if pattern.is_windowed else None
     return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_QK, scale=scale)
 
 
-# A model has a handful of windowed scales; the largest published mask (64×64 tokens and prefixes) takes 39 MB.
-@lru_cache(maxsize=16)
-def visibility_mask(pattern: AttentionPattern, device: torch.device) -> Bool[Tensor, "Q K"]:
-    """True where a query sees a key; made once per pattern and device, never to be written to."""
-    # A mask made under inference_mode could not be kept for a later backward pass.
-    with torch.inference_mode(False):
-        height, width = pattern.grid
-        rows = axis_visibility(height, pattern.window_grid.height)
-        columns = axis_visibility(width, pattern.window_grid.width)
-        own_NN = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(pattern.queries, pattern.queries)
-        return F.pad(own_NN, (pattern.prefix_tokens, 0), value=True).to(device)
-
-
-def axis_visibility(side: int, window: int) -> Bool[Tensor, "side side"]:
-    """True where a position on an axis (rows) has another (columns) in its window."""
-    starts = torch.tensor([window_start(position, side, window) for position in range(side)])[:, None]
-    positions = torch.arange(side)[None, :]
-    return (positions >= starts) & (positions < starts + window)
+def _strips_pay(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern) -> bool:
+    """Whether a CPU trains what SDPA is slow at: masks, and in bfloat16 anything, for its backward pass."""
+    return (
+        q_BHQD.device.type == "cpu"
+        and q_BHQD.numel() >= WORTHWHILE_NUMBERS
+        and (pattern.is_windowed or q_BHQD.dtype == torch.bfloat16)
+        and torch.is_grad_enabled()
+        and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _not_chosen(call: AttentionCall) -> str | None:

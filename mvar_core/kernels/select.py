@@ -120,4 +120,5 @@ def _choose(call: AttentionCall) -> Backend:
 
 @lru_cache(maxsize=256)
 def _log_once(message: str) -> None:
-    logger.info(message)
+    if not torch.compiler.is_compiling():  # a log record would break the compiled block in two
+        logger.info(message)

@@ -1,7 +1,7 @@
 """The transformer's block: attention over a scale and the scales it may see, and an MLP, both under AdaLN."""
 
-# Shape suffixes: B batch, L tokens (of all scales that are processed together), C width, H heads, D head width,
-# Q queries and K keys of one scale.
+# Shape suffixes: B batch, L tokens (of all scales that are processed together), l some of them, C width, H heads,
+# D head width, Q queries and K keys of one scale.
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mvar_core.config import TransformerConfig
 from mvar_core.kernels import attend
+from mvar_core.models import training_ops
 from mvar_core.models.linear import RowStableLinear, linear_gelu, row_stable_linear
+from mvar_core.models.training_ops import token_slices
 from mvar_core.scales import AttentionPattern, ScalePyramid
 
 AttentionProbe = Callable[[int, int, Tensor, Tensor, AttentionPattern, float], None]
@@ -119,6 +121,11 @@ class AttentionContext:
         span = self.pyramid.spans[scale]
         return slice(span.start - offset, span.stop - offset)
 
+    def seen_span(self, scale: int) -> slice:
+        """Where those tokens stand there that `scale` sees, its own the last of them."""
+        first = max(self.first_visible[scale], self.scales.start)
+        return slice(self.local_span(first).start, self.local_span(scale).stop)
+
 
 class ScaleAttention(nn.Module):
     """Multi-head self-attention in which each scale sees what its pattern says.
@@ -146,29 +153,37 @@ class ScaleAttention(nn.Module):
         """Attend, scale by scale."""
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
         qkv_BLC = row_stable_linear(x_BLC, self.qkv.weight, bias)
-        q, k, v = qkv_BLC.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BLHD, k_BLHD, v_BLHD = qkv_BLC.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         if self.log_head_scale is not None:
-            scale_H11 = self.log_head_scale.float().clamp(max=MAX_LOG_HEAD_SCALE).exp().view(-1, 1, 1)
-            q = (F.normalize(q.float(), dim=-1) * scale_H11).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        outputs = [self._attend_scale(scale, q, k, v, context) for scale in context.scales]
-        o_BHLD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        return self.projection(o_BHLD.transpose(1, 2).flatten(2))
+            scale_H = self.log_head_scale.float().clamp(max=MAX_LOG_HEAD_SCALE).exp()
+            q_BLHD, k_BLHD = normalised_heads(q_BLHD, scale_H), normalised_heads(k_BLHD, None)
+        own = [context.local_span(scale) for scale in context.scales]
+        seen = [context.seen_span(scale) for scale in context.scales]
+        slices = zip(
+            context.scales,
+            token_slices(q_BLHD, own),
+            token_slices(k_BLHD, seen),
+            token_slices(v_BLHD, seen),
+            strict=True,
+        )
+        outputs = [
+            self._attend_scale(scale, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context).transpose(1, 2)
+            for scale, q, k, v in slices
+        ]
+        o_BLHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.projection(o_BLHD.flatten(2))
 
     def _attend_scale(
-        self, scale: int, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, context: AttentionContext
+        self, scale: int, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, context: AttentionContext
     ) -> Tensor:
-        own = context.local_span(scale)
-        first = context.first_visible[scale]
-        start = context.local_span(max(first, context.scales.start)).start
-        k_BHKD, v_BHKD = k_BHLD[:, :, start : own.stop], v_BHLD[:, :, start : own.stop]
         if context.cache is not None:
-            context.cache.store(self.layer, scale, k_BHLD[:, :, own], v_BHLD[:, :, own])
-            keys, values = context.cache.read(self.layer, range(first, context.scales.start))
+            own = slice(-context.pyramid.grids[scale].tokens, None)
+            context.cache.store(self.layer, scale, k_BHKD[:, :, own], v_BHKD[:, :, own])
+            earlier = range(context.first_visible[scale], context.scales.start)
+            keys, values = context.cache.read(self.layer, earlier)
             if keys:
                 k_BHKD, v_BHKD = torch.cat([*keys, k_BHKD], dim=2), torch.cat([*values, v_BHKD], dim=2)
         pattern = context.patterns[scale]
-        q_BHQD = q_BHLD[:, :, own]
         if context.probe is not None:
             context.probe(self.layer, scale, q_BHQD, k_BHKD, pattern, self.softmax_scale)
         return attend(q_BHQD, k_BHKD, v_BHKD, pattern, scale=self.softmax_scale, backend=context.backend)
@@ -189,8 +204,25 @@ class MLP(nn.Module):
 
 def modulated_norm(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
     """LayerNorm without affine parameters (eps 1e-6), times (1 + scale), plus shift."""
+    if training_ops.pays(x_BLC):
+        return training_ops.modulated_norm(x_BLC, scale_B1C, shift_B1C)
     normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
     return torch.addcmul(shift_B1C, normed, 1 + scale_B1C)
+
+
+def normalised_heads(x_BLHD: Tensor, scale_H: Tensor | None) -> Tensor:
+    """Each head's vector over its length, times the head's scale; in float32, returned in the input's dtype."""
+    if training_ops.pays(x_BLHD):
+        return training_ops.normalise_heads(x_BLHD, scale_H)
+    directions = F.normalize(x_BLHD.float(), dim=-1)
+    return (directions if scale_H is None else directions * scale_H[:, None]).to(x_BLHD.dtype)
+
+
+def gated_sum(x_BLC: Tensor, branch_BLC: Tensor, gate_B1C: Tensor) -> Tensor:
+    """The stream plus a branch times its gate."""
+    if training_ops.pays(x_BLC):
+        return training_ops.gated_sum(x_BLC, branch_BLC, gate_B1C)
+    return x_BLC + branch_BLC * gate_B1C
 
 
 class Block(nn.Module):
@@ -246,11 +278,12 @@ class Block(nn.Module):
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
         kept_1, kept_2 = (None, None) if kept_2B is None else kept_2B
         branch = self.attention(modulated_norm(x_BLC, scale_1, shift_1), context)
-        x_BLC = x_BLC + self._dropped(branch * gate_1, kept_1)
+        x_BLC = gated_sum(x_BLC, branch, self._dropped(gate_1, kept_1))
         branch = self.mlp(modulated_norm(x_BLC, scale_2, shift_2))
-        return x_BLC + self._dropped(branch * gate_2, kept_2)
+        return gated_sum(x_BLC, branch, self._dropped(gate_2, kept_2))
 
-    def _dropped(self, branch_BLC: Tensor, kept_B: Tensor | None) -> Tensor:
+    def _dropped(self, gate_B1C: Tensor, kept_B: Tensor | None) -> Tensor:
+        """The gates: 0 for samples whose branch is dropped, larger for the others."""
         if kept_B is None:
-            return branch_BLC
-        return branch_BLC * kept_B.to(branch_BLC).view(-1, 1, 1) / (1 - self.drop_path)
+            return gate_B1C
+        return gate_B1C * kept_B.to(gate_B1C).view(-1, 1, 1) / (1 - self.drop_path)

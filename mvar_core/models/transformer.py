@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mvar_core.config import ModelConfig, TransformerConfig
 from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, CachedRows, KeyValueCache, modulated_norm
@@ -67,6 +68,9 @@ class Conditioning:
 class Transformer(nn.Module):
     """Predicts the tokens of every scale from the class and the features of the scales before.
 
+    Attributes:
+        recompute_blocks: In training, compute a block's activations again for its gradient instead of keeping them.
+
     Args:
         config: The model; `config.transformer` must be there.
     """
@@ -92,6 +96,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.depth))
         self.head_modulation = RowStableLinear(width, 2 * width)
         self.head = RowStableLinear(width, config.tokenizer.codebook_size)
+        self.recompute_blocks = False
         self._initialise(sizes)
 
     @property
@@ -252,7 +257,12 @@ class Transformer(nn.Module):
             probe,
         )
         for layer, block in enumerate(self._layers):
-            x_BLC = block(x_BLC, conditioning.block(layer), context, self._kept_branches(block, x_BLC, generator))
+            inputs = (x_BLC, conditioning.block(layer), context, self._kept_branches(block, x_BLC, generator))
+            if self.recompute_blocks and self.training and torch.is_grad_enabled():
+                # What is drawn is drawn outside, so no generator has to be wound back.
+                x_BLC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLC = block(*inputs)
         return x_BLC
 
     def head_logits(

@@ -4,11 +4,65 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mvar_core.config import SamplingConfig
+from mvar_core.errors import ConfigError
 from mvar_core.models.linear import row_stable_linear
+from mvar_core.scales import ScalePyramid
+
+
+def guidance_strengths(settings: SamplingConfig, pyramid: ScalePyramid) -> tuple[float, ...]:
+    """Guidance t of each scale: (1 + t)·conditional - t·unconditional.
+
+    With the ratio r from 0 at the first scale to 1 at the last: linear (as published) is cfg·r, cosine is
+    cfg·(1 - cos πr)/2, constant is cfg; a list says t itself. Scales outside `cfg_scales` are not guided.
+
+    Raises:
+        ConfigError: A list of another length than the pyramid, or scales that it does not have.
+    """
+    schedule, last = settings.cfg_schedule, pyramid.num_scales - 1
+    if not isinstance(schedule, str) and len(schedule) != pyramid.num_scales:
+        raise ConfigError(
+            f"cfg-schedule has {len(schedule)} numbers; the pyramid has {pyramid.num_scales} scales ({pyramid}).",
+            "Give one number per scale, or linear, constant or cosine.",
+        )
+    first_guided, last_guided = settings.cfg_scales or (0, last)
+    if last_guided > last:
+        raise ConfigError(f"cfg-scales ends at scale {last_guided}; the model has scales 0 … {last}.")
+    strengths = []
+    for scale in range(pyramid.num_scales):
+        ratio = pyramid.ratio(scale)
+        if not isinstance(schedule, str):
+            strength = schedule[scale]
+        elif schedule == "linear":
+            strength = settings.cfg * ratio
+        elif schedule == "cosine":
+            strength = settings.cfg * (1 - math.cos(math.pi * ratio)) / 2
+        else:
+            strength = settings.cfg
+        strengths.append(strength if first_guided <= scale <= last_guided else 0.0)
+    return tuple(strengths)
+
+
+def unconditional_scales(strengths: Sequence[float], first_visible: Sequence[int]) -> tuple[bool, ...]:
+    """At which scales the unconditional half must run: the guided ones, and those whose keys these see.
+
+    Args:
+        strengths: From `guidance_strengths`.
+        first_visible: For each scale the earliest that it sees.
+    """
+    needed = [strength > 0 for strength in strengths]
+    for scale in reversed(range(len(needed))):
+        if needed[scale]:
+            for seen in range(first_visible[scale], scale):
+                needed[seen] = True
+    return tuple(needed)
 
 
 def guide(

@@ -108,7 +108,7 @@ class ImageSampler:
             images,
             device=self.device,
             dtype_bytes=self.transformer.input_projection.weight.element_size(),
-            guided=settings.cfg > 0,
+            guided=settings.guided,
             top_k=settings.top_k,
             budget=budget,
             batch_size=batch_size,

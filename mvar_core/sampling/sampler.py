@@ -21,13 +21,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvar_core.config import SamplingConfig
+from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Conditioning, Transformer
 from mvar_core.runtime import sample_uniforms
-from mvar_core.sampling.guidance import draw_most_likely, keep_top_k, keep_top_p, soft_embeddings
+from mvar_core.sampling.guidance import (
+    draw_most_likely,
+    guidance_strengths,
+    keep_top_k,
+    keep_top_p,
+    soft_embeddings,
+    unconditional_scales,
+)
 
 
 @dataclass(frozen=True)
@@ -45,16 +52,16 @@ class SampledTokens:
     stages_NSZhw: Float[Tensor, "N S Z h w"] | None
 
 
-def check_settings(settings: SamplingConfig, codebook_size: int) -> None:
+def check_settings(settings: SamplingConfig, config: ModelConfig) -> None:
     """Refuse settings that the model cannot follow.
 
     Raises:
-        ConfigError: top-k is larger than the codebook.
+        ConfigError: top-k is larger than the codebook, or guidance names scales that the model does not have.
     """
-    if settings.top_k > codebook_size:
-        raise ConfigError(
-            f"top-k is {settings.top_k}, but the codebook has {codebook_size} entries; use 0 (all) … {codebook_size}."
-        )
+    codes = config.tokenizer.codebook_size
+    if settings.top_k > codes:
+        raise ConfigError(f"top-k is {settings.top_k}, but the codebook has {codes} entries; use 0 (all) … {codes}.")
+    guidance_strengths(settings, config.pyramid)
 
 
 @torch.no_grad()
@@ -79,7 +86,7 @@ def sample_tokens(
         labels: Class label of each sample.
         indices: Global index of each sample; its random stream follows from it and the seed.
         seed: The run's seed.
-        settings: Guidance and filters.
+        settings: Guidance and filters; see `check_settings`.
         micro_batches: For each scale how many images go through the transformer in one pass; by default all. Decides
             speed and memory, never the result.
         attention: Attention backend.
@@ -89,7 +96,6 @@ def sample_tokens(
     Raises:
         ConfigError: The settings do not fit the model.
     """
-    check_settings(settings, quantizer.codebook.shape[0])
     pyramid = transformer.pyramid
     count = len(labels)
     run = _Run(transformer, quantizer, labels, indices, seed, settings, attention)
@@ -130,7 +136,9 @@ class _Run:
         device = quantizer.codebook.device
         count = len(labels)
         labels_N = torch.tensor(labels, dtype=torch.long, device=device)
-        classes = torch.cat([labels_N, labels_N.new_full((1 if settings.cfg > 0 else 0,), transformer.no_class)])
+        self.strengths = guidance_strengths(settings, self.pyramid)
+        self.runs_both = unconditional_scales(self.strengths, transformer.first_visible)
+        classes = torch.cat([labels_N, labels_N.new_full((int(any(self.runs_both)),), transformer.no_class)])
         distinct, entries = classes.unique(return_inverse=True)
         # AdaLN vectors depend on the class alone: once per class, for all images and scales.
         self.conditioning = transformer.condition(distinct)
@@ -139,14 +147,12 @@ class _Run:
         self.fhat_NZhw = quantizer.empty_features(count)
         self.tokens_NL = torch.empty(count, self.pyramid.num_tokens, dtype=torch.long, device=device)
         self.reuses_keys = any(pattern.prefix_tokens for pattern in transformer.patterns)
-        self.cache = KeyValueCache(2 * count if settings.cfg > 0 else count)
+        self.cache = KeyValueCache(2 * count if any(self.runs_both) else count)
 
     def advance(self, scale: int, images: slice) -> None:
         """Draw the tokens of one scale for some images and add them to f̂."""
         settings, span = self.settings, self.pyramid.spans[scale]
-        strength = settings.cfg * self.pyramid.ratio(scale)
-        # Scale 0 is never guided, but where later scales see it the unconditional half must have its keys there.
-        both_halves = strength > 0 or (settings.cfg > 0 and self.reuses_keys)
+        strength, both_halves = self.strengths[scale], self.runs_both[scale]
         conditioning = self._conditioning(images, both_halves)
         inputs_BlZ = self._inputs(scale, images)
         x_GlC = self.transformer.hidden_states(
@@ -185,7 +191,7 @@ class _Run:
     def _rows(self, images: slice, both_halves: bool) -> Tensor | None:
         """Rows of the cache: images, then their unconditional halves; None where they are all that there are."""
         count = len(self.entries_N)
-        if images.stop - images.start == count:
+        if images.stop - images.start == count and self.cache.num_rows == (2 * count if both_halves else count):
             return None
         rows_B = torch.arange(images.start, images.stop, device=self.entries_N.device)
         return torch.cat([rows_B, rows_B + count]) if both_halves else rows_B

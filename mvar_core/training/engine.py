@@ -20,6 +20,7 @@ from torch import nn
 from mvar_core.config import RunConfig
 from mvar_core.errors import DataError
 from mvar_core.files import remove_leftovers, write_text
+from mvar_core.runtime import keeping_freed_memory
 from mvar_core.training.average import WeightAverage
 from mvar_core.training.checkpoints import (
     TrainingState,
@@ -29,6 +30,7 @@ from mvar_core.training.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
+from mvar_core.training.compilation import uncompiled
 from mvar_core.training.interrupt import InterruptFlag
 from mvar_core.training.objective import Objective, OnSample, OnStep, Outcome, Plan
 from mvar_core.training.order import prefetch
@@ -191,7 +193,11 @@ class _Session:
         # On a CPU the model already uses every core: a thread that reads would only stand in its way.
         ahead = 0 if self.plan.device.type == "cpu" else 2
         self.recorder.start(start)
-        with InterruptFlag() as flag, closing(prefetch(self.stepper.fetch, start, total, ahead)) as batches:
+        with (
+            keeping_freed_memory(self.plan.device),
+            InterruptFlag() as flag,
+            closing(prefetch(self.stepper.fetch, start, total, ahead)) as batches,
+        ):
             for batch in batches:
                 self.take_step(batch, flag)
                 interrupted = self.strategy.anywhere(flag.raised) and self.step < total
@@ -236,7 +242,8 @@ class _Session:
         """While entered, the module is what its model directory would be: in evaluation mode, with averaged weights."""
         self.module.eval()
         try:
-            with torch.no_grad(), self.average.in_place() if self.average is not None else nullcontext():
+            averaged = self.average.in_place() if self.average is not None else nullcontext()
+            with torch.no_grad(), averaged, uncompiled(self.module):
                 yield
         finally:
             self.module.train()

@@ -22,6 +22,7 @@ from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
+from mvar_core.training.compilation import check_compiler, compiled_blocks
 from mvar_core.training.curriculum import Curriculum, build_curriculum
 from mvar_core.training.engine import optimise
 from mvar_core.training.objective import BatchPart, OnSample, OnStep, Plan, comparable_settings
@@ -223,7 +224,8 @@ def train_transformer(
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
         ConfigError: A tracker is asked for that is not installed.
         DataError: No tokens, or tokens or labels that do not fit the model.
-        BackendError: The attention backend does not exist or cannot train this model here.
+        BackendError: The attention backend does not exist or cannot train this model here, or `train.compile` is set
+            and there is no compiler.
         MvarError: Ten steps in a row were not finite.
     """
     train = config.train
@@ -231,6 +233,8 @@ def train_transformer(
     seed = config.seed if seed is None else seed
     check_tokens(tokens, transformer, quantizer)
     check_backend(attention, transformer.patterns, device, dtype, needs_grad=True)
+    if train.compile:
+        check_compiler(device)
     transformer.to(device)
     quantizer.to(device)
     objective = TransformerObjective(
@@ -255,16 +259,18 @@ def train_transformer(
         settings={**settings, "seed": seed, "rows": len(tokens), "codebook": _fingerprint(quantizer)},
         resume=resume,
     )
-    outcome = optimise(
-        transformer,
-        objective,
-        plan,
-        config,
-        out,
-        no_decay=transformer.no_decay_names(),
-        on_step=on_step,
-        on_sample=on_sample,
-    )
+    transformer.recompute_blocks = train.activation_checkpointing
+    with compiled_blocks(transformer, train.compile):
+        outcome = optimise(
+            transformer,
+            objective,
+            plan,
+            config,
+            out,
+            no_decay=transformer.no_decay_names(),
+            on_step=on_step,
+            on_sample=on_sample,
+        )
     if not outcome.interrupted:
         facts = {**config.provenance, **(provenance or {}), "training_steps": outcome.steps, "seed": seed}
         model = config.model.model_copy(update={"provenance": facts})

@@ -167,7 +167,16 @@ def test_samples_do_not_depend_on_the_batch(mvar, model, tmp_path, batch_size):
 def test_sample_settings_are_used(mvar, model, tmp_path):
     options = ["--checkpoint", model, "--class", "all", "--num", 4, "--format", "npz", "--save-tokens", "--top-k", 1]
     drawn = mvar("sample", *options, "--cfg", 0, "--out", tmp_path / "greedy.npz", "--json").json
-    assert drawn["settings"] == {"cfg": 0.0, "top_k": 1, "top_p": 0.9, "more_smooth": False, "seed": 0}
+    expected = {"cfg": 0.0, "top_k": 1, "top_p": 0.9, "more_smooth": False, "seed": 0}
+    assert drawn["settings"] == {**expected, "cfg_schedule": "linear", "cfg_scales": None}
+    last = mvar("sample", *options, "--cfg", 2, "--cfg-scales", "2", "--memory", "2GB", "--out", tmp_path / "a.npz")
+    assert last.code == 0
+    constant = ("--cfg", 2, "--cfg-schedule", "0,0,2", "--out", tmp_path / "b.npz")
+    assert mvar("sample", *options, *constant).code == 0
+    with np.load(tmp_path / "a.npz") as first, np.load(tmp_path / "b.npz") as second:
+        assert np.array_equal(first["tokens"], second["tokens"]), "linear guidance is cfg at the last scale"
+    assert mvar("sample", *options, "--cfg-scales", "9", "--out", tmp_path / "c.npz").code == 1
+    assert mvar("sample", *options, "--memory", "1MB", "--out", tmp_path / "c.npz").code == 1
     with np.load(tmp_path / "greedy.npz") as file:
         assert len(np.unique(file["tokens"][:4], axis=0)) == 1
 

@@ -76,9 +76,10 @@ def test_batches_of_chosen_rows_hold_their_views(class_folders):
 
 def test_an_image_is_read_once_for_all_of_its_views(class_folders, monkeypatch):
     source = open_images(str(class_folders))
-    read, calls = source.read, []
-    monkeypatch.setattr(source, "read", lambda index, shape: calls.append(index) or read(index, shape))
-    assert sum(len(labels) for _, labels in pixel_batches(source, (8, 8), None, 6, Views(DataConfig(flip=True)))) == 14
+    picture, calls = source.picture, []
+    monkeypatch.setattr(source, "picture", lambda index: calls.append(index) or picture(index))
+    views = Views(DataConfig(flip=True, crops=3))
+    assert sum(len(labels) for _, labels in pixel_batches(source, (8, 8), None, 6, views)) == 42
     assert sorted(calls) == list(range(7))
 
 

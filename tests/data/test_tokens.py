@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from mvar_core.config import DataConfig, ModelConfig, TokenizerConfig
 from mvar_core.data.images import ImageSource, Views, open_images
 from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
+from mvar_core.data.work import default_shard
 from mvar_core.errors import DataError
 from mvar_core.pixels import from_uint8
 from mvar_core.scales import ScalePyramid
@@ -118,11 +119,13 @@ def test_a_view_of_680_tokens_takes_at_most_1400_bytes(tmp_path, write):
     ]
 
 
-def test_default_shards_hold_tens_of_megabytes(tmp_path, source):
+def test_default_shards_hold_tens_of_megabytes_and_small_sets_are_cut_into_many(tmp_path, source):
     write_cache(tmp_path / "large", source, ModelConfig(transformer=None), data=DataConfig(), images_per_shard=None)
-    write_cache(tmp_path / "small", source, images_per_shard=None)
-    assert TokenCache.open(tmp_path / "large").manifest.images_per_shard == 16_384
-    assert TokenCache.open(tmp_path / "small").manifest.images_per_shard == 65_536
+    assert TokenCache.open(tmp_path / "large").manifest.images_per_shard == 256
+    assert default_shard(2 * 1360, 1_281_167) == 8192  # 22 MB, and 157 shards
+    assert default_shard(1360, 10**8) == 16_384
+    assert default_shard(85, 10**8) == 65_536
+    assert default_shard(2 * 1360, 50_000) == 512
 
 
 @pytest.mark.parametrize("fail_after", [0, 9, 12, 20])
@@ -251,8 +254,8 @@ def test_a_manifest_of_another_version_or_with_wrong_values_is_refused(tmp_path,
     write_cache(tmp_path / "cache", source)
     path = tmp_path / "cache/manifest.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "version": 2}))
-    with pytest.raises(DataError, match="has format version 2; this mvar reads version 1"):
+    path.write_text(json.dumps({**values, "version": 3}))
+    with pytest.raises(DataError, match="has format version 3; this mvar reads versions 1 and 2"):
         TokenCache.open(tmp_path / "cache")
     path.write_text(json.dumps({**values, "images": "many"}))
     with pytest.raises(DataError, match=r"manifest\.json: images: .*integer"):
@@ -284,10 +287,10 @@ def test_a_file_that_is_not_the_array_it_should_be_is_refused(tmp_path, source):
     tokens = np.load(path)
     np.save(path, tokens.transpose(1, 0, 2).copy())
     with pytest.raises(DataError, match=r"holds uint8 \(3, 7, 21\); its manifest says uint8 \(7, 3, 21\)"):
-        TokenCache.open(tmp_path / "cache")
+        TokenCache.open(tmp_path / "cache").batch(np.arange(2))
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(DataError, match=r"tokens-00000\.npy is not a numpy array"):
-        TokenCache.open(tmp_path / "cache")
+        TokenCache.open(tmp_path / "cache").batch(np.arange(2))
 
 
 def test_a_cache_of_another_tokenizer_or_pyramid_is_refused(tmp_path, source):
@@ -313,7 +316,10 @@ def test_rows_that_do_not_exist_are_refused(tmp_path, source):
 def test_tokens_are_mapped_not_loaded(tmp_path, source):
     write_cache(tmp_path / "cache", source)
     cache = TokenCache.open(tmp_path / "cache")
-    assert all(isinstance(tokens, np.memmap) for tokens in cache._tokens)
+    assert not cache._maps
+    cache.batch(np.array([10, 17]))  # both in the second shard
+    assert list(cache._maps) == [1]
+    assert isinstance(cache._maps[1], np.memmap)
 
 
 def test_non_square_images_and_pyramids(tmp_path, source):
@@ -332,6 +338,6 @@ def test_digits_make_a_cache_with_the_views_of_the_bundled_recipe(tmp_path):
     summary = write_cache(tmp_path / "cache", source, config, data=data, images_per_shard=None, batch_size=128)
     cache = TokenCache.open(tmp_path / "cache")
     assert (summary.images, summary.views, len(cache)) == (360, 5, 1800)
-    assert summary.bytes <= 1800 * 85 + 360 + 256  # a byte a token, a byte a label, two headers
+    assert summary.bytes <= 1800 * 85 + 360 + 512  # a byte a token, a byte a label, headers of two shards' files
     assert cache.item_name(1799) == source.item_names[359]
     assert cache.manifest.source == "digits:test"

@@ -1,7 +1,19 @@
 import pytest
 import torch
 
-from mvar_core.sampling.guidance import draw, draw_most_likely, guide, keep_top_k, keep_top_p, soft_embeddings
+from mvar_core.config import SamplingConfig
+from mvar_core.errors import ConfigError
+from mvar_core.sampling.guidance import (
+    draw,
+    draw_most_likely,
+    guidance_strengths,
+    guide,
+    keep_top_k,
+    keep_top_p,
+    soft_embeddings,
+    unconditional_scales,
+)
+from mvar_core.scales import ScalePyramid
 
 
 @pytest.fixture
@@ -109,3 +121,30 @@ def test_the_quick_draw_at_the_ends() -> None:
     assert draw_most_likely(logits, uniforms, 3, 0.0).tolist() == [[1, 2]]
     assert draw_most_likely(logits, uniforms, 3, 1e-9).tolist() == [[1, 1]]
     assert draw_most_likely(logits, uniforms, 0, 0.9).tolist() == [[1, 2]]
+
+
+def test_guidance_schedules() -> None:
+    pyramid = ScalePyramid.from_patch_sizes((1, 2, 3, 4, 5))
+    assert guidance_strengths(SamplingConfig(cfg=2), pyramid) == (0, 0.5, 1, 1.5, 2)
+    assert guidance_strengths(SamplingConfig(cfg=2, cfg_schedule="constant"), pyramid) == (2,) * 5
+    cosine = guidance_strengths(SamplingConfig(cfg=2, cfg_schedule="cosine"), pyramid)
+    assert cosine == pytest.approx((0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2))
+    assert guidance_strengths(SamplingConfig(cfg_schedule=(0, 0, 1, 0, 3)), pyramid) == (0, 0, 1, 0, 3)
+    assert guidance_strengths(SamplingConfig(cfg=2, cfg_scales=(2, 3)), pyramid) == (0, 0, 1, 1.5, 0)
+    with pytest.raises(ConfigError, match="cfg-schedule has 2 numbers; the pyramid has 5 scales"):
+        guidance_strengths(SamplingConfig(cfg_schedule=(0, 1)), pyramid)
+    with pytest.raises(ConfigError, match="ends at scale 7; the model has scales 0 … 4"):
+        guidance_strengths(SamplingConfig(cfg_scales=(2, 7)), pyramid)
+    with pytest.raises(ValueError, match="negative"):
+        SamplingConfig(cfg_schedule=(0, -1))
+    with pytest.raises(ValueError, match="first and a last"):
+        SamplingConfig(cfg_scales=(3, 2))
+
+
+def test_the_unconditional_half_runs_where_it_is_needed() -> None:
+    markov, two, everything = (0, 1, 2, 3, 4), (0, 0, 1, 2, 3), (0,) * 5
+    strengths = (0.0, 0.0, 0.0, 1.0, 0.0)
+    assert unconditional_scales(strengths, markov) == (False, False, False, True, False)
+    assert unconditional_scales(strengths, two) == (True, True, True, True, False), "through the scales between"
+    assert unconditional_scales(strengths, everything) == (True, True, True, True, False)
+    assert unconditional_scales((0.0,) * 5, everything) == (False,) * 5

@@ -12,6 +12,7 @@ from mvar_core.models import footprint
 from mvar_core.models.official import convert
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.sampling.guidance import guidance_strengths, guide
 from mvar_core.sampling.sampler import SampledTokens, sample_tokens
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -88,6 +89,22 @@ def test_a_sample_depends_on_seed_index_class_and_settings(pipeline: Pipeline) -
         pipeline.sample([3], seed=0, cfg=6.0, top_k=0, top_p=0),
     ):
         assert not torch.equal(base.tokens, changed.tokens)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant", "cosine", (0, 0, 2.0, 0.5)])
+@pytest.mark.parametrize("scales", [None, (2, 3), (2, 2)])
+def test_guidance_schedules_follow_their_definition(
+    pipeline: Pipeline, schedule: str | tuple[float, ...], scales: tuple[int, int] | None
+) -> None:
+    """Greedy tokens of each scale are those of guided logits, computed for both halves in a packed pass."""
+    settings = pipeline.sampling_settings(cfg=3.0, top_k=1, top_p=0, cfg_schedule=schedule, cfg_scales=scales)
+    tokens = pipeline.sample(LABELS, cfg=3.0, top_k=1, top_p=0, cfg_schedule=schedule, cfg_scales=scales).tokens
+    conditional = pipeline.logits(tokens, LABELS)
+    unconditional = pipeline.logits(tokens, [pipeline.transformer.no_class] * len(LABELS))
+    pyramid = pipeline.config.pyramid
+    for strength, span in zip(guidance_strengths(settings, pyramid), pyramid.spans, strict=True):
+        guided = guide(conditional[:, span], unconditional[:, span], strength)
+        assert torch.equal(guided.argmax(-1), tokens[:, span])
 
 
 def test_features_are_those_of_the_tokens(pipeline: Pipeline) -> None:

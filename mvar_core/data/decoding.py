@@ -1,0 +1,105 @@
+"""From an image file's bytes to upright RGB pixels, and the cheap look whether a file is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mvar_core.errors import DataError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+Opener = Callable[[], IO[bytes]]
+"""Opens an image file wherever it is stored: on its own, within an archive, or in memory."""
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright.
+
+    The EXIF orientation is applied; gray, palette and CMYK images are converted; transparent parts become white; 16-bit
+    gray is scaled to 8 bits.
+
+    Raises:
+        DataError: The file is missing, damaged, or not an image.
+    """
+    return decode_rgb(lambda: path.open("rb"), str(path))
+
+
+def decode_rgb(opener: Opener, where: str) -> Image.Image:
+    """As `read_rgb`, for a file that `opener` opens and messages call `where`."""
+    with _opened(opener, where) as (image, _):
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), image.format)
+
+
+def check_image(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as it will be shown, from its header; a file cut off short is noticed too.
+
+    Raises:
+        DataError: The file is missing, damaged, or not an image.
+    """
+    return check_stored(lambda: path.open("rb"), str(path))
+
+
+def check_stored(opener: Opener, where: str) -> tuple[int, int]:
+    """As `check_image`, for a file that `opener` opens and messages call `where`."""
+    with _opened(opener, where) as (image, file):
+        width, height = image.size
+        # Pillow decodes a whole PNG to look for EXIF data behind the pixels; what stands before them is enough here.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        if has_exif and image.getexif().get(_ORIENTATION) in _SWAPS_SIDES:
+            width, height = height, width
+        place = file.tell()
+        whole = _has_its_end(file, image.format)
+        file.seek(place)
+        if not whole:
+            image.load()
+    return height, width
+
+
+@contextmanager
+def _opened(opener: Opener, where: str) -> Iterator[tuple[Image.Image, IO[bytes]]]:
+    try:
+        with opener() as file, Image.open(file) as image:
+            yield image, file
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{where} is not an image, whatever its name says.", "Remove or replace it.") from None
+    except FileNotFoundError:
+        raise DataError(f"{where} does not exist.") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything when given damaged bytes.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{where} cannot be read as an image: {reason}.", "Remove or replace it.") from None
+
+
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # PNG has no more than 16 bits
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of kind {image.mode!r}; convert it to 8 or 16 bits a channel")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _has_its_end(file: IO[bytes], kind: str | None) -> bool:
+    """Whether the file surely ends as its format says; where that cannot be told cheaply, the answer is no."""
+    marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
+    if marker is None:
+        return False
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 64))
+    return marker in file.read()

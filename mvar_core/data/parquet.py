@@ -1,0 +1,228 @@
+"""Hugging Face style data sets: parquet or arrow files with a column of images and one of labels, read by pyarrow."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvar_core.data.shards import Shards
+from mvar_core.data.sources import Progress, StoredSource
+from mvar_core.errors import DataError, nearest
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "class_name")
+KEPT_BYTES = 512 * 2**20
+"""Row groups of parquet files that are kept decoded, while images next to each other are read."""
+
+
+class ParquetSource(StoredSource):
+    """Images in parquet or arrow files: a column image {bytes, path} (or of bytes alone), and label where there is one.
+
+    The `datasets` package writes such files, but only pyarrow is needed, which it brings along. Class names come from
+    the files' metadata (ClassLabel), or are the labels themselves. Arrow files are mapped into memory; of parquet files
+    whole row groups are decoded and some kept, so that they suit reading in order better than in any order.
+
+    Args:
+        shards: The files.
+
+    Raises:
+        DataError: pyarrow is missing, a damaged file, or no column that holds images.
+    """
+
+    def __init__(self, shards: Shards):
+        self.files = shards.files
+        self._tables = [_open(path, shards.name) for path in shards.files]
+        sizes = [table.group_sizes() for table in self._tables]
+        counts = [sum(groups) for groups in sizes]
+        if not sum(counts):
+            raise DataError(f"{shards.name} holds no rows.")
+        # Row r of the data set lies in group searchsorted(starts, r) of the list of all groups of all files.
+        self._groups = [(number, group) for number, groups in enumerate(sizes) for group in range(len(groups))]
+        self._starts = np.cumsum([0, *(size for groups in sizes for size in groups)])
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._lock = Lock()
+        names = [f"{path.name}#{row}" for path, count in zip(shards.files, counts, strict=True) for row in range(count)]
+        class_names, labels = self._classes(shards)
+        super().__init__(shards.name, shards.split, class_names, labels, names)
+
+    def open(self, index: int) -> IO[bytes]:
+        """The bytes of an image."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        value = self._group(group)[index - int(self._starts[group])].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not content:
+            path = f", only the path {value['path']}" if isinstance(value, dict) and value.get("path") else ""
+            raise DataError(f"{self.where(index)} holds no image{path}.", "Write the data set with its images in it.")
+        return io.BytesIO(content)
+
+    def where(self, index: int) -> str:
+        """Path of the file, and the row in it."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self.files[self._groups[group][0]]}, row {self.item_names[index].rpartition('#')[2]}"
+
+    def check(self, progress: Progress | None = None, indices: Sequence[int] | None = None) -> None:
+        """Nothing: looking at images in parquet files means reading all of them."""
+
+    def fingerprint(self) -> str:
+        """As of other sources, with the sizes of the files in place of those of the images."""
+        import hashlib
+
+        digest = hashlib.sha256(super().fingerprint().encode())
+        for path in self.files:
+            digest.update(f"\n{path.name}\t{path.stat().st_size}".encode())
+        return digest.hexdigest()
+
+    def _group(self, number: int) -> Any:
+        with self._lock:  # one thread decodes; the others want the same group, or the next
+            if number in self._kept:
+                self._kept.move_to_end(number)
+                return self._kept[number]
+            file, group = self._groups[number]
+            images = self._tables[file].images(group)
+            self._kept[number] = images
+            while len(self._kept) > 2 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+            return images
+
+    def _classes(self, shards: Shards) -> tuple[list[str], NDArray[np.int64]]:
+        values = [value for table in self._tables for value in table.labels()]
+        if not values:
+            folder = shards.files[0].resolve().parent
+            return [folder.parent.name if folder.name == "data" else folder.name], np.zeros(self._starts[-1], np.int64)
+        missing = values.count(None)
+        if missing:
+            raise DataError(f"{shards.name}: {missing} of {len(values)} rows have no label.")
+        if all(isinstance(value, int) for value in values):
+            labels = np.asarray(values, np.int64)
+            if labels.min() < 0:
+                raise DataError(
+                    f"{shards.name}: row {int(labels.argmin())} has the label {labels.min()}, which stands for none.",
+                    "Choose a split with labels, for example :val.",
+                )
+            names = self._tables[0].class_names() or [str(number) for number in range(int(labels.max()) + 1)]
+            if labels.max() >= len(names):
+                raise DataError(f"{shards.name} names {len(names)} classes and has rows of class {labels.max()}.")
+            return names, labels
+        known = values
+        if shards.reference != shards.files:
+            known = [value for path in shards.reference for value in _open(path, shards.name).labels()]
+        names = sorted(set(map(str, known)))
+        positions = {name: position for position, name in enumerate(names)}
+        unknown = next((str(value) for value in values if str(value) not in positions), None)
+        if unknown is not None:
+            raise DataError(
+                f"{shards.name}: class {unknown!r} is not among the {len(names)} classes of the split train."
+                f" {nearest(unknown, names)}"
+            )
+        return names, np.asarray([positions[str(value)] for value in values], np.int64)
+
+
+class _Table:
+    """One file: its columns, and its images by groups of rows."""
+
+    def __init__(self, path: Path, schema: Any):
+        self.path = path
+        self.image = _image_column(path, schema)
+        self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+        self._metadata = (schema.metadata or {}).get(b"huggingface")
+
+    def group_sizes(self) -> list[int]:
+        raise NotImplementedError
+
+    def images(self, group: int) -> Any:
+        raise NotImplementedError
+
+    def labels(self) -> list[Any]:
+        raise NotImplementedError
+
+    def class_names(self) -> list[str] | None:
+        """Names that the data set's features give to the labels."""
+        if self._metadata is None:
+            return None
+        feature = json.loads(self._metadata).get("info", {}).get("features", {}).get(self.label) or {}
+        names = feature.get("names") if isinstance(feature, dict) else None
+        return [str(name) for name in names] if names else None
+
+
+class _ParquetTable(_Table):
+    def __init__(self, path: Path):
+        import pyarrow.parquet as parquet
+
+        self._file = parquet.ParquetFile(path)
+        super().__init__(path, self._file.schema_arrow)
+
+    def group_sizes(self) -> list[int]:
+        metadata = self._file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def images(self, group: int) -> Any:
+        return self._file.read_row_group(group, columns=[self.image]).column(0).combine_chunks()
+
+    def labels(self) -> list[Any]:
+        return self._file.read(columns=[self.label]).column(0).to_pylist() if self.label else []
+
+
+class _ArrowTable(_Table):
+    def __init__(self, path: Path):
+        import pyarrow
+
+        content = pyarrow.memory_map(str(path))
+        try:
+            reader = pyarrow.ipc.open_file(content)
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except pyarrow.ArrowInvalid:
+            content.seek(0)
+            reader = pyarrow.ipc.open_stream(content)
+            self._batches = list(reader)
+        super().__init__(path, reader.schema)
+
+    def group_sizes(self) -> list[int]:
+        return [batch.num_rows for batch in self._batches]
+
+    def images(self, group: int) -> Any:
+        return self._batches[group].column(self.image)
+
+    def labels(self) -> list[Any]:
+        columns = [batch.column(self.label) for batch in self._batches] if self.label else []
+        return [value for column in columns for value in column.to_pylist()]
+
+
+def _open(path: Path, name: str) -> _Table:
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(
+            f"{name} is read with pyarrow, which is not installed.",
+            "Install it: pip install pyarrow (mvar[parquet]; the `datasets` package brings it along).",
+        ) from None
+    try:
+        return _ParquetTable(path) if path.suffix.lower() == ".parquet" else _ArrowTable(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read: {reason}.", "Write or download it again.") from None
+
+
+def _image_column(path: Path, schema: Any) -> str:
+    import pyarrow.types as types
+
+    def holds_images(field: Any) -> bool:
+        kind = field.type
+        if types.is_struct(kind):
+            return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
+        return field.name in IMAGE_COLUMNS and (types.is_binary(kind) or types.is_large_binary(kind))
+
+    found = [field.name for field in schema if holds_images(field)]
+    if not found:
+        raise DataError(
+            f"{path} has no column of images; its columns are {', '.join(schema.names) or 'none'}.",
+            "Expected a column image of {bytes, path}, as the `datasets` package writes it.",
+        )
+    return next((name for name in IMAGE_COLUMNS if name in found), found[0])

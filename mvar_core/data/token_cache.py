@@ -1,0 +1,180 @@
+"""Reading a token cache: tokens through memory maps, nothing of the size of the data in memory but the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvar_core.data.manifest import ITEMS, MANIFEST, PARTIAL, RECEIPTS, Manifest, Shard
+from mvar_core.errors import DataError
+from mvar_core.scales import ScalePyramid
+
+
+class TokenCache:
+    """A complete token cache, read through memory maps.
+
+    Row r is view r % num_views of image r // num_views.
+
+    Attributes:
+        path: The cache's directory.
+        manifest: What it holds and what it was made from.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self.pyramid = ScalePyramid.from_patch_sizes(manifest.patch_sizes)
+        self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
+        self._maps: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._names: tuple[str, list[str]] | None = None
+        labels = [np.load(path / shard.labels.file) for shard in manifest.shards]
+        self.labels: NDArray[np.int64] = np.concatenate(labels).astype(np.int64)
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = False) -> TokenCache:
+        """Open a cache after checking that its files are there and have the right sizes.
+
+        Args:
+            path: The cache's directory.
+            verify: Also compare the files' hashes, which reads all of them.
+
+        Raises:
+            DataError: Not a token cache, an unfinished one, or one with missing, shortened or changed files.
+        """
+        if not path.is_dir():
+            raise DataError(
+                f"{path} {'is not a directory' if path.exists() else 'does not exist'}; expected a token cache.",
+                "Make one with `mvar tokenize --checkpoint TOKENIZER --data IMAGES --out DIRECTORY`.",
+            )
+        if not (path / MANIFEST).exists():
+            if (path / PARTIAL).exists():
+                partial = Manifest.read(path / PARTIAL)
+                shards = [*partial.shards, *filter(None, map(Shard.read, path.glob(RECEIPTS)))]
+                done = sum(shard.images for shard in shards)
+                raise DataError(
+                    f"{path} is not finished: {done} of {partial.images} images are encoded.",
+                    "Run the same `mvar tokenize` command again; it goes on from there.",
+                )
+            raise DataError(
+                f"{path} is not a token cache: it has no {MANIFEST}.",
+                "Make one with `mvar tokenize --checkpoint TOKENIZER --data IMAGES --out DIRECTORY`.",
+            )
+        manifest = Manifest.read(path / MANIFEST)
+        for shard in manifest.shards:
+            if problem := shard.problem(path, verify):
+                raise DataError(
+                    f"The token cache is damaged: {problem}.", f"Make it again: {make_command(path, manifest)}"
+                )
+        return cls(path, manifest)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return self.manifest.images
+
+    @property
+    def num_views(self) -> int:
+        """Views per image."""
+        return self.manifest.views
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per label."""
+        return self.manifest.class_names
+
+    def __len__(self) -> int:
+        return self.num_images * self.num_views
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The tokens and labels of some rows.
+
+        Args:
+            rows: Row numbers, B of them, in any order.
+
+        Returns:
+            Tokens int64 (B, L) and labels int64 (B,).
+
+        Raises:
+            IndexError: A row that the cache does not have.
+        """
+        chosen = np.asarray(rows, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
+            raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
+        images, views = np.divmod(chosen, self.num_views)
+        shards = np.searchsorted(self._starts, images, side="right") - 1
+        tokens = np.empty((len(chosen), self.pyramid.num_tokens), np.int64)
+        for shard in np.unique(shards):
+            here = shards == shard
+            tokens[here] = self._map(int(shard))[images[here] - self._starts[shard], views[here]]
+        return torch.from_numpy(tokens), torch.from_numpy(self.labels[images])
+
+    def item_name(self, row: int) -> str:
+        """Path or id of the image that a row was made from; reads the names of its shard."""
+        image = row // self.num_views
+        shard = int(np.searchsorted(self._starts, image, side="right")) - 1
+        names = self.manifest.shards[shard].names
+        if names is None:
+            return self._lines(ITEMS)[image]
+        return self._lines(names.file)[image - int(self._starts[shard])]
+
+    def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
+        """Refuse a cache whose tokens mean something else to this model.
+
+        Args:
+            tokenizer_hash: SHA-256 of the model's tokenizer weights.
+            pyramid: The model's pyramid.
+
+        Raises:
+            DataError: The cache was made by another tokenizer, or for another pyramid.
+        """
+        hint = f"Make a cache with this tokenizer: {make_command(self.path, self.manifest)}"
+        if self.manifest.tokenizer_hash != tokenizer_hash:
+            raise DataError(
+                f"{self.path} was made by another tokenizer: {self.manifest.tokenizer_hash} there, {tokenizer_hash}"
+                " in this model.",
+                hint,
+            )
+        if self.pyramid.patch_sizes != pyramid.patch_sizes:
+            raise DataError(
+                f"{self.path} was made for another pyramid: {sides(self.pyramid)} there, {sides(pyramid)} in this"
+                " model.",
+                hint,
+            )
+
+    def _lines(self, file: str) -> list[str]:
+        if self._names is None or self._names[0] != file:
+            self._names = (file, (self.path / file).read_text(encoding="utf-8").split("\n"))
+        return self._names[1]
+
+    def _map(self, number: int) -> NDArray[np.unsignedinteger]:
+        """The tokens of a shard, mapped when they are first asked for: (images, views, L)."""
+        if number in self._maps:
+            return self._maps[number]
+        shard = self.manifest.shards[number]
+        path = self.path / shard.tokens.file
+        try:
+            tokens: NDArray[np.unsignedinteger] = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise DataError(f"{path} is not a numpy array: {error}.") from None
+        expected = (shard.images, self.num_views, self.pyramid.num_tokens)
+        if tokens.shape != expected or tokens.dtype.name != self.manifest.dtype:
+            raise DataError(
+                f"{path} holds {tokens.dtype} {tokens.shape}; its manifest says {self.manifest.dtype} {expected}."
+            )
+        return self._maps.setdefault(number, tokens)
+
+
+def make_command(path: Path, manifest: Manifest) -> str:
+    """The command that makes a cache again."""
+    flip = " --flip" if manifest.data.flip else ""
+    crops = f" --crops {manifest.data.crops}" if manifest.data.crops > 1 else ""
+    return f"mvar tokenize --checkpoint TOKENIZER --data {manifest.source}{flip}{crops} --out {path} --overwrite"
+
+
+def sides(pyramid: ScalePyramid) -> str:
+    """A pyramid as messages write it."""
+    return ",".join(map(str, pyramid.patch_sizes))

@@ -55,13 +55,11 @@ def test_device_and_dtype() -> None:
 def test_freed_memory_is_kept_only_while_asked_for() -> None:
     def page_faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(2):
-            torch.ones(512 << 20, dtype=torch.uint8)
+        torch.ones(300 << 20, dtype=torch.uint8)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    without = page_faults()
+    assert page_faults() > 10_000
     with keeping_freed_memory(torch.device("cpu")):
-        page_faults()
-        kept = page_faults()
-    assert kept < without / 4
-    assert page_faults() > 4 * kept
+        # Where a block is put settles within a few allocations.
+        assert min(page_faults() for _ in range(6)) < 1000
+    assert page_faults() > 10_000

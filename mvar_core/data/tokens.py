@@ -102,13 +102,13 @@ class CacheWriter:
         Raises:
             DataError: `out` holds something else, or a cache of other settings.
         """
+        for pattern in OWN_FILES:
+            _remove(self.out, f".{pattern}.*.tmp")  # left by a process that was killed
         asked = self._asked()
         there = self._there(asked, overwrite)
         if there is None:
             for pattern in OWN_FILES:
                 _remove(self.out, pattern)
-        for pattern in OWN_FILES:
-            _remove(self.out, f".{pattern}.*.tmp")  # left by a process that was killed
         manifest = there or asked
         if (self.out / MANIFEST).exists():
             self._clean()

@@ -18,7 +18,14 @@ Fetched = TypeVar("Fetched")
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, drawn whole.
+
+    At 2.56 M rows this takes 0.1 s an epoch and 10 MB; a batch is then a look-up of microseconds. A Feistel network
+    would need no memory and no such pause, but 0.25 ms for each batch of 448: more time over the epoch, for an order
+    that is less than uniformly random.
+    """
     permutation = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    permutation = permutation.astype(np.min_scalar_type(count - 1))
     permutation.flags.writeable = False  # it is shared through the cache
     return permutation
 

@@ -148,8 +148,8 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
     """Within it, memory that a CPU computation frees stays with the process, for its next allocation.
 
     The C library returns large blocks to the system at once and gets new ones page by page, which costs a training
-    step, which allocates the same again and again, a tenth of its time. Afterwards blocks above 256 MiB go back at once,
-    as where `mvar` starts. Elsewhere than under glibc this does nothing.
+    step, which allocates the same again and again, a tenth of its time. Afterwards blocks above 256 MiB go back at
+    once, as where `mvar` starts. Elsewhere than under glibc this does nothing.
     """
     library = _c_library() if device.type == "cpu" else None
     if library is None:

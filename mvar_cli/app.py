@@ -37,7 +37,7 @@ COMMANDS = (
     CommandEntry("tokenize", "tokenize", "Turn images into a cache of token indices.", "Train", True),
     CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train"),
     CommandEntry("finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train"),
-    CommandEntry("sample", "sample", "Draw class-conditional images.", "Use"),
+    CommandEntry("sample", "sample", "Draw class-conditional images.", "Use", True),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
     CommandEntry("bench", "bench", "Measure VAR against MVAR in one run: time, memory, stages.", "Use"),

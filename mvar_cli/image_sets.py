@@ -122,7 +122,7 @@ class DrawnImages:
                     batch_size=batch_size,
                 )
                 if writer is not None:
-                    writer.write(drawn.images.numpy(), labels, drawn.tokens.numpy(), None)
+                    writer.write(drawn.images.numpy(), labels, drawn.tokens.numpy())
                 yield drawn.images.permute(0, 3, 1, 2).contiguous()
             if writer is not None:
                 writer.close()
@@ -148,7 +148,7 @@ class DrawnImages:
                 part, position = self._part(start, stop), start
                 for batch in open_evaluation_images(str(part)).batches():
                     labels = self.labels[position : position + len(batch)]
-                    writer.write(batch.permute(0, 2, 3, 1).numpy(), labels, np.empty((len(batch), 0)), None)
+                    writer.write(batch.permute(0, 2, 3, 1).numpy(), labels, np.empty((len(batch), 0)))
                     position += len(batch)
                 part.unlink()
             writer.close()

@@ -28,6 +28,40 @@ Labels = Sequence[int] | Tensor | np.ndarray
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
 
 
+def sampling_settings(
+    config: ModelConfig,
+    cfg: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    more_smooth: bool | None = None,
+    cfg_schedule: GuidanceSchedule | None = None,
+    cfg_scales: tuple[int, int] | None = None,
+) -> SamplingConfig:
+    """A model's recommended settings with the given ones laid over them, before its weights are loaded.
+
+    Raises:
+        ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
+    """
+    given = {
+        "cfg": cfg,
+        "top_k": top_k,
+        "top_p": top_p,
+        "more_smooth": more_smooth,
+        "cfg_schedule": cfg_schedule,
+        "cfg_scales": cfg_scales,
+    }
+    for name, value, highest in (("cfg", cfg, None), ("top-k", top_k, None), ("top-p", top_p, 1)):
+        if value is not None and (value < 0 or (highest is not None and value > highest)):
+            limits = "at least 0" if highest is None else f"between 0 and {highest}"
+            raise ConfigError(f"{name} is {value}; it must be {limits}.")
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings: SamplingConfig = validate(
+        SamplingConfig, {**config.sampling.model_dump(), **changes}, "sampling settings"
+    )
+    check_settings(settings, config)
+    return settings
+
+
 class Pipeline:
     """A tokenizer and, unless the directory holds a tokenizer alone, a transformer.
 
@@ -181,24 +215,7 @@ class Pipeline:
         Raises:
             ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
         """
-        given = {
-            "cfg": cfg,
-            "top_k": top_k,
-            "top_p": top_p,
-            "more_smooth": more_smooth,
-            "cfg_schedule": cfg_schedule,
-            "cfg_scales": cfg_scales,
-        }
-        for name, value, highest in (("cfg", cfg, None), ("top-k", top_k, None), ("top-p", top_p, 1)):
-            if value is not None and (value < 0 or (highest is not None and value > highest)):
-                limits = "at least 0" if highest is None else f"between 0 and {highest}"
-                raise ConfigError(f"{name} is {value}; it must be {limits}.")
-        changes = {name: value for name, value in given.items() if value is not None}
-        settings: SamplingConfig = validate(
-            SamplingConfig, {**self.config.sampling.model_dump(), **changes}, "sampling settings"
-        )
-        check_settings(settings, self.config)
-        return settings
+        return sampling_settings(self.config, cfg, top_k, top_p, more_smooth, cfg_schedule, cfg_scales)
 
     def sample(
         self,

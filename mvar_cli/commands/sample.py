@@ -1,11 +1,8 @@
-"""`mvar sample`: class-conditional images, written as they come."""
+"""`mvar sample`: class-conditional images, written as they come; stopped, it goes on where it was."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,15 +10,15 @@ import typer
 
 from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
-from mvar_core.errors import ConfigError
+from mvar_cli.processes import Processes, processes
+from mvar_cli.sample_request import NamedModel, Place, Wanted
+from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mvar_cli.console import Progress
-    from mvar_cli.outputs import SampleWriter
+    from mvar_cli.parts import Parts, Request
     from mvar_core.config import ModelConfig
     from mvar_core.pipeline import Pipeline
 
-SHOWN_SETTINGS = ("cfg", "top_k", "top_p", "more_smooth", "cfg_schedule", "cfg_scales", "seed")
 EXAMPLE = "mvar sample --checkpoint runs/quickstart/mvar --class 3,7 --num 8 --out out"
 
 
@@ -61,194 +58,229 @@ def run(
 ) -> None:
     """Draw class-conditional images.
 
-    An image depends on the seed, its number, its class, the settings and the weights alone: not on the batch size.
+    An image depends on the seed, its number, its class, the settings and the weights alone: not on the batch size, the
+    number of processes, or what was drawn before. The same command again goes on with a run that was stopped.
     """
-    from mvar_cli.outputs import output_target, strips_directory
-    from mvar_cli.selection import parse_classes
+    from mvar_cli.outputs import output_target
 
-    console = Console(as_json)
     output_format = output_format or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
-    target = output_target(out, output_format, overwrite)
+    target = output_target(out, output_format)
     if save_tokens and output_format == "grid":
         raise ConfigError(
             "--format grid has no place for tokens.", "Use --format png or npz, or leave out --save-tokens."
         )
-
-    from mvar_core.pipeline import Pipeline
-    from mvar_core.sampling.budget import IMAGES_AT_ONCE
-
-    if checkpoint.is_dir():
-        config = _check_early(checkpoint, classes, top_k)
-        if dry_run:
-            _show_plan(console, config, classes, num, batch_size, cfg, dtype, target)
-            return
-    pipeline = Pipeline.from_pretrained(
-        checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, attention=attention
-    )
-    config = pipeline.config
-    settings = pipeline.sampling_settings(
-        cfg,
-        top_k,
-        top_p,
-        more_smooth,
-        options.parse_schedule(cfg_schedule),
-        options.parse_scale_range(cfg_scales),
-    )
-    chosen = parse_classes(classes, pipeline.transformer.no_class, config.class_names)
-    labels = [label for label in chosen for _ in range(num)]
-    if dry_run:
-        _show_plan(console, config, classes, num, batch_size, cfg, dtype, target)
-        return
-    batch = min(batch_size or IMAGES_AT_ONCE, len(labels))
-    drawing: dict[str, Any] = {
-        "cfg": settings.cfg,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "more_smooth": settings.more_smooth,
-        "cfg_schedule": settings.cfg_schedule,
-        "cfg_scales": settings.cfg_scales,
-        "seed": seed,
-        "memory": options.parse_bytes(memory) if memory else None,
-        "stages": stages,
+    budget = options.parse_bytes(memory) if memory is not None else None
+    given = {
+        "cfg": cfg,
+        "top_k": top_k,
+        "top_p": top_p,
+        "more_smooth": more_smooth,
+        "cfg_schedule": options.parse_schedule(cfg_schedule),
+        "cfg_scales": options.parse_scale_range(cfg_scales),
     }
-    columns = 1 if stages else num if 1 < num <= 24 and len(chosen) > 1 else math.ceil(math.sqrt(len(labels)))
-    with ExitStack() as stack:
-        writer, directory = _open_writer(stack, target, output_format, len(labels), columns, save_tokens, stages)
-        seconds = _draw(console, pipeline, labels, batch, drawing, writer)
-        names = writer.close()
-    outputs = [str(directory / name) for name in names]
-    if stages and output_format == "png":
-        outputs += [str(strips_directory(directory) / name) for name in names if name.endswith(".png")]
-    _report(console, pipeline, len(labels), batch, seconds, outputs, target, drawing)
+    wanted = Wanted(classes, num, given, seed, output_format, save_tokens, stages, attention)
+    place = Place(target, out, output_format, overwrite)
+    with processes() as team:
+        console = team.console(as_json)
+        _check_place(team, place)
+        model = NamedModel(checkpoint, tokenizer, team.device(device), dtype, attention)
+        config = model.early_config()
+        if dry_run:
+            _show_plan(console, config, wanted, batch_size, dtype, target)
+            return
+        request = wanted.request(config, model)
+        parts, kept = _check_parts(team, place, request)
+        pipeline = None
+        if len(kept) < len(request.shards):
+            pipeline = model.load()
+        batches = {"batch_size": batch_size, "memory": budget}
+        _make(console, team, parts, pipeline, place, batches)
 
 
-def _check_early(checkpoint: Path, classes: list[str], top_k: int | None) -> ModelConfig:
-    """Find what can be found wrong before gigabytes of weights are read."""
-    from mvar_cli.selection import parse_classes
-    from mvar_core.models.directory import read_model_config
-    from mvar_core.sampling.sampler import check_settings
+def _check_place(team: Processes, place: Place) -> None:
+    """Refuse an output that is there before anything slow; one that is on its way is looked at when more is known."""
+    from mvar_cli.drawing import agreed
+    from mvar_cli.outputs import require_free
+    from mvar_cli.parts import parts_directory
 
-    config = read_model_config(checkpoint)
-    if top_k is not None:
-        check_settings(config.sampling.model_copy(update={"top_k": top_k}), config)
-    if config.transformer is not None:
-        parse_classes(classes, config.transformer.num_classes, config.class_names)
-    return config
+    def check() -> None:
+        if not parts_directory(place.target).is_dir():
+            require_free(place.target, place.out, place.output_format, place.overwrite)
 
-
-def _open_writer(
-    stack: ExitStack, target: Path, output_format: str, total: int, columns: int, save_tokens: bool, stages: bool
-) -> tuple[SampleWriter, Path]:
-    """A writer on a temporary name that the stack turns into the target, and where its outputs will lie."""
-    from mvar_cli import outputs
-    from mvar_core.files import atomic_directory, atomic_path
-
-    writer: SampleWriter
-    if output_format == "png":
-        strips = stack.enter_context(atomic_directory(outputs.strips_directory(target))) if stages else None
-        writer = outputs.PngWriter(stack.enter_context(atomic_directory(target)), strips, total, save_tokens)
-        return stack.enter_context(writer), target
-    temporary = stack.enter_context(atomic_path(target))
-    if output_format == "npz":
-        writer = outputs.NpzWriter(temporary, total, save_tokens)
-    else:
-        writer = outputs.GridWriter(temporary, columns)
-    return stack.enter_context(writer), target
+    agreed(team, check)
 
 
-def shifted(progress: Progress, start: int, total: int) -> Callable[[int, int], None]:
-    """Reports of a part of the images as reports of all of them."""
-    return lambda done, _: progress(start + done, total)
+def _check_parts(team: Processes, place: Place, request: Request) -> tuple[Parts, set[int]]:
+    """The shards' directory, and which of them are there; refuses what does not fit together."""
+    from mvar_cli.drawing import agreed
+    from mvar_cli.outputs import is_published, require_free
+    from mvar_cli.parts import Parts
+
+    parts = Parts(place.target, request)
+
+    def check() -> set[int]:
+        parts.require_same(place.overwrite)
+        same = not parts.difference()
+        if same and is_published(parts):
+            return set(request.shards)
+        require_free(place.target, place.out, place.output_format, place.overwrite)
+        kept = parts.intact() if same else set()
+        parts.require_space(parts.samples_in(kept))
+        return kept
+
+    return parts, agreed(team, check)
 
 
-def _draw(
-    console: Console, pipeline: Pipeline, labels: list[int], batch: int, drawing: dict[str, Any], writer: SampleWriter
-) -> float:
-    """Sample batch by batch into the writer; returns the seconds it took."""
-    import numpy as np
+def _make(
+    console: Console,
+    team: Processes,
+    parts: Parts,
+    pipeline: Pipeline | None,
+    place: Place,
+    batches: dict[str, int | None],
+) -> None:
+    """Draw what is missing, put it together, and report."""
+    from mvar_cli.drawing import termination_interrupts
+    from mvar_cli.launch import leave
+    from mvar_cli.outputs import is_published, publish, put_together
 
-    from mvar_core.runtime import synchronize
+    request = parts.request
+    begun = time.monotonic()
+    drawn = 0
+    drawing_seconds = 0.0
+    try:
+        with termination_interrupts():
+            if pipeline is not None:
+                drawn = _draw(console, team, parts, pipeline, batches)
+                drawing_seconds = time.monotonic() - begun
+            if team.first:
+                with console.progress("putting together") as progress:
+                    if is_published(parts):
+                        publish(parts)
+                    else:
+                        put_together(parts, place.overwrite, progress)
+    except KeyboardInterrupt:
+        done = parts.samples_in(parts.present())
+        if team.first:
+            _report_interruption(console, parts, done, time.monotonic() - begun)
+        if team.count == 1:  # else another process may be about to finish a shard
+            parts.remove_if_empty()
+        raise leave(130) from None
+    except BaseException:
+        parts.remove_if_empty()
+        raise
+    if team.first:
+        from mvar_core.sampling.budget import IMAGES_AT_ONCE
 
-    start_time = time.monotonic()
+        batch = min(batches["batch_size"] or IMAGES_AT_ONCE, request.total)
+        _report(console, team, parts, pipeline, batch, drawn, drawing_seconds, time.monotonic() - begun)
+
+
+def _draw(console: Console, team: Processes, parts: Parts, pipeline: Pipeline, batches: dict[str, int | None]) -> int:
+    """Draw this process's part of the missing shards; returns how many samples all processes have drawn."""
+    from mvar_cli.drawing import Progressing, agreed, draw_shards, pipeline_draws
+    from mvar_cli.parts import MANIFEST
+    from mvar_cli.writers import WriterPool
+
+    request = parts.request
+
+    def start() -> set[int]:
+        parts.start()
+        kept = parts.intact()
+        for shard in parts.present() - kept:
+            parts.shard_path(shard).unlink()
+        return kept
+
+    kept = agreed(team, start)
+    if not (parts.directory / MANIFEST).is_file():
+        raise DataError(
+            f"Process {team.rank} does not see {parts.directory}, which the first process has made.",
+            "Choose an --out on a file system that all machines share.",
+        )
+    missing = [shard for shard in request.shards if shard not in kept]
+    own = missing[team.rank :: team.count]
+    if kept:
+        console.note(f"Going on: {parts.samples_in(kept)} of {request.total} images are there already.")
+    draw = pipeline_draws(pipeline, stages=request.stages, **request.settings, **batches)
     with console.progress("sampling") as progress:
-        progress(0, len(labels))
-        for start in range(0, len(labels), batch):
-            part = labels[start : start + batch]
-            samples = pipeline.sample(
-                part,
-                indices=range(start, start + len(part)),
-                batch_size=batch,
-                progress=shifted(progress, start, len(labels)),
-                **drawing,
-            )
-            stages = samples.stages.numpy() if samples.stages is not None else None
-            writer.write(samples.images.numpy(), np.asarray(part, np.int64), samples.tokens.numpy(), stages)
-            progress(start + len(part), len(labels))
-    synchronize(pipeline.device)
-    return time.monotonic() - start_time
+        progressing = Progressing(parts, kept, own, progress)
+        draw_shards(parts, own, draw, progressing, WriterPool(processes=team.count))
+        if team.first:
+            progressing.wait_for_others()
+    return request.total - parts.samples_in(kept)
+
+
+def _report_interruption(console: Console, parts: Parts, done: int, seconds: float) -> None:
+    total = parts.request.total
+    if done:
+        console.note(f"Interrupted; {done} of {total} images are kept. The same command goes on from here.")
+    else:
+        console.note("Interrupted before the first image was finished.")
+    console.finish({"images": done, "total": total, "interrupted": True, "seconds": seconds, "outputs": []})
 
 
 def _report(
     console: Console,
-    pipeline: Pipeline,
-    count: int,
+    team: Processes,
+    parts: Parts,
+    pipeline: Pipeline | None,
     batch: int,
+    drawn: int,
+    drawing_seconds: float,
     seconds: float,
-    outputs: list[str],
-    target: Path,
-    drawing: dict[str, Any],
 ) -> None:
+    import torch
+
+    from mvar_cli.outputs import outputs_of
     from mvar_core.runtime import peak_memory_bytes
 
-    memory = peak_memory_bytes(pipeline.device)
-    console.table(
-        pipeline.config.name,
-        ("images", "time", "images/s", "batch", "peak memory", "device", "cfg", "top-k", "top-p"),
-        [
-            (
-                count,
-                format_seconds(seconds),
-                count / seconds,
-                batch,
-                format_bytes(memory),
-                str(pipeline.device),
-                drawing["cfg"],
-                drawing["top_k"],
-                drawing["top_p"],
-            )
-        ],
-    )
-    console.say(f"Written: {target}")
+    request = parts.request
+    device = pipeline.device if pipeline is not None else torch.device(request.device)
+    memory = peak_memory_bytes(device)
+    speed = drawn / drawing_seconds if drawn else None
+    settings = request.settings
+    row: dict[str, Any] = {
+        "images": request.total,
+        "time": format_seconds(seconds),
+        "images/s": speed,
+        "batch": batch,
+        "peak memory": format_bytes(memory),
+        "device": str(device),
+        "cfg": settings["cfg"],
+        "top-k": settings["top_k"],
+        "top-p": settings["top_p"],
+    }
+    if drawn < request.total:
+        row["drawn before"] = request.total - drawn
+    if team.count > 1:
+        row["processes"] = team.count
+    console.table(request.model, tuple(row), [tuple(row.values())])
+    console.say(f"Written: {parts.target}")
     console.finish(
         {
-            "images": count,
+            "images": request.total,
+            "resumed": request.total - drawn,
             "seconds": seconds,
-            "images_per_second": count / seconds,
+            "images_per_second": speed,
             "peak_memory_bytes": memory,
-            "outputs": outputs,
+            "outputs": outputs_of(parts),
             "batch_size": batch,
-            "device": str(pipeline.device),
-            "settings": {name: drawing[name] for name in SHOWN_SETTINGS},
+            "processes": team.count,
+            "device": str(device),
+            "settings": settings,
         }
     )
 
 
 def _show_plan(
-    console: Console,
-    config: ModelConfig,
-    classes: list[str],
-    num: int,
-    batch_size: int | None,
-    cfg: float | None,
-    dtype: str,
-    target: Path,
+    console: Console, config: ModelConfig, wanted: Wanted, batch_size: int | None, dtype: str, target: Path
 ) -> None:
     from mvar_cli.costs import cost_of, finish_dry_run
-    from mvar_cli.selection import parse_classes
 
-    count = len(parse_classes(classes, config.transformer.num_classes if config.transformer else 0, config.class_names))
-    batch = min(batch_size or 1, count * num)
-    guided = (config.sampling.cfg if cfg is None else cfg) > 0
-    cost = cost_of(config, batch_size=batch, dtype=dtype, guided=guided)
-    steps = [f"draw {count * num} images: {num} of each of {count} classes", f"write {target}"]
-    finish_dry_run(console, config, steps, cost=cost, images=count * num)
+    settings = wanted.settings(config)
+    count = len(wanted.labels(config))
+    total = count * wanted.num
+    batch = min(batch_size or 1, total)
+    cost = cost_of(config, batch_size=batch, dtype=dtype, guided=settings.guided)
+    steps = [f"draw {total} images: {wanted.num} of each of {count} classes", f"write {target}"]
+    finish_dry_run(console, config, steps, cost=cost, images=total)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from mvar_cli.console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
 from mvar_cli.options import parse_bytes, parse_numbers
-from mvar_cli.outputs import GridWriter, NpzWriter, PngWriter, output_target
 from mvar_cli.report import Picture, Section, page
 from mvar_cli.selection import parse_classes
 from mvar_core.errors import ConfigError, DataError
@@ -105,76 +104,6 @@ def test_progress_without_a_terminal_speaks_now_and_then(capsys, monkeypatch):
 def read(file):
     with Image.open(file) as image:
         return np.asarray(image)
-
-
-def batches():
-    random = np.random.default_rng(0)
-    for size in (2, 3):
-        yield (
-            random.integers(0, 256, (size, 8, 6, 3), np.uint8),
-            np.arange(size),
-            random.integers(0, 99, (size, 5)),
-            random.integers(0, 256, (size, 2, 8, 6, 3), np.uint8),
-        )
-
-
-def test_npz_is_what_numpy_would_have_written(tmp_path):
-    everything = [np.concatenate(parts) for parts in zip(*batches(), strict=True)]
-    for name in ("a.npz", "b.npz"):
-        with NpzWriter(tmp_path / name, 5, save_tokens=True) as writer:
-            for batch in batches():
-                writer.write(*batch)
-            writer.close()
-    with np.load(tmp_path / "a.npz") as file:
-        assert sorted(file.files) == ["arr_0", "labels", "stages", "tokens"]
-        for name, expected in zip(("arr_0", "labels", "tokens", "stages"), everything, strict=True):
-            assert np.array_equal(file[name], expected)
-        assert (file["arr_0"].dtype, file["labels"].dtype, file["tokens"].dtype) == (np.uint8, np.int64, np.int32)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-
-
-def test_png_names_strips_and_tokens(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "strips").mkdir()
-    writer = PngWriter(tmp_path / "out", tmp_path / "strips", 5, save_tokens=True)
-    for batch in batches():
-        writer.write(*batch)
-    names = writer.close()
-    assert names[:3] == ["00000_0.png", "00001_1.png", "00002_0.png"]
-    images, _, _, stages = next(batches())
-    assert np.array_equal(read(tmp_path / "out" / "00001_1.png"), images[1])
-    strip = np.concatenate([stages[1, 0], stages[1, 1]], axis=1)
-    assert np.array_equal(read(tmp_path / "strips" / "00001_1.png"), strip)
-    with np.load(tmp_path / "out" / "tokens.npz") as file:
-        assert file["tokens"].shape == (5, 5)
-
-
-def test_grid_of_strips_has_a_row_per_sample(tmp_path):
-    writer = GridWriter(tmp_path / "grid.png", 1)
-    for batch in batches():
-        writer.write(*batch)
-    assert writer.close() == [""]
-    assert read(tmp_path / "grid.png").shape == (5 * 8 + 4 * 2, 12, 3)
-
-
-@pytest.mark.parametrize(
-    ("out", "output_format", "message"),
-    [("x", "gif", "gif"), ("x.png", "png", "directory"), ("x.png", "npz", "npz"), ("x.npz", "grid", "png")],
-)
-def test_outputs_that_contradict_their_format(tmp_path, out, output_format, message):
-    with pytest.raises(DataError, match=message):
-        output_target(tmp_path / out, output_format, overwrite=False)
-
-
-def test_outputs_that_are_there_are_kept(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    (tmp_path / "x.npz").touch()
-    for out, output_format in (("full", "png"), ("full", "grid"), ("x.npz", "npz")):
-        with pytest.raises(DataError, match="--overwrite"):
-            output_target(tmp_path / out, output_format, overwrite=False)
-        assert output_target(tmp_path / out, output_format, overwrite=True)
-    assert output_target(tmp_path / "new", "npz", overwrite=False) == tmp_path / "new" / "samples.npz"
 
 
 def test_the_page_holds_its_pictures_and_escapes_text():

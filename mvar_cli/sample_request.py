@@ -1,0 +1,136 @@
+"""What `mvar sample` was asked for: by which model, what, and where to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from mvar_cli.parts import Request
+    from mvar_core.config import ModelConfig, SamplingConfig
+    from mvar_core.pipeline import Pipeline
+
+
+class Place(NamedTuple):
+    """Where to, and whether what is there may go."""
+
+    target: Path
+    out: Path
+    output_format: str
+    overwrite: bool
+
+
+class NamedModel:
+    """The model as the user named it, loaded as late as can be."""
+
+    def __init__(self, checkpoint: Path, tokenizer: Path | None, device: str, dtype: str, attention: str):
+        from mvar_core.runtime import resolve_device, resolve_dtype
+
+        self.checkpoint, self.tokenizer, self.attention = checkpoint, tokenizer, attention
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self._names = {"device": device, "dtype": dtype}
+        self._pipeline: Pipeline | None = None
+
+    def early_config(self) -> ModelConfig:
+        """The configuration, and what can be found wrong before gigabytes of weights are read."""
+        from mvar_core.kernels import check_backend
+        from mvar_core.models.directory import read_model_config
+
+        # A published file tells its configuration by its tensors alone.
+        config = self.load().config if self.checkpoint.is_file() else read_model_config(self.checkpoint)
+        check_backend(self.attention, config.patterns, self.device, self.dtype)
+        return config
+
+    def load(self) -> Pipeline:
+        """The pipeline."""
+        from mvar_core.pipeline import Pipeline
+
+        if self._pipeline is None:
+            self._pipeline = Pipeline.from_pretrained(
+                self.checkpoint, tokenizer=self.tokenizer, attention=self.attention, **self._names
+            )
+        return self._pipeline
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others.
+
+        Raises:
+            CheckpointError: A file is missing.
+        """
+        from mvar_core.errors import CheckpointError
+        from mvar_core.files import fingerprint
+        from mvar_core.models import directory, official
+
+        if self.checkpoint.is_file():
+            return fingerprint([self.checkpoint, self.tokenizer or official.tokenizer_beside(self.checkpoint)])
+        files = [
+            self.checkpoint / name
+            for name in (directory.CONFIG_FILE, directory.TRANSFORMER_FILE, directory.TOKENIZER_FILE)
+        ]
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{self.checkpoint} holds no {file.name}.", "Give a model that `mvar train` made."
+                )
+        return fingerprint(files)
+
+
+class Wanted(NamedTuple):
+    """What to draw, as the user typed it."""
+
+    classes: list[str]
+    num: int
+    given: dict[str, Any]
+    seed: int
+    output_format: str
+    save_tokens: bool
+    stages: bool
+    attention: str
+
+    def labels(self, config: ModelConfig) -> list[int]:
+        """The classes meant, each once."""
+        from mvar_cli.selection import parse_classes
+
+        return parse_classes(
+            self.classes, config.transformer.num_classes if config.transformer else 0, config.class_names
+        )
+
+    def settings(self, config: ModelConfig) -> SamplingConfig:
+        """The model's recommended settings with those typed laid over them."""
+        from mvar_core.pipeline import sampling_settings
+
+        return sampling_settings(config, **self.given)
+
+    def request(self, config: ModelConfig, model: NamedModel) -> Request:
+        """Everything that the output depends on.
+
+        Raises:
+            CheckpointError: The model holds a tokenizer alone.
+        """
+        from mvar_cli.parts import Request
+        from mvar_core import __version__
+        from mvar_core.errors import CheckpointError
+
+        if config.transformer is None:
+            raise CheckpointError(
+                f"{config.name} is a tokenizer without a transformer.", "Train one with `mvar train`."
+            )
+        settings = self.settings(config)
+        return Request(
+            model=config.name,
+            weights=model.fingerprint(),
+            classes=tuple(self.labels(config)),
+            num=self.num,
+            settings={**settings.model_dump(), "seed": self.seed},
+            output=self.output_format,
+            save_tokens=self.save_tokens,
+            stages=self.stages,
+            image_shape=config.image_shape,
+            scales=config.pyramid.num_scales,
+            tokens=config.pyramid.num_tokens,
+            device=model.device.type,
+            dtype=str(model.dtype).removeprefix("torch."),
+            attention=self.attention,
+            version=__version__,
+        )

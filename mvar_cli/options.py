@@ -57,6 +57,53 @@ Validation = Annotated[
 Steps = Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")]
 Epochs = Annotated[float | None, typer.Option("--epochs", metavar="N", help="Passes over the tokens.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from a checkpoint in --out.")]
+_LOOP = "Loop"
+Accumulate = Annotated[
+    int | None,
+    typer.Option("--accumulate", min=1, metavar="N", help="Micro-batches per step: less memory, equal gradients.",
+                 rich_help_panel=_LOOP),
+]  # fmt: skip
+MicroBatch = Annotated[
+    int | None,
+    typer.Option("--micro-batch", min=1, metavar="N", help="The same, as images computed together.",
+                 rich_help_panel=_LOOP),
+]  # fmt: skip
+ActivationCheckpointing = Annotated[
+    bool | None,
+    typer.Option("--activation-checkpointing/--no-activation-checkpointing",
+                 help="Compute activations twice instead of keeping them.", rich_help_panel=_LOOP),
+]  # fmt: skip
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the blocks (torch.compile).", rich_help_panel=_LOOP),
+]
+Ema = Annotated[
+    float | None,
+    typer.Option("--ema", min=0, max=1, metavar="DECAY", help="Average the weights, for example 0.9999; 0 = not.",
+                 rich_help_panel=_LOOP),
+]  # fmt: skip
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option("--checkpoint-every", min=1, metavar="N", help="Steps between checkpoints and validations.",
+                 rich_help_panel=_LOOP),
+]  # fmt: skip
+Keep = Annotated[
+    int | None,
+    typer.Option("--keep", min=1, metavar="N", help="Checkpoints to keep, beside the best one.", rich_help_panel=_LOOP),
+]
+SampleEvery = Annotated[
+    int | None,
+    typer.Option("--sample-every", min=0, metavar="N", help="Steps between pictures of samples; 0 = none.",
+                 rich_help_panel=_LOOP),
+]  # fmt: skip
+TensorBoard = Annotated[
+    bool | None,
+    typer.Option("--tensorboard/--no-tensorboard", help="Log to TensorBoard too.", rich_help_panel=_LOOP),
+]
+WeightsAndBiases = Annotated[
+    bool | None,
+    typer.Option("--wandb/--no-wandb", help="Log to Weights & Biases too.", rich_help_panel=_LOOP),
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
 Device = Annotated[

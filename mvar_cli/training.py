@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mvar_cli.console import Console, Progress
+from mvar_cli.console import Console, Progress, format_bytes, format_count
 from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.data.tokens import TokenCache
@@ -20,8 +20,10 @@ from mvar_core.runtime import generator, resolve_device, resolve_dtype
 from mvar_core.scales import ScalePyramid
 from mvar_core.training.finetune import load_pretrained
 from mvar_core.training.loop import TrainResult, train_transformer
+from mvar_core.training.objective import OnSample
 from mvar_core.training.record import StepReport
 
+_PICTURED_CLASSES = 8
 RUN_FILES = ("config.yaml", "checkpoints", "tokens", "start")
 """Any of these in a directory says that a run was begun there."""
 
@@ -63,7 +65,10 @@ def step_display(progress: Progress) -> Callable[[StepReport], None]:
     """Show training steps on a progress bar."""
 
     def show(report: StepReport) -> None:
-        note = f"loss {report.loss:.4g}, {report.images_per_second:.3g} images/s"
+        note = (
+            f"loss {report.loss:.4g}, {format_count(report.images_per_second)} images/s,"
+            f" {format_count(report.tokens_per_second)} tokens/s, {format_bytes(report.peak_memory_bytes)}"
+        )
         progress(report.step, report.total_steps, note + (f", {report.skipped} skipped" if report.skipped else ""))
 
     return show
@@ -149,7 +154,28 @@ def train_run(
             tokenizer_state=tokenizer.state_dict(),
             provenance={"data": tokens.manifest.source, "images": tokens.num_images, **(provenance or {})},
             on_step=step_display(progress),
+            on_sample=sample_pictures(config, tokenizer, transformer, out) if config.train.sample_every else None,
         )
+
+
+def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transformer, out: Path) -> OnSample:
+    """Draw the same few samples with the model as it is, write them under `out`/samples, and return them as a grid.
+
+    Two samples, one below the other, of up to eight classes that are spread over all of them.
+    """
+    classes = config.transformer.num_classes if config.transformer is not None else 1
+    labels = sorted({round(place) for place in np.linspace(0, classes - 1, _PICTURED_CLASSES)})
+
+    def draw(step: int) -> np.ndarray:
+        from mvar_core.data.pictures import make_grid, save_png
+        from mvar_core.pipeline import Pipeline
+
+        drawn = Pipeline(config.model, tokenizer, transformer).sample(labels * 2, seed=config.seed)
+        grid = make_grid(drawn.images, columns=len(labels))
+        save_png(grid, out / "samples" / f"step-{step:08d}.png")
+        return grid
+
+    return draw
 
 
 def _load_start(console: Console, transformer: Transformer, start: Path) -> None:

@@ -54,13 +54,18 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` stands for; auto is bfloat16 on CUDA and float32 elsewhere.
+    """The dtype that `name` stands for; auto is bfloat16 on GPUs that compute in it, float16 on older ones.
+
+    Elsewhere auto is float32, in which a CPU repeats a run to the bit.
 
     Raises:
         ConfigError: Not auto, float32, bfloat16 or float16.
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8
+        return torch.float16 if old else torch.bfloat16  # cards before Ampere (8.x) only imitate bfloat16
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name!r} is not known. {nearest(name, ['auto', *DTYPES])}")
     return DTYPES[name]

@@ -38,10 +38,14 @@ def test_generator() -> None:
     assert not torch.equal(first, torch.rand(4, generator=generator("a", 2)))
 
 
-def test_device_and_dtype() -> None:
+def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)):
+            patch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            assert resolve_dtype("auto", torch.device("cuda")) == expected
     with pytest.raises(ConfigError, match="Did you mean"):
         resolve_device("gpu:cpu")
     with pytest.raises(ConfigError, match="float32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,16 @@ def run(
     batch_size: options.BatchSize = None,
     seed: options.OptionalSeed = None,
     validation: options.Validation = None,
+    accumulate: options.Accumulate = None,
+    micro_batch: options.MicroBatch = None,
+    activation_checkpointing: options.ActivationCheckpointing = None,
+    compile_blocks: options.Compile = None,
+    ema: options.Ema = None,
+    checkpoint_every: options.CheckpointEvery = None,
+    keep: options.Keep = None,
+    sample_every: options.SampleEvery = None,
+    tensorboard: options.TensorBoard = None,
+    wandb: options.WeightsAndBiases = None,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
@@ -57,6 +68,18 @@ def run(
         device=device,
         dtype=dtype,
         attention=attention,
+        loop={
+            "accumulate": accumulate,
+            "micro_batch": micro_batch,
+            "activation_checkpointing": activation_checkpointing,
+            "compile": compile_blocks,
+            "ema": ema,
+            "checkpoint_every": checkpoint_every,
+            "keep": keep,
+            "sample_every": sample_every,
+            "tensorboard": tensorboard,
+            "wandb": wandb,
+        },
     )
     execute(Console(as_json), request, dry_run)
 
@@ -66,6 +89,7 @@ class TrainRequest:
     """What was asked of a training command; the fields are its options.
 
     Attributes:
+        loop: Keys of the training section that have flags of their own; None where the flag was not given.
         start: Model directory that gives the first weights.
     """
 
@@ -85,6 +109,7 @@ class TrainRequest:
     device: str
     dtype: str
     attention: str
+    loop: Mapping[str, Any]
     start: Path | None = None
 
     def configuration(self) -> RunConfig:
@@ -101,7 +126,7 @@ class TrainRequest:
             raise ConfigError("Training needs tokens or images.", "Give --tokens CACHE or --data IMAGES, one of them.")
         # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
         settings = [*self.settings, "train.steps=null"] if self.epochs is not None else self.settings
-        train = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size}
+        train = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size, **self.loop}
         return load_config(self.preset, settings, {"seed": self.seed, "train": train})
 
 
@@ -123,8 +148,10 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
     from mvar_core.data.tokens import TokenCache
     from mvar_core.kernels import check_backend
     from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
+    from mvar_core.training.trackers import check_trackers
 
     device = resolve_device(request.device)
+    check_trackers(config.train)
     check_backend(request.attention, config.patterns, device, resolve_dtype(request.dtype, device), needs_grad=True)
     resume = prepare_run(request.out, request.resume, request.overwrite)
     tokens = request.tokens
@@ -168,6 +195,9 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
     if result.val_loss is not None:
         columns.append("validation loss")
         row.append(result.val_loss)
+    if result.best_step is not None:
+        columns.append("best at step")
+        row.append(result.best_step)
     console.table(config.name, columns, [row])
     if not result.interrupted:
         console.say(f"Written: {request.out}")
@@ -181,6 +211,7 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
             "images_per_second": speed,
             "peak_memory_bytes": memory,
             "validation_loss": result.val_loss,
+            "best_step": result.best_step,
             "skipped": result.skipped,
             "interrupted": result.interrupted,
         }

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 
@@ -69,6 +70,36 @@ def test_training_goes_on_where_it_stopped(mvar, preset, tokens, model, tmp_path
     assert resumed["loss"] == straight["loss"]
     first, second = (tmp_path / name / "transformer.safetensors" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_loop_has_flags_of_its_own(mvar, preset, tokens, model, tmp_path):
+    options = ["--preset", preset, "--tokens", tokens, "--checkpoint", model, "--validation", tokens, "--json"]
+    flags = ["--micro-batch", 2, "--activation-checkpointing", "--ema", 0.9, "--checkpoint-every", 1, "--keep", 3]
+    plain = mvar("train", *options, *flags, "--out", tmp_path / "plain").json
+    assert plain["best_step"] is not None
+    assert len(list((tmp_path / "plain" / "checkpoints").iterdir())) in (3, 4)
+    written = yaml.safe_load((tmp_path / "plain" / "config.yaml").read_text())["train"]
+    assert (written["micro_batch"], written["ema"], written["keep"]) == (2, 0.9, 3)
+    assert written["activation_checkpointing"] is True
+
+    # Pictures on the way are made with the model as it is, and leave it as it was.
+    mvar("train", *options, *flags, "--sample-every", 3, "--out", tmp_path / "pictured")
+    assert [path.name for path in sorted((tmp_path / "pictured" / "samples").iterdir())] == [
+        "step-00000003.png", "step-00000004.png"
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "pictured" / "samples" / "step-00000004.png").size == (3 * 18 - 2, 2 * 18 - 2)
+    first, second = (tmp_path / name / "transformer.safetensors" for name in ("plain", "pictured"))
+    assert first.read_bytes() == second.read_bytes()
+    assert mvar("sample", "--checkpoint", tmp_path / "plain" / "best", "--class", 0, "--out", tmp_path / "x").code == 0
+
+
+def test_contradicting_or_impossible_loop_flags_are_refused(mvar, preset, tokens, model, tmp_path, monkeypatch):
+    options = ["train", "--preset", preset, "--tokens", tokens, "--checkpoint", model, "--out", tmp_path / "out"]
+    assert "both divide a batch" in mvar(*options, "--micro-batch", 2, "--accumulate", 2).error
+    assert "train.ema" in mvar(*options, "--ema", 1).error
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install tensorboard" in mvar(*options, "--tensorboard").error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("data", ["photographs", "folder"])

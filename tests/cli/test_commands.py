@@ -83,11 +83,12 @@ def test_the_loop_has_flags_of_its_own(mvar, preset, tokens, model, tmp_path):
     assert written["activation_checkpointing"] is True
 
     # Pictures on the way are made with the model as it is, and leave it as it was.
-    mvar("train", *options, *flags, "--sample-every", 3, "--out", tmp_path / "pictured")
+    assert mvar("train", *options, *flags, "--sample-every", 3, "--out", tmp_path / "pictured").json["steps"] == 4
     assert [path.name for path in sorted((tmp_path / "pictured" / "samples").iterdir())] == [
         "step-00000003.png", "step-00000004.png"
     ]  # fmt: skip
-    assert Image.open(tmp_path / "pictured" / "samples" / "step-00000004.png").size == (3 * 18 - 2, 2 * 18 - 2)
+    with Image.open(tmp_path / "pictured" / "samples" / "step-00000004.png") as picture:
+        assert picture.size == (3 * 18 - 2, 2 * 18 - 2)
     first, second = (tmp_path / name / "transformer.safetensors" for name in ("plain", "pictured"))
     assert first.read_bytes() == second.read_bytes()
     assert mvar("sample", "--checkpoint", tmp_path / "plain" / "best", "--class", 0, "--out", tmp_path / "x").code == 0

@@ -104,7 +104,8 @@ def check_whole(out: Path) -> None:
         elif path.suffix == ".yaml":
             assert yaml.safe_load(path.read_text())["name"]
         elif path.suffix == ".png":
-            Image.open(path).load()
+            with Image.open(path) as picture:
+                picture.load()
         else:
             assert path.name in ("metrics.jsonl", "README.md"), path
 
@@ -127,10 +128,9 @@ def measures(out: Path) -> list[dict[str, Any]]:
 def expected(digits: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("expected") / "out"
-    code = subprocess.run(
-        [sys.executable, "-m", "mvar_cli", *command(digits, out)], capture_output=True, env=environment(), check=False
-    ).returncode
-    assert code == 0
+    code = [sys.executable, "-m", "mvar_cli"]
+    done = subprocess.run([*code, *command(digits, out)], capture_output=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
     check_whole(out)
     return out
 

@@ -35,8 +35,9 @@ def cost_of(
         ConfigError: Unknown dtype, or sizes that make no sense.
     """
     from mvar_core.analysis.cost import plan
-    from mvar_core.config import RunConfig, TrainConfig
+    from mvar_core.config import RunConfig
     from mvar_core.errors import ConfigError, nearest
+    from mvar_core.train_config import TrainConfig
 
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"--dtype {dtype!r} is not known. {nearest(dtype, DTYPE_BYTES)}")

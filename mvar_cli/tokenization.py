@@ -6,12 +6,13 @@ from pathlib import Path
 
 from mvar_cli.console import Console
 from mvar_cli.processes import Processes
-from mvar_core.config import DataConfig, ModelConfig
+from mvar_core.config import ModelConfig
 from mvar_core.data.images import open_images
 from mvar_core.data.manifest import MANIFEST, Manifest
 from mvar_core.data.tokens import CacheSummary, CacheWriter
 from mvar_core.models.directory import load_tokenizer, tokenizer_hash
 from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.train_config import DataConfig
 
 ALONE = Processes()
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvar_core.config import GuidanceSchedule, ModelConfig, SamplingConfig, validate
+from mvar_core.config import GuidanceSchedule, ModelConfig, SamplingConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
@@ -22,6 +22,7 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.images import ImageSampler, Samples, join_samples
 from mvar_core.sampling.sampler import check_settings
+from mvar_core.sections import validate
 
 Labels = Sequence[int] | Tensor | np.ndarray
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from mvar_core.config import ModelConfig, RunConfig, validate
+from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.errors import ConfigError, nearest
 from mvar_core.scales import spread_window
+from mvar_core.sections import validate
 
 
 def presets_directory() -> Path:

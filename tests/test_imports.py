@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "files", "scales", "config", "pixels", "presets", "runtime"}
+FOUNDATION = {"errors", "files", "scales", "sections", "train_config", "config", "pixels", "presets", "runtime"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "scales": {"errors"},
-    "config": {"errors", "scales"},
-    "presets": {"errors", "scales", "config"},
+    "sections": {"errors"},
+    "train_config": {"sections"},
+    "config": {"errors", "scales", "sections", "train_config"},
+    "presets": {"errors", "scales", "sections", "config"},
     "pixels": set(),
     "runtime": {"errors"},
     "kernels": FOUNDATION,

@@ -130,7 +130,8 @@ def run(
 
 def _configuration(preset: str | None, checkpoint: Path | None, settings: list[str]) -> RunConfig:
     from mvar_cli.commands.plan import resolve
-    from mvar_core.config import RunConfig, validate
+    from mvar_core.config import RunConfig
+    from mvar_core.sections import validate
 
     if preset is None and checkpoint is None:
         raise ConfigError(

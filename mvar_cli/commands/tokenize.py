@@ -49,9 +49,10 @@ def run(
     patch_sizes replace the tokenizer's own. Running the same command again goes on where it stopped. Under torchrun the
     processes share the work.
     """
-    from mvar_core.config import ModelConfig, validate
+    from mvar_core.config import ModelConfig
     from mvar_core.models.directory import read_model_config
     from mvar_core.presets import load_config
+    from mvar_core.sections import validate
 
     tokenizer = read_model_config(checkpoint)
     run_config = load_config(preset, settings or [], {"data": {"flip": flip, "crops": crops}})

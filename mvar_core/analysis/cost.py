@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mvar_core.analysis import counts, memory
-from mvar_core.config import ModelConfig, TrainConfig
+from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError
+from mvar_core.train_config import TrainConfig
 
 GIGA = 1e9
 

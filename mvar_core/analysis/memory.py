@@ -13,8 +13,9 @@ from mvar_core.analysis.counts import (
     tokenizer_parameters,
     transformer_parameters,
 )
-from mvar_core.config import ModelConfig, TrainConfig
+from mvar_core.config import ModelConfig
 from mvar_core.models import footprint
+from mvar_core.train_config import TrainConfig
 
 FLOAT32 = 4
 MAX_BATCH = 1 << 24

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvar_core.config import DataConfig
+from mvar_core.train_config import DataConfig
 
 Pixels = NDArray[np.uint8]
 

@@ -95,7 +95,10 @@ class _TiledWithBackward(torch.autograd.Function):
         for piece in _pieces(pattern, q_BHQD):
             leaves = [x.requires_grad_() for x in piece.tiles_of(inputs)]
             with torch.enable_grad():
-                o_GTqD = F.scaled_dot_product_attention(*leaves, attn_mask=piece.mask(q_BHQD), scale=ctx.scale)
+                q_GTqD, k_GTkD, v_GTkD = leaves
+                o_GTqD = F.scaled_dot_product_attention(
+                    q_GTqD, k_GTkD, v_GTkD, attn_mask=piece.mask(q_BHQD), scale=ctx.scale
+                )
             dq_GTqD, *key_gradients = torch.autograd.grad(o_GTqD, leaves, piece.queries(inputs, "gradients", do_BHYXD))
             piece.write_queries(dq_GTqD, dq_BHYXD)
             for dx_GTkD, dx_BHKD in zip(key_gradients, (dk_BHKD, dv_BHKD), strict=True):

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvar_core.config import TrainConfig
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws
 from mvar_core.scales import AttentionPattern, ScalePyramid
+from mvar_core.train_config import TrainConfig
 
 
 class ScaleLosses(NamedTuple):

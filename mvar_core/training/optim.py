@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvar_core.config import OptimizerConfig
+from mvar_core.train_config import OptimizerConfig
 
 _CONSTANT_PART = 0.05  # of the steps after the warm-up, in the published "lin0"
 

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar_core.config import RunConfig, TokenizerTrainConfig
+from mvar_core.config import RunConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
+from mvar_core.train_config import TokenizerTrainConfig
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
 from mvar_core.training.engine import optimise

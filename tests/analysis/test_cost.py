@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvar_core.analysis import counts, memory
 from mvar_core.analysis.cost import attention_gmacs, plan
-from mvar_core.config import ModelConfig, TrainConfig
+from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import load_config
+from mvar_core.train_config import TrainConfig
 
 
 def small_config(patch_sizes=(1, 2, 4), prefixes="all", windows=(), **transformer):

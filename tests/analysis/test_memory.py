@@ -6,12 +6,13 @@ from live_bytes import LiveBytes
 
 from mvar_core.analysis import memory
 from mvar_core.analysis.convolutions import decoder_layers
-from mvar_core.config import SamplingConfig, TrainConfig
+from mvar_core.config import SamplingConfig
 from mvar_core.models import footprint
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import load_config
 from mvar_core.sampling.sampler import sample_tokens
+from mvar_core.train_config import TrainConfig
 
 
 def build(*settings):

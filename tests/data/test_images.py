@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mvar_core.config import DataConfig
 from mvar_core.data import images as images_module
 from mvar_core.data.images import (
     ImageRows,
@@ -24,6 +23,7 @@ from mvar_core.data.images import (
 )
 from mvar_core.errors import DataError
 from mvar_core.pixels import from_uint8, to_uint8
+from mvar_core.train_config import DataConfig
 
 
 def test_pixels_are_truncated_as_published():

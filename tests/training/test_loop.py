@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from mvar_core.config import RunConfig, validate
+from mvar_core.config import RunConfig
 from mvar_core.errors import CheckpointError, DataError, MvarError
 from mvar_core.models.directory import load_transformer, read_model_config
+from mvar_core.sections import validate
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
 from mvar_core.training.loop import train_transformer
 from mvar_core.training.order import batch_rows

@@ -1,0 +1,55 @@
+"""The base of every part of the configuration: frozen, and unknown keys fail with the nearest names; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mvar_core.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values cannot be changed after the merge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def validate(section: type[Section], values: Mapping[str, Any], source: str) -> Any:
+    """Build a section, turning pydantic's report into one line.
+
+    Args:
+        section: The class to build.
+        values: Its values.
+        source: What they came from, for the message.
+
+    Raises:
+        ConfigError: An unknown key or a value that does not fit.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as report:
+        first = report.errors()[0]
+        location = tuple(str(part) for part in first["loc"] if part not in ("int", "constrained-int", "literal['all']"))
+        key = ".".join(location)
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{source}: unknown key {key!r}. {nearest(location[-1], _keys(section, location[:-1]))}"
+            ) from None
+        problem = first["msg"].removeprefix("Value error, ")
+        found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
+        raise ConfigError(f"{source}: {key + ': ' if key else ''}{problem}{found}.".replace("..", ".")) from None
+
+
+def _keys(section: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """Names of the fields that the section at `path` has."""
+    current: type[BaseModel] = section
+    for name in path:
+        field = current.model_fields.get(name)
+        candidates = [field.annotation, *get_args(field.annotation)] if field else []
+        for candidate in candidates:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                current = candidate
+                break
+    return list(current.model_fields)

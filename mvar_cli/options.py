@@ -118,7 +118,7 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="NAME",
-        help="auto, reference, dense, tiled or natten; a named one never falls back.",
+        help="auto, reference, dense, tiled, flex or natten; a named one never falls back.",
         rich_help_panel="Machine",
     ),
 ]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend
-from mvar_core.kernels.tiled import attend_tiled
+from mvar_core.kernels.recompute import differentiable
 from mvar_core.scales import AttentionPattern
 
 
@@ -33,8 +33,9 @@ def attend_natten(
         return _attend_single(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
     if _has_kernels(q_BHQD.device):
         return _attend_kernels(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
-    output: Tensor = _FlexWithBackward.apply(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
-    return output
+    # FlexAttention refuses tensors that require gradients on a CPU, and elsewhere, uncompiled, it would keep the whole
+    # matrix of scores.
+    return differentiable(_attend_flex, q_BHQD, k_BHKD, v_BHKD, pattern, scale)
 
 
 def _attend_single(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
@@ -78,29 +79,6 @@ def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Attent
         lse_BHQ1 = torch.logaddexp(own_lse_BHQ1, scores_BHQP.logsumexp(dim=-1, keepdim=True))
         o_BHQD = (own_lse_BHQ1 - lse_BHQ1).exp() * o_BHQD + (scores_BHQP - lse_BHQ1).exp() @ v_BHPD
     return o_BHQD[..., :width].to(q_BHQD.dtype)
-
-
-class _FlexWithBackward(torch.autograd.Function):
-    """NATTEN through FlexAttention, with gradients.
-
-    FlexAttention refuses tensors that require gradients on a CPU, and elsewhere, uncompiled, it would keep the whole
-    matrix of scores. So the backward pass computes the same attention again with tiles, and differentiates that.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD)
-        ctx.pattern, ctx.scale = pattern, scale
-        return _attend_flex(q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), pattern, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHQD, k_BHKD, v_BHKD = inputs = tuple(x.detach().requires_grad_() for x in ctx.saved_tensors)
-        with torch.enable_grad():
-            o_BHQD = attend_tiled(q_BHQD, k_BHKD, v_BHKD, ctx.pattern, ctx.scale)
-        return (*torch.autograd.grad(o_BHQD, inputs, gradients), None, None)
 
 
 def _neighborhood_attention(

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.errors import BackendError, nearest
-from mvar_core.kernels import dense, natten, reference, tiled
+from mvar_core.kernels import dense, flex, natten, reference, tiled
 from mvar_core.kernels.backend import AttentionCall, Backend
 from mvar_core.scales import AttentionPattern, Grid
 
-BACKENDS: tuple[Backend, ...] = (natten.BACKEND, tiled.BACKEND, dense.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (natten.BACKEND, flex.BACKEND, tiled.BACKEND, dense.BACKEND, reference.BACKEND)
 """All backends, in the order in which "auto" considers them."""
 
 BACKEND_NAMES: tuple[str, ...] = ("auto", *sorted(backend.name for backend in BACKENDS))

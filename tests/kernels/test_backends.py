@@ -87,6 +87,14 @@ def test_natten_equals_reference(assert_equals_reference, pattern, heads, width,
         assert_equals_reference("natten", pattern, heads, width, dtype, device)
 
 
+# FlexAttention prepares itself anew for each shape, as NATTEN without kernels does, which runs on it.
+@on_devices
+@pytest.mark.parametrize(("pattern", "heads", "width"), SPARSE[::3])
+def test_flex_equals_reference(assert_equals_reference, pattern, heads, width, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_equals_reference("flex", pattern, heads, width, dtype, device)
+
+
 @needs_natten
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested")
 @pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:return_lse is deprecated")

@@ -143,5 +143,5 @@ def test_check_backend_accepts_auto_and_refuses_unknown_names():
 
 
 def test_names():
-    assert BACKEND_NAMES == ("auto", "dense", "natten", "reference", "tiled")
-    assert {name for name, reason in available_backends() if reason is None} >= {"dense", "reference", "tiled"}
+    assert BACKEND_NAMES == ("auto", "dense", "flex", "natten", "reference", "tiled")
+    assert {name for name, reason in available_backends() if reason is None} >= {"dense", "flex", "reference", "tiled"}

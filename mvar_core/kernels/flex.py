@@ -2,7 +2,8 @@
 
 On CUDA it is compiled, once for each pattern, dtype and number of heads, and has a backward pass. On a CPU it has none,
 and compiling takes seconds a pattern for a kernel that is several times slower than tiles; so there it runs uncompiled,
-which makes the whole matrix of scores: good for comparisons, not for speed.
+which makes the whole matrix of scores: good for comparisons, not for speed. It is imported where it is used, because it
+brings torch's compiler with it.
 
 Shapes: B batch, H heads, Q queries, K keys, D head width, N tokens of the scale, R blocks of queries, C blocks of keys.
 """
@@ -14,17 +15,16 @@ import itertools
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mvar_core.kernels.backend import AttentionCall, Backend
-from mvar_core.kernels.dense import axis_visibility
 from mvar_core.kernels.recompute import differentiable
+from mvar_core.kernels.visibility import axis_visibility
 from mvar_core.scales import AttentionPattern
 
 BLOCK = 128
@@ -64,6 +64,8 @@ def _attend_compiled(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: At
 def _attend_uncompiled(
     q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float
 ) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     width = q_BHQD.shape[-1]
     mask = block_mask(pattern, q_BHQD.device)
     with warnings.catch_warnings():
@@ -97,6 +99,8 @@ def _compiled(
     PyTorch limits how often the code of one function may be compiled, and counts per code object. So each pattern has a
     code object of its own, or a model with many scales would run into the limit.
     """
+    from torch.nn.attention.flex_attention import flex_attention
+
     mask = block_mask(pattern, device)
 
     @no_type_check
@@ -110,11 +114,13 @@ def _compiled(
 
 
 @lru_cache(maxsize=64)
-def block_mask(pattern: AttentionPattern, device: torch.device) -> BlockMask:
-    """Which blocks of keys a block of queries visits, and who sees whom within those; made once.
+def block_mask(pattern: AttentionPattern, device: torch.device) -> Any:
+    """The BlockMask: which blocks of keys a block of queries visits, and who sees whom within those; made once.
 
     Made block by block, because FlexAttention's own way holds several matrices of queries × keys.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     # Tensors made under inference_mode could not be kept for a later backward pass.
     with torch.inference_mode(False):
         partly_RC, wholly_RC = _blocks(pattern)

@@ -48,7 +48,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = tuple(x.detach().requires_grad_() for x in ctx.saved_tensors)
+        q_BHQD, k_BHKD, v_BHKD = inputs = tuple(x.detach().requires_grad_() for x in ctx.saved_tensors)
         with torch.enable_grad():
-            o_BHQD = attend_tiled(*inputs, ctx.pattern, ctx.scale)
+            o_BHQD = attend_tiled(q_BHQD, k_BHKD, v_BHKD, ctx.pattern, ctx.scale)
         return (None, *torch.autograd.grad(o_BHQD, inputs, gradients), None, None)

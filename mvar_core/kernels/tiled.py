@@ -93,9 +93,8 @@ class _TiledWithBackward(torch.autograd.Function):
         dq_BHYXD = torch.empty_like(inputs.q_BHYXD, memory_format=torch.contiguous_format)
         dk_BHKD, dv_BHKD = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (k_BHKD, v_BHKD))
         for piece in _pieces(pattern, q_BHQD):
-            leaves = [x.requires_grad_() for x in piece.tiles_of(inputs)]
+            q_GTqD, k_GTkD, v_GTkD = leaves = [x.requires_grad_() for x in piece.tiles_of(inputs)]
             with torch.enable_grad():
-                q_GTqD, k_GTkD, v_GTkD = leaves
                 o_GTqD = F.scaled_dot_product_attention(
                     q_GTqD, k_GTkD, v_GTkD, attn_mask=piece.mask(q_BHQD), scale=ctx.scale
                 )

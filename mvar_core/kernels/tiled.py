@@ -29,7 +29,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
-from mvar_core.kernels.tiling import Strip, Tiling, dense_cost, plan_tiling, tile_mask, tiled_cost
+from mvar_core.kernels.tiling import (
+    Strip,
+    Tiling,
+    dense_cost,
+    dense_training_products,
+    plan_tiling,
+    tile_mask,
+    tiled_cost,
+)
 from mvar_core.scales import AttentionPattern, Grid
 
 PIECE_ELEMENTS = 1 << 20
@@ -39,10 +47,13 @@ PIECE_ELEMENTS = 1 << 20
 WORTHWHILE_TOKENS = 24 * 24
 """Tokens of a scale from which "auto" considers tiles on other devices than a CPU; a guess, not measured."""
 
-BACKWARD_COST = {"dense": 4.0, "tiled": 5.5}
-"""Forward and backward pass together, as multiples of the forward pass; tiles are computed anew in the backward pass.
+TILED_TRAINING_COST = {"float32": 5.5, "half": 6.5}
+"""Forward and backward pass of tiles, which are computed anew in the backward pass, as multiples of the forward pass.
 
-Measured with the constants in `mvar_core.kernels.tiling`."""
+Measured, as the next, on 6 sides × 3 windows with the constants in `mvar_core.kernels.tiling`."""
+
+DENSE_TRAINING_COST = {"float32": 4.5, "half": 3.3}
+"""Forward and backward pass of dense attention, for each product in its strips of rows, in the same unit."""
 
 
 def attend_tiled(
@@ -286,23 +297,24 @@ def _slices(length: int, step: int) -> list[slice]:
 
 
 @lru_cache(maxsize=1024)
-def is_faster_than_dense(pattern: AttentionPattern, needs_grad: bool) -> bool:
-    """Whether tiles are expected to beat one masked product, by their costs for 16 heads on a CPU.
+def is_faster_than_dense(pattern: AttentionPattern, dtype: torch.dtype, needs_grad: bool) -> bool:
+    """Whether tiles are expected to beat dense attention, by their costs for 16 heads on a CPU.
 
-    In float32 and in bfloat16 alike: where the two were measured to differ, they are within a tenth of each other.
-    Never a function of the batch, so that a sample's numbers do not change with those beside it.
+    Forward, in float32 and in half precision alike: where the two were measured to differ, they are within a tenth of
+    each other. Never a function of the batch, so that a sample's numbers do not change with those beside it.
     """
-    tiled, dense = tiled_cost(plan_tiling(pattern)), dense_cost(pattern)
-    if needs_grad:
-        return tiled * BACKWARD_COST["tiled"] < dense * BACKWARD_COST["dense"]
-    return tiled < dense
+    tiled = tiled_cost(plan_tiling(pattern))
+    if not needs_grad:
+        return tiled < dense_cost(pattern)
+    kind = "half" if dtype.itemsize == 2 else "float32"
+    return tiled * TILED_TRAINING_COST[kind] < dense_training_products(pattern) * DENSE_TRAINING_COST[kind]
 
 
 def _not_chosen(call: AttentionCall) -> str | None:
     if not call.pattern.is_windowed:
         return "there is no window to gain from"
-    if call.device.type == "cpu" and not is_faster_than_dense(call.pattern, call.needs_grad):
-        return "at this size one masked product is faster"
+    if call.device.type == "cpu" and not is_faster_than_dense(call.pattern, call.dtype, call.needs_grad):
+        return "at this size dense attention is faster"
     if call.device.type != "cpu" and call.pattern.queries < WORTHWHILE_TOKENS:
         return f"below {WORTHWHILE_TOKENS} tokens one masked product wakes the device less often"
     return None

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mvar_core.kernels.strips import STRIP_ROWS
 from mvar_core.scales import AttentionPattern, Grid, window_start
 
 # Shape suffixes: T tiles of a strip, q queries of a tile, k keys of a tile.
@@ -203,3 +204,16 @@ def tiled_cost(tiling: Tiling, heads: int = TYPICAL_HEADS) -> float:
 def dense_cost(pattern: AttentionPattern, heads: int = TYPICAL_HEADS) -> float:
     """Predicted cost of one image's attention without tiles, in the same unit."""
     return CALL_OVERHEAD + heads * pattern.queries * pattern.keys
+
+
+def dense_training_products(pattern: AttentionPattern, heads: int = TYPICAL_HEADS) -> int:
+    """Products of queries with keys in the strips of rows with which a CPU trains dense attention."""
+    height, window = pattern.grid.height, pattern.window_grid.height
+    if pattern.prefix_tokens or window == height:
+        return heads * pattern.queries * pattern.keys
+    products = 0
+    for top in range(0, height, STRIP_ROWS):
+        last = min(top + STRIP_ROWS, height) - 1
+        rows_seen = window_start(last, height, window) + window - window_start(top, height, window)
+        products += (last + 1 - top) * rows_seen
+    return heads * products * pattern.grid.width**2

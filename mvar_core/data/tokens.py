@@ -179,7 +179,7 @@ class CacheWriter:
             kept = [image for image in images if image not in bad]
             for image in filter(bad.__contains__, images):
                 logger.warning("Left out: %s", bad[image].message)
-            self._write_shard(number, tokens[:filled].reshape(len(kept), views, -1), kept, images)
+            self._write_shard(number, tokens[:filled].reshape(len(kept), views, tokens.shape[1]), kept, images)
             tally.add(len(kept))
 
     def finish(self, work: Work) -> CacheSummary:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from mvar_core.config import ModelConfig, TokenizerConfig
 from mvar_core.data.images import ImageSource, Views, open_images
-from mvar_core.data.tokens import CacheSummary, TokenCache, write_token_cache
+from mvar_core.data.tokens import CacheSummary, CacheWriter, TokenCache, write_token_cache
 from mvar_core.data.work import default_shard
 from mvar_core.errors import DataError
 from mvar_core.pixels import from_uint8
@@ -342,3 +343,123 @@ def test_digits_make_a_cache_with_the_views_of_the_bundled_recipe(tmp_path):
     assert summary.bytes <= 1800 * 85 + 360 + 512  # a byte a token, a byte a label, headers of two shards' files
     assert cache.item_name(1799) == source.item_names[359]
     assert cache.manifest.source == "digits:test"
+
+
+def as_version_1(folder: Path) -> None:
+    """Rewrite a cache as mvar 0.1 wrote it: one file of names, fewer keys in the manifest."""
+    values = json.loads((folder / "manifest.json").read_text())
+    lines = "".join((folder / shard["names"]["file"]).read_text() for shard in values["shards"])
+    (folder / "items.txt").write_text(lines)
+    for shard in values["shards"]:
+        (folder / shard["names"]["file"]).unlink()
+        del shard["names"], shard["skipped"]
+    for key in ("crops", "crop", "crop_scale"):
+        del values["data"][key]
+    del values["skipped"]
+    (folder / "manifest.json").write_text(json.dumps({**values, "version": 1}))
+
+
+def test_a_cache_of_the_earlier_version_is_still_read(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    expected, rows = TokenCache.open(tmp_path / "cache"), np.arange(21)
+    names = [expected.item_name(row) for row in rows]
+    as_version_1(tmp_path / "cache")
+    cache = TokenCache.open(tmp_path / "cache", verify=True)
+    assert torch.equal(cache.batch(rows)[0], expected.batch(rows)[0])
+    assert [cache.item_name(row) for row in rows] == names == [source.item_names[row // 3] for row in rows]
+    assert write_cache(tmp_path / "cache", source).encoded == 0  # complete: left as it is
+
+
+def test_an_unfinished_cache_of_the_earlier_version_is_refused(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    as_version_1(tmp_path / "cache")
+    (tmp_path / "cache/manifest.json").rename(tmp_path / "cache/manifest.partial.json")
+    with pytest.raises(DataError, match="unfinished token cache of an earlier version of mvar.*--overwrite"):
+        write_cache(tmp_path / "cache", source)
+    assert write_cache(tmp_path / "cache", source, overwrite=True).encoded == 7
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path, source, count):
+    write_cache(tmp_path / "alone", source)
+    config = small_config()
+    settings = {"config": config, "tokenizer_hash": HASH, "data": DataConfig(flip=True, augmented_views=1)}
+    out = tmp_path / "shared"
+    writers = [
+        CacheWriter(out, source, MeanTokenizer(config), **settings, batch_size=4, images_per_shard=3)
+        for _ in range(count)
+    ]
+    work = writers[0].prepare()
+    assert sorted(number for rank in range(count) for number in work.of(rank, count)) == [0, 1, 2]
+    for rank in reversed(range(count)):
+        writers[rank].check(work, rank, count)
+        writers[rank].write(work, rank, count)
+    assert writers[0].finish(work).encoded == 7
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def test_a_directory_that_another_process_does_not_see_is_refused(tmp_path, source):
+    config = small_config()
+    settings = {"config": config, "tokenizer_hash": HASH, "data": DataConfig()}
+    work = CacheWriter(tmp_path / "here", source, MeanTokenizer(config), **settings).prepare()
+    with pytest.raises(DataError, match=r"prepared by process 0, and process 1 does not see it.*storage that all"):
+        CacheWriter(tmp_path / "there", source, MeanTokenizer(config), **settings).check(work, 1, 2)
+
+
+def test_images_found_damaged_while_encoding_are_left_out_if_wanted(tmp_path, class_folders, caplog):
+    path = class_folders / "bee/a.webp"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    (class_folders / "cat/a.png").write_bytes(b"damaged")
+    source = open_images(str(class_folders))
+    summary = write_cache(tmp_path / "cache", source, skip_bad=True)
+    assert (summary.images, summary.skipped) == (5, ("bee/a.webp", "cat/a.png"))
+    assert "Left out: " in caplog.text
+    cache = TokenCache.open(tmp_path / "cache", verify=True)
+    assert [cache.item_name(row) for row in range(0, 15, 3)] == [
+        name for name in source.item_names if name not in summary.skipped
+    ]
+    assert cache.labels.tolist() == [0, 0, 1, 2, 2]
+    kept = [index for index, name in enumerate(source.item_names) if name not in summary.skipped]
+    pixels = np.stack([source.read(index, (16, 16)) for index in kept])
+    assert torch.equal(cache.batch(np.arange(0, 15, 3))[0], MeanTokenizer(small_config())(from_uint8(pixels)))
+    with pytest.raises(DataError, match="None of the 1 images"):
+        (tmp_path / "bad").mkdir()
+        (tmp_path / "bad/a.png").write_bytes(b"damaged")
+        write_cache(tmp_path / "none", open_images(str(tmp_path / "bad")), skip_bad=True)
+
+
+def test_crops_are_views_that_follow_from_the_seed(tmp_path, source):
+    data = DataConfig(flip=True, crops=3)
+    write_cache(tmp_path / "cache", source, data=data, seed=5)
+    cache = TokenCache.open(tmp_path / "cache")
+    assert cache.manifest.view_names == ("image", "flip", "crop-1", "crop-1-flip", "crop-2", "crop-2-flip")
+    views = Views(data, seed=5)
+    encode = MeanTokenizer(small_config())
+    for image in (0, 4):
+        pixels = np.stack(views.render(source, image, (16, 16), range(6)))
+        assert torch.equal(cache.batch(np.arange(6 * image, 6 * image + 6))[0], encode(from_uint8(pixels)))
+        assert np.array_equal(pixels[3], pixels[2][:, ::-1])
+        assert len({view.tobytes() for view in pixels}) == 6
+        [alone] = views.render(source, image, (16, 16), [4])
+        assert np.array_equal(alone, pixels[4])  # whatever else is asked for
+    write_cache(tmp_path / "other", source, data=data, seed=6)
+    assert not torch.equal(TokenCache.open(tmp_path / "other").batch(np.array([2]))[0], cache.batch(np.array([2]))[0])
+
+
+def test_opening_reads_the_manifest_and_the_labels_alone(tmp_path, source, monkeypatch):
+    """What opening costs must not grow with the number of rows, beyond a number for each label."""
+    write_cache(tmp_path / "cache", source, images_per_shard=2)
+    opened: list[str] = []
+    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    cache = TokenCache.open(tmp_path / "cache")
+    names = {Path(path).name for path in opened if str(tmp_path) in path}
+    assert names == {"manifest.json", *(f"labels-{number:05d}.npy" for number in range(4))}
+    opened.clear()
+    cache.batch(np.array([0, 1, 7]))  # views of images 0 and 2: two shards
+    names = {Path(path).name for path in opened if str(tmp_path) in path}
+    assert names == {"tokens-00000.npy", "tokens-00001.npy"}
+    sizes = {name: value.nbytes for name, value in vars(cache).items() if isinstance(value, np.ndarray)}
+    assert sizes == {"labels": 7 * 8, "_starts": 5 * 8}
+    containers = [value for value in vars(cache).values() if isinstance(value, (list, tuple, dict, set))]
+    assert all(len(value) <= 4 for value in containers)  # a shard each, never a row each

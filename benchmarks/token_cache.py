@@ -1,0 +1,185 @@
+"""A token cache of ImageNet's size: how long it takes to open, what it costs in memory, how fast rows are read.
+
+python benchmarks/token_cache.py writes benchmarks/results/token_cache.json. The cache is synthetic: 1,281,167 images in
+two views of 680 tokens, the token files sparse (all zeros), labels and names written in full. It is opened in a process
+of its own; growth is counted from after torch and mvar were imported. Beside it stands what would be kept without side
+files: the images' names as Python strings.
+"""
+
+import gc
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+
+IMAGES, VIEWS, TOKENS, CLASSES = 1_281_167, 2, 680, 1000
+PYRAMID = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+BATCH = 448
+SECONDS, MEGABYTES = 2.0, 200
+
+
+def write_cache(out: Path) -> None:
+    """The files that `mvar tokenize` writes for this many images, but for what the tokens are."""
+    import numpy as np
+
+    from mvar_core.config import DataConfig
+    from mvar_core.data.manifest import MANIFEST, FileEntry, Manifest, Shard
+    from mvar_core.data.work import default_shard
+    from mvar_core.files import write_json
+
+    per_shard = default_shard(VIEWS * TOKENS * 2, IMAGES)
+    shards, hashes = [], {}
+    labels = np.sort(np.random.default_rng(0).integers(0, CLASSES, IMAGES)).astype(np.uint16)
+    for number, start in enumerate(range(0, IMAGES, per_shard)):
+        count = min(per_shard, IMAGES - start)
+        path = out / f"tokens-{number:05d}.npy"
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<u2", "fortran_order": False, "shape": (count, VIEWS, TOKENS)}
+            )
+            header = file.tell()
+            file.truncate(header + count * VIEWS * TOKENS * 2)
+        if count not in hashes:
+            hashes[count] = hashlib.sha256(path.read_bytes()).hexdigest()
+        tokens = FileEntry(file=path.name, bytes=path.stat().st_size, sha256=hashes[count])
+        np.save(out / f"labels-{number:05d}.npy", labels[start : start + count])
+        names = (f"n{label:08d}/n{label:08d}_{start + n}.JPEG\n" for n, label in enumerate(labels[start:][:count]))
+        (out / f"names-{number:05d}.txt").write_text("".join(names))
+        entries = [
+            FileEntry.of(out / f"{kind}-{number:05d}.{end}") for kind, end in (("labels", "npy"), ("names", "txt"))
+        ]
+        shards.append(Shard(images=count, tokens=tokens, labels=entries[0], names=entries[1]))
+    manifest = Manifest(
+        tokenizer_hash="0" * 64,
+        patch_sizes=PYRAMID,
+        codebook_size=4096,
+        image_size=256,
+        class_names=tuple(f"class {number}" for number in range(CLASSES)),
+        images=IMAGES,
+        views=VIEWS,
+        view_names=("image", "flip"),
+        data=DataConfig(flip=True),
+        seed=0,
+        dtype="uint16",
+        source="imagenet:train",
+        fingerprint="0" * 64,
+        images_per_shard=per_shard,
+        shards=tuple(shards),
+    )
+    write_json(out / MANIFEST, manifest.to_json())
+
+
+def status(name: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked files for; what is only mapped does not count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def measure(out: Path) -> dict[str, Any]:
+    """Open the cache, draw the first batch, read many more; in a process that does nothing else."""
+    import numpy as np
+    import torch
+
+    from mvar_core.data.tokens import TokenCache
+    from mvar_core.training.order import batch_rows
+
+    torch.zeros(8, dtype=torch.long)
+    gc.collect()
+    before = {name: status(name) for name in ("VmRSS", "RssAnon", "VmHWM")}
+    read = bytes_read()
+    start = time.perf_counter()
+    cache = TokenCache.open(out)
+    opened = time.perf_counter()
+    read = bytes_read() - read
+    rows = batch_rows(0, BATCH, len(cache), seed=0)
+    drawn = time.perf_counter()
+    tokens, labels = cache.batch(rows)
+    first = time.perf_counter()
+    assert tokens.shape == (BATCH, TOKENS)
+    assert labels.shape == (BATCH,)
+    growth = {name: status(name) - value for name, value in before.items()}
+    steps = range(1, 201)
+    began = time.perf_counter()
+    for step in steps:
+        batch_rows(step, BATCH, len(cache), seed=0)
+    sampler = (time.perf_counter() - began) / len(steps)
+    began = time.perf_counter()
+    for step in steps:
+        cache.batch(batch_rows(step, BATCH, len(cache), seed=0))
+    batch = (time.perf_counter() - began) / len(steps) - sampler
+    gc.collect()
+    anonymous = status("RssAnon")
+    began = time.perf_counter()
+    names = [line for path in sorted(out.glob("names-*.txt")) for line in path.read_text().split("\n")[:-1]]
+    strings = time.perf_counter() - began
+    assert len(names) == IMAGES
+    size = sum(path.stat().st_size for path in out.iterdir())
+    assert len(np.unique(rows)) == BATCH
+    return {
+        "bytes": size,
+        "bytes_per_view": sum(path.stat().st_size for path in out.glob("*.npy")) / (IMAGES * VIEWS),
+        "shards": len(cache.manifest.shards),
+        "seconds": {
+            "open": opened - start,
+            "first_epoch_order": drawn - opened,
+            "first_batch": first - drawn,
+            "open_to_first_batch": first - start,
+            "sampler_per_step": sampler,
+            "read_per_batch": batch,
+        },
+        "bytes_read_by_opening": read,
+        "growth_bytes": {
+            "resident": growth["VmRSS"],
+            "resident_without_maps": growth["RssAnon"],
+            "peak_resident": growth["VmHWM"],
+        },
+        "baseline_names_as_strings": {"seconds": strings, "bytes": status("RssAnon") - anonymous},
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = str(Path(name))
+        call = "import json, pathlib, token_cache; print(json.dumps(token_cache.{}(pathlib.Path({!r}))))"
+        runs = {}
+        for step in ("write_cache", "measure"):
+            process = subprocess.run(
+                [sys.executable, "-c", call.format(step, folder)],
+                check=True,
+                cwd=Path(__file__).parent,
+                stdout=subprocess.PIPE,
+            )
+            runs[step] = json.loads(process.stdout)
+    found = runs["measure"]
+    seconds = found["seconds"]["open_to_first_batch"]
+    grown = found["growth_bytes"]["peak_resident"]
+    kept = {
+        f"open to first batch within {SECONDS:.0f} s": seconds < SECONDS,
+        f"peak growth below {MEGABYTES} MB": grown < MEGABYTES * 10**6,
+        "at most 1400 bytes per view": found["bytes_per_view"] <= 1400,
+    }
+    names = found["baseline_names_as_strings"]
+    ratios = {
+        "seconds_over_names_as_strings": seconds / names["seconds"],
+        "memory_over_names_as_strings": found["growth_bytes"]["resident_without_maps"] / names["bytes"],
+    }
+    machine.save(
+        "token_cache",
+        {"images": IMAGES, "views": VIEWS, "tokens": TOKENS, "batch": BATCH, **found, "ratios": ratios, "kept": kept},
+    )
+    sys.exit(0 if all(kept.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

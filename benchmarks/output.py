@@ -2,8 +2,7 @@
 
 python benchmarks/output.py [--counts 5000 50000] writes benchmarks/results/output.json. Random 64 px images come in
 batches of 64 and go through the writers of `mvar sample`; each row is a process of its own. Memory that did not depend
-on the number of images would be 1.0 times that of the smallest number. PNG rows compare one
-thread with two.
+on the number of images would be 1.0 times that of the smallest number. PNG rows compare one thread with two.
 """
 
 import argparse

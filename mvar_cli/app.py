@@ -35,8 +35,10 @@ COMMANDS = (
     CommandEntry("plan", "plan", "Parameters, operations, KV cache and memory of a model; lists the presets.", "Start"),
     CommandEntry("train-tokenizer", "train_tokenizer", "Train a multi-scale residual VQVAE on images.", "Train"),
     CommandEntry("tokenize", "tokenize", "Turn images into a cache of token indices.", "Train", True),
-    CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train"),
-    CommandEntry("finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train"),
+    CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train", True),
+    CommandEntry(
+        "finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train", True
+    ),
     CommandEntry("sample", "sample", "Draw class-conditional images.", "Use", True),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
@@ -120,11 +122,12 @@ class LazyGroup(TyperGroup):
             line = error_line(error)
             if line is None:
                 raise
-            from mvar_cli.launch import lost_connection, report
+            from mvar_cli.launch import ElsewhereError, lost_connection, report
 
             if os.environ.get("MVAR_DEBUG") == "1":
                 traceback.print_exc()
-            report(line, consequence=lost_connection(error))
+            elsewhere = isinstance(error, ElsewhereError)
+            report(line, consequence=elsewhere or lost_connection(error), silent=elsewhere)
             code = 1
         # Out here the error is gone, and with it what its frames held open, such as files under temporary names.
         from mvar_cli.launch import Worker, leave

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, MvarError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -33,6 +33,10 @@ NumProcesses = Annotated[
         "--nproc", min=1, metavar="N", help="Processes on this machine, one per GPU.", rich_help_panel="Machine"
     ),
 ]
+
+
+class ElsewhereError(MvarError):
+    """What another process has found wrong, and says."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,13 @@ def verdict(failures: Mapping[int, ProcessFailure], count: int) -> tuple[int, st
     return failure.exitcode, str(told.get("line", ""))
 
 
-def report(line: str, *, consequence: bool = False) -> None:
+def report(line: str, *, consequence: bool = False, silent: bool = False) -> None:
     """Say why this process fails: on stderr, or to the process that launched it.
 
     Args:
         line: What went wrong.
         consequence: Another process has failed, and this one because of it.
+        silent: Another process says the same.
     """
     path = os.environ.get(_ERROR_FILE)
     if path is not None:
@@ -169,7 +174,7 @@ def report(line: str, *, consequence: bool = False) -> None:
         Path(path).write_text(
             json.dumps({"message": content, "line": line, "consequence": consequence}), encoding="utf-8"
         )
-    if not Worker.here().launched:
+    if not (Worker.here().launched or silent):
         typer.echo(line, err=True)
 
 

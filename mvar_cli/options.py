@@ -149,6 +149,11 @@ OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.", rich_help_panel="Output")
 ]
+Fsdp = Annotated[
+    bool,
+    typer.Option("--fsdp", help="Slice the model over the processes, for one too large for a GPU.",
+                 rich_help_panel="Machine"),
+]  # fmt: skip
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print configuration, cost and plan, and do nothing.", rich_help_panel="Output"),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mvar_cli.console import Console, Progress
-from mvar_cli.launch import Worker
+from mvar_cli.launch import ElsewhereError, Worker
+from mvar_core.errors import MvarError
 
 Value = TypeVar("Value")
 
@@ -67,13 +68,27 @@ class Processes:
         return name
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
-        """What `compute` gives in the first process, in all of them; the others wait for it."""
+        """What `compute` gives in the first process, in all of them; the others wait for it.
+
+        Raises:
+            MvarError: What `compute` raised, in all of them, so that none waits for one that has failed.
+        """
         if self.count == 1:
             return compute()
         import torch.distributed as dist
 
-        values: list[Any] = [compute() if self.first else None]
+        values: list[Any] = [None, None]
+        failed: MvarError | None = None
+        if self.first:
+            try:
+                values[0] = compute()
+            except MvarError as error:
+                failed, values[1] = error, str(error)
         dist.broadcast_object_list(values, src=0)
+        if failed is not None:
+            raise failed
+        if values[1] is not None:
+            raise ElsewhereError(values[1])
         value: Value = values[0]
         return value
 

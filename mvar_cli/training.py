@@ -107,6 +107,7 @@ def train_run(
     dtype: str,
     attention: str,
     resume: bool,
+    fsdp: bool = False,
     validation: TokenCache | None = None,
     start: Path | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -123,6 +124,7 @@ def train_run(
         dtype: What autocast computes in.
         attention: Attention backend.
         resume: Go on from a checkpoint in `out`.
+        fsdp: Slice the model over the processes.
         validation: Held-out tokens.
         start: Model directory whose transformer gives the first weights.
         provenance: Further facts for config.json.
@@ -151,6 +153,7 @@ def train_run(
             dtype=resolve_dtype(dtype, target),
             attention=attention,
             resume=resume,
+            fsdp=fsdp,
             validation=validation,
             tokenizer_state=tokenizer.state_dict(),
             provenance={"data": tokens.manifest.source, "images": tokens.num_images, **(provenance or {})},

@@ -58,6 +58,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk, where the system can wait for that."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def remove_leftovers(directory: Path) -> None:
     """Remove the temporary files and directories of writers that were killed; nobody may be writing there now."""
     for path in directory.glob(".*.tmp"):

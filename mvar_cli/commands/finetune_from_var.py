@@ -9,7 +9,6 @@ import typer
 
 from mvar_cli import options
 from mvar_cli.commands.train import TrainRequest, execute
-from mvar_cli.console import Console
 
 EXAMPLE = "mvar finetune-from-var --preset digits --var-checkpoint V --tokens T --out ft"
 
@@ -45,6 +44,7 @@ def run(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: options.Attention = "auto",
+    fsdp: options.Fsdp = False,
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -85,9 +85,10 @@ def run(
             "tensorboard": tensorboard,
             "wandb": wandb,
         },
+        fsdp=fsdp,
         start=start,
     )
-    execute(Console(as_json), request, dry_run)
+    execute(as_json, request, dry_run)
 
 
 def convert_beside(model: Path, tokenizer: Path | None, out: Path) -> Path:

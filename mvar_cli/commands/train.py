@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from mvar_cli.processes import Processes
     from mvar_core.config import RunConfig
 
 EXAMPLE = "mvar train --preset digits --tokens tokens --checkpoint tokenizer --out mvar"
@@ -44,12 +47,14 @@ def run(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: options.Attention = "auto",
+    fsdp: options.Fsdp = False,
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Train a VAR or MVAR from scratch on a token cache, or on images that are tokenized first.
 
-    Running the same command again goes on where it stopped. The run directory is also a model directory.
+    Running the same command again goes on where it stopped, with any number of processes: under torchrun or --nproc
+    they share every batch. The run directory is also a model directory.
     """
     request = TrainRequest(
         preset=preset,
@@ -80,8 +85,9 @@ def run(
             "tensorboard": tensorboard,
             "wandb": wandb,
         },
+        fsdp=fsdp,
     )
-    execute(Console(as_json), request, dry_run)
+    execute(as_json, request, dry_run)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class TrainRequest:
     dtype: str
     attention: str
     loop: Mapping[str, Any]
+    fsdp: bool = False
     start: Path | None = None
 
     def configuration(self) -> RunConfig:
@@ -130,30 +137,42 @@ class TrainRequest:
         return load_config(self.preset, settings, {"seed": self.seed, "train": train})
 
 
-def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
+def execute(as_json: bool, request: TrainRequest, dry_run: bool) -> None:
     """Tokenize where images were given, train, and print the result."""
     config = request.configuration()
     from mvar_core.models.directory import read_model_config
 
-    tokenizer = read_model_config(request.checkpoint)
+    read_model_config(request.checkpoint)
     if request.out.resolve() == request.checkpoint.resolve():
         raise DataError(f"--out {request.out} is the tokenizer's directory.", "Choose another --out.")
     if dry_run:
-        _show_plan(console, request, config)
+        _show_plan(Console(as_json), request, config)
         return
 
+    from mvar_cli.processes import processes
+
+    with processes(request.device) as team:
+        interrupted = _train(team, team.console(as_json), replace(request, device=team.device(request.device)), config)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _train(team: Processes, console: Console, request: TrainRequest, config: RunConfig) -> bool:
+    """What each process does; returns whether an interruption ended the training early."""
     from mvar_cli.tokenization import tokenize_run
     from mvar_cli.training import fit_to_tokens, prepare_run, train_run
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import TokenCache
     from mvar_core.kernels import check_backend
+    from mvar_core.models.directory import read_model_config
     from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
     from mvar_core.training.trackers import check_trackers
 
+    tokenizer = read_model_config(request.checkpoint)
     device = resolve_device(request.device)
     check_trackers(config.train)
     check_backend(request.attention, config.patterns, device, resolve_dtype(request.dtype, device), needs_grad=True)
-    resume = prepare_run(request.out, request.resume, request.overwrite)
+    resume = team.from_first(lambda: prepare_run(request.out, request.resume, request.overwrite))
     tokens = request.tokens
     if tokens is None:
         assert request.data is not None
@@ -169,6 +188,7 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
             device=request.device,
             dtype="auto",
             overwrite=request.overwrite,
+            team=team,
         )
     cache = TokenCache.open(tokens)
     config = fit_to_tokens(config, tokenizer, cache.class_names)
@@ -181,6 +201,7 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
         device=request.device,
         dtype=request.dtype,
         attention=request.attention,
+        fsdp=request.fsdp,
         resume=resume,
         validation=TokenCache.open(request.validation) if request.validation else None,
         start=request.start,
@@ -214,10 +235,12 @@ def execute(console: Console, request: TrainRequest, dry_run: bool) -> None:
             "best_step": result.best_step,
             "skipped": result.skipped,
             "interrupted": result.interrupted,
+            "processes": team.count,
         }
     )
     if result.interrupted:
-        raise options.interrupted(console)
+        options.interrupted(console)
+    return result.interrupted
 
 
 def _show_plan(console: Console, request: TrainRequest, config: RunConfig) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mvar_core.training.optim import by_kind
+
 
 class WeightAverage:
     """The average of a module's trained parameters, in their own type and place.
@@ -33,7 +35,10 @@ class WeightAverage:
             steps: How often that was done before.
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1 - decay)
+        averages, weights = by_kind(list(self._average.values())), by_kind(list(self._weights.values()))
+        for average, weight in zip(averages, weights, strict=True):
+            if average:
+                torch._foreach_lerp_(average, weight, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -1,9 +1,11 @@
-"""The state of a training run in one file, from which the run goes on as if it had not stopped."""
+"""The state of a training run, from which the run goes on as if it had not stopped.
+
+It is one file; of a sliced model it is a directory (mvar_core.training.sharded).
+"""
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,11 +17,12 @@ import torch
 
 from mvar_core.errors import CheckpointError
 from mvar_core.files import atomic_path
+from mvar_core.training.sharded import UNREADABLE, damaged, load_shards
 
 BEST = "best"
 """Name of the model directory inside a run directory that holds the weights of the best validation."""
-_FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})\.pt")
+_FORMAT = 2
+_NAME = re.compile(r"step-(\d{8,})(\.pt|\.sharded)")
 
 
 @dataclass
@@ -30,7 +33,7 @@ class TrainingState:
         step: Steps done.
         settings: What the run was asked to do: nested mappings of plain values; compared when resuming.
         model: State dict of what is trained.
-        optimizer: State dict of the optimizer.
+        optimizer: The optimizer's moments of each parameter, by its name.
         scaler: State dict of the fp16 gradient scaler; empty without one.
         objective: Further tensors that the objective carries from step to step.
         window: Sums of the measures since the last line of metrics.jsonl, and how many steps each sums.
@@ -62,11 +65,13 @@ class TrainingState:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Training checkpoints of a run directory, oldest first."""
+    """Training checkpoints of a run directory, oldest first; of two of the same step the one written last."""
     found = [
-        (int(match[1]), path) for path in (out / "checkpoints").glob("*.pt") if (match := _NAME.fullmatch(path.name))
+        (int(match[1]), path.stat().st_mtime, path)
+        for path in (out / "checkpoints").glob("step-*")
+        if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found)]
+    return [path for *_, path in sorted(found)]
 
 
 def latest_checkpoint(out: Path) -> Path | None:
@@ -78,19 +83,28 @@ def latest_checkpoint(out: Path) -> Path | None:
 def remove_checkpoints(out: Path) -> None:
     """Forget the checkpoints of a run directory, and the model made of the best one, to start it anew."""
     for path in checkpoints(out):
-        path.unlink()
+        _remove(path)
     shutil.rmtree(out / BEST, ignore_errors=True)
 
 
 def best_weights(out: Path, step: int) -> dict[str, torch.Tensor]:
     """The weights that the model has at a checkpoint: the averaged ones, where the run averages."""
-    state = load_checkpoint(checkpoint_path(out, step))
+    path = next((path for path in reversed(checkpoints(out)) if _step(path) == step), checkpoint_path(out, step))
+    state = load_checkpoint(path)
     return {**state.model, **state.average}
 
 
-def checkpoint_path(out: Path, step: int) -> Path:
+def checkpoint_path(out: Path, step: int, ending: str = ".pt") -> Path:
     """Where the checkpoint of a step lies."""
-    return out / "checkpoints" / f"step-{step:08d}.pt"
+    return out / "checkpoints" / f"step-{step:08d}{ending}"
+
+
+def state_content(state: TrainingState) -> dict[str, Any]:
+    """What a checkpoint holds of a state."""
+    content = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    # Settings travel as JSON: they are compared as text is, without tuples turning into lists.
+    content.update(format=_FORMAT, settings=json.dumps(state.settings, sort_keys=True))
+    return content
 
 
 def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
@@ -102,37 +116,47 @@ def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
         keep: How many of the last checkpoints stay. That of the best validation stays too.
     """
     path = checkpoint_path(out, state.step)
-    directory = path.parent
-    content = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    # Settings travel as JSON: they are compared as text is, without tuples turning into lists.
-    content.update(format=_FORMAT, settings=json.dumps(state.settings, sort_keys=True))
     with atomic_path(path, durable=True) as temporary:
-        torch.save(content, temporary)
-    best = None if state.best_step is None else checkpoint_path(out, state.best_step)
-    for old in checkpoints(out)[:-keep]:
-        if old != best:
-            old.unlink()
-    for leftover in directory.glob(".step-*.tmp"):  # of a process that was killed while writing
-        leftover.unlink()
+        torch.save(state_content(state), temporary)
+    prune_checkpoints(out, state.best_step, keep)
     return path
 
 
+def prune_checkpoints(out: Path, best_step: int | None, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and that of the best validation, and what killed writers left."""
+    steps = sorted({_step(path) for path in checkpoints(out)})
+    kept = {*steps[-keep:], best_step}
+    newest = {_step(path): path for path in checkpoints(out)}
+    for old in checkpoints(out):
+        if _step(old) not in kept or old != newest[_step(old)]:
+            _remove(old)
+    for leftover in (out / "checkpoints").glob(".step-*.tmp"):
+        _remove(leftover)
+
+
 def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint to the CPU; only tensors and plain values are unpickled, never code.
+    """Read a checkpoint of any kind to the CPU; only tensors and plain values are unpickled, never code.
 
     Raises:
         CheckpointError: The file is missing, damaged, holds code, or is not a training checkpoint.
     """
+    if path.is_dir():
+        return state_of_content(path, load_shards(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"{path} cannot be read as a training checkpoint: {reason[0]}",
-            "Delete it to resume from the one before, or start anew with --overwrite.",
-        ) from None
+    except UNREADABLE as error:
+        raise damaged(path, error) from None
+    return state_of_content(path, content)
+
+
+def state_of_content(path: Path, content: Any) -> TrainingState:
+    """The state that a checkpoint holds.
+
+    Raises:
+        CheckpointError: It was written by another version, or is something else.
+    """
     fields = TrainingState.__dataclass_fields__
     needed = {name for name, entry in fields.items() if entry.default is MISSING and entry.default_factory is MISSING}
     if not isinstance(content, dict) or content.get("format") != _FORMAT or not needed <= content.keys():
@@ -165,6 +189,21 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
             f"{path} belongs to a run with other settings: {shown}.",
             "Go back to those settings to resume it, or choose another --out, or start anew with --overwrite.",
         )
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # Under a name that is no checkpoint's first: what is half removed must not be resumed from.
+        gone = path if path.name.startswith(".") else path.replace(path.with_name(f".{path.name}.tmp"))
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,13 +26,12 @@ from mvar_core.training.checkpoints import (
     TrainingState,
     check_settings,
     latest_checkpoint,
-    load_checkpoint,
     remove_checkpoints,
-    save_checkpoint,
 )
 from mvar_core.training.compilation import uncompiled
 from mvar_core.training.interrupt import InterruptFlag
 from mvar_core.training.objective import Objective, OnSample, OnStep, Outcome, Plan
+from mvar_core.training.optim import load_moments, moments
 from mvar_core.training.order import prefetch
 from mvar_core.training.randomness import random_state, set_random_state
 from mvar_core.training.reporting import Recorder
@@ -120,10 +119,10 @@ class _Session:
 
     def resume(self) -> None:
         """Take everything back from the last checkpoint, if there is one."""
-        path = latest_checkpoint(self.out)
+        path = self.strategy.agree(latest_checkpoint(self.out))
         if path is None:
             return
-        state = load_checkpoint(path)
+        state = self.strategy.load(path, self.module)
         check_settings(path, state.settings, self.plan.settings)
         if state.step > self.plan.total_steps:
             logger.warning(
@@ -131,7 +130,7 @@ class _Session:
             )
         stepper, recorder = self.stepper, self.recorder
         self.module.load_state_dict(state.model)
-        stepper.optimizer.load_state_dict(state.optimizer)
+        load_moments(stepper.optimizer, self.module, state.optimizer)
         if stepper.scaler.is_enabled():
             stepper.scaler.load_state_dict(state.scaler)
         if self.average is not None:
@@ -150,7 +149,7 @@ class _Session:
             step=self.step,
             settings=dict(self.plan.settings),
             model=self.module.state_dict(),
-            optimizer=self.stepper.optimizer.state_dict(),
+            optimizer=moments(self.stepper.optimizer, self.module),
             scaler=self.stepper.scaler.state_dict(),
             objective=self.objective.state(),
             window=self.recorder.window,
@@ -163,8 +162,7 @@ class _Session:
             best_step=self.best_step,
             best_score=self.best_score,
         )
-        if self.strategy.first:
-            save_checkpoint(self.out, state, self.plan.train.keep)
+        self.strategy.save(self.out, state, self.plan.train.keep)
 
     def train(self, config: RunConfig) -> Outcome:
         """Take the steps that are left."""

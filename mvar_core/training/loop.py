@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
-from mvar_core.errors import DataError
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.kernels import check_backend
 from mvar_core.models.directory import save_model
 from mvar_core.models.quantizer import MultiScaleQuantizer
@@ -24,9 +24,11 @@ from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.compilation import check_compiler, compiled_blocks
 from mvar_core.training.curriculum import Curriculum, build_curriculum
+from mvar_core.training.distributed import choose_strategy
 from mvar_core.training.engine import optimise
 from mvar_core.training.objective import BatchPart, OnSample, OnStep, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
+from mvar_core.training.strategy import Strategy
 
 _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
 
@@ -82,6 +84,7 @@ class TransformerObjective:
         dtype: torch.dtype,
         attention: str,
         seed: int,
+        strategy: Strategy | None = None,
     ):
         self.transformer = transformer
         self.quantizer = quantizer
@@ -93,6 +96,7 @@ class TransformerObjective:
         self.dtype = dtype
         self.attention = attention
         self.seed = seed
+        self.strategy = strategy or Strategy()
         self.num_scales = transformer.pyramid.num_scales
         scales = range(self.num_scales)
         self.metric_names = (*(f"loss_{s}" for s in scales), *(f"accuracy_{s}" for s in scales))
@@ -139,7 +143,10 @@ class TransformerObjective:
             return {}
         sums, rows = torch.zeros(1 + 2 * self.num_scales, device=self.device), len(self.validation)
         for start in range(0, rows, self.batch_size):
-            batch = self.validation.batch(np.arange(start, min(start + self.batch_size, rows)))
+            chosen = np.arange(start, min(start + self.batch_size, rows))
+            part = self.strategy.part(len(chosen))
+            # A process without a row computes one that does not count: all must go through the model together.
+            batch = self.validation.batch(chosen[part.start : part.stop] if part.rows else chosen[:1])
             tokens_BL, labels_B = (part.to(self.device) for part in batch)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 losses = self.curriculum.losses(
@@ -152,8 +159,8 @@ class TransformerObjective:
                     generator=None,
                 )
             values = torch.cat([losses.loss.view(1), losses.scale_losses, losses.scale_accuracies])
-            sums += values.float() * len(labels_B)
-        loss, *rest = (sums / rows).tolist()
+            sums += values.float() * part.rows
+        loss, *rest = (self.strategy.add_up(sums) / rows).tolist()
         self.val_loss = loss
         return {
             "val_loss": loss,
@@ -197,13 +204,16 @@ def train_transformer(
     provenance: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
+    fsdp: bool = False,
 ) -> TrainResult:
     """Train a transformer and leave a run directory that is also a model directory.
 
-    Running it again in the same `out` goes on from the last checkpoint; a finished run is only saved again.
+    Running it again in the same `out` goes on from the last checkpoint; a finished run is only saved again. Processes
+    that torch.distributed connects share every batch; they may be more or fewer than those that wrote the checkpoint.
 
     Args:
-        transformer: What is trained, float32; it is moved to `device` and left there in eval mode.
+        transformer: What is trained, float32; it is moved to `device` and left there in eval mode. In several processes
+            it is the same in all.
         quantizer: Of the tokenizer that made the tokens; frozen.
         tokens: Token maps and labels.
         config: The run's configuration.
@@ -219,10 +229,11 @@ def train_transformer(
         provenance: Further facts for config.json.
         on_step: Called after every step.
         on_sample: Called every `train.sample_every` steps, to make a picture of what the transformer generates.
+        fsdp: Slice the transformer over the processes; it stays sliced.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
-        ConfigError: A tracker is asked for that is not installed.
+        ConfigError: A tracker is asked for that is not installed, or the processes cannot share the batch.
         DataError: No tokens, or tokens or labels that do not fit the model.
         BackendError: The attention backend does not exist or cannot train this model here, or `train.compile` is set
             and there is no compiler.
@@ -235,7 +246,15 @@ def train_transformer(
     check_backend(attention, transformer.patterns, device, dtype, needs_grad=True)
     if train.compile:
         check_compiler(device)
-    transformer.to(device)
+    in_turns = train.curriculum == "interleaved"
+    strategy = choose_strategy(device, dtype, train.batch_size, fsdp=fsdp, in_turns=in_turns)
+    if fsdp and train.sample_every:
+        raise ConfigError(
+            "train.sample_every draws with a model that --fsdp has sliced over the processes.",
+            "Set train.sample_every=0, and use `mvar sample` on what the run leaves.",
+        )
+    if not fsdp:  # which moves slice by slice
+        transformer.to(device)
     quantizer.to(device)
     objective = TransformerObjective(
         transformer,
@@ -248,6 +267,7 @@ def train_transformer(
         dtype=dtype,
         attention=attention,
         seed=seed,
+        strategy=strategy,
     )
     settings = comparable_settings(config, _MODEL_SECTIONS, train)
     plan = Plan(
@@ -269,16 +289,19 @@ def train_transformer(
             out,
             no_decay=transformer.no_decay_names(),
             on_step=on_step,
-            on_sample=on_sample,
+            on_sample=on_sample if strategy.first else None,
+            strategy=strategy,
         )
-    if not outcome.interrupted:
+    weights = strategy.full_state(transformer) if not outcome.interrupted else {}
+    if not outcome.interrupted and strategy.first:
         facts = {**config.provenance, **(provenance or {}), "training_steps": outcome.steps, "seed": seed}
         model = config.model.model_copy(update={"provenance": facts})
         if outcome.best_step is not None:
             best = config.model.model_copy(update={"provenance": {**facts, "training_steps": outcome.best_step}})
-            weights = best_weights(out, outcome.best_step)
-            save_model(out / BEST, best, transformer=weights, tokenizer=tokenizer_state)
-        save_model(out, model, transformer=transformer.state_dict(), tokenizer=tokenizer_state)
+            found = best_weights(out, outcome.best_step)
+            save_model(out / BEST, best, transformer=found, tokenizer=tokenizer_state)
+        save_model(out, model, transformer=weights, tokenizer=tokenizer_state)
+    strategy.wait()
     return TrainResult(
         outcome.steps,
         outcome.loss,

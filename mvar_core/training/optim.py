@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from mvar_core.train_config import OptimizerConfig
 
@@ -43,7 +44,7 @@ def learning_rate(step: int, total_steps: int, batch_size: int, config: Optimize
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The two groups of AdamW: parameters that decay, and those that do not.
+    """The groups of AdamW: parameters that decay, and those that do not.
 
     Biases, 1-D parameters and those named in `no_decay` (tables, scales) do not decay. Frozen parameters are left out.
 
@@ -67,7 +68,35 @@ def parameter_groups(module: nn.Module, weight_decay: float, no_decay: Collectio
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    # Operations on lists of tensors take no mixture of sliced and whole ones.
+    return [{**group, "params": kind} for group in groups for kind in by_kind(group["params"]) if kind]
+
+
+def by_kind(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that are sliced over processes, and those that this process has whole."""
+    if not dist.is_available():
+        return [], list(tensors)
+    from torch.distributed.tensor import DTensor
+
+    return [t for t in tensors if isinstance(t, DTensor)], [t for t in tensors if not isinstance(t, DTensor)]
+
+
+def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps of each parameter, by its name: that does not depend on groups and their order."""
+    return {name: dict(state) for name, weight in module.named_parameters() if (state := optimizer.state.get(weight))}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take back what `moments` gave; numbers of steps stay where the optimizer wants them, moments go to the weights.
+
+    Raises:
+        KeyError: A parameter that the module does not have.
+    """
+    weights = dict(module.named_parameters())
+    indices = {weight: i for i, weight in enumerate(w for group in optimizer.param_groups for w in group["params"])}
+    state = {indices[weights[name]]: dict(values) for name, values in found.items()}
+    # Through the optimizer's own loading, which knows what belongs on which device.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def build_optimizer(

@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mvar_core.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from mvar_core.training.objective import BatchPart
+
+Value = TypeVar("Value")
 
 
 class Strategy:
@@ -61,3 +66,24 @@ class Strategy:
 
     def wait(self) -> None:
         """Until all processes are here."""
+
+    def agree(self, value: Value) -> Value:
+        """The first process's value, in all of them."""
+        return value
+
+    def full_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's whole state dict, in the first process at least; all processes ask together."""
+        return dict(module.state_dict())
+
+    def save(self, out: Path, state: TrainingState, keep: int) -> None:
+        """Write a checkpoint; all processes call this together."""
+        if self.first:
+            save_checkpoint(out, state, keep)
+
+    def load(self, path: Path, module: nn.Module) -> TrainingState:
+        """Read a checkpoint of any kind, with the tensors as `module` has them; all processes call this together.
+
+        Raises:
+            CheckpointError: It is damaged, or not a training checkpoint.
+        """
+        return load_checkpoint(path)

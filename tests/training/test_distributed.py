@@ -1,0 +1,200 @@
+"""Several processes train as one does: same order, same draws, same losses, checkpoints for any number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvar_core.errors import CheckpointError, ConfigError
+from mvar_core.models.directory import load_transformer, read_model_config
+from mvar_core.training import distributed
+from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
+from mvar_core.training.distributed import choose_strategy
+from mvar_core.training.strategy import Strategy
+
+JOB = Path(__file__).with_name("distributed_job.py")
+SETTINGS = ("train.ema=0.9", "train.log_every=1", "train.checkpoint_every=5")
+CURVE = (*SETTINGS, "train.optimizer.lr=0.02", "transformer.gate_init=1.0", "train.checkpoint_every=25")
+INTERLEAVED = (*SETTINGS, "train.curriculum=interleaved", "train.ratio_k=2", "train.accumulate=2")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(tasks: list[dict[str, Any]], folder: Path, *options: str, count: int = 2) -> subprocess.Popen[str]:
+    path = folder / f"tasks-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps(tasks))
+    options = options or ("--standalone",)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={count}"]
+    return subprocess.Popen(
+        [*launcher, str(JOB), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+
+
+def alone(tasks: list[dict[str, Any]], folder: Path) -> None:
+    path = folder / f"tasks-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps(tasks))
+    subprocess.run([sys.executable, str(JOB), str(path)], check=True, env=ENVIRONMENT)
+
+
+def losses(path: Path) -> list[float]:
+    return list(json.loads(path.read_text())["losses"].values())
+
+
+def close(first: list[float], second: list[float], tolerance: float) -> None:
+    assert len(first) == len(second)
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < tolerance
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, two with DDP, two with FSDP: whole runs, and runs that go on with another number of processes."""
+    out = tmp_path_factory.mktemp("runs")
+
+    def part(name: str, **more: Any) -> dict[str, Any]:
+        return {**task(name, interrupt=[0, 5], **more), "losses": str(out / f"{name}-part.json")}
+
+    def task(name: str, *, steps: int = 12, settings: tuple[str, ...] = SETTINGS, **more: Any) -> dict[str, Any]:
+        return {
+            "out": str(out / name), "losses": str(out / f"{name}-{steps}.json"), "steps": steps,
+            "settings": settings, **more,
+        }  # fmt: skip
+
+    alone(
+        [
+            task("curve", steps=50, settings=CURVE),
+            task("turns", settings=INTERLEAVED),
+            task("whole"),
+            part("1-ddp"),
+            part("1-fsdp"),
+        ],
+        out,
+    )
+    job = torchrun(
+        [
+            task("ddp-curve", steps=50, settings=CURVE),
+            task("fsdp-curve", steps=50, settings=CURVE, fsdp=True),
+            task("ddp-turns", settings=INTERLEAVED),
+            task("fsdp-turns", settings=INTERLEAVED, fsdp=True),
+            task("1-ddp"),
+            task("1-fsdp", fsdp=True),
+            part("ddp-1"),
+            part("fsdp-1", fsdp=True),
+            part("fsdp-fsdp", fsdp=True),
+            task("fsdp-fsdp", fsdp=True),
+            part("fsdp-ddp", fsdp=True),
+            task("fsdp-ddp"),
+            task("stopped", fsdp=True, interrupt=[1, 3]),
+        ],
+        out,
+    )
+    _, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    shutil.copytree(out / "fsdp-1", out / "kept")
+    alone([task("ddp-1"), task("fsdp-1")], out)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_follow_the_loss_curve_of_one(runs, kind):
+    expected = losses(runs / "curve-50.json")
+    assert expected[-1] < expected[0] - 0.3
+    close(losses(runs / f"{kind}-curve-50.json"), expected, 1e-4)
+    one, two = (json.loads((runs / f"{name}-50.json").read_text())["val_loss"] for name in ("curve", f"{kind}-curve"))
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_steps_that_leave_out_scales_and_micro_batches_are_shared_as_well(runs, kind):
+    close(losses(runs / f"{kind}-turns-12.json"), losses(runs / "turns-12.json"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_model_directory_is_that_of_one_process(runs, kind):
+    first, second = (
+        load_transformer(path, read_model_config(path), "cpu", torch.float32).state_dict()
+        for path in (runs / "curve", runs / f"{kind}-curve")
+    )
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=2e-3, rtol=0)
+    assert (runs / f"{kind}-curve" / "best" / "transformer.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["1-ddp", "1-fsdp", "ddp-1", "fsdp-1", "fsdp-fsdp", "fsdp-ddp"])
+def test_a_run_goes_on_with_another_number_of_processes(runs, name):
+    assert json.loads((runs / f"{name}-12.json").read_text())["steps"] == 12
+    close(losses(runs / f"{name}-part.json") + losses(runs / f"{name}-12.json"), losses(runs / "whole-12.json"), 1e-5)
+
+
+def test_a_sliced_checkpoint_holds_what_a_whole_one_does(runs):
+    found, expected = (load_checkpoint(latest_checkpoint(runs / name)) for name in ("kept", "whole"))
+    assert latest_checkpoint(runs / "kept").name == "step-00000005.sharded"
+    assert found.model.keys() == expected.model.keys()
+    assert {name: value.shape for name, value in found.model.items()} == {
+        name: value.shape for name, value in expected.model.items()
+    }
+    assert found.optimizer.keys() == expected.optimizer.keys()
+    assert found.average.keys() == expected.average.keys()
+    assert all(
+        found.optimizer[name]["exp_avg"].shape == value["exp_avg"].shape for name, value in expected.optimizer.items()
+    )
+
+
+def test_an_interruption_of_one_process_saves_the_run_of_all(runs):
+    assert json.loads((runs / "stopped-12.json").read_text())["steps"] == 3
+    assert latest_checkpoint(runs / "stopped").name == "step-00000003.sharded"
+    assert not (runs / "stopped" / "transformer.safetensors").exists()
+
+
+def test_old_checkpoints_of_both_kinds_are_removed(runs):
+    names = [path.name for path in checkpoints(runs / "fsdp-1")]
+    assert names == sorted(names)
+    assert names[-1] == "step-00000012.pt"
+    assert len(names) <= 3  # two, and the best
+    assert not list((runs / "fsdp-1" / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_or_dangerous_checkpoint_is_refused(runs, tmp_path):
+    path = tmp_path / "step-00000005.sharded"
+    shutil.copytree(runs / "kept" / "checkpoints" / path.name, path)
+    slices = max(path.glob("*.distcp"))
+    content = slices.read_bytes()
+    slices.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+    slices.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match="no part of a checkpoint"):
+        load_checkpoint(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch):
+    cpu = torch.device("cpu")
+    assert type(choose_strategy(cpu, torch.float32, 1)) is Strategy
+    with pytest.raises(ConfigError, match="--nproc"):
+        choose_strategy(cpu, torch.float32, 4, fsdp=True)
+    with pytest.raises(ConfigError, match="bfloat16"):
+        choose_strategy(cpu, torch.float16, 4, fsdp=True)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=r"3 images cannot be shared by 4.*--batch-size 4"):
+        choose_strategy(cpu, torch.float32, 3)
+    with pytest.raises(ConfigError, match=r"10 images.*multiple.*--batch-size 12"):
+        choose_strategy(cpu, torch.float32, 10, fsdp=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -92,11 +93,16 @@ def run(
 
 
 def convert_beside(model: Path, tokenizer: Path | None, out: Path) -> Path:
-    """The model directory of a published file, made once beside the run."""
+    """The model directory of a published file, made once beside the run, by the first process."""
+    from mvar_cli.launch import Worker
+    from mvar_core.files import atomic_directory
     from mvar_core.models import official
     from mvar_core.models.conversion import import_official
 
     directory = out.parent / f"{out.name}-start"
-    if not (directory / "config.json").is_file():
-        import_official(model, tokenizer or official.tokenizer_beside(model), directory, kind="var")
+    if Worker.here().rank == 0 and not (directory / "config.json").is_file():
+        with atomic_directory(directory) as temporary:
+            import_official(model, tokenizer or official.tokenizer_beside(model), temporary, kind="var")
+    while not (directory / "config.json").is_file():  # should the first process fail, its launcher ends this one
+        time.sleep(0.2)
     return directory

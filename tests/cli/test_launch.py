@@ -175,3 +175,30 @@ def test_ctrl_c_ends_all_processes_with_130(model, classifier, images, tmp_path)
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
     assert processes_named(str(tmp_path)) == []
+
+
+def test_train_in_two_processes_gives_the_model_of_one(preset, tokens, model, tmp_path):
+    options = ["--preset", preset, "--tokens", tokens, "--checkpoint", model, "--steps", 4, "--json"]
+    code, out, err = finish(start("train", *options, "--out", tmp_path / "two", "--fsdp", "--nproc", "2"))
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["steps"], found["processes"]) == (4, 2)
+    code, out, err = finish(start("train", *options, "--out", tmp_path / "one"))
+    assert code == 0, err
+    assert json.loads(out)["loss"] == pytest.approx(found["loss"], abs=1e-5)
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_a_batch_that_processes_cannot_share_is_one_line(preset, tokens, model, tmp_path):
+    options = ["--preset", preset, "--tokens", tokens, "--checkpoint", model, "--out", tmp_path / "run"]
+    code, out, err = finish(start("train", *options, "--batch-size", 3, "--fsdp", "--nproc", "2"))
+    assert (code, out) == (1, "")
+    assert err.count("error: ") == 1
+    assert "A batch of 3 images cannot be shared by 2 processes with --fsdp" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    options[-1] = tmp_path / "full"
+    code, _, err = finish(start("train", *options, "--nproc", "2"))  # what the first process alone looks at
+    assert (code, err.count("error: ")) == (1, 1), err
+    assert "is not empty" in err

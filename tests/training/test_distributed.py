@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,3 +200,76 @@ def test_what_processes_cannot_share_is_refused(monkeypatch):
         choose_strategy(cpu, torch.float32, 3)
     with pytest.raises(ConfigError, match=r"10 images.*multiple.*--batch-size 12"):
         choose_strategy(cpu, torch.float32, 10, fsdp=True)
+
+
+def whole_curve(folder: Path) -> list[float]:
+    task = {"out": str(folder / "whole"), "losses": str(folder / "whole.json"), "steps": 12, "settings": SETTINGS}
+    alone([task], folder)
+    return losses(folder / "whole.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_that_is_killed_ends_the_job_within_a_minute_and_the_run_goes_on(tmp_path, fsdp):
+    task = {"out": str(tmp_path / "run"), "steps": 12, "settings": SETTINGS, "fsdp": fsdp}
+    job = torchrun([{**task, "die": [1, 8]}], tmp_path)
+    started = time.monotonic()
+    while not list((tmp_path / "run").glob("checkpoints/step-00000005*")):
+        assert time.monotonic() - started < 120
+        time.sleep(0.05)
+    reached = time.monotonic()
+    _, err = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert time.monotonic() - reached < 60
+    assert "SIGKILL" in err or "Signal 9" in err
+    assert latest_checkpoint(tmp_path / "run").name.startswith("step-00000005")
+    again = torchrun([{**task, "losses": str(tmp_path / "rest.json")}], tmp_path)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    close(losses(tmp_path / "rest.json"), whole_curve(tmp_path)[5:], 1e-5)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def nodes(tasks: list[dict[str, Any]], folder: Path) -> list[subprocess.Popen[str]]:
+    """Two launchers with one process each, which meet as two machines would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=mvar"]
+    return [torchrun(tasks, folder, *options, "--local-addr=127.0.0.1", count=1) for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_does(tmp_path):
+    task = {"out": str(tmp_path / "run"), "losses": str(tmp_path / "two.json"), "steps": 12, "settings": SETTINGS}
+    for job in nodes([{**task, "fsdp": True}], tmp_path):
+        _, err = job.communicate(timeout=180)
+        assert job.returncode == 0, err
+    close(losses(tmp_path / "two.json"), whole_curve(tmp_path), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_ends_the_job_on_the_others_within_a_minute(tmp_path):
+    task = {"out": str(tmp_path / "run"), "steps": 100_000, "settings": SETTINGS}
+    first, second = nodes([task], tmp_path)
+    started = time.monotonic()
+    while not checkpoints(tmp_path / "run"):
+        assert time.monotonic() - started < 120
+        time.sleep(0.1)
+    # A machine that stops answers nothing and closes nothing.
+    frozen = [second.pid, *(int(pid) for pid in children(second.pid))]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        _, err = first.communicate(timeout=120)
+        assert first.returncode != 0
+        assert time.monotonic() - stopped < 60, err
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGKILL)
+        second.communicate()
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -42,7 +42,8 @@ class Heartbeat:
         self._beats = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mvar-heartbeat", daemon=True)
+        # Not a daemon: one that is inside the store when the interpreter ends would abort the process.
+        self._thread = threading.Thread(target=self._run, name="mvar-heartbeat")
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()
@@ -52,7 +53,7 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stopped.set()
-        self._thread.join(self.between)
+        self._thread.join()
 
     def problem(self, store: Any, now: float) -> str | None:
         """Give a sign of life and look for the others'; what is wrong, if anything is.

@@ -17,6 +17,7 @@ from mvar_core.errors import ConfigError, DataError
 from mvar_core.files import require_new_directory
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
 from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator, resolve_device, resolve_dtype
 from mvar_core.scales import ScalePyramid
 from mvar_core.training.finetune import load_pretrained

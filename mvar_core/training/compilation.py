@@ -41,8 +41,8 @@ def check_compiler(device: torch.device) -> None:
 def compiled_blocks(transformer: Transformer, wanted: bool) -> Iterator[None]:
     """While entered, the transformer's blocks are compiled, if that is wanted.
 
-    Names of parameters stay. Each block is compiled by itself: it takes a fraction of the time that the whole model
-    takes, and blocks share what is compiled.
+    Names of parameters stay. Each block is compiled by itself, which takes a fraction of the time that the whole model
+    takes.
     """
     if not wanted:
         yield

@@ -265,6 +265,7 @@ class Block(nn.Module):
         modulation_B6C: Float[Tensor, "B 6 C"],
         context: AttentionContext,
         kept_2B: Bool[Tensor, "2 B"] | None = None,
+        keep: Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, "B L C"]:
         """Refine the stream.
 
@@ -272,18 +273,19 @@ class Block(nn.Module):
             x_BLC: The stream.
             modulation_B6C: From `modulate`.
             context: What attention sees.
-            kept_2B: Which samples keep their attention and their MLP branch; those kept are scaled up. None keeps all,
-                at their own scale.
+            kept_2B: Which samples keep their attention and their MLP branch; None keeps all, at their own scale.
+            keep: How often a branch is kept, by which those kept are scaled up. A tensor, for a number that is another
+                one in each block would have each block compiled anew.
         """
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
         kept_1, kept_2 = (None, None) if kept_2B is None else kept_2B
         branch = self.attention(modulated_norm(x_BLC, scale_1, shift_1), context)
-        x_BLC = gated_sum(x_BLC, branch, self._dropped(gate_1, kept_1))
+        x_BLC = gated_sum(x_BLC, branch, self._dropped(gate_1, kept_1, keep))
         branch = self.mlp(modulated_norm(x_BLC, scale_2, shift_2))
-        return gated_sum(x_BLC, branch, self._dropped(gate_2, kept_2))
+        return gated_sum(x_BLC, branch, self._dropped(gate_2, kept_2, keep))
 
-    def _dropped(self, gate_B1C: Tensor, kept_B: Tensor | None) -> Tensor:
+    def _dropped(self, gate_B1C: Tensor, kept_B: Tensor | None, keep: Tensor | None) -> Tensor:
         """The gates: 0 for samples whose branch is dropped, larger for the others."""
-        if kept_B is None:
+        if kept_B is None or keep is None:
             return gate_B1C
-        return gate_B1C * kept_B.to(gate_B1C).view(-1, 1, 1) / (1 - self.drop_path)
+        return gate_B1C * kept_B.to(gate_B1C).view(-1, 1, 1) / keep

@@ -257,7 +257,7 @@ class Transformer(nn.Module):
             probe,
         )
         for layer, block in enumerate(self._layers):
-            inputs = (x_BLC, conditioning.block(layer), context, self._kept_branches(block, x_BLC, generator))
+            inputs = (x_BLC, conditioning.block(layer), context, *self._kept_branches(block, x_BLC, generator))
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # What is drawn is drawn outside, so no generator has to be wound back.
                 x_BLC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -294,12 +294,13 @@ class Transformer(nn.Module):
 
     def _kept_branches(
         self, block: Block, x_BLC: Tensor, generator: torch.Generator | RowDraws | None
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Draw outside the block, so that a block that is computed a second time drops the same branches."""
         if generator is None or not self.training or block.drop_path == 0:
-            return None
-        kept = [draw_rows(generator, x_BLC.shape[0]) < 1 - block.drop_path for _ in range(2)]
-        return torch.stack(kept).to(x_BLC.device)
+            return None, None
+        keep = 1 - block.drop_path
+        kept = [draw_rows(generator, x_BLC.shape[0]) < keep for _ in range(2)]
+        return torch.stack(kept).to(x_BLC.device), torch.full((), keep, device=x_BLC.device)
 
     def _reuses(self, scales: range) -> bool:
         """Whether keys pass from earlier scales to these, or from these to later ones."""

@@ -141,7 +141,7 @@ print(json.dumps({"difference": difference, "losses": losses,
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 @pytest.mark.parametrize("recompute", ["false", "true"])
-def test_compiled_blocks_train_alike(tmp_path, recompute):
+def test_compiled_blocks_train_alike_and_share_what_is_compiled(tmp_path, recompute):
     """In a process of its own: the tests' checks of annotations cannot be compiled."""
     conftest = Path(__file__).with_name("conftest.py")
     command = [sys.executable, "-c", COMPILED, str(conftest), str(tmp_path), recompute]
@@ -150,4 +150,7 @@ def test_compiled_blocks_train_alike(tmp_path, recompute):
     found = json.loads(done.stdout)
     assert found["difference"] < 1e-4
     assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-4)
-    assert found["graphs"] > 0
+    # The first block, in which no branch is dropped, and one of the others serve all 12; each breaks into a few graphs.
+    # One compilation for every block would soon exceed torch's limit, beyond which the rest runs uncompiled.
+    assert 0 < found["graphs"] <= 11
+    assert "recompile_limit" not in done.stderr

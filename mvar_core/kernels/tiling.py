@@ -30,7 +30,7 @@ COPY_COST = 6
 PIECE_OVERHEAD = 75_000
 """What a strip costs, however small: about ten calls into PyTorch that wake all threads."""
 
-CALL_OVERHEAD = 150_000
+CALL_OVERHEAD = 250_000
 """What dense attention costs, however small."""
 
 TYPICAL_HEADS = 16

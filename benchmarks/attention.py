@@ -72,14 +72,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     start = time.monotonic()
+    # What is promised is measured on its own, with more repetitions than the table.
+    promised = [
+        row
+        for dtype in DTYPES.values()
+        for row in sweep(list(PROMISES), [7], ["dense", "tiled"], dtype=dtype, repeats=9)
+    ]
     rows = measure("cpu", ["dense", "tiled"], quick)
     found = {
         f"{side}, {dtype}": row["times_dense"]
         for side in PROMISES
         for dtype in DTYPES
-        for row in rows
-        if (row["side"], row["window"], row["dtype"]) == (side, 7, dtype)
-        and (row["backend"], row["backward"]) == ("tiled", False)
+        for row in promised
+        if (row["side"], row["dtype"], row["backend"]) == (side, dtype, "tiled")
     }
     kept = {
         f"tiled at least {times} times as fast as dense at {side}×{side}, 7×7 windows, forward, {dtype}": found[
@@ -100,6 +105,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - start, 1),
             "tiled_times_dense": found,
             "kept": kept,
+            "promised": promised,
             "cpu": {"summary": summary(rows), "rows": rows},
             "gpu": gpu,
         },

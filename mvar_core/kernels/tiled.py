@@ -306,7 +306,8 @@ def _slices(length: int, step: int) -> list[slice]:
 def is_faster_than_dense(pattern: AttentionPattern, dtype: torch.dtype, needs_grad: bool) -> bool:
     """Whether tiles are expected to beat dense attention, by their costs for 16 heads on a CPU.
 
-    Forward, in float32 and in half precision alike, between which the measured crossover hardly differs. Never a function of the batch, so that a sample's numbers do not change with those beside it.
+    Forward, in float32 and in half precision alike, between which the measured crossover hardly differs. Never a
+    function of the batch, so that a sample's numbers do not change with those beside it.
     """
     tiled = tiled_cost(plan_tiling(pattern))
     if not needs_grad:

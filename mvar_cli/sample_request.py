@@ -23,13 +23,22 @@ class Place(NamedTuple):
 class NamedModel:
     """The model as the user named it, loaded as late as can be."""
 
-    def __init__(self, checkpoint: Path, tokenizer: Path | None, device: str, dtype: str, attention: str):
+    def __init__(
+        self,
+        checkpoint: Path,
+        tokenizer: Path | None,
+        device: str,
+        dtype: str,
+        attention: str,
+        *,
+        compiled: bool = False,
+    ):
         from mvar_core.runtime import resolve_device, resolve_dtype
 
         self.checkpoint, self.tokenizer, self.attention = checkpoint, tokenizer, attention
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self._names = {"device": device, "dtype": dtype}
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "compile": compiled}
         self._pipeline: Pipeline | None = None
 
     def early_config(self) -> ModelConfig:
@@ -47,9 +56,7 @@ class NamedModel:
         from mvar_core.pipeline import Pipeline
 
         if self._pipeline is None:
-            self._pipeline = Pipeline.from_pretrained(
-                self.checkpoint, tokenizer=self.tokenizer, attention=self.attention, **self._names
-            )
+            self._pipeline = Pipeline.from_pretrained(self.checkpoint, tokenizer=self.tokenizer, **self._options)
         return self._pipeline
 
     def fingerprint(self) -> str:

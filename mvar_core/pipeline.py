@@ -16,6 +16,7 @@ from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
 from mvar_core.models import official
+from mvar_core.models.compilation import check_compiler, compile_for_sampling
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
@@ -97,6 +98,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
+        compile: bool = False,  # noqa: A002
     ) -> Pipeline:
         """Load a model directory, a run directory, or a published .pth file with its tokenizer.
 
@@ -107,6 +109,7 @@ class Pipeline:
             dtype: auto, float32, bfloat16 or float16: of the weights and activations. Logits, draws and f̂ are
                 float32 in any case.
             attention: Attention backend.
+            compile: Compile the transformer's blocks for sampling: the first images wait for it, later ones do not.
 
         Raises:
             CheckpointError: Nothing there that can be loaded.
@@ -115,8 +118,18 @@ class Pipeline:
         path = Path(path)
         target = resolve_device(device)
         kind = resolve_dtype(dtype, target)
+        if compile:
+            check_compiler(target)
         if path.is_file():
-            return cls._from_official(path, tokenizer, target, kind, attention)
+            pipeline = cls._from_official(path, tokenizer, target, kind, attention)
+        else:
+            pipeline = cls._from_directory(path, target, kind, attention)
+        if compile:
+            compile_for_sampling(pipeline.transformer, target)
+        return pipeline
+
+    @classmethod
+    def _from_directory(cls, path: Path, target: torch.device, kind: torch.dtype, attention: str) -> Pipeline:
         config = model_directory.read_model_config(path)
         load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
         transformer = None

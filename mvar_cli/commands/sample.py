@@ -53,6 +53,10 @@ def run(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: options.Attention = "auto",
+    compile_blocks: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the blocks first: for long runs.", rich_help_panel="Machine"),
+    ] = False,
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -83,7 +87,7 @@ def run(
     with processes() as team:
         console = team.console(as_json)
         _check_place(team, place)
-        model = NamedModel(checkpoint, tokenizer, team.device(device), dtype, attention)
+        model = NamedModel(checkpoint, tokenizer, team.device(device), dtype, attention, compiled=compile_blocks)
         config = model.early_config()
         if dry_run:
             _show_plan(console, config, wanted, batch_size, dtype, target)

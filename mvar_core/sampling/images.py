@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.models.compilation import is_compiled, room_for_shapes
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pixels import to_uint8
@@ -145,18 +146,20 @@ class ImageSampler:
         report = _Progress(progress, len(labels), self.config.pyramid.num_tokens)
         for start in range(0, len(labels), sizes.images):
             batch = slice(start, min(start + sizes.images, len(labels)))
-            sampled = sample_tokens(
-                self.transformer,
-                self.tokenizer.quantizer,
-                labels[batch],
-                indices[batch],
-                seed,
-                settings,
-                micro_batches=sizes.scales,
-                attention=self.attention,
-                keep_stages=stages,
-                on_tokens=report.tokens,
-            )
+            with room_for_shapes(self.transformer):
+                sampled = sample_tokens(
+                    self.transformer,
+                    self.tokenizer.quantizer,
+                    labels[batch],
+                    indices[batch],
+                    seed,
+                    settings,
+                    micro_batches=sizes.scales,
+                    attention=self.attention,
+                    keep_stages=stages,
+                    static_shapes=is_compiled(self.transformer),
+                    on_tokens=report.tokens,
+                )
             images_NHWC = self._decode(sampled.fhat_NZhw, sizes.decoder, report.images)
             strips = None
             if sampled.stages_NSZhw is not None:

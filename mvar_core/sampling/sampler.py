@@ -76,6 +76,7 @@ def sample_tokens(
     micro_batches: Sequence[int] | None = None,
     attention: str = "auto",
     keep_stages: bool = False,
+    static_shapes: bool = False,
     on_tokens: Callable[[int], None] | None = None,
 ) -> SampledTokens:
     """Sample images that advance together from scale to scale.
@@ -91,6 +92,8 @@ def sample_tokens(
             speed and memory, never the result.
         attention: Attention backend.
         keep_stages: Keep f̂ after each scale.
+        static_shapes: Fill the last micro-batch of a scale up, so that a compiled transformer sees one shape per scale;
+            only where no keys are kept.
         on_tokens: Called with the number of tokens drawn since the last call.
 
     Raises:
@@ -104,7 +107,7 @@ def sample_tokens(
         size = micro_batches[scale] if micro_batches is not None else max(1, count)
         for start in range(0, count, size):
             images = slice(start, min(start + size, count))
-            run.advance(scale, images)
+            run.advance(scale, images, size if static_shapes and not run.reuses_keys else 0)
             if on_tokens is not None:
                 on_tokens((images.stop - images.start) * pyramid.grids[scale].tokens)
         transformer.drop_unseen(run.cache, scale)
@@ -149,12 +152,12 @@ class _Run:
         self.reuses_keys = any(pattern.prefix_tokens for pattern in transformer.patterns)
         self.cache = KeyValueCache(2 * count if any(self.runs_both) else count)
 
-    def advance(self, scale: int, images: slice) -> None:
-        """Draw the tokens of one scale for some images and add them to f̂."""
+    def advance(self, scale: int, images: slice, size: int = 0) -> None:
+        """Draw the tokens of one scale for some images, of which at least `size` go through the transformer."""
         settings, span = self.settings, self.pyramid.spans[scale]
         strength, both_halves = self.strengths[scale], self.runs_both[scale]
-        conditioning = self._conditioning(images, both_halves)
-        inputs_BlZ = self._inputs(scale, images)
+        conditioning = self._conditioning(images, both_halves, size)
+        inputs_BlZ = _filled_up(self._inputs(scale, images), size)
         x_GlC = self.transformer.hidden_states(
             range(scale, scale + 1),
             torch.cat([inputs_BlZ, inputs_BlZ]) if both_halves else inputs_BlZ,
@@ -162,8 +165,12 @@ class _Run:
             cache=self.cache.rows(self._rows(images, both_halves)) if self.reuses_keys else None,
             attention=self.attention,
         )
+        count = images.stop - images.start
+        if size > count:
+            x_GlC = torch.cat([half[:count] for half in x_GlC.chunk(2 if both_halves else 1)])
         if both_halves and strength == 0:
-            x_GlC, conditioning = x_GlC.chunk(2)[0], self._conditioning(images, False)
+            x_GlC = x_GlC.chunk(2)[0]
+        conditioning = self._conditioning(images, strength > 0)
         logits_BlV = self.transformer.head_logits(x_GlC, conditioning, strength)
         uniforms_Bl = self.uniforms_NL[images, span]
         if settings.more_smooth:
@@ -176,8 +183,8 @@ class _Run:
         self.tokens_NL[images, span] = tokens_Bl
         self.fhat_NZhw[images] += _increments(self.quantizer, embeddings_BlZ, scale)
 
-    def _conditioning(self, images: slice, both_halves: bool) -> Conditioning:
-        entries_B = self.entries_N[images]
+    def _conditioning(self, images: slice, both_halves: bool, size: int = 0) -> Conditioning:
+        entries_B = _filled_up(self.entries_N[images], size)
         if both_halves:
             entries_B = torch.cat([entries_B, self.no_class_entry.expand_as(entries_B)])
         return self.conditioning.select(entries_B)
@@ -200,6 +207,12 @@ class _Run:
         uniforms_BX = sample_uniforms(self.seed, self.indices[images], logits_BlV[0].numel(), stream=1 + scale)
         uniforms_BlV = _on_device(uniforms_BX, logits_BlV.device).view_as(logits_BlV)
         return soft_embeddings(logits_BlV, uniforms_BlV, self.quantizer.codebook, self.pyramid.ratio(scale))
+
+
+def _filled_up(rows: Tensor, size: int) -> Tensor:
+    """At least `size` rows, the last one repeated."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing > 0 else rows
 
 
 def _on_device(uniforms: Tensor, device: torch.device) -> Tensor:

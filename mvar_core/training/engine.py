@@ -20,6 +20,7 @@ from torch import nn
 from mvar_core.config import RunConfig
 from mvar_core.errors import DataError
 from mvar_core.files import remove_leftovers, write_text
+from mvar_core.models.compilation import uncompiled
 from mvar_core.runtime import keeping_freed_memory
 from mvar_core.training.average import WeightAverage
 from mvar_core.training.checkpoints import (
@@ -28,7 +29,6 @@ from mvar_core.training.checkpoints import (
     latest_checkpoint,
     remove_checkpoints,
 )
-from mvar_core.training.compilation import uncompiled
 from mvar_core.training.interrupt import InterruptFlag
 from mvar_core.training.objective import Objective, OnSample, OnStep, Outcome, Plan
 from mvar_core.training.optim import load_moments, moments

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from mvar_core.config import RunConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.kernels import check_backend
+from mvar_core.models.compilation import check_compiler, compiled_blocks
 from mvar_core.models.directory import save_model
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
-from mvar_core.training.compilation import check_compiler, compiled_blocks
 from mvar_core.training.curriculum import Curriculum, build_curriculum
 from mvar_core.training.distributed import choose_strategy
 from mvar_core.training.engine import optimise

@@ -156,3 +156,23 @@ def test_bfloat16(mvar_directory: Path) -> None:
     logits, exact = half.logits(expected, LABELS), full.logits(expected, LABELS)
     assert logits.dtype == torch.float32
     assert ((logits - exact).abs().max() / exact.abs().max()) < 2e-2
+
+
+def test_micro_batches_that_are_filled_up_change_nothing(pipeline: Pipeline) -> None:
+    settings = SamplingConfig(cfg=1.5, top_k=30, top_p=0.96)
+    quantizer, sizes = pipeline.tokenizer.quantizer, (8, 5, 3, 3)
+    seen: set[tuple[int, ...]] = set()
+    forward = pipeline.transformer.hidden_states
+
+    def watched(scales: range, inputs: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+        seen.add((scales.start, *inputs.shape[:2]))
+        return forward(scales, inputs, *rest, **options)
+
+    plain = sample_tokens(pipeline.transformer, quantizer, LABELS[:7], range(7), 5, settings, micro_batches=sizes)
+    pipeline.transformer.hidden_states = watched  # type: ignore[method-assign]
+    filled = sample_tokens(
+        pipeline.transformer, quantizer, LABELS[:7], range(7), 5, settings, micro_batches=sizes, static_shapes=True
+    )
+    assert torch.equal(filled.tokens_NL, plain.tokens_NL)
+    if not pipeline.transformer.patterns[-1].prefix_tokens:
+        assert len(seen) == pipeline.config.pyramid.num_scales

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mvar_core.errors import BackendError
+from mvar_core.models.compilation import check_compiler, compiled_blocks, uncompiled
 from mvar_core.runtime import RowDraws, generator
-from mvar_core.training.compilation import check_compiler, compiled_blocks, uncompiled
 from mvar_core.training.curriculum import JointCurriculum
 from mvar_core.training.loop import train_transformer
 

@@ -98,7 +98,8 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(model, 
     options += ["--set", "data.augmented_views=10", "--json"]
     whole = start([*options, "--out", tmp_path / "whole"])
     began = time.monotonic()
-    assert whole.wait(300) == 0
+    whole.communicate(timeout=300)
+    assert whole.returncode == 0
     duration = time.monotonic() - began
     out, kills, delays = tmp_path / "killed", 0, random.Random(0)
     while kills < 10:
@@ -116,6 +117,6 @@ def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(model, 
         for path in out.glob("tokens-*.npy"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     final = start([*options, "--out", out])
-    assert final.wait(300) == 0
-    final.communicate()
+    final.communicate(timeout=300)
+    assert final.returncode == 0
     assert contents(out) == contents(tmp_path / "whole")

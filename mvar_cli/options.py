@@ -218,6 +218,29 @@ def parse_numbers(text: str, option: str) -> list[int]:
         raise ConfigError(f"{option} {text!r} is not a comma list of whole numbers.") from None
 
 
+def parse_windows(text: str | None) -> int | list[int] | None:
+    """`--windows`: one number for all windowed scales, or one per scale.
+
+    Raises:
+        ConfigError: Not whole numbers.
+    """
+    if text is None:
+        return None
+    numbers = parse_numbers(text, "--windows")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_prefixes(text: str | None) -> int | str | None:
+    """`--scale-prefixes`: a number, or "all".
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if text is None or text == "all":
+        return text
+    return parse_numbers(text, "--scale-prefixes")[0]
+
+
 def interrupted(console: Console) -> typer.Exit:
     """What to raise after an interrupted run has been saved."""
     console.note("Interrupted; the run is saved. The same command goes on from here.")

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from mvar_cli.console import Console, Progress, format_bytes, format_count
+from mvar_cli.launch import Worker
 from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.files import require_new_directory
+from mvar_core.files import require_new_directory, write_json
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator, resolve_device, resolve_dtype
 from mvar_core.scales import ScalePyramid
-from mvar_core.training.finetune import load_pretrained
+from mvar_core.training.finetune import Classes, describe_reports, load_pretrained
 from mvar_core.training.loop import TrainResult, train_transformer
 from mvar_core.training.objective import OnSample
 from mvar_core.training.record import StepReport
 
 _PICTURED_CLASSES = 8
-RUN_FILES = ("config.yaml", "checkpoints", "tokens", "start")
+START_REPORT = "started-from.json"
+RUN_FILES = ("config.yaml", "checkpoints", "tokens", START_REPORT)
 """Any of these in a directory says that a run was begun there."""
 
 
@@ -110,7 +113,7 @@ def train_run(
     resume: bool,
     fsdp: bool = False,
     validation: TokenCache | None = None,
-    start: Path | None = None,
+    start: Start | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a transformer on a token cache.
@@ -127,7 +130,7 @@ def train_run(
         resume: Go on from a checkpoint in `out`.
         fsdp: Slice the model over the processes.
         validation: Held-out tokens.
-        start: Model directory whose transformer gives the first weights.
+        start: What gives the first weights.
         provenance: Further facts for config.json.
 
     Raises:
@@ -142,7 +145,7 @@ def train_run(
     tokenizer = load_tokenizer(checkpoint, model, target)
     transformer: Transformer = seeded(lambda: Transformer(model), "transformer", config.seed)
     if start is not None:
-        _load_start(console, transformer, start)
+        _load_start(console, transformer, config, start, out)
     with console.progress("training", "steps") as progress:
         return train_transformer(
             transformer,
@@ -183,13 +186,50 @@ def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transforme
     return draw
 
 
-def _load_start(console: Console, transformer: Transformer, start: Path) -> None:
+@dataclass(frozen=True)
+class Start:
+    """What gives a transformer its first weights.
+
+    Attributes:
+        directory: A model directory.
+        file: The published file that it was made from.
+        classes: What becomes of the class table (mvar_core.training.finetune.Classes).
+    """
+
+    directory: Path
+    file: Path | None = None
+    classes: str = "auto"
+
+
+def _load_start(console: Console, transformer: Transformer, config: ModelConfig, start: Start, out: Path) -> None:
+    """Take the weights over; say what became of each, in a table and in a file of the run."""
+    from mvar_core.models import official
     from mvar_core.models.directory import load_transformer
 
-    source = read_model_config(start)
-    weights = load_transformer(start, source).state_dict()
-    reports = load_pretrained(transformer, weights, ScalePyramid(source.pyramid.grids))
+    source = read_model_config(start.directory)
+    weights = load_transformer(start.directory, source).state_dict()
+    reports = load_pretrained(
+        transformer,
+        weights,
+        ScalePyramid(source.pyramid.grids),
+        classes=cast("Classes", start.classes),
+        source_names=source.class_names,
+        target_names=config.class_names,
+    )
+    ignored = [name for name in official.read_official(start.file) if official.is_buffer(name)] if start.file else []
+    origin = start.file or start.directory
+    if Worker.here().rank == 0:
+        write_json(out / START_REPORT, describe_reports(str(origin), reports, ignored))
     changed = [report for report in reports if report.action != "loaded"]
-    console.note(f"{start}: {len(reports) - len(changed)} of {len(reports)} parameters loaded as they are.")
+    console.note(f"{origin}: {len(reports) - len(changed)} of {len(reports)} parameters loaded as they are.")
     for report in changed:
         console.note(f"  {report.name}: {report.action}, {report.note}")
+    numbers = {name: tensor.numel() for name, tensor in transformer.state_dict().items()}
+    rows = []
+    for action in ("loaded", "resized", "interpolated", "initialised"):
+        names = [report.name for report in reports if report.action == action]
+        if names:
+            rows.append((action, len(names), format_count(sum(numbers[name] for name in names))))
+    rows += [("ignored", len(ignored), "masks and the like, which follow from the configuration")] if ignored else []
+    console.table(f"weights of {origin}", ("what became of them", "tensors", "numbers"), rows)
+    console.say(f"Each of them: {out / START_REPORT}")

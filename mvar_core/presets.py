@@ -82,18 +82,21 @@ def load_config(
     preset: str | None = None,
     settings: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Merge defaults, a preset, `--set` settings and flags, in this order, and check the result.
 
     Args:
         preset: Name of a preset or path of a YAML file.
+        base: What to start from where there is no preset.
         settings: Texts of the form `a.b=c`.
         overrides: A mapping laid over everything else; None values are left out.
 
     Raises:
         ConfigError: An unknown preset or key (with the nearest names), or a value that does not fit.
     """
-    values = read_preset(preset) if preset else {}
+    values = read_preset(preset) if preset else dict(base or {})
     if preset:
         values.setdefault("name", Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset)
     changes = [_as_mapping(*parse_setting(setting)) for setting in settings]

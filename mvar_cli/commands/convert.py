@@ -64,23 +64,10 @@ def run(
         return
     choices = {
         "patch_sizes": options.parse_numbers(pyramid, "--pyramid") if pyramid else None,
-        "windows": _parse_windows(windows),
-        "scale_prefixes": _parse_prefixes(scale_prefixes),
+        "windows": options.parse_windows(windows),
+        "scale_prefixes": options.parse_prefixes(scale_prefixes),
     }
     _import(console, model, tokenizer, kind, choices, out, dtype, overwrite, dry_run)
-
-
-def _parse_windows(text: str | None) -> int | list[int] | None:
-    if text is None:
-        return None
-    numbers = options.parse_numbers(text, "--windows")
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _parse_prefixes(text: str | None) -> Any:
-    if text is None or text == "all":
-        return text
-    return options.parse_numbers(text, "--scale-prefixes")[0]
 
 
 def _import(

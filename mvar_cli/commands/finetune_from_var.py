@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from mvar_cli import options
 from mvar_cli.commands.train import TrainRequest, execute
+from mvar_core.errors import CheckpointError, ConfigError, nearest
 
-EXAMPLE = "mvar finetune-from-var --preset digits --var-checkpoint V --tokens T --out ft"
+EXAMPLE = "mvar finetune-from-var --var-checkpoint var_d16.pth --tokens T --out ft"
+CLASSES = ("auto", "keep", "resize", "reinit")
 
 
 def run(
-    preset: options.RequiredPreset,
     var_checkpoint: Annotated[
-        Path, typer.Option("--var-checkpoint", metavar="DIR", help="Model directory (or published .pth) to start from.")
+        Path,
+        typer.Option("--var-checkpoint", metavar="PATH", help="Model directory or published .pth to start from."),
     ],
     out: options.Out,
+    preset: options.Preset = None,
     checkpoint: options.OptionalTokenizerCheckpoint = None,
     tokenizer: options.TokenizerFile = None,
     tokens: options.Tokens = None,
     data: options.OptionalData = None,
     settings: options.Settings = None,
+    scale_prefixes: Annotated[
+        str | None,
+        typer.Option("--scale-prefixes", metavar="1|2|3|all", help="Scales that a token sees. Default: preset, or 1."),
+    ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option("--windows", metavar="K|K,K,…", help="Window of the last two scales, or of each."),
+    ] = None,
+    classes: Annotated[
+        str,
+        typer.Option(
+            "--classes",
+            metavar="|".join(CLASSES),
+            help="The class table: keep refuses another number of classes, resize takes rows over by name or number,"
+            " reinit starts anew but for no-class; auto keeps where numbers agree and reinits otherwise.",
+        ),
+    ] = "auto",
+    pyramid: Annotated[
+        str | None,
+        typer.Option("--pyramid", metavar="1,2,…", help="Sides of a .pth file's scales, if not published ones."),
+    ] = None,
     steps: options.Steps = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
@@ -49,60 +76,97 @@ def run(
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Train an MVAR that starts from VAR weights; which token sees which follows from the preset, never from the file.
+    """Train an MVAR that starts from VAR weights; which token sees which follows from the options, never from the file.
 
-    The tokenizer is the VAR's own unless --checkpoint names another. Running the same command again goes on where it
-    stopped.
+    Without a preset, sizes and pyramid are read off the weights, a token sees its own scale alone and windows of 7 on
+    the last two scales, and training is as published for fine-tuning. The tokenizer is the VAR's own unless
+    --checkpoint names another. Running the same command again goes on where it stopped.
     """
-    start = var_checkpoint
-    if var_checkpoint.is_file():
-        start = convert_beside(var_checkpoint, tokenizer, out)
-    request = TrainRequest(
-        preset=preset,
-        checkpoint=checkpoint or start,
-        out=out,
-        tokens=tokens,
-        data=data,
-        settings=tuple(settings or ()),
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        validation=validation,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        loop={
-            "accumulate": accumulate,
-            "micro_batch": micro_batch,
-            "activation_checkpointing": activation_checkpointing,
-            "compile": compile_blocks,
-            "ema": ema,
-            "checkpoint_every": checkpoint_every,
-            "keep": keep,
-            "sample_every": sample_every,
-            "tensorboard": tensorboard,
-            "wandb": wandb,
-        },
-        fsdp=fsdp,
-        start=start,
-    )
-    execute(as_json, request, dry_run)
+    if classes not in CLASSES:
+        raise ConfigError(f"--classes {classes!r} is not known. {nearest(classes, CLASSES)}")
+    if preset is None and any(setting.startswith(("transformer.", "tokenizer.")) for setting in settings or ()):
+        raise ConfigError("Without a preset, sizes are read off the weights.", "Leave out --set transformer.*.")
+    is_file = var_checkpoint.is_file()
+    sides = options.parse_numbers(pyramid, "--pyramid") if pyramid else None
+    with start_directory(var_checkpoint, tokenizer, out, sides, kept=not dry_run) as start:
+        request = TrainRequest(
+            preset=preset,
+            checkpoint=checkpoint or start,
+            out=out,
+            tokens=tokens,
+            data=data,
+            settings=tuple(settings or ()),
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            validation=validation,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            loop={
+                "accumulate": accumulate,
+                "micro_batch": micro_batch,
+                "activation_checkpointing": activation_checkpointing,
+                "compile": compile_blocks,
+                "ema": ema,
+                "checkpoint_every": checkpoint_every,
+                "keep": keep,
+                "sample_every": sample_every,
+                "tensorboard": tensorboard,
+                "wandb": wandb,
+            },
+            fsdp=fsdp,
+            start=start,
+            start_file=var_checkpoint if is_file else None,
+            classes=classes,
+            scale_prefixes=options.parse_prefixes(scale_prefixes),
+            windows=options.parse_windows(windows),
+        )
+        execute(as_json, request, dry_run)
 
 
-def convert_beside(model: Path, tokenizer: Path | None, out: Path) -> Path:
-    """The model directory of a published file, made once beside the run, by the first process."""
+@contextmanager
+def start_directory(
+    checkpoint: Path, tokenizer: Path | None, out: Path, sides: list[int] | None, kept: bool
+) -> Iterator[Path]:
+    """The model directory to start from: the one given, or of a published file one made by the first process.
+
+    Args:
+        checkpoint: A model directory or a published file.
+        tokenizer: The published tokenizer, or None for the one beside the file.
+        out: The run.
+        sides: The file's pyramid, where it is not a published one.
+        kept: Whether it stays, for the run to be resumed without converting again.
+
+    Raises:
+        CheckpointError: A file that does not fit, or what was made before beside the run came from another file.
+    """
+    if not checkpoint.is_file():
+        yield checkpoint
+        return
     from mvar_cli.launch import Worker
     from mvar_core.files import atomic_directory
     from mvar_core.models import official
     from mvar_core.models.conversion import import_official
+    from mvar_core.models.directory import read_model_config
 
-    directory = out.parent / f"{out.name}-start"
-    if Worker.here().rank == 0 and not (directory / "config.json").is_file():
-        with atomic_directory(directory) as temporary:
-            import_official(model, tokenizer or official.tokenizer_beside(model), temporary, kind="var")
-    while not (directory / "config.json").is_file():  # should the first process fail, its launcher ends this one
-        time.sleep(0.2)
-    return directory
+    tokenizer = tokenizer or official.tokenizer_beside(checkpoint)
+    with TemporaryDirectory() as scratch:
+        directory = out.parent / f"{out.name}-start" if kept else Path(scratch) / "start"
+        first = Worker.here().rank == 0 or not kept
+        if first and not (directory / "config.json").is_file():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_directory(directory) as temporary:
+                import_official(checkpoint, tokenizer, temporary, kind="var", patch_sizes=sides)
+        while not (directory / "config.json").is_file():  # should the first process fail, its launcher ends this one
+            time.sleep(0.2)
+        made_from = read_model_config(directory).provenance.get("source")
+        if made_from != checkpoint.name:
+            raise CheckpointError(
+                f"{directory} was made from {made_from}, not from {checkpoint.name}.",
+                "Remove it, or choose another --out.",
+            )
+        yield directory

@@ -96,10 +96,15 @@ class TrainRequest:
 
     Attributes:
         loop: Keys of the training section that have flags of their own; None where the flag was not given.
+        preset: None only where there is a start to read the configuration off.
         start: Model directory that gives the first weights.
+        start_file: The published file that it was made from.
+        classes: What becomes of the start's class table.
+        scale_prefixes: Scales that a token sees, where not as the preset says.
+        windows: One for all windowed scales or one per scale, likewise.
     """
 
-    preset: str
+    preset: str | None
     checkpoint: Path
     out: Path
     tokens: Path | None
@@ -118,6 +123,10 @@ class TrainRequest:
     loop: Mapping[str, Any]
     fsdp: bool = False
     start: Path | None = None
+    start_file: Path | None = None
+    classes: str = "auto"
+    scale_prefixes: int | str | None = None
+    windows: int | list[int] | None = None
 
     def configuration(self) -> RunConfig:
         """Preset, settings and flags, merged.
@@ -134,7 +143,25 @@ class TrainRequest:
         # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
         settings = [*self.settings, "train.steps=null"] if self.epochs is not None else self.settings
         train = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size, **self.loop}
-        return load_config(self.preset, settings, {"seed": self.seed, "train": train})
+        attention = {"scale_prefixes": self.scale_prefixes, "windows": self.windows}
+        flags = {"seed": self.seed, "train": train, "attention": attention}
+        return load_config(self.preset, settings, flags, base=None if self.preset else self._read_off_the_start())
+
+    def _read_off_the_start(self) -> dict[str, Any]:
+        """The start's model with MVAR's attention, and the published settings of fine-tuning."""
+        from mvar_core.models.directory import read_model_config
+        from mvar_core.scales import spread_window
+
+        assert self.start is not None
+        source = read_model_config(self.start)
+        values = source.model_dump(mode="json", exclude={"provenance", "class_names", "attention"})
+        windows = spread_window(7, (0,) * source.pyramid.num_scales)
+        return {
+            **values,
+            "name": f"{source.name}-ft",
+            "attention": {"scale_prefixes": 1, "windows": list(windows)},
+            "train": {"epochs": 80},
+        }
 
 
 def execute(as_json: bool, request: TrainRequest, dry_run: bool) -> None:
@@ -142,9 +169,14 @@ def execute(as_json: bool, request: TrainRequest, dry_run: bool) -> None:
     config = request.configuration()
     from mvar_core.models.directory import read_model_config
 
-    read_model_config(request.checkpoint)
+    tokenizer = read_model_config(request.checkpoint)
     if request.out.resolve() == request.checkpoint.resolve():
         raise DataError(f"--out {request.out} is the tokenizer's directory.", "Choose another --out.")
+    if request.start is not None:
+        from mvar_core.training.finetune import check_start
+
+        fitted = config.model_copy(update={"tokenizer": tokenizer.tokenizer})
+        check_start(fitted, read_model_config(request.start), str(request.start_file or request.start))
     if dry_run:
         _show_plan(Console(as_json), request, config)
         return
@@ -160,7 +192,7 @@ def execute(as_json: bool, request: TrainRequest, dry_run: bool) -> None:
 def _train(team: Processes, console: Console, request: TrainRequest, config: RunConfig) -> bool:
     """What each process does; returns whether an interruption ended the training early."""
     from mvar_cli.tokenization import tokenize_run
-    from mvar_cli.training import fit_to_tokens, prepare_run, train_run
+    from mvar_cli.training import Start, fit_to_tokens, prepare_run, train_run
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import TokenCache
     from mvar_core.kernels import check_backend
@@ -204,8 +236,8 @@ def _train(team: Processes, console: Console, request: TrainRequest, config: Run
         fsdp=request.fsdp,
         resume=resume,
         validation=TokenCache.open(request.validation) if request.validation else None,
-        start=request.start,
-        provenance={"started_from": str(request.start)} if request.start else None,
+        start=Start(request.start, request.start_file, request.classes) if request.start else None,
+        provenance={"started_from": str(request.start_file or request.start)} if request.start else None,
     )
     speed = result.steps * config.train.batch_size / max(result.seconds, 1e-9)
     memory = peak_memory_bytes(device)
@@ -260,7 +292,7 @@ def _show_plan(console: Console, request: TrainRequest, config: RunConfig) -> No
         rows = len(source) * views
         plan.append(f"encode {len(source)} images in {views} views into {request.out / 'tokens'}")
     if request.start is not None:
-        plan.append(f"start from the transformer of {request.start}")
+        plan.append(f"start from the transformer of {request.start_file or request.start}")
     steps = steps_of(config, rows)
     batch = config.train.batch_size
     plan += [

@@ -29,18 +29,17 @@ def attend_dense(
     scale: float,
 ) -> Float[Tensor, "B H Q D"]:
     """softmax(scale · q kᵀ) v over the keys that `pattern` shows; no mask where the scale is whole."""
-    if _strips_pay(q_BHQD, k_BHKD, v_BHKD, pattern):
+    if _strips_pay(q_BHQD, k_BHKD, v_BHKD):
         return attend_strips(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
     mask_QK = visibility_mask(pattern, q_BHQD.device) if pattern.is_windowed else None
     return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_QK, scale=scale)
 
 
-def _strips_pay(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern) -> bool:
-    """Whether a CPU trains what SDPA is slow at: masks, and in bfloat16 anything, for its backward pass."""
+def _strips_pay(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> bool:
+    """Whether a CPU trains: SDPA is slow at masks there and in bfloat16, and keeps its output twice."""
     return (
         q_BHQD.device.type == "cpu"
         and q_BHQD.numel() >= WORTHWHILE_NUMBERS
-        and (pattern.is_windowed or q_BHQD.dtype == torch.bfloat16)
         and torch.is_grad_enabled()
         and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
         and not torch.compiler.is_compiling()

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws
 from mvar_core.scales import AttentionPattern, ScalePyramid
 from mvar_core.train_config import TrainConfig
+from mvar_core.training.cross_entropy import cross_entropy
 
 
 class ScaleLosses(NamedTuple):
@@ -65,10 +65,8 @@ class Curriculum(Protocol):
 def token_losses(
     logits_BLV: Float[Tensor, "B L V"], tokens_BL: Int[Tensor, "B L"], label_smoothing: float = 0.0
 ) -> Float[Tensor, "B L"]:
-    """Cross-entropy of every token, in float32."""
-    return F.cross_entropy(
-        logits_BLV.flatten(0, 1).float(), tokens_BL.flatten(), reduction="none", label_smoothing=label_smoothing
-    ).view_as(tokens_BL)
+    """Cross-entropy of every token, in float32; the logits must not be used afterwards (`cross_entropy`)."""
+    return cross_entropy(logits_BLV.flatten(0, 1).float(), tokens_BL.flatten(), label_smoothing).view_as(tokens_BL)
 
 
 def per_scale_means(
@@ -133,9 +131,10 @@ class JointCurriculum:
         wanted = None if len(scales) == self.pyramid.num_scales else scales
         logits_BlV = transformer(labels_B, inputs_BLZ, scales=wanted, attention=attention, generator=generator)
         tokens_Bl = tokens_BL[:, span]
-        losses_Bl = token_losses(logits_BlV, tokens_Bl, self.label_smoothing)
         with torch.no_grad():
             hits_Bl = (logits_BlV.argmax(dim=-1) == tokens_Bl).float()
+        losses_Bl = token_losses(logits_BlV, tokens_Bl, self.label_smoothing)
+        del logits_BlV
         return ScaleLosses(
             self._weighted(losses_Bl, span),
             per_scale_means(losses_Bl.detach(), self.pyramid, scales),

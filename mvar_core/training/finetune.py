@@ -9,20 +9,24 @@ configuration, so that VAR's weights start an MVAR with the MVAR's own pattern.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mvar_core.config import ModelConfig
 from mvar_core.errors import CheckpointError
 from mvar_core.models.transformer import Transformer
 from mvar_core.scales import Grid, ScalePyramid
 
-Action = Literal["loaded", "resized", "interpolated", "initialised"]
+Action = Literal["loaded", "resized", "interpolated", "initialised", "ignored"]
+Classes = Literal["auto", "keep", "resize", "reinit"]
+"""What becomes of the class table: `load_pretrained`."""
 
 _CLASSES, _START, _POSITIONS, _SCALES = (
     "class_embedding.weight",
@@ -33,11 +37,28 @@ _CLASSES, _START, _POSITIONS, _SCALES = (
 
 
 class ParameterReport(NamedTuple):
-    """What became of one parameter of the target."""
+    """What became of one parameter of the target, or of one tensor of the file that the target has no use for."""
 
     name: str
     action: Action
     note: str = ""
+
+
+def describe_reports(source: str, reports: Sequence[ParameterReport], ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """Everything that became of the weights, for a file in the run directory.
+
+    Args:
+        source: Where the weights came from.
+        reports: From `load_pretrained`.
+        ignored: Names of the file's buffers, which follow from the configuration and are never loaded.
+    """
+    note = "follows from the configuration, never from a file"
+    rows = [*reports, *(ParameterReport(name, "ignored", note) for name in ignored)]
+    return {
+        "source": source,
+        "counts": dict(Counter(row.action for row in rows)),
+        "parameters": [{**row._asdict()} for row in rows],
+    }
 
 
 @dataclass(frozen=True)
@@ -76,20 +97,65 @@ class _Sizes:
         ]
 
 
+def check_start(config: ModelConfig, source: ModelConfig, origin: str) -> None:
+    """Refuse, before anything slow, weights of other sizes than the model's.
+
+    Args:
+        config: The model that is to be trained.
+        source: The model that the weights belong to.
+        origin: Where they are, for the message.
+
+    Raises:
+        CheckpointError: There is no transformer, or a size that must agree does not.
+    """
+    if source.transformer is None:
+        raise CheckpointError(f"{origin} is a tokenizer alone; fine-tuning starts from a transformer.")
+    assert config.transformer is not None
+    pairs = {
+        name: (getattr(source.transformer, name), getattr(config.transformer, name))
+        for name in ("depth", "embed_dim", "num_heads", "mlp_ratio", "shared_adaln", "l2_attention")
+    }
+    pairs |= {
+        name: (getattr(source.tokenizer, name), getattr(config.tokenizer, name))
+        for name in ("codebook_size", "latent_channels")
+    }
+    if wrong := [f"{name} is {one} there and {two} here" for name, (one, two) in pairs.items() if one != two]:
+        raise CheckpointError(
+            f"The weights of {origin} do not fit the model: {'; '.join(wrong)}.",
+            "Choose the preset of their size, or leave out --preset: sizes are then read off the weights.",
+        )
+
+
 @torch.no_grad()
 def load_pretrained(
-    transformer: Transformer, weights: Mapping[str, Tensor], source_pyramid: ScalePyramid
+    transformer: Transformer,
+    weights: Mapping[str, Tensor],
+    source_pyramid: ScalePyramid,
+    *,
+    classes: Classes = "auto",
+    source_names: Sequence[str] | None = None,
+    target_names: Sequence[str] | None = None,
 ) -> list[ParameterReport]:
     """Start a transformer from the weights of another one of the same depth, width, heads and codebook.
 
-    Another number of classes keeps the row that stands for no class and initialises the others anew; another pyramid
-    interpolates positions within the scale at the same relative place, and takes that scale's embedding. Either all of
-    this succeeds or the transformer stays as it was.
+    Another pyramid interpolates positions within the scale at the same relative place, and takes that scale's
+    embedding. Either all of this succeeds or the transformer stays as it was.
+
+    The row of the class table that stands for no class is always taken over. What becomes of the others:
+
+    * keep: they are taken over as they are; another number of classes is refused.
+    * resize: a class takes over the row of the same name where both models name their classes and some names agree,
+      else of the same number; one that has none starts as no class does, which is what the model draws without knowing.
+    * reinit: they start anew.
+    * auto: keep where the numbers of classes agree, else reinit.
 
     Args:
         transformer: The target, already initialised.
         weights: State dict of the source, under this project's names.
         source_pyramid: The scales of the source.
+        classes: What becomes of the class table.
+        source_names: Names of the source's classes.
+        target_names: Names of the target's classes.
 
     Returns:
         What became of every parameter of the target.
@@ -107,6 +173,11 @@ def load_pretrained(
     loaded: dict[str, Tensor] = {}
     reports = []
     for name in target.keys() & weights.keys():
+        if name == _CLASSES and weights[name].ndim == 2 and weights[name].shape[1] == target[name].shape[1]:
+            table, report = _class_table(weights[name], target[name], classes, source_names, target_names)
+            loaded[name] = table
+            reports.append(report)
+            continue
         adapted = _adapt(name, weights[name], target[name], source_pyramid, transformer.pyramid)
         if adapted is None:
             found, wanted = tuple(weights[name].shape), tuple(target[name].shape)
@@ -130,6 +201,40 @@ def _misfits(verb: str, names: set[str]) -> list[str]:
     return [f"{subject} {verb} {', '.join(shown)}{more}"]
 
 
+def _class_table(
+    found: Tensor,
+    wanted: Tensor,
+    classes: Classes,
+    source_names: Sequence[str] | None,
+    target_names: Sequence[str] | None,
+) -> tuple[Tensor, ParameterReport]:
+    """The class table that a model starts from; see `load_pretrained`."""
+    value = found.to(device=wanted.device, dtype=wanted.dtype)
+    before, now = len(found) - 1, len(wanted) - 1
+    counts = f"{before} classes in the weights, {now} here"
+    if classes == "auto":
+        classes = "keep" if before == now else "reinit"
+    if classes == "keep":
+        if before != now:
+            raise CheckpointError(
+                f"These weights do not fit the model: {counts}.",
+                "Say what becomes of the class table: --classes resize or --classes reinit.",
+            )
+        return value, ParameterReport(_CLASSES, "loaded")
+    if classes == "reinit":
+        table = wanted.clone()
+        table[-1] = value[-1]
+        return table, ParameterReport(_CLASSES, "initialised", f"{counts}: all but no-class start anew")
+    numbers = {name: number for number, name in reversed(list(enumerate(source_names or ())))}
+    rows = [numbers.get(name, before) for name in target_names or ()]
+    named = any(row != before for row in rows)
+    if not named:
+        rows = [min(number, before) for number in range(now)]
+    taken = sum(row != before for row in rows)
+    note = f"{counts}: {taken} taken over by {'name' if named else 'number'}, {now - taken} start as no-class"
+    return value[[*rows, before]], ParameterReport(_CLASSES, "resized", note)
+
+
 def _adapt(
     name: str, found: Tensor, wanted: Tensor, source: ScalePyramid, target: ScalePyramid
 ) -> tuple[Tensor, ParameterReport] | None:
@@ -137,11 +242,6 @@ def _adapt(
     value = found.to(device=wanted.device, dtype=wanted.dtype)
     if found.ndim != wanted.ndim or found.shape[-1] != wanted.shape[-1]:
         return None
-    if name == _CLASSES and found.shape != wanted.shape:
-        table = wanted.clone()
-        table[-1] = value[-1]
-        note = f"{len(found) - 1} classes in the weights, {len(wanted) - 1} here: all but no-class start anew"
-        return table, ParameterReport(name, "initialised", note)
     if name == _SCALES and (source != target or found.shape != wanted.shape):
         if len(found) != source.num_scales:
             return None

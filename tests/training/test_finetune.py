@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from mvar_core.errors import CheckpointError
 from mvar_core.scales import ScalePyramid
-from mvar_core.training.finetune import interpolate_positions, load_pretrained, matching_scale
+from mvar_core.training.finetune import (
+    check_start,
+    describe_reports,
+    interpolate_positions,
+    load_pretrained,
+    matching_scale,
+)
 
 
 @pytest.fixture
@@ -107,3 +115,49 @@ def test_a_pyramid_that_is_not_the_weights_own_is_refused(transformers):
     weights, _, target = transformers()
     with pytest.raises(CheckpointError, match="position_embedding"):
         load_pretrained(target, weights, ScalePyramid.from_patch_sizes([1, 3, 4]))
+
+
+def test_classes_as_asked(transformers):
+    weights, pyramid, target = transformers("transformer.num_classes=5")
+    source = weights["class_embedding.weight"]
+    with pytest.raises(CheckpointError, match=r"3 classes in the weights, 5 here.*--classes resize"):
+        load_pretrained(target, weights, pyramid, classes="keep")
+    reports = load_pretrained(target, weights, pyramid, classes="resize")
+    assert next(r for r in reports if r.name == "class_embedding.weight").action == "resized"
+    assert target.class_embedding.weight.equal(source[[0, 1, 2, 3, 3, 3]])
+    names = ("dog", "owl", "cat", "fox", "ant")
+    load_pretrained(target, weights, pyramid, classes="resize", source_names=("cat", "dog", "cow"), target_names=names)
+    assert target.class_embedding.weight.equal(source[[1, 3, 0, 3, 3, 3]])
+    load_pretrained(target, weights, pyramid, classes="resize", source_names=("a", "b", "c"), target_names=names)
+    assert target.class_embedding.weight.equal(source[[0, 1, 2, 3, 3, 3]])  # no name in common: by number
+
+
+def test_classes_start_anew_where_asked_although_their_number_agrees(transformers):
+    weights, pyramid, target = transformers()
+    before = target.class_embedding.weight.detach().clone()
+    load_pretrained(target, weights, pyramid, classes="reinit")
+    assert target.class_embedding.weight[:-1].equal(before[:-1])
+    assert target.class_embedding.weight[-1].equal(weights["class_embedding.weight"][-1])
+
+
+def test_the_full_list_names_what_was_ignored(transformers):
+    weights, pyramid, target = transformers()
+    listed = describe_reports("file.pth", load_pretrained(target, weights, pyramid), ["attn_bias_for_masking"])
+    assert listed["counts"] == {"loaded": len(weights), "ignored": 1}
+    assert [row["name"] for row in listed["parameters"]] == [*target.state_dict(), "attn_bias_for_masking"]
+    json.dumps(listed)
+
+
+def test_check_start_names_every_size_that_differs(make_config):
+    other = make_config("transformer.depth=3", "transformer.shared_adaln=true").model
+    with pytest.raises(
+        CheckpointError, match=r"depth is 3 there and 2 here; shared_adaln is True there and False here"
+    ):
+        check_start(make_config().model, other, "file.pth")
+    check_start(
+        make_config("attention.windows=[0,0,0]").model,
+        make_config("patch_sizes=[1,4]", "attention.windows=[]").model,
+        "x",
+    )
+    with pytest.raises(CheckpointError, match="tokenizer alone"):
+        check_start(make_config().model, make_config().model.model_copy(update={"transformer": None}), "x")

@@ -1,0 +1,302 @@
+"""A training step of d16's width on this machine: how near it is to the speed of its products, and at what memory.
+
+python benchmarks/training_step.py writes benchmarks/results/training_step.json. Width 1024, 16 heads, 4 layers, the
+256 px pyramid, windows of 7 at the last two scales, batch 4; forward, backward, clipping and AdamW, in float32 and
+under bfloat16 autocast, as the engine does it. Styles of the step, all on the same blocks and the same tokens:
+
+- joint: one packed pass over all scales, attention per scale.
+- published: scales 1 to 8 in one pass under a packed dense mask, scale 9 and scale 10 in passes of their own; one
+  backward pass over the sum.
+- joint, image by image and published, pass by pass: the same with a backward pass after each part, which holds less.
+
+The roofline is three times the forward pass's operations over the rate of plain matrix products, measured between the
+steps. Peak memory is what torch's allocator gives out beyond weights and optimizer state. Exits with 1 where a promise
+is not kept.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import machine
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvar_core.analysis import counts
+from mvar_core.analysis.measure import allocation_peak
+from mvar_core.config import RunConfig
+from mvar_core.kernels import attend
+from mvar_core.kernels.visibility import visibility_mask
+from mvar_core.models.blocks import MAX_LOG_HEAD_SCALE, AttentionContext, ScaleAttention, normalised_heads
+from mvar_core.models.linear import row_stable_linear
+from mvar_core.models.transformer import Transformer
+from mvar_core.presets import load_config
+from mvar_core.runtime import generator, keeping_freed_memory
+from mvar_core.training.curriculum import build_curriculum
+from mvar_core.training.optim import build_optimizer
+
+BATCH = 4
+ROUNDS = 3
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROMISED_ROOFLINE, PROMISED_ATTENTION = 0.65, 3.0
+
+
+class PackedAttention(ScaleAttention):
+    """Several scales under one dense mask, as published; one scale alone as everywhere."""
+
+    def forward(self, x_BLC: Tensor, context: AttentionContext) -> Tensor:
+        if len(context.scales) == 1:
+            return super().forward(x_BLC, context)
+        bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+        qkv = row_stable_linear(x_BLC, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.unbind(2)
+        scale_H = self.log_head_scale.float().clamp(max=MAX_LOG_HEAD_SCALE).exp()
+        q, k = normalised_heads(q, scale_H), normalised_heads(k, None)
+        mask = packed_mask([context.patterns[scale] for scale in context.scales])
+        output = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=self.softmax_scale
+        )
+        return self.projection(output.transpose(1, 2).flatten(2))
+
+
+def packed_mask(patterns: list[Any]) -> Tensor:
+    """Who sees whom among several scales that do not see each other."""
+    return torch.block_diag(*(visibility_mask(pattern, CPU) for pattern in patterns)).bool()
+
+
+class Workbench:
+    """A model, data, an optimizer, and the styles of its step."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.config: RunConfig = load_config("mvar-d16-256", ["transformer.depth=4"])
+        self.dtype = dtype
+        torch.manual_seed(0)
+        self.model = Transformer(self.config.model).train()
+        self.optimizer = build_optimizer(self.model, self.config.train.optimizer, self.model.no_decay_names())
+        self.pyramid = self.config.pyramid
+        self.curriculum = build_curriculum(self.config.train, self.pyramid, self.config.patterns)
+        random = generator("benchmark")
+        tokens = self.pyramid.num_tokens
+        self.tokens_BL = torch.randint(self.config.tokenizer.codebook_size, (BATCH, tokens), generator=random)
+        self.inputs_BLZ = torch.randn(BATCH, tokens - 1, self.config.tokenizer.latent_channels, generator=random)
+        self.labels_B = torch.randint(1000, (BATCH,), generator=random)
+
+    @property
+    def operations(self) -> float:
+        """Of one step: three times the forward pass, two per multiply-accumulate."""
+        macs = sum(counts.transformer_macs(self.config.model, scale) for scale in range(self.pyramid.num_scales))
+        return 6.0 * BATCH * macs
+
+    def _part(self, images: slice, scales: range | None) -> Tensor:
+        """Share of the loss of some images at some scales."""
+        labels, tokens, inputs = self.labels_B[images], self.tokens_BL[images], self.inputs_BLZ[images]
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            if scales is None:
+                losses = self.curriculum.losses(
+                    self.model, labels, tokens, inputs, step=0, attention="auto", generator=generator("step", 0)
+                )
+                return losses.loss * (len(labels) / BATCH)
+            logits = self.model(labels, inputs, scales=scales, generator=generator("step", 0))
+            spans = self.pyramid.spans
+            span = slice(spans[scales.start].start, spans[scales.stop - 1].stop)
+            return F.cross_entropy(logits.flatten(0, 1), tokens[:, span].flatten(), reduction="sum") / tokens.numel()
+
+    def _update(self) -> None:
+        nn.utils.clip_grad_norm_(list(self.model.parameters()), 2.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _attention(self, kind: type[ScaleAttention]) -> None:
+        for block in self.model.blocks:
+            block.attention.__class__ = kind
+
+    def step(self, parts: list[tuple[slice, range | None]], apart: bool, packed: bool) -> None:
+        """One step, over parts that have a backward pass each (apart) or one together."""
+        self._attention(PackedAttention if packed else ScaleAttention)
+        if apart:
+            for part in parts:
+                self._part(*part).backward()
+        else:
+            torch.stack([self._part(*part) for part in parts]).sum().backward()
+        self._update()
+
+    def styles(self) -> dict[str, Callable[[], None]]:
+        every, scales = slice(None), self.pyramid.num_scales
+        passes = [(every, range(scales - 2)), *((every, range(s, s + 1)) for s in (scales - 2, scales - 1))]
+        images = [(slice(image, image + 1), None) for image in range(BATCH)]
+        return {
+            "joint": lambda: self.step([(every, None)], False, False),
+            "published": lambda: self.step(passes, False, True),
+            "joint, image by image": lambda: self.step(images, True, False),
+            "published, pass by pass": lambda: self.step(passes, True, True),
+        }
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations a second of the plain product that a step consists of: all tokens through the MLP's first layer."""
+    x, weight = torch.randn(680 * BATCH, 1024).to(dtype), torch.randn(4096, 1024).to(dtype)
+    F.linear(x, weight)
+    return 2 * x.shape[0] * weight.numel() / statistics.median(timed(lambda: F.linear(x, weight)) for _ in range(5))
+
+
+def step_rows(dtype: torch.dtype) -> dict[str, Any]:
+    bench = Workbench(dtype)
+    styles = bench.styles()
+    seconds: dict[str, list[float]] = {name: [] for name in styles}
+    rates = []
+    timed_styles = [name for name in styles if dtype == torch.bfloat16 or " by " not in name]
+    for round_ in range(1 + ROUNDS):
+        for name in timed_styles:
+            elapsed = timed(styles[name])
+            if round_:  # the first warms up, and makes the optimizer's state
+                seconds[name].append(elapsed)
+                rates.append(matmul_rate(dtype))
+    rate = statistics.median(rates)
+    rows = {}
+    for name, run in styles.items():
+        with allocation_peak() as peak:
+            run()
+        rows[name] = {"peak_bytes": peak.peak_bytes}
+        if seconds[name]:
+            median = statistics.median(seconds[name])
+            rows[name] |= {
+                "seconds": round(median, 3),
+                "tokens_per_second": round(BATCH * bench.pyramid.num_tokens / median),
+                "roofline": round(bench.operations / rate / median, 3),
+            }
+    return {"matmul_gflops": round(rate / 1e9, 1), "step_gflop": round(bench.operations / 1e9, 1), "styles": rows}
+
+
+def attention_rows(dtype: torch.dtype) -> dict[str, float]:
+    """Milliseconds of one layer's attention, forward and backward: per scale, and under one packed dense mask."""
+    config = load_config("mvar-d16-256")
+    mask = packed_mask(list(config.patterns))
+
+    def leaves(tokens: int) -> list[Tensor]:
+        return [torch.randn(BATCH, tokens, 16, 64).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+    scales = [(pattern, leaves(pattern.queries)) for pattern in config.patterns]
+    packed = leaves(config.pyramid.num_tokens)
+
+    def run(output: Tensor, inputs: list[Tensor]) -> None:
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+    def per_scale() -> None:
+        for pattern, inputs in scales:
+            run(attend(*inputs, pattern, scale=1.0), inputs)
+
+    def dense() -> None:
+        run(F.scaled_dot_product_attention(*packed, attn_mask=mask, scale=1.0), packed)
+
+    per_scale(), dense()
+    times = [(timed(per_scale), timed(dense)) for _ in range(7)]
+    one, other = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"per_scale_ms": round(1e3 * one, 1), "packed_ms": round(1e3 * other, 1), "ratio": round(other / one, 2)}
+
+
+def gpu() -> Any:
+    """Tokens a second and memory of d16 in bfloat16: VAR, MVAR interleaved, MVAR joint; the largest batch that fits."""
+    if not torch.cuda.is_available():
+        return "not run"
+    from mvar_core.training.curriculum import Curriculum
+
+    def measure(config: RunConfig, curriculum: Curriculum, batch: int, compiled: bool) -> dict[str, Any]:
+        device = torch.device("cuda")
+        model = Transformer(config.model).to(device).train()
+        if compiled:
+            model.compile()
+        optimizer = build_optimizer(model, config.train.optimizer, model.no_decay_names())
+        tokens = torch.randint(4096, (batch, config.pyramid.num_tokens), device=device)
+        inputs = torch.randn(batch, tokens.shape[1] - 1, config.tokenizer.latent_channels, device=device)
+        labels = torch.randint(1000, (batch,), device=device)
+
+        def step(index: int) -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                losses = curriculum.losses(
+                    model, labels, tokens, inputs, step=index, attention="auto", generator=generator("step", index)
+                )
+            losses.loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        period = 10
+        for index in range(period):
+            step(index)
+        torch.cuda.reset_peak_memory_stats()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for index in range(2 * period):
+            step(index)
+        stop.record()
+        torch.cuda.synchronize()
+        seconds = start.elapsed_time(stop) / 1e3
+        return {
+            "batch": batch,
+            "tokens_per_second": round(2 * period * batch * curriculum.tokens_per_step() / seconds),
+            "images_per_second": round(2 * period * batch / seconds, 1),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+        }
+
+    rows: dict[str, Any] = {}
+    presets = {"VAR": ("var-d16-256", "joint"), "interleaved": ("mvar-d16-256", "interleaved"),
+               "joint": ("mvar-d16-256", "joint")}  # fmt: skip
+    for compiled in (False, True):
+        for name, (preset, curriculum) in presets.items():
+            config = load_config(preset, [f"train.curriculum={curriculum}"])
+            batch = 16
+            while batch <= 1024:
+                try:
+                    built = build_curriculum(config.train, config.pyramid, config.patterns)
+                    rows[f"{name}{', compiled' if compiled else ''}, batch {batch}"] = measure(
+                        config, built, batch, compiled
+                    )
+                except torch.cuda.OutOfMemoryError:
+                    break
+                finally:
+                    torch.cuda.empty_cache()
+                batch *= 2
+    return rows
+
+
+def main() -> None:
+    with keeping_freed_memory(CPU):
+        steps = {name: step_rows(dtype) for name, dtype in DTYPES.items()}
+        attention = {name: attention_rows(dtype) for name, dtype in DTYPES.items()}
+    checks = {}
+    for name, rows in steps.items():
+        styles = rows["styles"]
+        checks |= {
+            f"{name}: joint reaches {PROMISED_ROOFLINE:.0%} of the roofline": styles["joint"]["roofline"]
+            >= PROMISED_ROOFLINE,
+            f"{name}: attention per scale is {PROMISED_ATTENTION:g} times as fast as one packed dense mask": attention[
+                name
+            ]["ratio"]
+            >= PROMISED_ATTENTION,
+            f"{name}: joint holds no more than published": styles["joint"]["peak_bytes"]
+            <= styles["published"]["peak_bytes"],
+            f"{name}: joint, image by image, holds no more than published, pass by pass": styles[
+                "joint, image by image"
+            ]["peak_bytes"]
+            <= styles["published, pass by pass"]["peak_bytes"],
+        }
+    model = "MVAR, width 1024, 16 heads, 4 layers, 256 px, batch 4"
+    machine.save(
+        "training_step",
+        {"model": model, "steps": steps, "attention": attention, "promises": checks, "gpu": gpu()},
+    )
+    sys.exit(0 if all(checks.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,6 +103,9 @@ def measure_alone(request: Request) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what stdin asks for and print the row."""
+    from mvar_cli.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as where `mvar` starts
     request = Request.model_validate_json(sys.stdin.read())
     try:
         row = {"sample": measure_sampling, "train": measure_training}[request.what](request)

@@ -18,7 +18,11 @@ EXPECTED = {
     "var-d36-512",
     "mvar-d24-512",
     "mvar-d24-1024",
+    "tokenizer-64",
+    "tokenizer-256",
+    "tokenizer-512",
 }
+TOKENIZERS = {name for name in EXPECTED if name.startswith("tokenizer-")}
 PUBLISHED_PARAMETERS = {"d16": 310e6, "d20": 600e6, "d24": 1.0e9, "d30": 2.0e9, "d36": 2.3e9}
 PUBLISHED_FID = {
     "var-d16-256": 3.55,
@@ -56,19 +60,24 @@ def test_preset_loads_describes_itself_and_round_trips(name, tmp_path):
 def test_preset_builds_with_the_predicted_and_published_parameters(name):
     config = load_config(name)
     with torch.device("meta"):
-        transformer = Transformer(config)
+        transformer = None if name in TOKENIZERS else Transformer(config)
         tokenizer = VQVAE(config.tokenizer, config.pyramid)
     predicted = plan(config)
-    assert sum(parameter.numel() for parameter in transformer.parameters()) == predicted.parameters
+    parameters = sum(parameter.numel() for parameter in transformer.parameters()) if transformer else 0
+    assert parameters == predicted.parameters
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == predicted.tokenizer_parameters
-    if not name.startswith("digits"):
+    if name in TOKENIZERS:
+        assert config.transformer is None
+        if name != "tokenizer-64":
+            assert round(predicted.tokenizer_parameters / 1e6, 2) == 108.95
+    elif not name.startswith("digits"):
         published = PUBLISHED_PARAMETERS[name.split("-")[1]]
         assert predicted.parameters == pytest.approx(published, rel=0.05)
         assert round(predicted.tokenizer_parameters / 1e6, 2) == 108.95
 
 
 def test_published_sizes_hold_for_every_published_model():
-    for name in EXPECTED - {"digits", "digits-var"}:
+    for name in EXPECTED - {"digits", "digits-var"} - TOKENIZERS:
         transformer = load_config(name).transformer
         assert transformer.embed_dim == 64 * transformer.depth
         assert transformer.num_heads == transformer.depth
@@ -78,7 +87,7 @@ def test_published_sizes_hold_for_every_published_model():
 
 
 def test_mvar_sees_one_scale_and_windows_the_last_ones_and_var_sees_all():
-    for name in EXPECTED:
+    for name in EXPECTED - TOKENIZERS:
         config = load_config(name)
         if name == "digits" or name.startswith("mvar-"):
             assert config.attention.scale_prefixes == 1, name
@@ -104,3 +113,13 @@ def test_settings_without_a_published_result_say_whose_choice_they_are():
 def test_parents_are_merged_away():
     for name in EXPECTED:
         assert "extends" not in read_preset(name)
+
+
+def test_tokenizers_fit_the_models_of_their_size():
+    for side, model in ((256, "mvar-d16-256"), (512, "mvar-d24-512")):
+        tokenizer, config = load_config(f"tokenizer-{side}"), load_config(model)
+        assert tokenizer.tokenizer == config.tokenizer
+        assert tokenizer.pyramid == config.pyramid
+        assert tokenizer.image_size == config.image_size
+        assert tokenizer.train_tokenizer.perceptual.weight > 0
+        assert tokenizer.train_tokenizer.adversarial.start > 0

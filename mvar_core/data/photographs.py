@@ -13,16 +13,15 @@ SPLITS = ("train", "test")
 CLASS_NAMES = ("china", "flower")
 CROPS = {"train": 1024, "test": 64}
 """Crops of each photograph."""
-HELD_OUT = slice(256, 384)
-"""Columns of the photographs that are the split test; nothing of them is in train."""
+HELD_OUT = slice(240, 336)
+"""Rows of the photographs that are the split test; nothing of them is in train."""
 
 
 class PhotographsSource(ImageSource):
     """Crops of two photographs of 427×640 pixels, a temple and a flower: 2,048 of them to train on, 128 to test on.
 
-    A vertical strip of 128 columns, a fifth of each photograph, is held out: test crops lie within it, training crops
-    left or right of it. Crops keep the photographs' own pixels, in any size up to the strip's width; larger sizes are
-    enlarged. The split train has two parts beside the strip, and a crop lies in one of them.
+    A horizontal strip of 96 rows, through temple, lake, trees and flower, is held out: test crops lie within it,
+    training crops above or below it. Crops keep the photographs' own pixels where they fit; larger sizes are enlarged.
 
     Args:
         split: train or test.
@@ -49,8 +48,8 @@ class PhotographsSource(ImageSource):
         self._areas: list[list[Pixels]] = []
         for name in CLASS_NAMES:
             pixels = load_sample_image(f"{name}.jpg")
-            sides = [pixels[:, : HELD_OUT.start], pixels[:, HELD_OUT.stop :]]
-            self._areas.append([pixels[:, HELD_OUT]] if split == "test" else sides)
+            sides = [pixels[: HELD_OUT.start], pixels[HELD_OUT.stop :]]
+            self._areas.append([pixels[HELD_OUT]] if split == "test" else sides)
 
     def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
         """One crop of `image_shape` (height, width), always the same for the same index: uint8 (H, W, 3)."""
@@ -64,9 +63,9 @@ class PhotographsSource(ImageSource):
 
     def _crop(self, index: int, image_shape: tuple[int, int], random: np.random.Generator) -> Pixels:
         areas = self._areas[int(self.labels[index])]
+        fitting = [area for area in areas if area.shape[0] >= image_shape[0] and area.shape[1] >= image_shape[1]]
+        if not fitting:
+            return np.asarray(resize_and_crop(Image.fromarray(areas[0]), image_shape))
         # Each part as often as it has places, so that every place is as likely.
-        places = np.array([max(1, area.shape[1] - image_shape[1] + 1) for area in areas], np.float64)
-        area = areas[int(random.choice(len(areas), p=places / places.sum()))]
-        if area.shape[0] < image_shape[0] or area.shape[1] < image_shape[1]:
-            return np.asarray(resize_and_crop(Image.fromarray(area), image_shape))
-        return cut(area, image_shape, random)
+        places = np.array([area.shape[0] - image_shape[0] + 1 for area in fitting], np.float64)
+        return cut(fitting[int(random.choice(len(fitting), p=places / places.sum()))], image_shape, random)

@@ -27,27 +27,27 @@ def test_crops_are_the_photographs_own_pixels_on_their_side_of_the_strip(photogr
     assert source.class_names == ("china", "flower")
     assert np.bincount(source.labels).tolist() == [count // 2, count // 2]
     for index in range(0, count, count // 12):
-        crop = source.read(index, (64, 48))
-        assert np.array_equal(crop, source.read(index, (64, 48)))
+        crop = source.read(index, (48, 64))
+        assert np.array_equal(crop, source.read(index, (48, 64)))
         found = places(photographs[source.labels[index]], crop)
         assert found, index
-        for _, left in found:
-            inside = HELD_OUT.start <= left and left + 48 <= HELD_OUT.stop
-            outside = left + 48 <= HELD_OUT.start or left >= HELD_OUT.stop
-            assert inside if split == "test" else outside, left
+        for top, _ in found:
+            inside = HELD_OUT.start <= top and top + 48 <= HELD_OUT.stop
+            outside = top + 48 <= HELD_OUT.start or top >= HELD_OUT.stop
+            assert inside if split == "test" else outside, top
 
 
 def test_random_crops_reach_both_sides_and_never_the_strip(photographs):
     source = open_images("photographs")
     random = np.random.default_rng(0)
-    lefts = []
+    tops = []
     for _ in range(60):
         crop = source.random_crop(0, (64, 64), 0.5, random)
-        lefts.append(places(photographs[0], crop)[0][1])
-    assert min(lefts) < 64
-    assert max(lefts) > 448
-    assert all(left + 64 <= HELD_OUT.start or left >= HELD_OUT.stop for left in lefts)
-    assert len(set(lefts)) > 40
+        tops.append(places(photographs[0], crop)[0][0])
+    assert min(tops) < 40
+    assert max(tops) > HELD_OUT.stop
+    assert all(top + 64 <= HELD_OUT.start or top >= HELD_OUT.stop for top in tops)
+    assert len(set(tops)) > 40
 
 
 def test_crops_larger_than_the_strip_are_enlarged():

@@ -1,0 +1,88 @@
+"""What writing samples costs: memory and speed of shards, threads and putting together, without a model.
+
+python benchmarks/output.py [--counts 5000 50000] writes benchmarks/results/output.json. Random 64 px images come in
+batches of 64 and go through the writers of `mvar sample`; each row is a process of its own. Memory that did not depend
+on the number of images would be 1.0 times that of the smallest number. PNG rows compare one thread with two.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+
+SIDE, TOKENS, BATCH = 64, 341, 64
+
+
+def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from mvar_cli.drawing import Chunk, Progressing, draw_shards
+    from mvar_cli.outputs import put_together
+    from mvar_cli.parts import Parts, Request
+    from mvar_cli.writers import WriterPool
+
+    smooth = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    tokens = np.zeros((BATCH, TOKENS), np.int64)
+
+    def draw(labels: Sequence[int], indices: Sequence[int], progress: Callable[[int, int], None]) -> Iterator[Chunk]:
+        for start in range(0, len(indices), BATCH):
+            size = min(BATCH, len(indices) - start)
+            yield Chunk(smooth[:size].copy(), tokens[:size], None)
+
+    request = Request(
+        model="none", weights="", classes=tuple(range(10)), num=count // 10, settings={}, output=output,
+        save_tokens=True, stages=False, image_shape=(SIDE, SIDE), scales=7, tokens=TOKENS, device="cpu",
+        dtype="float32", attention="auto", version="",
+    )  # fmt: skip
+    parts = Parts(folder / f"out{'.npz' if output == 'npz' else ''}", request)
+    parts.start()
+    own = list(request.shards)
+    began = time.perf_counter()
+    draw_shards(parts, own, draw, Progressing(parts, set(), own, lambda done, total: None), WriterPool(threads))
+    drawn = time.perf_counter() - began
+    put_together(parts, replace=False)
+    return {
+        "output": output,
+        "images": count,
+        "threads": threads,
+        "seconds_shards": drawn,
+        "seconds_put_together": time.perf_counter() - began - drawn,
+        "images_per_second": count / (time.perf_counter() - began),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=[5_000, 50_000])
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        output, count, threads, folder = arguments.one
+        print(json.dumps(measure(output, int(count), int(threads), Path(folder))))
+        return
+    rows = []
+    cases = [("npz", count, 2) for count in arguments.counts] + [("png", arguments.counts[0], n) for n in (1, 2)]
+    for output, count, threads in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--one", output, str(count), str(threads), folder]
+            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    npz = [row for row in rows if row["output"] == "npz"]
+    png = [row for row in rows if row["output"] == "png"]
+    ratios = {
+        "memory_of_most_over_fewest": npz[-1]["peak_memory_bytes"] / npz[0]["peak_memory_bytes"],
+        "png_two_threads_over_one": png[1]["images_per_second"] / png[0]["images_per_second"],
+    }
+    machine.save("output", {"ratios": ratios, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""`mvar train-tokenizer` beyond a plain run: first weights, other pyramids, the perceptual loss's files."""
+
+import json
+
+import pytest
+import torch
+
+from mvar_core.models.directory import load_tokenizer, read_model_config
+
+STILL = ("--set", "train_tokenizer.optimizer.lr=1e-12", "--set", "train_tokenizer.revive_every=0")
+
+
+def weights(directory):
+    return load_tokenizer(directory, read_model_config(directory)).state_dict()
+
+
+@pytest.fixture
+def train(mvar, preset, images, tmp_path):
+    def run(*options):
+        return mvar("train-tokenizer", "--preset", preset, "--data", images, "--out", tmp_path / "out", *options)
+
+    return run
+
+
+def test_a_run_starts_from_another_tokenizer_at_another_size(train, other_tokenizer, tmp_path):
+    settings = ["--set", "image_size=[24, 16]", "--set", "patch_sizes=[1, 2, [6, 4]]", *STILL]
+    outcome = train("--start", other_tokenizer, *settings, "--json")
+    assert outcome.json["steps"] == 4
+    assert "Starting from the tokenizer" in outcome.err
+    assert "scales were 1 2 4" in outcome.err
+    for name, value in weights(tmp_path / "out").items():
+        torch.testing.assert_close(value, weights(other_tokenizer)[name], rtol=0, atol=1e-6)
+    assert read_model_config(tmp_path / "out").image_shape == (24, 16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["provenance"]["start"] == str(other_tokenizer)
+
+
+def test_another_codebook_is_refused_or_started_anew(train, other_tokenizer, tmp_path):
+    larger = ["--start", other_tokenizer, "--set", "tokenizer.codebook_size=24", *STILL]
+    error = train(*larger).error
+    assert "has 16 entries; this one has 24" in error
+    assert "--new-codebook" in error
+    assert train(*larger, "--new-codebook", "--json").json["steps"] == 4
+    found, before = weights(tmp_path / "out"), weights(other_tokenizer)
+    assert found["quantizer.codebook"].shape == (24, 4)
+    for name, value in found.items():
+        if name != "quantizer.codebook":
+            torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
+
+
+def test_another_network_is_refused_with_the_settings_that_would_fit(train, other_tokenizer, tmp_path):
+    error = train("--start", other_tokenizer, "--set", "tokenizer.base_channels=16").error
+    assert "another network: base_channels is 8 there and 16 here" in error
+    assert "--set tokenizer.base_channels=8" in error
+    assert "does not exist" in train("--start", tmp_path / "nowhere").error
+    assert "goes with --start" in train("--new-codebook").error
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_missing_perceptual_file_is_said_before_anything_slow(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.delenv("MVAR_VGG_WEIGHTS", raising=False)
+    error = train("--set", "train_tokenizer.perceptual.weight=1").error
+    for part in ("vgg16-397923af.pth", "https://", "SHA-256", "--vgg-weights", "perceptual.weight=0"):
+        assert part in error
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_doctor_names_the_perceptual_files(mvar, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.delenv("MVAR_VGG_WEIGHTS", raising=False)
+    findings = {finding["name"]: finding for finding in mvar("doctor", "--json").json["findings"]}
+    finding = findings["perceptual weights"]
+    assert finding["ok"] is False
+    assert "vgg16-397923af.pth" in finding["mend"]
+
+
+def test_an_adversarial_run_with_all_options_ends_in_a_model_directory(train, tmp_path):
+    settings = ["adversarial.weight=0.5", "adversarial.channels=4", "adversarial.layers=2", "adversarial.start=1"]
+    settings += ["scale_dropout=0.5", "ema=0.9", "micro_batch=2"]
+    options = [option for setting in settings for option in ("--set", f"train_tokenizer.{setting}")]
+    assert train(*options, "--json").json["steps"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {"adversarial", "adversarial_weight", "discriminator", "perplexity_per_scale"} <= lines[-1].keys()
+    assert weights(tmp_path / "out")

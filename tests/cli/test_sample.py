@@ -42,6 +42,8 @@ def run(arguments, module, name, when, number, kind):
     setattr(owner, last, counted)
     app(arguments, prog_name="mvar")
 
+# A shell that starts the tests in the background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ends = []
 for scenario in json.loads(sys.stdin.read()):
     child = os.fork()

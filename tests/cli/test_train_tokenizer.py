@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from mvar_core.models.directory import load_tokenizer, read_model_config
 
@@ -32,6 +33,21 @@ def test_a_run_starts_from_another_tokenizer_at_another_size(train, other_tokeni
         torch.testing.assert_close(value, weights(other_tokenizer)[name], rtol=0, atol=1e-6)
     assert read_model_config(tmp_path / "out").image_shape == (24, 16)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["provenance"]["start"] == str(other_tokenizer)
+
+
+def test_a_run_starts_from_a_published_file(mvar, images, golden_mvar, mvar_directory, tmp_path):
+    values = read_model_config(mvar_directory).model_dump(
+        mode="json", include={"image_size", "patch_sizes", "tokenizer"}
+    )
+    values["train_tokenizer"] = {
+        "steps": 1, "batch_size": 2, "revive_every": 0, "optimizer": {"lr": 1e-12},
+    }  # fmt: skip
+    preset = tmp_path / "golden.yaml"
+    preset.write_text(yaml.safe_dump(values))
+    given = ["--preset", preset, "--data", images, "--out", tmp_path / "out", "--start", golden_mvar.tokenizer]
+    assert mvar("train-tokenizer", *given, "--json").json["steps"] == 1
+    for name, value in weights(mvar_directory).items():
+        torch.testing.assert_close(weights(tmp_path / "out")[name], value, rtol=0, atol=1e-6)
 
 
 def test_another_codebook_is_refused_or_started_anew(train, other_tokenizer, tmp_path):

@@ -21,7 +21,9 @@ from mvar_core.errors import MvarError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from mvar_cli.training_step import TrainingStep
     from mvar_core.models.blocks import KeyValueCache
     from mvar_core.models.transformer import Transformer
     from mvar_core.models.vqvae import VQVAE
@@ -33,7 +35,7 @@ class Request(BaseModel):
     """What to measure.
 
     Attributes:
-        what: "sample" or "train".
+        what: "sample" or "train", or "sample-memory" or "train-memory".
         config: The model, and how it is trained.
         checkpoint: Its directory; without it, random weights.
         published_style: Sample as the published code does.
@@ -108,7 +110,7 @@ def main() -> None:
     keep_freed_memory()  # as where `mvar` starts
     request = Request.model_validate_json(sys.stdin.read())
     try:
-        row = {"sample": measure_sampling, "train": measure_training}[request.what](request)
+        row = MEASUREMENTS[request.what](request)
     except MvarError as error:
         row = {"error": str(error)}
     except (MemoryError, RuntimeError) as error:
@@ -123,7 +125,6 @@ def measure_sampling(request: Request) -> dict[str, Any]:
     import torch
 
     from mvar_core.analysis.measure import StageClock
-    from mvar_core.pipeline import Pipeline
     from mvar_core.runtime import resolve_device, resolve_dtype
 
     device = resolve_device(request.device)
@@ -135,90 +136,49 @@ def measure_sampling(request: Request) -> dict[str, Any]:
         sample = _published_style(request, transformer, vqvae, device, dtype)
     else:
         transformer, vqvae = _transformer(request, device, dtype), _tokenizer(request, device, dtype)
-        pipeline = Pipeline(request.config, vqvae, transformer, attention=request.attention)
-        settings = request.settings
-
-        def sample(count: int) -> object:
-            return pipeline.sample(
-                request.labels[:count],
-                cfg=settings.cfg,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                seed=request.seed,
-                batch_size=request.batch_size,
-            )
-
+        sample = _sampling(request, transformer, vqvae)
     # A GPU warms up on the very shapes that it will be measured on; a CPU on one image, which takes a part of the time.
     warm = request.batch_size if device.type == "cuda" else 1
-    row = begin.row(request, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
     with _cache_bytes(transformer) as cached:
-        clock = StageClock(device)
-        if request.breakdown:
-            _watch_sampling(clock, transformer, vqvae)
-        stages = clock.run(lambda: sample(request.batch_size))
+        row = begin.row(request, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
     row["kv_cache_bytes"] = cached["peak"]
     if request.breakdown:
-        row["stages"] = stages
+        clock = StageClock(device)
+        _watch_sampling(clock, transformer, vqvae)
+        row["stages"] = clock.run(lambda: sample(request.batch_size))
     return row
+
+
+def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Callable[[int], object]:
+    """Sampling as `mvar sample` does it, of so many images in one batch."""
+    from mvar_core.pipeline import Pipeline
+
+    pipeline = Pipeline(request.config, vqvae, transformer, attention=request.attention)
+    settings = request.settings
+
+    def sample(count: int) -> object:
+        return pipeline.sample(
+            request.labels[:count],
+            cfg=settings.cfg,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=request.seed,
+            batch_size=request.batch_size,
+        )
+
+    return sample
 
 
 def measure_training(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of a training step of all scales: inputs, forward, backward, clipping, AdamW."""
-    import torch
-
     from mvar_core.analysis.measure import StageClock
-    from mvar_core.analysis.random_models import random_quantizer
-    from mvar_core.runtime import generator, resolve_device, resolve_dtype
-    from mvar_core.training.curriculum import build_curriculum
-    from mvar_core.training.optim import build_optimizer
+    from mvar_core.runtime import resolve_device
 
     device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
     begin = _Beginning(device)
-    config, train = request.config, request.config.train
-    transformer = _transformer(request, device, torch.float32).requires_grad_(True).train()
-    # Its values change neither time nor memory, and a model's own would come with its decoder.
-    quantizer = random_quantizer(config, device, request.seed)
-    curriculum = build_curriculum(train.model_copy(update={"curriculum": "joint"}), config.pyramid, config.patterns)
-    optimizer = build_optimizer(transformer, train.optimizer, transformer.no_decay_names(), device)
-    random = generator("bench", request.seed)
-    shape = (request.batch_size, config.pyramid.num_tokens)
-    tokens_BL = torch.randint(config.tokenizer.codebook_size, shape, generator=random).to(device)
-    labels_B = torch.tensor(request.labels, device=device)
-
-    class Step:
-        """The parts of a step, as methods that a clock can watch."""
-
-        def forward(self) -> torch.Tensor:
-            with torch.no_grad():
-                inputs_BLZ = quantizer.teacher_forcing_inputs(tokens_BL)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = curriculum.losses(
-                    transformer,
-                    labels_B,
-                    tokens_BL,
-                    inputs_BLZ,
-                    step=0,
-                    attention=request.attention,
-                    generator=generator("bench", request.seed, "step"),
-                )
-            return losses.loss
-
-        def backward(self, loss: torch.Tensor) -> None:
-            loss.backward()
-
-        def update(self) -> None:
-            torch.nn.utils.clip_grad_norm_(transformer.parameters(), train.optimizer.grad_clip or float("inf"))
-            optimizer.step()
-
-        def __call__(self) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            self.backward(self.forward())
-            self.update()
-
-    step = Step()
+    step = _training_step(request, device)
     row = begin.row(request, step)
-    row["tokens_per_second"] = row["images_per_second"] * config.pyramid.num_tokens
+    row["tokens_per_second"] = row["images_per_second"] * request.config.pyramid.num_tokens
     row["kv_cache_bytes"] = 0
     if request.breakdown:
         clock = StageClock(device)
@@ -226,6 +186,75 @@ def measure_training(request: Request) -> dict[str, Any]:
             clock.watch(step, name, name)
         row["stages"] = clock.run(step)
     return row
+
+
+def measure_memory(request: Request) -> dict[str, Any]:
+    """What torch's allocator gives out at most, weights included, beside what `mvar plan` predicts."""
+    import torch
+
+    from mvar_core.analysis.cost import plan
+    from mvar_core.analysis.measure import allocation_peak
+    from mvar_core.runtime import resolve_device, resolve_dtype
+
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    config, settings = request.config, request.settings
+    work: Callable[[], object]
+    if request.what == "train-memory":
+        step = _training_step(request, device)
+        held: list[nn.Module] = [step.transformer]
+
+        def work() -> None:
+            step()
+            step()  # the optimizer's moments are there from the first step on
+    else:
+        transformer, vqvae = _transformer(request, device, dtype), _tokenizer(request, device, dtype)
+        held = [transformer, vqvae]
+        sample = _sampling(request, transformer, vqvae)
+        sample(1)
+
+        def work() -> None:
+            sample(request.batch_size)
+
+    weights = sum(p.numel() * p.element_size() for module in held for p in module.parameters())
+    with allocation_peak(device) as live:
+        work()
+    predicted = plan(
+        config.model_copy(update={"sampling": settings}),
+        batch_size=request.batch_size,
+        dtype_bytes=torch.empty(0, dtype=dtype).element_size(),
+        guided=settings.guided,
+        device=device.type,
+        train=config.train.model_copy(update={"batch_size": request.batch_size}),
+    )
+    prediction = predicted.train_peak_bytes if request.what == "train-memory" else predicted.sample_peak_bytes
+    assert prediction is not None
+    return {
+        "batch_size": request.batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "measured_bytes": weights + live.peak_bytes,
+        "predicted_bytes": prediction,
+        "weight_bytes": weights,
+        "ratio": prediction / (weights + live.peak_bytes),
+        "ratio_beside_weights": (prediction - weights) / live.peak_bytes,
+    }
+
+
+def _training_step(request: Request, device: torch.device) -> TrainingStep:
+    import torch
+
+    from mvar_cli.training_step import TrainingStep
+    from mvar_core.runtime import resolve_dtype
+
+    train = request.config.train.model_copy(update={"batch_size": request.batch_size})
+    return TrainingStep(
+        request.config.model_copy(update={"train": train}),
+        _transformer(request, device, torch.float32).requires_grad_(True).train(),
+        device,
+        resolve_dtype(request.dtype, device),
+        attention=request.attention,
+        seed=request.seed,
+    )
 
 
 class _Beginning:
@@ -325,6 +354,13 @@ def _cache_bytes(transformer: Transformer) -> Iterator[dict[str, int]]:
     finally:
         del transformer.drop_unseen
 
+
+MEASUREMENTS: dict[str, Callable[[Request], dict[str, Any]]] = {
+    "sample": measure_sampling,
+    "train": measure_training,
+    "sample-memory": measure_memory,
+    "train-memory": measure_memory,
+}
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvar_cli.console import Console, format_bytes, format_count
@@ -20,7 +23,9 @@ def cost_of(
     batch_size: int | None = None,
     dtype: str = "auto",
     guided: bool = True,
+    device: str = "auto",
     device_memory: int | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """The predicted cost of a model and of its training.
 
@@ -29,7 +34,9 @@ def cost_of(
         batch_size: Images sampled or trained on together; by default 1, and what the run trains with.
         dtype: Of weights and activations.
         guided: Whether sampling also runs without the class.
+        device: Kind of device that the bytes are for; auto is a GPU where the system has one.
         device_memory: Bytes to find the largest batch for.
+        memory: Bytes that sampling may take.
 
     Raises:
         ConfigError: Unknown dtype, or sizes that make no sense.
@@ -47,9 +54,20 @@ def cost_of(
         batch_size=batch_size or 1,
         dtype_bytes=DTYPE_BYTES[dtype],
         guided=guided,
+        device=device_kind(device),
         device_memory=device_memory,
+        memory=memory,
         train=train.model_copy(update={"batch_size": batch_size}) if batch_size else train,
     )
+
+
+def device_kind(name: str) -> str:
+    """cpu, cuda or mps for the name of a device; auto is what this machine seems to have, found without torch."""
+    if name != "auto":
+        return name.split(":")[0]
+    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        return "cuda"
+    return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
 
 
 def show_cost(console: Console, cost: Plan) -> None:
@@ -62,33 +80,63 @@ def show_cost(console: Console, cost: Plan) -> None:
         ("everything, one image, no guidance", f"{cost.total_gmacs:,.4g} GMACs"),
         ("everything, one image, guided", f"{cost.guided_gmacs:,.4g} GMACs"),
         (f"KV cache, {_batch(cost)}", format_bytes(cost.kv_cache_bytes)),
-        (f"peak memory of sampling, {_batch(cost)}", format_bytes(cost.sample_peak_bytes)),
+        (f"weights for sampling, {8 * cost.dtype_bytes} bit", format_bytes(cost.weight_bytes)),
+        (f"peak memory of sampling, {_batch(cost)}, {cost.device}", format_bytes(cost.sample_peak_bytes)),
+        ("each further image of the batch keeps", format_bytes(cost.image_bytes)),
     ]
     if cost.train_peak_bytes is not None:
         rows.append((f"peak memory of training, batch {cost.train_batch_size}", format_bytes(cost.train_peak_bytes)))
     if cost.device_memory is not None:
-        rows.append((f"largest batch of sampling in {format_bytes(cost.device_memory)}", str(cost.largest_batch)))
+        rows.append((f"largest batch of sampling in {format_bytes(cost.device_memory)}", f"{cost.largest_batch:,}"))
         if cost.largest_train_batch is not None:
             rows.append(
-                (f"largest batch of training in {format_bytes(cost.device_memory)}", str(cost.largest_train_batch))
+                (f"largest batch of training in {format_bytes(cost.device_memory)}", f"{cost.largest_train_batch:,}")
             )
     console.table(cost.name, ("what", "how much"), rows)
     console.table(
+        "where the operations are, one image, no guidance",
+        ("part", "GMACs", "%"),
+        [(part, gmacs, 100 * gmacs / cost.total_gmacs) for part, gmacs in cost.parts_gmacs.items() if gmacs],
+    )
+    console.table(
         "scales",
-        ("side", "tokens", "window", "keys per query", "attention GMACs", "total GMACs", "KV cache kept"),
+        (
+            "side",
+            "tokens",
+            "window",
+            "keys per query",
+            "attention GMACs",
+            "total GMACs",
+            "KV cache kept",
+            "micro-batch",
+            "its memory",
+        ),
         [
             (
                 str(scale["side"]),
                 scale["tokens"],
-                scale["window"] or "whole",
+                str(scale["window"] or "whole"),
                 scale["keys_per_query"],
                 scale["attention_gmacs"],
                 scale["total_gmacs"],
                 format_bytes(scale["kv_cache_bytes"]),
+                scale["micro_batch"],
+                format_bytes(scale["activation_bytes"]),
             )
             for scale in cost.scales
         ],
     )
+    together = f"{cost.images_together} image" + ("s" if cost.images_together > 1 else "")
+    budget = f" in {format_bytes(cost.memory)}" if cost.memory is not None else ""
+    console.say(
+        f"Sampling: {together} from scale to scale together{budget}, at each scale a micro-batch at a time;"
+        f" {cost.decoder_images} decoded at a time."
+    )
+    if cost.largest_batch:
+        console.say(
+            "The largest batch of sampling is bounded by what an image keeps from scale to scale: a scale itself takes"
+            " the memory that it is given."
+        )
 
 
 def finish_dry_run(

@@ -32,6 +32,8 @@ def run(
     device_memory: Annotated[
         str | None, typer.Option("--device-memory", metavar="SIZE", help="Find the largest batch, as in 24GB.")
     ] = None,
+    memory: options.Memory = None,
+    device: options.Device = "auto",
     dtype: options.Dtype = "bfloat16",
     listing: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     as_json: options.AsJson = False,
@@ -48,8 +50,15 @@ def run(
     from mvar_cli.costs import cost_of, show_cost
 
     config = resolve(preset, checkpoint, settings or [])
-    memory = options.parse_bytes(device_memory) if device_memory else None
-    cost = cost_of(config, batch_size=batch_size, dtype=dtype, guided=guided, device_memory=memory)
+    cost = cost_of(
+        config,
+        batch_size=batch_size,
+        dtype=dtype,
+        guided=guided,
+        device=device,
+        device_memory=options.parse_bytes(device_memory) if device_memory else None,
+        memory=options.parse_bytes(memory) if memory else None,
+    )
     show_cost(console, cost)
     console.finish(cost.to_dict())
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mvar_core.analysis import counts, memory
+from mvar_core.analysis import counts
+from mvar_core.analysis import memory as memory_model
+from mvar_core.analysis.training_memory import train_peak_bytes
 from mvar_core.config import ModelConfig
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, nearest
+from mvar_core.models import footprint
+from mvar_core.models.footprint import Setting
+from mvar_core.models.micro_batches import TOKENS_AT_ONCE, MicroBatches
 from mvar_core.train_config import TrainConfig
 
 GIGA = 1e9
@@ -35,15 +40,24 @@ class Plan:
         dtype_bytes: Bytes per value of the compute dtype.
         guided: Whether the figures in bytes are for sampling with guidance, which doubles the transformer's rows.
         weight_bytes: Weights for sampling.
+        parts_gmacs: `total_gmacs` by part: inputs, projections, attention (the products alone), mlp, head,
+            conditioning, quantizer, decoder.
         kv_cache_bytes: The most keys and values kept after any scale.
-        sample_peak_bytes: Predicted peak of sampling.
+        sample_peak_bytes: Predicted peak of sampling, weights included.
+        image_bytes: What each further image of a batch keeps: f̂, tokens, random numbers and KV cache from scale to
+            scale, or f̂, tokens and (on a CPU) pixels while images are decoded, whichever is more.
+        images_together: Images that advance together: the batch size, or fewer where `memory` asks for it.
+        decoder_images: Images that are decoded together.
+        device: The kind of device that all bytes are for.
+        memory: Bytes that sampling was allowed to take, where given.
         train_batch_size: Images per training step, where training was asked about.
         train_peak_bytes: Predicted peak of a training step on one device.
         device_memory: Bytes of the device, where given.
-        largest_batch: The most images that can be sampled together on the device.
+        largest_batch: The most images that advance together on the device.
         largest_train_batch: The most images per training step on the device.
         scales: One row per scale: side (or [height, width]), tokens, window (0 = whole), keys_per_query,
-            attention_gmacs, total_gmacs (transformer without guidance), kv_cache_bytes (kept once the scale is done).
+            attention_gmacs, total_gmacs (transformer without guidance), parts_gmacs (of them), kv_cache_bytes (kept
+            once the scale is done), micro_batch (images in one pass), activation_bytes (of that pass).
     """
 
     name: str
@@ -55,12 +69,18 @@ class Plan:
     guided_gmacs: float
     conditioning_gmacs: float
     decoder_gmacs: float
+    parts_gmacs: dict[str, float]
     batch_size: int
     dtype_bytes: int
+    device: str
     guided: bool
     weight_bytes: int
     kv_cache_bytes: int
     sample_peak_bytes: int
+    image_bytes: int
+    images_together: int
+    decoder_images: int
+    memory: int | None
     train_batch_size: int | None
     train_peak_bytes: int | None
     device_memory: int | None
@@ -79,7 +99,9 @@ def plan(
     batch_size: int = 1,
     dtype_bytes: int = 2,
     guided: bool = True,
+    device: str = "cpu",
     device_memory: int | None = None,
+    memory: int | None = None,
     train: TrainConfig | None = None,
 ) -> Plan:
     """Predict what a model costs.
@@ -89,35 +111,43 @@ def plan(
         batch_size: Images sampled together.
         dtype_bytes: Bytes per value of the compute dtype: 4, or 2 for the half types.
         guided: Whether sampling uses guidance.
+        device: cpu, cuda or mps: what runs together, and what is kept where, differ between them.
         device_memory: Bytes of a device, to find the largest batches.
+        memory: Bytes that sampling may take, weights (and on a CPU the process) included; None for no limit.
         train: Predict training with these settings too.
 
     Raises:
-        ConfigError: A batch, dtype or memory that makes no sense.
+        ConfigError: A batch, dtype or memory that makes no sense, or a memory in which not even one image fits.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected at least 1.")
     if dtype_bytes not in (2, 4, 8):
         raise ConfigError(f"dtype_bytes is {dtype_bytes}; expected 2 (bfloat16, float16) or 4 (float32).")
-    if device_memory is not None and device_memory <= 0:
-        raise ConfigError(f"device_memory is {device_memory} bytes; expected a positive number.")
+    for name, given in (("device_memory", device_memory), ("memory", memory)):
+        if given is not None and given <= 0:
+            raise ConfigError(f"{name} is {given} bytes; expected a positive number.")
+    if device not in TOKENS_AT_ONCE:
+        raise ConfigError(f"device is {device!r}. {nearest(device, TOKENS_AT_ONCE)}")
+    sampling = config.sampling
+    setting = Setting(dtype_bytes, guided, sampling.top_k, sampling.top_p, device)
+    batches = memory_model.sample_batches(config, batch_size, setting, memory)
     trains = train is not None and config.transformer is not None
-    scales = [_scale_row(config, scale, batch_size, dtype_bytes, guided) for scale in range(config.pyramid.num_scales)]
-    conditioning, decoder = counts.conditioning_macs(config), counts.decoder_macs(config)
-    transformer = conditioning + sum(
-        counts.transformer_macs(config, scale) for scale in range(config.pyramid.num_scales)
-    )
-    largest = largest_train = None
+    scales = [_scale_row(config, scale, batch_size, setting, batches) for scale in range(config.pyramid.num_scales)]
+    parts = _parts(config)
+    decoder = parts["quantizer"] + parts["decoder"]
+    transformer = sum(parts.values()) - decoder
+    largest = largest_train = train_peak = None
+    if trains:
+        assert train is not None
+        train_peak = train_peak_bytes(config, train, dtype_bytes, device)
     if device_memory is not None:
-        largest = memory.largest_batch(
-            lambda images: memory.sample_peak_bytes(config, images, dtype_bytes, guided), device_memory
-        )
+        largest = memory_model.largest_sample_batch(config, setting, device_memory)
         if trains:
             assert train is not None
             settings = train
-            largest_train = memory.largest_batch(
-                lambda images: memory.train_peak_bytes(
-                    config, settings.model_copy(update={"batch_size": images}), dtype_bytes
+            largest_train = memory_model.largest_batch(
+                lambda images: train_peak_bytes(
+                    config, settings.model_copy(update={"batch_size": images}), dtype_bytes, device
                 ),
                 device_memory,
             )
@@ -127,18 +157,27 @@ def plan(
         tokenizer_parameters=counts.tokenizer_parameters(config),
         tokens=config.pyramid.num_tokens,
         attention_gmacs=attention_gmacs(config),
-        total_gmacs=(transformer + decoder) / GIGA,
-        guided_gmacs=(2 * transformer + decoder) / GIGA,
-        conditioning_gmacs=conditioning / GIGA,
-        decoder_gmacs=decoder / GIGA,
+        total_gmacs=transformer + decoder,
+        guided_gmacs=2 * transformer + decoder,
+        conditioning_gmacs=parts["conditioning"],
+        decoder_gmacs=decoder,
+        parts_gmacs=parts,
         batch_size=batch_size,
         dtype_bytes=dtype_bytes,
+        device=device,
         guided=guided,
-        weight_bytes=memory.weight_bytes(config, dtype_bytes),
+        weight_bytes=memory_model.weight_bytes(config, dtype_bytes),
         kv_cache_bytes=counts.kv_cache_bytes(config, batch_size, dtype_bytes, guided),
-        sample_peak_bytes=memory.sample_peak_bytes(config, batch_size, dtype_bytes, guided),
+        sample_peak_bytes=memory_model.weight_bytes(config, dtype_bytes) + batches.peak_bytes,
+        image_bytes=max(
+            footprint.image_bytes(config) + counts.kv_cache_bytes(config, 1, dtype_bytes, guided),
+            footprint.output_bytes(config, setting),
+        ),
+        images_together=batches.images,
+        decoder_images=batches.decoder,
+        memory=memory,
         train_batch_size=train.batch_size if train is not None and trains else None,
-        train_peak_bytes=memory.train_peak_bytes(config, train, dtype_bytes) if train is not None and trains else None,
+        train_peak_bytes=train_peak,
         device_memory=device_memory,
         largest_batch=largest,
         largest_train_batch=largest_train,
@@ -151,7 +190,19 @@ def attention_gmacs(config: ModelConfig) -> float:
     return sum(counts.attention_macs(config, scale) for scale in range(config.pyramid.num_scales)) / GIGA
 
 
-def _scale_row(config: ModelConfig, scale: int, batch_size: int, dtype_bytes: int, guided: bool) -> dict[str, Any]:
+def _parts(config: ModelConfig) -> dict[str, float]:
+    """GMACs of one image without guidance by part."""
+    scales = [counts.scale_macs(config, scale) for scale in range(config.pyramid.num_scales)]
+    macs = {part: sum(scale[part] for scale in scales) for part in scales[0]}
+    macs["conditioning"] = counts.conditioning_macs(config)
+    macs["quantizer"] = config.pyramid.num_scales * counts.quantizer_macs(config)
+    macs["decoder"] = counts.decoder_macs(config) - macs["quantizer"]
+    return {part: value / GIGA for part, value in macs.items()}
+
+
+def _scale_row(
+    config: ModelConfig, scale: int, batch_size: int, setting: Setting, batches: MicroBatches
+) -> dict[str, Any]:
     pattern = config.patterns[scale]
     return {
         "side": pattern.grid.height if pattern.grid.height == pattern.grid.width else list(pattern.grid),
@@ -160,5 +211,10 @@ def _scale_row(config: ModelConfig, scale: int, batch_size: int, dtype_bytes: in
         "keys_per_query": pattern.keys_per_query,
         "attention_gmacs": counts.attention_macs(config, scale) / GIGA,
         "total_gmacs": counts.transformer_macs(config, scale) / GIGA,
-        "kv_cache_bytes": counts.kv_cache_bytes(config, batch_size, dtype_bytes, guided, scale),
+        "parts_gmacs": {part: macs / GIGA for part, macs in counts.scale_macs(config, scale).items()},
+        "kv_cache_bytes": counts.kv_cache_bytes(config, batch_size, setting.dtype_bytes, setting.guided, scale),
+        "micro_batch": batches.scales[scale],
+        "activation_bytes": footprint.scale_bytes(
+            config, scale, setting, batches.scales[scale], whole=batches.scales[scale] >= batches.images
+        ),
     }

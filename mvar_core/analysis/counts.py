@@ -22,17 +22,21 @@ def transformer_parameters(config: ModelConfig) -> int:
     sizes = config.transformer
     if sizes is None:
         return 0
-    width, hidden, pyramid = sizes.embed_dim, sizes.hidden_dim, config.pyramid
+    width, pyramid = sizes.embed_dim, config.pyramid
     tables = (sizes.num_classes + 1) + pyramid.grids[0].tokens + pyramid.num_tokens + pyramid.num_scales
     inputs = config.tokenizer.latent_channels * width + width
+    shared = 6 * (width * width + width) if sizes.shared_adaln else 0
+    return tables * width + inputs + sizes.depth * block_parameters(sizes) + shared + head_parameters(config)
+
+
+def block_parameters(sizes: TransformerConfig) -> int:
+    """Learned numbers of one block."""
+    width, hidden = sizes.embed_dim, sizes.hidden_dim
     attention = 3 * width * width + 2 * width + (width * width + width)
     if sizes.l2_attention:
         attention += sizes.num_heads
     mlp = (width * hidden + hidden) + (hidden * width + width)
-    modulation = 6 * (width * width + width)
-    per_block = attention + mlp + (6 * width if sizes.shared_adaln else modulation)
-    shared = modulation if sizes.shared_adaln else 0
-    return tables * width + inputs + sizes.depth * per_block + shared + head_parameters(config)
+    return attention + mlp + (6 * width if sizes.shared_adaln else 6 * (width * width + width))
 
 
 def head_parameters(config: ModelConfig) -> int:
@@ -45,11 +49,20 @@ def head_parameters(config: ModelConfig) -> int:
 
 def tokenizer_parameters(config: ModelConfig) -> int:
     """Learned numbers of the tokenizer: encoder, quantizer and decoder."""
+    encoder = total_parameters(encoder_layers(config.tokenizer, Grid(*config.image_shape)))
+    return encoder + quantizer_parameters(config) + decoder_parameters(config)
+
+
+def quantizer_parameters(config: ModelConfig) -> int:
+    """Learned numbers of the codebook and of the convolutions φ, which stay in float32."""
     sizes = config.tokenizer
     refinement = convolution(sizes.latent_channels, sizes.latent_channels, config.pyramid.latent_grid)
-    quantizer = sizes.codebook_size * sizes.latent_channels + sizes.residual_convs * refinement.parameters
-    encoder = total_parameters(encoder_layers(sizes, Grid(*config.image_shape)))
-    return encoder + quantizer + total_parameters(decoder_layers(sizes, config.pyramid.latent_grid))
+    return sizes.codebook_size * sizes.latent_channels + sizes.residual_convs * refinement.parameters
+
+
+def decoder_parameters(config: ModelConfig) -> int:
+    """Learned numbers of the decoder."""
+    return total_parameters(decoder_layers(config.tokenizer, config.pyramid.latent_grid))
 
 
 def attention_macs(config: ModelConfig, scale: int) -> int:
@@ -66,20 +79,29 @@ def attention_macs(config: ModelConfig, scale: int) -> int:
     return sizes.depth * (3 * width * width * pattern.queries + 2 * width * pairs)
 
 
-def transformer_macs(config: ModelConfig, scale: int) -> int:
-    """All MACs of the transformer at one scale, for one image without guidance.
+def scale_macs(config: ModelConfig, scale: int) -> dict[str, int]:
+    """MACs of the transformer at one scale by part, for one image without guidance.
 
-    Attention as in `attention_macs`, its output projection, the MLP, the input projection (the first scale has none)
-    and the head; not the AdaLN vectors, which are made once per image (`conditioning_macs`).
+    `inputs`: the input projection (the first scale has none). `projections`: q, k, v and attention's output projection.
+    `attention`: the products q·k and the weighted sum of v. `mlp`. `head`. The AdaLN vectors, which are made once per
+    image, are not among them (`conditioning_macs`).
     """
     sizes = config.transformer
     if sizes is None:
-        return 0
-    width, tokens = sizes.embed_dim, config.pyramid.grids[scale].tokens
-    block = width * width + 2 * width * sizes.hidden_dim
-    inputs = config.tokenizer.latent_channels * width if scale else 0
-    head = width * config.tokenizer.codebook_size
-    return attention_macs(config, scale) + tokens * (sizes.depth * block + inputs + head)
+        return dict.fromkeys(("inputs", "projections", "attention", "mlp", "head"), 0)
+    pattern, width, tokens = config.patterns[scale], sizes.embed_dim, config.pyramid.grids[scale].tokens
+    return {
+        "inputs": config.tokenizer.latent_channels * width * tokens if scale else 0,
+        "projections": sizes.depth * 4 * width * width * tokens,
+        "attention": sizes.depth * 2 * width * pattern.queries * pattern.keys_per_query,
+        "mlp": sizes.depth * 2 * width * sizes.hidden_dim * tokens,
+        "head": width * config.tokenizer.codebook_size * tokens,
+    }
+
+
+def transformer_macs(config: ModelConfig, scale: int) -> int:
+    """All MACs of the transformer at one scale, for one image without guidance: the sum of `scale_macs`."""
+    return sum(scale_macs(config, scale).values())
 
 
 def conditioning_macs(config: ModelConfig) -> int:
@@ -91,10 +113,15 @@ def conditioning_macs(config: ModelConfig) -> int:
 
 
 def decoder_macs(config: ModelConfig) -> int:
-    """MACs from tokens to an image: the quantizer's convolution φ at every scale, then the decoder."""
-    sizes, pyramid = config.tokenizer, config.pyramid
-    refinement = convolution(sizes.latent_channels, sizes.latent_channels, pyramid.latent_grid)
-    return pyramid.num_scales * refinement.macs + total_macs(decoder_layers(sizes, pyramid.latent_grid))
+    """MACs from tokens to an image: the quantizer's convolutions φ, then the decoder."""
+    layers = decoder_layers(config.tokenizer, config.pyramid.latent_grid)
+    return config.pyramid.num_scales * quantizer_macs(config) + total_macs(layers)
+
+
+def quantizer_macs(config: ModelConfig) -> int:
+    """MACs of the convolution φ at one scale: all are on the latent grid."""
+    channels = config.tokenizer.latent_channels
+    return convolution(channels, channels, config.pyramid.latent_grid).macs
 
 
 def cached_tokens(config: ModelConfig, scale: int) -> int:

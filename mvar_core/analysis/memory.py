@@ -1,7 +1,8 @@
-"""Predicted peak memory of sampling and training, and the largest batch that fits; by formula, no torch.
+"""Predicted peak memory of sampling, and the largest batches that fit; by formula, no torch.
 
-The predictions count tensors that are live together: weights, KV cache, and the activations of the widest moment. They
-leave out what the device's library and allocator hold for themselves, and the scratch space of kernels.
+The prediction counts what torch's allocators give out and what lives together: weights, KV cache, activations of the
+widest moment, scratch space of kernels. It leaves out what the device's libraries and allocators hold for themselves.
+Sampling is predicted by the formulas that the sampler itself chooses its micro-batches from.
 """
 
 from __future__ import annotations
@@ -9,75 +10,67 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mvar_core.analysis.counts import (
+    decoder_parameters,
     head_parameters,
-    tokenizer_parameters,
+    quantizer_parameters,
     transformer_parameters,
 )
 from mvar_core.config import ModelConfig
-from mvar_core.models import footprint
-from mvar_core.train_config import TrainConfig
+from mvar_core.errors import ConfigError
+from mvar_core.models.footprint import FLOAT32, Setting
+from mvar_core.models.micro_batches import PROCESS_BYTES, MicroBatches, choose
 
-FLOAT32 = 4
 MAX_BATCH = 1 << 24
 
 
 def weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    """Weights for sampling, in the compute dtype; the head and the quantizer stay in float32."""
-    sizes = config.tokenizer
-    quantizer = sizes.codebook_size * sizes.latent_channels + sizes.residual_convs * (
-        9 * sizes.latent_channels**2 + sizes.latent_channels
-    )
-    in_float32 = head_parameters(config) + quantizer
-    parameters = transformer_parameters(config) + tokenizer_parameters(config)
+    """Weights for sampling, in the compute dtype; head and quantizer stay in float32, the encoder is left out."""
+    in_float32 = head_parameters(config) + quantizer_parameters(config)
+    parameters = transformer_parameters(config) + quantizer_parameters(config) + decoder_parameters(config)
     return parameters * dtype_bytes + in_float32 * (FLOAT32 - dtype_bytes)
 
 
-def sample_peak_bytes(
-    config: ModelConfig, batch_size: int, dtype_bytes: int, guided: bool, top_k: int | None = None
-) -> int:
-    """Most memory live at once while `batch_size` images go through every scale together, not in micro-batches.
+def beside_weights(config: ModelConfig, setting: Setting, memory: int) -> int:
+    """What is left of a device's memory for sampling: without the weights, and on a CPU without the process itself."""
+    process = PROCESS_BYTES if setting.device == "cpu" else 0
+    return memory - weight_bytes(config, setting.dtype_bytes) - process
 
-    Weights, what lives from scale to scale, and the larger of the widest scale (with its keys and values) and the
-    decoder with one image.
+
+def sample_batches(config: ModelConfig, images: int, setting: Setting, memory: int | None = None) -> MicroBatches:
+    """How the sampler divides `images` that advance together.
 
     Args:
         config: The model.
-        batch_size: Images.
-        dtype_bytes: Bytes per value of the compute dtype.
-        guided: Whether sampling uses guidance.
-        top_k: Codes that the drawing keeps; by default the model's.
+        images: How many.
+        setting: What memory and speed depend on.
+        memory: Bytes of the device or of a budget; None for no limit.
+
+    Raises:
+        ConfigError: Not even one image fits in the memory.
     """
-    kept = config.sampling.top_k if top_k is None else top_k
-    scale_peak = max(
-        (
-            footprint.scale_bytes(config, scale, dtype_bytes, guided, kept)
-            + footprint.cached_bytes(config, scale, dtype_bytes, guided)
-            for scale in range(config.pyramid.num_scales)
-        ),
-        default=0,
-    )
-    between = batch_size * (footprint.image_bytes(config) + footprint.class_bytes(config, dtype_bytes))
-    active = max(batch_size * scale_peak, footprint.decoder_bytes(config, dtype_bytes))
-    return weight_bytes(config, dtype_bytes) + between + active
+    budget = None if memory is None else beside_weights(config, setting, memory)
+    return choose(config, images, setting, budget=budget, batch_size=images)
 
 
-def train_peak_bytes(config: ModelConfig, train: TrainConfig, dtype_bytes: int) -> int:
-    """Most memory live at once in a training step of the whole batch on one device, all scales packed.
+def sample_peak_bytes(config: ModelConfig, images: int, setting: Setting, memory: int | None = None) -> int:
+    """Most memory allocated at once while `images` advance together, weights included; see `sample_batches`.
 
-    Per parameter: weight, gradient and two AdamW moments in float32, and the compute dtype's copy where that is not
-    float32. Per token and block, what the backward pass needs: 8 C float32 values (residual stream and its norm, twice;
-    q and k before and after normalisation) and 11 C + 2 F values in the compute dtype (inputs and outputs of the
-    projections, q, k, v, the MLP's hidden layer before and after GELU). Per token three float32 rows of V logits.
+    Raises:
+        ConfigError: Not even one image fits in the memory.
     """
-    sizes = config.transformer
-    if sizes is None:
+    return weight_bytes(config, setting.dtype_bytes) + sample_batches(config, images, setting, memory).peak_bytes
+
+
+def largest_sample_batch(config: ModelConfig, setting: Setting, memory: int) -> int:
+    """The most images that the sampler lets advance together on a device, 0 where not even one fits.
+
+    With micro-batches a scale takes as much memory as it is given, so that the number is bounded by what an image needs
+    from scale to scale: f̂, tokens, keys and values where a later scale sees them, pixels on a CPU.
+    """
+    try:
+        return sample_batches(config, MAX_BATCH, setting, memory).images
+    except ConfigError:
         return 0
-    copy = dtype_bytes if dtype_bytes < FLOAT32 else 0
-    states = transformer_parameters(config) * (4 * FLOAT32 + copy)
-    width, hidden = sizes.embed_dim, sizes.hidden_dim
-    per_block = 8 * width * FLOAT32 + (11 * width + 2 * hidden) * dtype_bytes
-    per_token = sizes.depth * per_block + 3 * config.tokenizer.codebook_size * FLOAT32
-    return states + train.batch_size * config.pyramid.num_tokens * per_token
 
 
 def largest_batch(peak_bytes: Callable[[int], int], device_memory: int) -> int:

@@ -1,15 +1,49 @@
 """How much memory sampling takes, part by part, by formula; no torch.
 
-The sampler chooses its micro-batches from these numbers, and the cost model predicts with them. They count tensors that
-are live together, not what libraries and allocators hold for themselves.
+The sampler chooses its micro-batches from these numbers, and the cost model predicts with them. They follow what the
+code allocates, tensor by tensor, and count what lives together, with the scratch space that kernels take from torch's
+allocator; not what libraries and allocators hold for themselves.
 """
 
 from __future__ import annotations
 
-from mvar_core.config import ModelConfig
+from dataclasses import dataclass
+
+from mvar_core.config import ModelConfig, TokenizerConfig, TransformerConfig
+from mvar_core.scales import Grid
 
 FLOAT32 = 4
 FLOAT64 = INT64 = 8
+
+PADDED_ROWS = 16
+"""Rows to which products of fewer are padded on a CPU (mvar_core.models.linear.SMALLEST_ROWS)."""
+
+DIRECT_CONVOLUTION = 20480
+"""Numbers in one float32 image up to which torch convolves on a CPU through a matrix of all neighbourhoods."""
+
+PIECE_NUMBERS = 1 << 20
+"""Numbers that windowed attention copies at a time (mvar_core.kernels.tiled.PIECE_ELEMENTS)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of sampling depends on beside the model and the number of images.
+
+    Attributes:
+        dtype_bytes: Bytes per value of the compute dtype.
+        guided: Whether the unconditional half runs too.
+        top_k: Codes that the drawing keeps; 0 for all.
+        top_p: Probability that it then keeps; 0 or 1 for all.
+        device: cpu, cuda or mps.
+        keep_stages: f̂ is kept after every scale, and decoded.
+    """
+
+    dtype_bytes: int = 4
+    guided: bool = True
+    top_k: int = 0
+    top_p: float = 0.0
+    device: str = "cpu"
+    keep_stages: bool = False
 
 
 def image_bytes(config: ModelConfig, keep_stages: bool = False) -> int:
@@ -17,11 +51,23 @@ def image_bytes(config: ModelConfig, keep_stages: bool = False) -> int:
 
     Args:
         config: The model.
-        keep_stages: f̂ is also kept after every scale.
+        keep_stages: f̂ is also kept after every scale, and at the end once more, in one tensor.
     """
     pyramid = config.pyramid
-    fhat = config.tokenizer.latent_channels * pyramid.latent_grid.tokens * FLOAT32
-    return fhat * (1 + keep_stages * pyramid.num_scales) + pyramid.num_tokens * (INT64 + FLOAT64)
+    return fhat_bytes(config) * (1 + keep_stages * 2 * pyramid.num_scales) + pyramid.num_tokens * (INT64 + FLOAT64)
+
+
+def output_bytes(config: ModelConfig, setting: Setting) -> int:
+    """Bytes of one image that live while images are decoded: f̂, tokens and, on a CPU, pixels."""
+    stages = config.pyramid.num_scales if setting.keep_stages else 0
+    height, width = config.image_shape
+    pixels = 3 * height * width * (1 + stages) if setting.device == "cpu" else 0
+    return fhat_bytes(config) * (1 + stages) + config.pyramid.num_tokens * INT64 + pixels
+
+
+def fhat_bytes(config: ModelConfig) -> int:
+    """Bytes of one image's f̂."""
+    return config.tokenizer.latent_channels * config.pyramid.latent_grid.tokens * FLOAT32
 
 
 def cached_bytes(config: ModelConfig, scale: int, dtype_bytes: int, guided: bool) -> int:
@@ -47,44 +93,178 @@ def class_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     return sizes.embed_dim * ((6 * sizes.depth + 1) * dtype_bytes + 2 * FLOAT32)
 
 
-def scale_bytes(config: ModelConfig, scale: int, dtype_bytes: int, guided: bool, top_k: int = 0) -> int:
-    """Bytes of one image's activations at the widest moment of a scale: attention, MLP, head or drawing.
+def classes_bytes(config: ModelConfig, images: int, setting: Setting) -> int:
+    """Bytes of the AdaLN vectors of all classes, where the images have as many different ones as there can be."""
+    if config.transformer is None:
+        return 0
+    classes = min(images, config.transformer.num_classes) + setting.guided
+    if setting.device == "cpu":
+        classes = max(classes, PADDED_ROWS)
+    return classes * class_bytes(config, setting.dtype_bytes)
+
+
+def scale_bytes(config: ModelConfig, scale: int, setting: Setting, images: int = 1, *, whole: bool = False) -> int:
+    """Bytes of the activations of a micro-batch at the widest moment of a scale.
 
     Args:
         config: The model.
         scale: Which scale.
-        dtype_bytes: Bytes per value of the compute dtype.
-        guided: Whether the unconditional half runs too.
-        top_k: How many codes the drawing keeps; 0 for all of them.
+        setting: What else they depend on.
+        images: Images of the micro-batch.
+        whole: All images run in one pass, so that cached keys are read where they lie.
     """
     sizes = config.transformer
     if sizes is None:
         return 0
-    width, hidden, codes = sizes.embed_dim, sizes.hidden_dim, config.tokenizer.codebook_size
-    pattern = config.patterns[scale]
-    tokens = pattern.queries
-    rows = tokens * (2 if guided else 1)
-    # Stream, modulated norm, q k v as projected, q and k normalised (in float32, then cast), attention's output.
-    attention = rows * width * (8 * dtype_bytes + (3 * FLOAT32 if sizes.l2_attention else 0))
-    # Keys and values of a layer, laid in a row for the kernel.
-    copies = 4 * width * dtype_bytes * pattern.keys * (2 if guided else 1) if pattern.prefix_tokens else 0
-    # Stream, modulated norm, hidden layer before and after GELU.
-    mlp = rows * (2 * width + 2 * hidden) * dtype_bytes
-    # Stream, its float32 copy, norm and modulated norm, and the logits.
-    head = rows * width * (dtype_bytes + 3 * FLOAT32) + tokens * codes * FLOAT32
-    # Stream, logits; the codes kept with their order, and two float64 rows of them.
-    kept = top_k + 1 if 0 < top_k < codes else codes
-    drawing = rows * width * dtype_bytes + tokens * (codes * FLOAT32 + kept * (FLOAT32 + INT64 + 2 * FLOAT64))
-    return max(attention + copies, mlp, head, drawing)
+    tokens = config.pyramid.grids[scale].tokens
+    # The first scale is never guided; its unconditional half runs where later scales need its keys.
+    halves = 2 if setting.guided and (scale > 0 or reuses_keys(config)) else 1
+    # AdaLN vectors of a block laid out for the rows, and the scale's inputs as they come and for both halves.
+    laid_out = halves * 6 * sizes.embed_dim * setting.dtype_bytes
+    inputs = config.tokenizer.latent_channels * FLOAT32 * tokens * (1 + halves) if scale else 0
+    return images * inputs + max(
+        images * laid_out + _attention_bytes(config, sizes, scale, images * halves, setting, whole),
+        images * (laid_out + _mlp_bytes(sizes, halves * tokens, setting)),
+        images * _head_bytes(config, sizes, scale, halves, setting),
+    )
 
 
-def decoder_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of one image's widest moment in the decoder: three feature maps and the image as float32 and as bytes."""
-    sizes = config.tokenizer
-    height, width = config.pyramid.latent_grid
+def _attention_bytes(
+    config: ModelConfig, sizes: TransformerConfig, scale: int, rows: int, setting: Setting, whole: bool
+) -> int:
+    """Widest moment of a block's attention, of so many rows."""
+    pattern, half = config.patterns[scale], setting.dtype_bytes
+    row = rows * sizes.embed_dim
+    values = row * pattern.queries
+    # The stream, its modulated norm, q k v as projected.
+    entered = 5 * values * half
+    # q as normalised while k is: in float32, copied where it comes in another dtype.
+    normalising = values * (half + FLOAT32 + (FLOAT32 if half < FLOAT32 else 0)) if sizes.l2_attention else 0
+    normalised = 2 * values * half if sizes.l2_attention else 0
+    copies = 0
+    if pattern.prefix_tokens:  # keys and values of earlier scales, taken from the cache and laid before the own
+        copies = 2 * row * half * (pattern.keys + (0 if whole else pattern.prefix_tokens))
+    if pattern.is_windowed:
+        # Where tiles are chosen: copies of queries, keys and values, with earlier scales' before them, and answers;
+        # as measured half as many again as a piece is meant to have, for halos and masks.
+        tiles = 4 * values + (2 * row * pattern.keys if pattern.prefix_tokens else 0)
+        copies += min(tiles, 3 * PIECE_NUMBERS // 2) * half
+    output = values * half
+    return entered + max(normalising, normalised + output + max(copies, output))
+
+
+def _mlp_bytes(sizes: TransformerConfig, rows: int, setting: Setting) -> int:
+    """Widest moment of a block's MLP."""
+    width, hidden = sizes.embed_dim, sizes.hidden_dim
+    # The stream before and after attention, attention's branch, and the modulated norm.
+    entered = 4 * width
+    # On a CPU in a half type, GELU is computed inside the product.
+    fused = setting.device == "cpu" and setting.dtype_bytes == 2
+    return rows * setting.dtype_bytes * (entered + hidden + max(width, 0 if fused else hidden))
+
+
+def _head_bytes(config: ModelConfig, sizes: TransformerConfig, scale: int, halves: int, setting: Setting) -> int:
+    """Widest moment behind the blocks: the head's norm, its product, or the drawing of tokens."""
+    codes, tokens = config.tokenizer.codebook_size, config.pyramid.grids[scale].tokens
+    guided = setting.guided and scale > 0
+    values = tokens * sizes.embed_dim * (halves if scale else 1)
+    stream = tokens * sizes.embed_dim * halves * setting.dtype_bytes
+    # Norm and modulated norm, and the stream in float32 where it is in another dtype.
+    norm = values * FLOAT32 * (3 if setting.dtype_bytes < FLOAT32 else 2)
+    logits = tokens * codes * FLOAT32
+    # The modulated norm of both halves, and the guided one.
+    product = values * FLOAT32 + (values // 2 * FLOAT32 if guided else 0) + logits
+    drawing = logits + tokens * drawing_bytes(codes, setting)
+    increment = logits + 2 * fhat_bytes(config) + _convolution_scratch(
+        config.tokenizer.latent_channels, config.tokenizer.latent_channels, config.pyramid.latent_grid, FLOAT32, setting
+    )  # fmt: skip
+    return stream + max(norm, product, drawing, increment)
+
+
+def drawing_bytes(codes: int, setting: Setting) -> int:
+    """Bytes beside the logits that the drawing of one token takes: codes in order, and two float64 rows of them."""
+    limited, nucleus = 0 < setting.top_k < codes, 0 < setting.top_p < 1
+    kept = setting.top_k + 1 if limited else codes
+    ordered = FLOAT32 + INT64 if limited or nucleus else 0
+    return kept * (ordered + 2 * FLOAT64)
+
+
+def decoder_bytes(config: ModelConfig, setting: Setting) -> int:
+    """Bytes of one image's widest moment in the decoder, layer by layer, or in the conversion to pixels."""
+    sizes, bytes_each = config.tokenizer, setting.dtype_bytes
     widest = 0
-    for level, multiplier in enumerate(reversed(sizes.channel_multipliers)):
-        side = 1 << min(level + 1, len(sizes.channel_multipliers) - 1)  # a level ends with its map upsampled
-        widest = max(widest, sizes.base_channels * multiplier * height * width * side * side)
-    pixels = 3 * config.image_shape[0] * config.image_shape[1]
-    return 3 * widest * dtype_bytes + pixels * (2 * FLOAT32 + 1)
+
+    def convolve(before: int, inputs: int, outputs: int, grid: Grid, kernel: int = 3) -> None:
+        """A convolution, while so many numbers per position live beside its input and output."""
+        nonlocal widest
+        scratch = _convolution_scratch(inputs, outputs, grid, bytes_each, setting, kernel)
+        widest = max(widest, (before + inputs + outputs) * grid.tokens * bytes_each + scratch)
+
+    def block(inputs: int, outputs: int, grid: Grid) -> None:
+        """Two convolutions beside the input; before each, its norm and the norm's activation."""
+        nonlocal widest
+        elementwise = max(3 * inputs, inputs + 2 * outputs)
+        widest = max(widest, elementwise * grid.tokens * bytes_each)
+        convolve(inputs, inputs, outputs, grid)
+        convolve(inputs, outputs, outputs, grid)
+        if inputs != outputs:
+            convolve(outputs, inputs, outputs, grid, kernel=1)
+        # The input where it is added as it is, or projected; what is added to it; and the sum.
+        kept = inputs + (outputs if inputs != outputs else 0)
+        widest = max(widest, (kept + 2 * outputs) * grid.tokens * bytes_each)
+
+    def attend(channels: int, grid: Grid) -> None:
+        """Input, norm, q k v; then input, q k v as the kernel reads them, output."""
+        nonlocal widest
+        widest = max(widest, 6 * channels * grid.tokens * bytes_each)
+
+    for step in _decoder_steps(sizes, config.pyramid.latent_grid):
+        kind, inputs, outputs, grid = step
+        if kind == "block":
+            block(inputs, outputs, grid)
+        elif kind == "attention":
+            attend(inputs, grid)
+        elif kind == "upsample":
+            coarse = inputs * (grid.tokens // 4)
+            convolve(coarse // max(1, grid.tokens), inputs, outputs, grid)
+        else:
+            convolve(0, inputs, outputs, grid)
+    height, width = config.image_shape
+    pixels = 3 * height * width
+    # The image as decoded, as float32, and twice more on its way to bytes.
+    conversion = pixels * ((bytes_each if bytes_each < FLOAT32 else 0) + 3 * FLOAT32)
+    return max(widest, conversion)
+
+
+def _decoder_steps(sizes: TokenizerConfig, latent: Grid) -> list[tuple[str, int, int, Grid]]:
+    """What a feature map goes through, coarse to fine: kind, channels in and out, grid of the output."""
+    widths = [sizes.base_channels * multiplier for multiplier in reversed(sizes.channel_multipliers)]
+    grid, channels = latent, widths[0]
+    steps = [("convolution", sizes.latent_channels, channels, grid)]
+    for index in range(sizes.middle_blocks):
+        steps.append(("block", channels, channels, grid))
+        if sizes.attention and index < sizes.middle_blocks - 1:
+            steps.append(("attention", channels, channels, grid))
+    for level, width in enumerate(widths):
+        for _ in range(sizes.decoder_blocks):
+            steps.append(("block", channels, width, grid))
+            channels = width
+            if level == 0 and sizes.attention:
+                steps.append(("attention", channels, channels, grid))
+        if level < len(widths) - 1:
+            grid = Grid(grid.height * 2, grid.width * 2)
+            steps.append(("upsample", channels, channels, grid))
+    # The last norm and its activation are no wider than a block; then the image.
+    steps.append(("convolution", channels, 3, grid))
+    return steps
+
+
+def _convolution_scratch(
+    inputs: int, outputs: int, grid: Grid, bytes_each: int, setting: Setting, kernel: int = 3
+) -> int:
+    """Scratch space of a convolution of one image."""
+    if setting.device != "cpu":
+        return 0
+    if bytes_each == FLOAT32 and inputs * grid.tokens <= DIRECT_CONVOLUTION:
+        return kernel * kernel * inputs * grid.tokens * FLOAT32 if kernel > 1 else 0
+    return kernel * kernel * inputs * outputs * bytes_each  # the weights in the kernel's order

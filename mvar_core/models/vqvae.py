@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Refine a feature map."""
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
+        # One name, so that each map is freed as soon as the next is there.
+        h_BCHW = self.norm1(x_BCHW)
+        h_BCHW = F.silu(h_BCHW)
+        h_BCHW = self.conv1(h_BCHW)
+        h_BCHW = self.norm2(h_BCHW)
+        h_BCHW = F.silu(h_BCHW)
+        h_BCHW = self.conv2(h_BCHW)
         return self.shortcut(x_BCHW) + h_BCHW
 
 
@@ -107,13 +113,19 @@ class Stage(nn.Module):
         self.attentions = nn.ModuleList(SpatialAttention(out_channels, norm_groups) for _ in range(num_attentions))
         self.resample = nn.Identity() if resample is None else resample
 
+    def parts(self) -> Iterator[nn.Module]:
+        """What a feature map goes through, one after the other."""
+        for index, block in enumerate(self.blocks):
+            yield block
+            if index < len(self.attentions):
+                yield self.attentions[index]
+        yield self.resample
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Refine a feature map, then change its resolution."""
-        for index, block in enumerate(self.blocks):
-            x_BCHW = block(x_BCHW)
-            if index < len(self.attentions):
-                x_BCHW = self.attentions[index](x_BCHW)
-        return self.resample(x_BCHW)
+        for part in self.parts():
+            x_BCHW = part(x_BCHW)
+        return x_BCHW
 
 
 def _middle(config: TokenizerConfig, channels: int) -> Stage:
@@ -181,10 +193,14 @@ class Decoder(nn.Module):
 
     def forward(self, features_BZhw: Tensor) -> Tensor:
         """Images (B, 3, H, W), not clamped, of features (B, Z, h, w)."""
-        x_BCHW = self.middle(self.input_conv(features_BZhw))
-        for level in self.levels:
-            x_BCHW = level(x_BCHW)
-        return self.output_conv(F.silu(self.output_norm(x_BCHW)))
+        x_BCHW = self.input_conv(features_BZhw)
+        # Part by part, since a call of a whole stage would keep the stage's input alive until its end.
+        for stage in (self.middle, *cast("list[Stage]", list(self.levels))):
+            for part in stage.parts():
+                x_BCHW = part(x_BCHW)
+        x_BCHW = self.output_norm(x_BCHW)
+        x_BCHW = F.silu(x_BCHW)
+        return self.output_conv(x_BCHW)
 
 
 class VQVAE(nn.Module):

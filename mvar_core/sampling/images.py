@@ -14,14 +14,12 @@ from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.models.compilation import is_compiled, room_for_shapes
+from mvar_core.models.micro_batches import PROCESS_BYTES
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pixels import to_uint8
 from mvar_core.sampling.budget import PART_OF_FREE_MEMORY, MicroBatches, choose_micro_batches, free_memory
 from mvar_core.sampling.sampler import sample_tokens
-
-PROCESS_BYTES = 350_000_000
-"""Resident memory of Python and torch themselves, which a memory budget on a CPU has to cover."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,7 @@ class ImageSampler:
             dtype_bytes=self.transformer.input_projection.weight.element_size(),
             guided=settings.guided,
             top_k=settings.top_k,
+            top_p=settings.top_p,
             budget=budget,
             batch_size=batch_size,
             keep_stages=stages,

@@ -9,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvar_core.analysis import counts, memory
 from mvar_core.analysis.cost import attention_gmacs, plan
+from mvar_core.analysis.training_memory import train_peak_bytes
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError
+from mvar_core.models.footprint import Setting
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import load_config
@@ -158,6 +160,13 @@ def test_totals_are_the_sum_of_their_parts():
     assert result.total_gmacs == pytest.approx(transformer + result.decoder_gmacs)
     assert result.guided_gmacs == pytest.approx(2 * transformer + result.decoder_gmacs)
     assert all(row["total_gmacs"] > row["attention_gmacs"] for row in result.scales)
+    assert sum(result.parts_gmacs.values()) == pytest.approx(result.total_gmacs)
+    assert {"projections", "attention", "mlp", "head", "conditioning", "quantizer", "decoder"} < set(result.parts_gmacs)
+    for row in result.scales:
+        assert sum(row["parts_gmacs"].values()) == pytest.approx(row["total_gmacs"])
+    # The paper counts q, k, v and the products, not the output projection.
+    paper = 3 / 4 * result.parts_gmacs["projections"] + result.parts_gmacs["attention"]
+    assert paper == pytest.approx(result.attention_gmacs)
 
 
 def test_memory_orders_models_as_they_must_be():
@@ -169,7 +178,13 @@ def test_memory_orders_models_as_they_must_be():
     assert plan(mvar, batch_size=64).sample_peak_bytes < large.sample_peak_bytes
     # Weights alone: half precision but for the head, its modulation and the quantizer.
     in_float32 = 2 * (1024**2 + 1024) + 1024 * 4096 + 4096 + 4096 * 32 + 4 * (9 * 32 * 32 + 32)
-    assert large.weight_bytes == 2 * (large.parameters + large.tokenizer_parameters) + 2 * in_float32
+    sampling = large.parameters + counts.quantizer_parameters(var) + counts.decoder_parameters(var)
+    assert large.weight_bytes == 2 * sampling + 2 * in_float32
+    # Weights of a scale-Markov model and one scale's micro-batch, whatever the batch.
+    few, many = (plan(mvar, batch_size=batch) for batch in (8, 64))
+    assert many.sample_peak_bytes < 1.05 * few.sample_peak_bytes
+    assert plan(var, batch_size=64).sample_peak_bytes > 2 * plan(var, batch_size=8).sample_peak_bytes
+    assert many.image_bytes * 500 < large.image_bytes * 5
 
 
 def test_largest_batch_fits_and_one_more_does_not():
@@ -177,12 +192,14 @@ def test_largest_batch_fits_and_one_more_does_not():
     train = TrainConfig(batch_size=4)
     gib = 1 << 30
     result = plan(config, device_memory=24 * gib, train=train)
-    assert memory.sample_peak_bytes(config, result.largest_batch, 2, True) <= 24 * gib
-    assert memory.sample_peak_bytes(config, result.largest_batch + 1, 2, True) > 24 * gib
+    setting = Setting(2, True, config.sampling.top_k, config.sampling.top_p)
+    assert memory.sample_batches(config, result.largest_batch, setting, 24 * gib).images == result.largest_batch
+    assert memory.sample_batches(config, result.largest_batch + 1, setting, 24 * gib).images == result.largest_batch
+    assert memory.sample_peak_bytes(config, result.largest_batch, setting, 24 * gib) <= 24 * gib
     fits = train.model_copy(update={"batch_size": result.largest_train_batch})
-    assert memory.train_peak_bytes(config, fits, 2) <= 24 * gib
+    assert train_peak_bytes(config, fits, 2) <= 24 * gib
     over = train.model_copy(update={"batch_size": result.largest_train_batch + 1})
-    assert memory.train_peak_bytes(config, over, 2) > 24 * gib
+    assert train_peak_bytes(config, over, 2) > 24 * gib
     assert plan(config, device_memory=1 << 20, train=train).largest_batch == 0
     assert result.train_batch_size == 4
     assert plan(config).largest_batch is None
@@ -199,7 +216,22 @@ def test_tokenizer_alone_has_a_plan():
     assert result.largest_batch > 0
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"dtype_bytes": 3}, {"device_memory": 0}])
+def test_a_memory_budget_makes_micro_batches_smaller():
+    config = load_config("mvar-d16-256")
+    free = plan(config, batch_size=64, device="cuda")
+    tight = plan(config, batch_size=64, device="cuda", memory=900_000_000)
+    assert tight.sample_peak_bytes <= 900_000_000 < free.sample_peak_bytes
+    assert tight.images_together == free.images_together == 64
+    sizes = [[row["micro_batch"] for row in result.scales] for result in (tight, free)]
+    assert all(less <= more for less, more in zip(*sizes, strict=True))
+    assert sizes[0][-1] < sizes[1][-1]
+    with pytest.raises(ConfigError, match="one image of mvar-d16-256 takes"):
+        plan(config, memory=500_000_000)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 0}, {"dtype_bytes": 3}, {"device_memory": 0}, {"memory": 0}, {"device": "tpu"}]
+)
 def test_values_that_make_no_sense_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         plan(small_config(), **bad)
@@ -209,7 +241,10 @@ def test_to_dict_has_the_promised_keys():
     result = plan(load_config("digits"), train=load_config("digits").train).to_dict()
     promised = "parameters attention_gmacs total_gmacs kv_cache_bytes sample_peak_bytes train_peak_bytes scales"
     assert set(promised.split()) <= set(result)
-    row = "side tokens window keys_per_query attention_gmacs total_gmacs kv_cache_bytes"
+    row = (
+        "side tokens window keys_per_query attention_gmacs total_gmacs kv_cache_bytes"
+        " parts_gmacs micro_batch activation_bytes"
+    )
     assert [set(scale) for scale in result["scales"]] == [set(row.split())] * 4
     assert [scale["window"] for scale in result["scales"]] == [0, 0, 0, 3]
 

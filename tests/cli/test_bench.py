@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvar_cli import benchmark
-from mvar_cli.benchmark import Request, measure_alone, measure_sampling, measure_training
+from mvar_cli.benchmark import MEASUREMENTS, Request, measure_alone, measure_memory, measure_sampling
 from mvar_cli.commands.bench import twins
 from mvar_core.analysis.counts import kv_cache_bytes
 from mvar_core.errors import MvarError
@@ -18,8 +18,7 @@ KEYS = {"name", "seconds", "images_per_second", "peak_memory_bytes", "kv_cache_b
 @pytest.fixture
 def in_process(monkeypatch):
     """Rows measured here, which spares the start of a process for each."""
-    measures = {"sample": measure_sampling, "train": measure_training}
-    monkeypatch.setattr(benchmark, "measure_alone", lambda request: measures[request.what](request))
+    monkeypatch.setattr(benchmark, "measure_alone", lambda request: MEASUREMENTS[request.what](request))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -99,6 +98,16 @@ def test_a_row_has_a_process_of_its_own(preset):
     row = measure_alone(request)
     assert 0 < row["process_bytes"] <= row["peak_memory_bytes"] < ballast.nbytes
     assert "stages" not in row
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits-var"])
+@pytest.mark.parametrize("what", ["sample", "train"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_memory_is_what_the_plan_predicts(preset, what, batch):
+    request = Request(what=f"{what}-memory", config=load_config(preset), batch_size=batch, device="cpu", cfg=1.5)
+    row = measure_memory(request)
+    assert row["measured_bytes"] > row["weight_bytes"] > 0
+    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1)
 
 
 def test_what_a_process_finds_wrong_is_said(preset, monkeypatch):

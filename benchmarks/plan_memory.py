@@ -1,0 +1,60 @@
+"""What `mvar plan` predicts against what torch allocates: seven models, three batches each, sampling and training.
+
+python benchmarks/plan_memory.py writes benchmarks/results/plan_memory.json, and ends with 1 where a prediction is more
+than a tenth off. Published models have two or three of their blocks, so that a step fits a small machine; widths,
+pyramids, codebook and decoder are theirs. On a CPU all allocations are counted, on a GPU max_memory_allocated is read.
+`--only NAME` runs one model and leaves the file alone.
+"""
+
+import argparse
+import sys
+
+import machine
+
+PROMISED = 0.1
+SHORT = ["transformer.depth=2"]
+CASES = [  # name, preset, settings, dtype, batches of sampling, batches of training
+    ("digits", "digits", [], "float32", (8, 32, 128), (8, 24, 64)),
+    ("digits-var", "digits-var", [], "float32", (8, 32, 128), (8, 24, 64)),
+    ("MVAR-d16, 2 blocks", "mvar-d16-256", SHORT, "bfloat16", (1, 8, 32), (1, 2, 6)),
+    ("VAR-d16, 2 blocks", "var-d16-256", SHORT, "float32", (1, 4, 12), (1, 2, 4)),
+    ("MVAR-d16, 2 scale prefixes, 3 blocks", "mvar-d16-256", ["attention.scale_prefixes=2", "transformer.depth=3"],
+     "bfloat16", (1, 8, 16), (1, 2, 4)),
+    ("VAR-d36, shared AdaLN, 512 px, 2 blocks", "var-d36-512", SHORT, "bfloat16", (1, 2, 4), (1, 2)),
+    ("MVAR-d24, 512 px, 2 blocks", "mvar-d24-512", SHORT, "bfloat16", (1, 2, 8), (1, 2)),
+]  # fmt: skip
+
+
+def main() -> None:
+    from mvar_cli.benchmark import Request, measure_alone
+    from mvar_core.presets import load_config
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default=None)
+    chosen = parser.parse_args().only
+    rows = []
+    for name, preset, settings, dtype, sampling, training in CASES:
+        if chosen not in (None, name):
+            continue
+        config = load_config(preset, settings)
+        for what, batches in (("sample", sampling), ("train", training)):
+            for batch in batches:
+                request = Request(
+                    what=f"{what}-memory", config=config, batch_size=batch, dtype=dtype, cfg=config.sampling.cfg
+                )
+                row = {"name": name, "what": what, **measure_alone(request)}
+                rows.append(row)
+                print(f"{name:42} {what:6} {batch:4} {row['ratio']:.3f}", file=sys.stderr, flush=True)
+    worst = max(rows, key=lambda row: abs(row["ratio"] - 1))
+    result = {
+        "promised": f"predicted within {PROMISED:.0%} of what is allocated, weights included",
+        "worst": {"name": worst["name"], "what": worst["what"], "ratio": worst["ratio"]},
+        "rows": rows,
+    }
+    if chosen is None:
+        machine.save("plan_memory", result)
+    sys.exit(0 if abs(worst["ratio"] - 1) <= PROMISED else 1)
+
+
+if __name__ == "__main__":
+    main()

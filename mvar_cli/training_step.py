@@ -1,0 +1,87 @@
+"""A training step without a run around it, to measure: inputs, forward, backward, clipping, AdamW, on random tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mvar_core.analysis.random_models import random_quantizer
+from mvar_core.config import RunConfig
+from mvar_core.models.transformer import Transformer
+from mvar_core.runtime import generator
+from mvar_core.training.curriculum import build_curriculum
+from mvar_core.training.optim import build_optimizer
+
+
+class TrainingStep:
+    """Callable: one step of all scales, as the training engine takes it on one device.
+
+    Args:
+        config: The model, and how it is trained; its batch size is that of the step.
+        transformer: Float32, in training mode.
+        device: Where it is.
+        dtype: Of autocast; float32 is none.
+        attention: Attention backend.
+        seed: Of tokens and of what is dropped.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        transformer: Transformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        attention: str = "auto",
+        seed: int = 0,
+    ):
+        self.train = config.train
+        self.transformer = transformer
+        transformer.recompute_blocks = config.train.activation_checkpointing
+        self.device = device
+        self.dtype = dtype
+        self.attention = attention
+        self.seed = seed
+        # Its values change neither time nor memory.
+        self.quantizer = random_quantizer(config, device, seed)
+        joint = config.train.model_copy(update={"curriculum": "joint"})
+        self.curriculum = build_curriculum(joint, config.pyramid, config.patterns)
+        self.optimizer = build_optimizer(transformer, config.train.optimizer, transformer.no_decay_names(), device)
+        self.rows = config.train.micro_batch or -(-config.train.batch_size // config.train.accumulate)
+        random = generator("training_step", seed)
+        shape = (config.train.batch_size, config.pyramid.num_tokens)
+        self.tokens_BL = torch.randint(config.tokenizer.codebook_size, shape, generator=random).to(device)
+        assert config.transformer is not None
+        self.labels_B = torch.randint(config.transformer.num_classes, shape[:1], generator=random).to(device)
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for tokens_BL, labels_B in zip(self.tokens_BL.split(self.rows), self.labels_B.split(self.rows), strict=True):
+            self.backward(self.forward(tokens_BL, labels_B) * (len(labels_B) / len(self.labels_B)))
+        self.update()
+
+    def forward(self, tokens_BL: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        """The loss of a micro-batch."""
+        with torch.no_grad():
+            inputs_BLZ = self.quantizer.teacher_forcing_inputs(tokens_BL)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            losses = self.curriculum.losses(
+                self.transformer,
+                labels_B,
+                tokens_BL,
+                inputs_BLZ,
+                step=0,
+                attention=self.attention,
+                generator=generator("training_step", self.seed, "drops"),
+            )
+        return losses.loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a micro-batch."""
+        loss.backward()
+
+    def update(self) -> None:
+        """Clip and change the weights."""
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), self.train.optimizer.grad_clip or float("inf"))
+        self.optimizer.step()

@@ -33,7 +33,7 @@ COMMANDS = (
     ),
     CommandEntry("doctor", "doctor", "What this machine has, what mvar will use, and what mends the rest.", "Start"),
     CommandEntry("plan", "plan", "Parameters, operations, KV cache and memory of a model; lists the presets.", "Start"),
-    CommandEntry("train-tokenizer", "train_tokenizer", "Train a multi-scale residual VQVAE on images.", "Train"),
+    CommandEntry("train-tokenizer", "train_tokenizer", "Train a multi-scale residual VQVAE on images.", "Train", True),
     CommandEntry("tokenize", "tokenize", "Turn images into a cache of token indices.", "Train", True),
     CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train", True),
     CommandEntry(

@@ -49,12 +49,12 @@ def run(
 ) -> None:
     """Train a multi-scale residual VQVAE on images.
 
-    Running the same command again goes on where it stopped. The run directory is also a model directory.
+    Running the same command again goes on where it stopped. The run directory is also a model directory. Under torchrun
+    or --nproc the processes share every batch.
     """
     from mvar_core.errors import ConfigError
     from mvar_core.presets import load_config
 
-    console = Console(as_json)
     if new_codebook and start is None:
         raise ConfigError("--new-codebook goes with --start.", "Without --start the codebook is new anyway.")
     overrides = {"seed": seed, "train_tokenizer": {"steps": steps, "batch_size": batch_size}}
@@ -71,17 +71,35 @@ def run(
         plan = [f"train {train.steps} steps of {train.batch_size} of {len(source)} images", f"write {out}"]
         if start is not None:
             plan.insert(0, f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}")
-        finish_dry_run(console, config, plan, images=len(source))
+        finish_dry_run(Console(as_json), config, plan, images=len(source))
         return
 
+    from mvar_cli.processes import processes
     from mvar_cli.tokenizer_training import TokenizerFiles, train_tokenizer_run
     from mvar_cli.training import prepare_run
+
+    files = TokenizerFiles(start, new_codebook, vgg_weights, lpips_weights)
+    with processes(device) as team:
+        console, own = team.console(as_json), team.device(device)
+        resume = team.from_first(lambda: prepare_run(out, resume, overwrite))
+        source.check()
+        result = train_tokenizer_run(console, config, data, out, device=own, dtype=dtype, resume=resume, files=files)
+        _report(console, config, data, out, result, own, team.count)
+    if result.interrupted:
+        raise options.interrupted(console)
+
+
+def _report(
+    console: Console,
+    config: RunConfig,
+    data: str,
+    out: Path,
+    result: TokenizerTrainResult,
+    device: str,
+    processes: int,
+) -> None:
     from mvar_core.runtime import peak_memory_bytes, resolve_device
 
-    resume = prepare_run(out, resume, overwrite)
-    source.check()
-    files = TokenizerFiles(start, new_codebook, vgg_weights, lpips_weights)
-    result = train_tokenizer_run(console, config, data, out, device=device, dtype=dtype, resume=resume, files=files)
     speed = result.steps * config.train_tokenizer.batch_size / max(result.seconds, 1e-9)
     memory = peak_memory_bytes(resolve_device(device))
     _show(console, config, result, speed, memory)
@@ -100,10 +118,9 @@ def run(
             "code_usage": result.code_usage,
             "usage_per_scale": result.usage_per_scale,
             "interrupted": result.interrupted,
+            "processes": processes,
         }
     )
-    if result.interrupted:
-        raise options.interrupted(console)
 
 
 def _show(console: Console, config: RunConfig, result: TokenizerTrainResult, speed: float, memory: int) -> None:

@@ -27,6 +27,7 @@ from mvar_core.training.checkpoints import (
     state_content,
     state_of_content,
 )
+from mvar_core.training.objective import BatchPart
 from mvar_core.training.optim import by_kind
 from mvar_core.training.sharded import SHARDED, load_shards, save_shards
 from mvar_core.training.strategy import Strategy
@@ -96,6 +97,16 @@ class _Connected(Strategy):
         values: list[Any] = [value]
         dist.broadcast_object_list(values, src=0)
         return cast("Value", values[0])
+
+    def copy_first(self, tensor: Tensor) -> None:
+        """Give a tensor the first process's values."""
+        dist.broadcast(tensor.detach(), src=0)
+
+    def gather_rows(self, rows: Tensor, part: BatchPart) -> Tensor:
+        """The rows of all processes; their shares need not be equal."""
+        every = rows.new_zeros(part.total, *rows.shape[1:])
+        every[part.start : part.stop] = rows
+        return self.add_up(every)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -71,6 +71,13 @@ class Strategy:
         """The first process's value, in all of them."""
         return value
 
+    def copy_first(self, tensor: Tensor) -> None:
+        """Give a tensor the first process's values, in all of them."""
+
+    def gather_rows(self, rows: Tensor, part: BatchPart) -> Tensor:
+        """The rows of all processes, of a batch of which `rows` are this one's part."""
+        return rows
+
     def full_state(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's whole state dict, in the first process at least; all processes ask together."""
         return dict(module.state_dict())

@@ -23,10 +23,12 @@ from mvar_core.runtime import generator
 from mvar_core.train_config import TokenizerTrainConfig
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
+from mvar_core.training.distributed import choose_strategy
 from mvar_core.training.engine import optimise
 from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
+from mvar_core.training.strategy import Strategy
 from mvar_core.training.tokenizer_measures import ImageBatchSource, measure_tokenizer, psnr
 
 _ADVERSARY = "adversary."
@@ -91,8 +93,10 @@ class TokenizerObjective:
         dtype: torch.dtype = torch.float32,
         perceptual: PerceptualLoss | None = None,
         keep_codebook: bool = False,
+        strategy: Strategy | None = None,
     ):
         self.vqvae = vqvae
+        self.strategy = strategy or Strategy()
         self.images = images
         self.validation = validation
         self.train = train
@@ -187,6 +191,7 @@ class TokenizerObjective:
             for step in range(batches)
         ]
         start_codebook(self.vqvae.quantizer, torch.cat(features), self.seed)
+        self.strategy.copy_first(self.vqvae.quantizer.codebook)  # k-means may round differently on another machine
 
     def after_step(self, batch: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Let the discriminator learn, and restart the codes that were not used since the last restart."""
@@ -199,14 +204,17 @@ class TokenizerObjective:
         done = step + 1
         if not self.train.revive_every or done % self.train.revive_every or done > self.revival_end:
             return
-        features = self.vqvae.encode_features(self._on_device(batch))
+        part = self.strategy.part(self.train.batch_size)
+        features = self.strategy.gather_rows(self.vqvae.encode_features(self._on_device(batch)), part)
+        counts_V = self.strategy.add_up(self.revival_counts_V)
         source = generator("revive", self.seed, step)
-        self.revived += revive_dead_codes(self.vqvae.quantizer, features, self.revival_counts_V, optimizer, source)
+        self.revived += revive_dead_codes(self.vqvae.quantizer, features, counts_V, optimizer, source)
+        self.strategy.copy_first(self.vqvae.quantizer.codebook)
         self.revival_counts_V.zero_()
 
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
         """Mean losses and PSNR, and the use of codes since the last line."""
-        counts_SV = self.line_counts_SV
+        counts_SV = self.strategy.add_up(self.line_counts_SV)
         line = {
             **{name: means[name] for name in self.metric_names},
             "usage_per_scale": (counts_SV > 0).double().mean(dim=1).tolist(),
@@ -233,14 +241,18 @@ class TokenizerObjective:
 
     def state(self) -> dict[str, Tensor]:
         """Counts since the last line and the last restart, and the discriminator with its optimizer."""
-        own = {"line": self.line_counts_SV, "revival": self.revival_counts_V, "revived": self.revived}
+        add_up = self.strategy.add_up
+        own = {
+            "line": add_up(self.line_counts_SV), "revival": add_up(self.revival_counts_V), "revived": self.revived
+        }  # fmt: skip
         others = self.adversary.state() if self.adversary else {}
         return {**own, **{_ADVERSARY + name: value for name, value in others.items()}}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        self.line_counts_SV = state["line"].to(self.device)
-        self.revival_counts_V = state["revival"].to(self.device)
+        own = int(self.strategy.first)  # the counts of all processes go on in one of them
+        self.line_counts_SV = state["line"].to(self.device) * own
+        self.revival_counts_V = state["revival"].to(self.device) * own
         self.revived = state["revived"]
         if self.adversary is not None:
             names = [name for name in state if name.startswith(_ADVERSARY)]
@@ -270,6 +282,7 @@ def train_tokenizer(
     """Train a tokenizer and leave a run directory that is also a model directory without a transformer.
 
     Running it again in the same `out` goes on from the last checkpoint; a finished run is only measured again.
+    Processes that torch.distributed connects share every batch.
 
     Args:
         vqvae: What is trained, float32; it is moved to `device`, channels last, and left there in eval mode.
@@ -299,6 +312,7 @@ def train_tokenizer(
     seed = config.seed if seed is None else seed
     check_images(images, config)
     check_losses(config, perceptual)
+    strategy = choose_strategy(device, dtype, train.batch_size)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = TokenizerObjective(
         vqvae,
@@ -312,6 +326,7 @@ def train_tokenizer(
         dtype=dtype,
         perceptual=perceptual,
         keep_codebook=keep_codebook,
+        strategy=strategy,
     )
     settings = comparable_settings(config, _COMPARED_SECTIONS, train)
     plan = Plan(
@@ -323,12 +338,15 @@ def train_tokenizer(
         settings={**settings, "seed": seed, "rows": len(images), "started_from": dict(started_from or {})},
         resume=resume,
     )
-    outcome = optimise(vqvae, objective, plan, config, out, no_decay={"quantizer.codebook"}, on_step=on_step)
+    no_decay = {"quantizer.codebook"}
+    outcome = optimise(vqvae, objective, plan, config, out, no_decay=no_decay, on_step=on_step, strategy=strategy)
     measures = None
     if not outcome.interrupted:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)
         facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": outcome.steps, "seed": seed}
-        save_model(out, config.model.model_copy(update={"provenance": facts}), tokenizer=vqvae.state_dict())
+        if strategy.first:
+            save_model(out, config.model.model_copy(update={"provenance": facts}), tokenizer=vqvae.state_dict())
+    strategy.wait()
     return TokenizerTrainResult(
         steps=outcome.steps,
         loss=outcome.loss,

@@ -1,7 +1,8 @@
 """What the tests of distributed training run in each process: `python distributed_job.py TASKS.json`, under torchrun.
 
-A task is a training run: {"out", "settings", "steps", "fsdp", "losses": where to write them, "dtype", "die": [rank,
-step]}. Several in one job save the time that starting processes takes.
+A task is a training run of a transformer or, with "tokenizer", of a tokenizer: {"out", "settings", "steps", "fsdp",
+"dtype", "losses": where to write them, "die": [rank, step], "interrupt": [rank, step]}. Several in one job save the
+time that starting processes takes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import load_config
 from mvar_core.training.loop import train_transformer
 from mvar_core.training.record import StepReport
+from mvar_core.training.tokenizer import train_tokenizer
 
 
 def setup() -> Any:
@@ -58,6 +60,11 @@ def run(task: dict[str, Any], rank: int, helpers: Any) -> None:
         if task.get("interrupt") == [rank, report.step]:
             raise KeyboardInterrupt
 
+    result: Any
+    if task.get("tokenizer"):
+        result = train_tokenizer(tokenizer, helpers.FakeImages(), config, Path(task["out"]), on_step=on_step)
+        told(task, rank, losses, result.steps, result.interrupted, result.psnr)
+        return
     result = train_transformer(
         transformer,
         tokenizer.quantizer,
@@ -71,15 +78,18 @@ def run(task: dict[str, Any], rank: int, helpers: Any) -> None:
         fsdp=task.get("fsdp", False),
         on_step=on_step,
     )
+    told(task, rank, losses, result.steps, result.interrupted, result.val_loss)
+
+
+def told(task: dict[str, Any], rank: int, losses: dict[int, float], *results: Any) -> None:
+    """Check that all processes found the same, and write it down."""
     every: list[Any] = [None] * (dist.get_world_size() if dist.is_initialized() else 1)
-    found = (losses, result.steps, result.interrupted)
     if dist.is_initialized():
-        dist.all_gather_object(every, found)
-    assert all(other[1:] == found[1:] for other in every if other), every
+        dist.all_gather_object(every, (losses, *results))
+        assert all(other == every[0] for other in every), every
     if rank == 0 and "losses" in task:
-        Path(task["losses"]).write_text(
-            json.dumps({"losses": losses, "val_loss": result.val_loss, "steps": result.steps})
-        )
+        found = {"losses": losses, "steps": results[0], "score": results[2]}
+        Path(task["losses"]).write_text(json.dumps(found))
 
 
 def main() -> None:

@@ -22,11 +22,13 @@ from mvar_core.models.directory import load_transformer, read_model_config
 from mvar_core.training import distributed
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
 from mvar_core.training.distributed import choose_strategy
+from mvar_core.training.record import read_metrics
 from mvar_core.training.strategy import Strategy
 
 JOB = Path(__file__).with_name("distributed_job.py")
 SETTINGS = ("train.ema=0.9", "train.log_every=1", "train.checkpoint_every=5")
 CURVE = (*SETTINGS, "train.optimizer.lr=0.02", "transformer.gate_init=1.0", "train.checkpoint_every=25")
+TOKENIZER = ("train_tokenizer.log_every=1", "train_tokenizer.batch_size=7", "train_tokenizer.revive_every=4")
 INTERLEAVED = (*SETTINGS, "train.curriculum=interleaved", "train.ratio_k=2", "train.accumulate=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -74,6 +76,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             task("curve", steps=50, settings=CURVE),
             task("turns", settings=INTERLEAVED),
+            task("tokenizer", settings=TOKENIZER, tokenizer=True),
+            {
+                **task("2-tokenizer", settings=TOKENIZER, tokenizer=True, interrupt=[0, 6]),
+                "losses": str(out / "part.json"),
+            },
             task("whole"),
             part("1-ddp"),
             part("1-fsdp"),
@@ -85,6 +92,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             task("ddp-curve", steps=50, settings=CURVE),
             task("fsdp-curve", steps=50, settings=CURVE, fsdp=True),
             task("ddp-turns", settings=INTERLEAVED),
+            task("ddp-tokenizer", settings=TOKENIZER, tokenizer=True),
+            task("2-tokenizer", settings=TOKENIZER, tokenizer=True),
             task("fsdp-turns", settings=INTERLEAVED, fsdp=True),
             task("1-ddp"),
             task("1-fsdp", fsdp=True),
@@ -110,13 +119,31 @@ def test_two_processes_follow_the_loss_curve_of_one(runs, kind):
     expected = losses(runs / "curve-50.json")
     assert expected[-1] < expected[0] - 0.3
     close(losses(runs / f"{kind}-curve-50.json"), expected, 1e-4)
-    one, two = (json.loads((runs / f"{name}-50.json").read_text())["val_loss"] for name in ("curve", f"{kind}-curve"))
+    one, two = (json.loads((runs / f"{name}-50.json").read_text())["score"] for name in ("curve", f"{kind}-curve"))
     assert two == pytest.approx(one, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_steps_that_leave_out_scales_and_micro_batches_are_shared_as_well(runs, kind):
     close(losses(runs / f"{kind}-turns-12.json"), losses(runs / "turns-12.json"), 1e-5)
+
+
+def test_a_tokenizer_learns_the_same_in_two_processes(runs):
+    expected = json.loads((runs / "tokenizer-12.json").read_text())
+    found = json.loads((runs / "ddp-tokenizer-12.json").read_text())
+    close(list(found["losses"].values()), list(expected["losses"].values()), 1e-4)
+    assert found["score"] == pytest.approx(expected["score"], abs=0.01)
+    first, second = (
+        [{name: line[name] for name in ("step", "revived", "code_usage", "usage_per_scale")} for line in lines]
+        for lines in (read_metrics(runs / name / "metrics.jsonl") for name in ("tokenizer", "ddp-tokenizer"))
+    )
+    assert first == second
+    assert first[-1]["revived"] > 0
+    gone_on = (
+        json.loads((runs / "part.json").read_text())["losses"]
+        | json.loads((runs / "2-tokenizer-12.json").read_text())["losses"]
+    )
+    close(list(gone_on.values()), list(expected["losses"].values()), 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import signal
 import sys
 import time
 import typing
@@ -144,10 +145,14 @@ def launch(arguments: Sequence[str], count: int, device: str = "auto") -> int:
 
 def verdict(failures: Mapping[int, ProcessFailure], count: int) -> tuple[int, str]:
     """Exit code and line for processes that failed: the first cause counts, what followed from it does not."""
-    ranked = sorted(
-        failures.items(), key=lambda item: (_told(item[1]).get("consequence", False), item[1].timestamp, item[0])
-    )
-    rank, failure = ranked[0]
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int, int]:
+        rank, failure = item
+        # SIGTERM is how the launcher ends the others.
+        followed = bool(_told(failure).get("consequence")) or failure.exitcode == -signal.SIGTERM
+        return followed, failure.timestamp, rank
+
+    rank, failure = min(failures.items(), key=order)
     told = _told(failure)
     if failure.exitcode < 0:
         return 1, (

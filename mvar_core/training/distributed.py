@@ -39,7 +39,7 @@ _WHOLE = ("log_head_scale", "modulation_offset")
 
 
 def choose_strategy(
-    device: torch.device, dtype: torch.dtype, batch_size: int, *, fsdp: bool = False, in_turns: bool = False
+    device: torch.device, dtype: torch.dtype, batch_size: int, *, fsdp: bool = False, partial: bool = False
 ) -> Strategy:
     """How the processes that torch.distributed connects share the work; alone, one process does it all.
 
@@ -48,7 +48,7 @@ def choose_strategy(
         dtype: What autocast computes in.
         batch_size: Images per step, over all processes.
         fsdp: Slice the model over the processes.
-        in_turns: Some steps leave out some parameters.
+        partial: Some steps do not use some parameters.
 
     Raises:
         ConfigError: Processes, batch and type do not go together.
@@ -69,7 +69,7 @@ def choose_strategy(
                 "--fsdp slices a model over several processes, found one.", "Add --nproc N, or leave out --fsdp."
             )
         return Sharded(device, dtype)
-    return DataParallel(device, in_turns) if count > 1 else Strategy()
+    return DataParallel(device, partial) if count > 1 else Strategy()
 
 
 class _Connected(Strategy):
@@ -118,21 +118,20 @@ class DataParallel(_Connected):
 
     Args:
         device: Where this process computes.
-        in_turns: Some steps leave out some parameters, which have to be looked for.
+        partial: Some steps do not use some parameters, which have to be looked for.
     """
 
-    def __init__(self, device: torch.device, in_turns: bool = False):
+    def __init__(self, device: torch.device, partial: bool = False):
         super().__init__(device)
-        self.in_turns = in_turns
+        self.partial = partial
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with its gradients exchanged."""
         return nn.parallel.DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=self.in_turns,
+            find_unused_parameters=self.partial,
         )
 
     @contextmanager

@@ -246,8 +246,8 @@ def train_transformer(
     check_backend(attention, transformer.patterns, device, dtype, needs_grad=True)
     if train.compile:
         check_compiler(device)
-    in_turns = train.curriculum == "interleaved"
-    strategy = choose_strategy(device, dtype, train.batch_size, fsdp=fsdp, in_turns=in_turns)
+    partial = train.curriculum == "interleaved"
+    strategy = choose_strategy(device, dtype, train.batch_size, fsdp=fsdp, partial=partial)
     if fsdp and train.sample_every:
         raise ConfigError(
             "train.sample_every draws with a model that --fsdp has sliced over the processes.",

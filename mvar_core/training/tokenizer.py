@@ -312,7 +312,8 @@ def train_tokenizer(
     seed = config.seed if seed is None else seed
     check_images(images, config)
     check_losses(config, perceptual)
-    strategy = choose_strategy(device, dtype, train.batch_size)
+    # A pyramid of few scales does not use all convolutions φ.
+    strategy = choose_strategy(device, dtype, train.batch_size, partial=True)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = TokenizerObjective(
         vqvae,

@@ -105,6 +105,8 @@ class Failure:
         ({0: Failure(1, 5, line="error: lost", consequence=True), 1: Failure(1, 6, line="error: cause")}, 1, "cause"),
         ({0: Failure(1, 7, line="error: later"), 1: Failure(1, 6, line="error: first")}, 1, "first"),
         ({1: Failure(-9, 5)}, 1, "process 2 of 2 was ended by SIGKILL"),
+        ({0: Failure(-15, 5), 1: Failure(1, 5, line="error: cause")}, 1, "cause"),
+        ({0: Failure(-15, 5), 1: Failure(-9, 5)}, 1, "process 2 of 2 was ended by SIGKILL"),
         ({0: Failure(1, 5)}, 1, "process 1 of 2 ended with exit code 1"),
         ({0: Failure(130, 5)}, 130, ""),
     ],

@@ -28,7 +28,12 @@ from mvar_core.training.strategy import Strategy
 JOB = Path(__file__).with_name("distributed_job.py")
 SETTINGS = ("train.ema=0.9", "train.log_every=1", "train.checkpoint_every=5")
 CURVE = (*SETTINGS, "train.optimizer.lr=0.02", "transformer.gate_init=1.0", "train.checkpoint_every=25")
-TOKENIZER = ("train_tokenizer.log_every=1", "train_tokenizer.batch_size=7", "train_tokenizer.revive_every=4")
+TOKENIZER = (
+    "tokenizer.codebook_size=64",
+    "train_tokenizer.log_every=1",
+    "train_tokenizer.batch_size=7",
+    "train_tokenizer.revive_every=2",
+)
 INTERLEAVED = (*SETTINGS, "train.curriculum=interleaved", "train.ratio_k=2", "train.accumulate=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -11,11 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from mvar_cli.app import COMMANDS, SUBCOMMANDS, load_command
 from mvar_cli.heartbeat import Heartbeat
 from mvar_cli.launch import lost_connection, verdict
+from mvar_core.data.tokens import TokenCache
+from mvar_core.training.record import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -51,6 +55,7 @@ def test_every_shared_command_has_the_option_and_no_other():
         assert ("--nproc" in names) == entry.shared, entry.name
 
 
+@pytest.mark.slow
 def test_two_processes_print_one_result_and_leave_nothing_behind(model, classifier, images, tmp_path):
     options = ["--checkpoint", model, "--num-samples", 5, "--reference", images, "--features", "demo"]
     options += ["--demo-classifier", classifier, "--metrics", "fid", "--save-samples", tmp_path / "drawn.npz", "--json"]
@@ -162,6 +167,7 @@ def test_the_first_process_is_watched_and_a_finished_one_is_not_missed():
     assert second.problem(store, 100) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals")
 def test_ctrl_c_ends_all_processes_with_130(model, classifier, images, tmp_path):
     options = ["--checkpoint", model, "--num-samples", 100_000, "--reference", images, "--features", "demo"]
@@ -198,9 +204,36 @@ def test_a_batch_that_processes_cannot_share_is_one_line(preset, tokens, model, 
     assert (code, out) == (1, "")
     assert err.count("error: ") == 1
     assert "A batch of 3 images cannot be shared by 2 processes with --fsdp" in err
+
+
+@pytest.mark.slow
+def test_what_the_first_process_alone_looks_at_is_one_line(preset, tokens, model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    options[-1] = tmp_path / "full"
+    options = ["--preset", preset, "--tokens", tokens, "--checkpoint", model, "--out", tmp_path / "full"]
     code, _, err = finish(start("train", *options, "--nproc", "2"))  # what the first process alone looks at
     assert (code, err.count("error: ")) == (1, 1), err
     assert "is not empty" in err
+
+
+@pytest.mark.slow
+def test_tokenizer_tokens_and_samples_in_two_processes_are_those_of_one(preset, images, model, tmp_path):
+    """Also the whole way on a machine with two GPUs: train-tokenizer, tokenize, sample."""
+    commands = {
+        "tokenizer": ["train-tokenizer", "--preset", preset, "--data", images],
+        "tokens": ["tokenize", "--checkpoint", model, "--data", images],
+        "samples": ["sample", "--checkpoint", model, "--class", "all", "--num", 3, "--format", "npz", "--save-tokens"],
+    }
+    for name, command in commands.items():
+        for count in (1, 2):
+            ending = ".npz" if name == "samples" else ""
+            code, _, err = finish(start(*command, "--out", tmp_path / f"{name}-{count}{ending}", "--nproc", count))
+            assert code == 0, err
+    first, second = (np.load(tmp_path / f"samples-{count}.npz") for count in (1, 2))
+    assert np.array_equal(first["tokens"], second["tokens"])
+    assert np.array_equal(first["arr_0"], second["arr_0"])
+    rows = np.arange(12)
+    one, two = (TokenCache.open(tmp_path / f"tokens-{count}").batch(rows) for count in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    lines = [read_metrics(tmp_path / f"tokenizer-{count}" / "metrics.jsonl")[-1] for count in (1, 2)]
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], abs=1e-4)

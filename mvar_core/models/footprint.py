@@ -146,9 +146,9 @@ def _attention_bytes(
         copies = 2 * row * half * (pattern.keys + (0 if whole else pattern.prefix_tokens))
     if pattern.is_windowed:
         # Where tiles are chosen: copies of queries, keys and values, with earlier scales' before them, and answers;
-        # as measured half as many again as a piece is meant to have, for halos and masks.
+        # as measured a quarter more than a piece is meant to have, for halos and masks.
         tiles = 4 * values + (2 * row * pattern.keys if pattern.prefix_tokens else 0)
-        copies += min(tiles, 3 * PIECE_NUMBERS // 2) * half
+        copies += min(tiles, 5 * PIECE_NUMBERS // 4) * half
     output = values * half
     return entered + max(normalising, normalised + output + max(copies, output))
 

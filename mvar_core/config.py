@@ -6,6 +6,7 @@ flags become a configuration is mvar_core.presets. Nothing here loads torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -154,7 +155,7 @@ class ModelConfig(Section):
     @property
     def pyramid(self) -> ScalePyramid:
         """The scale pyramid."""
-        return ScalePyramid.from_patch_sizes(self.patch_sizes)
+        return _pyramid(self.patch_sizes)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -170,6 +171,12 @@ class ModelConfig(Section):
     def patterns(self) -> tuple[AttentionPattern, ...]:
         """What each scale's tokens attend to."""
         return self.pyramid.attention_patterns(self.attention.scale_prefixes, self.windows)
+
+
+@lru_cache(maxsize=64)
+def _pyramid(patch_sizes: tuple[PatchSize, ...]) -> ScalePyramid:
+    """A pyramid, made once: the cost model asks for it thousands of times."""
+    return ScalePyramid.from_patch_sizes(patch_sizes)
 
 
 class PublishedResult(Section):

@@ -105,7 +105,7 @@ class Wanted(NamedTuple):
 
     def settings(self, config: ModelConfig) -> SamplingConfig:
         """The model's recommended settings with those typed laid over them."""
-        from mvar_core.pipeline import sampling_settings
+        from mvar_core.sampling.settings import sampling_settings
 
         return sampling_settings(config, **self.given)
 

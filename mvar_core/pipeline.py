@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
-from mvar_core.config import GuidanceSchedule, ModelConfig, SamplingConfig
+from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
@@ -22,46 +23,11 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.images import ImageSampler, Samples, join_samples
-from mvar_core.sampling.sampler import check_settings
-from mvar_core.sections import validate
+from mvar_core.sampling.settings import DrawOptions, GivenSettings, sampling_settings
 
 Labels = Sequence[int] | Tensor | np.ndarray
 
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
-
-
-def sampling_settings(
-    config: ModelConfig,
-    cfg: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    more_smooth: bool | None = None,
-    cfg_schedule: GuidanceSchedule | None = None,
-    cfg_scales: tuple[int, int] | None = None,
-) -> SamplingConfig:
-    """A model's recommended settings with the given ones laid over them, before its weights are loaded.
-
-    Raises:
-        ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
-    """
-    given = {
-        "cfg": cfg,
-        "top_k": top_k,
-        "top_p": top_p,
-        "more_smooth": more_smooth,
-        "cfg_schedule": cfg_schedule,
-        "cfg_scales": cfg_scales,
-    }
-    for name, value, highest in (("cfg", cfg, None), ("top-k", top_k, None), ("top-p", top_p, 1)):
-        if value is not None and (value < 0 or (highest is not None and value > highest)):
-            limits = "at least 0" if highest is None else f"between 0 and {highest}"
-            raise ConfigError(f"{name} is {value}; it must be {limits}.")
-    changes = {name: value for name, value in given.items() if value is not None}
-    settings: SamplingConfig = validate(
-        SamplingConfig, {**config.sampling.model_dump(), **changes}, "sampling settings"
-    )
-    check_settings(settings, config)
-    return settings
 
 
 class Pipeline:
@@ -215,99 +181,31 @@ class Pipeline:
         labels_B = torch.as_tensor(labels, dtype=torch.long, device=self.device)
         return self.transformer(labels_B, inputs_BLZ, attention=self.attention)
 
-    def sampling_settings(
-        self,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        more_smooth: bool | None = None,
-        cfg_schedule: GuidanceSchedule | None = None,
-        cfg_scales: tuple[int, int] | None = None,
-    ) -> SamplingConfig:
+    def sampling_settings(self, **given: Unpack[GivenSettings]) -> SamplingConfig:
         """The model's recommended settings with the given ones laid over them; see `sample` for what they are.
 
         Raises:
             ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
         """
-        return sampling_settings(self.config, cfg, top_k, top_p, more_smooth, cfg_schedule, cfg_scales)
+        return sampling_settings(self.config, **given)
 
-    def sample(
-        self,
-        labels: Labels,
-        *,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
-        stages: bool = False,
-        more_smooth: bool | None = None,
-        cfg_schedule: GuidanceSchedule | None = None,
-        cfg_scales: tuple[int, int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Samples:
+    def sample(self, labels: Labels, **options: Unpack[DrawOptions]) -> Samples:
         """Class-conditional images.
 
         A sample depends on (seed, its global index, class, settings, weights) alone.
 
         Args:
             labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class".
-            cfg: Guidance at the last scale, 0 for none; None for the model's recommendation, as for the next two.
-            top_k: Keep the k most likely codes; 0 keeps all.
-            top_p: Keep the most likely codes of this total probability; 0 or 1 keep all.
-            seed: The run's seed.
-            indices: Global index of each sample; by default 0 … N-1.
-            batch_size: Samples that advance from scale to scale together; decides speed and memory, never the result.
-            memory: Bytes that sampling may take, weights included, and on a CPU the process as well; by default half
-                of what the device has free.
-            stages: Also decode each sample after every scale.
-            more_smooth: Mixtures of codes instead of drawn ones: for looks, never for metrics.
-            cfg_schedule: How guidance grows over the scales: "linear" as published, "constant", "cosine", or one number
-                per scale.
-            cfg_scales: First and last guided scale, from 0; by default all.
-            progress: Called as progress(done, total), in images; also while images are on their way.
+            **options: By name: cfg, top_k, top_p, more_smooth, cfg_schedule and cfg_scales, of which those not given
+                are as the model recommends; seed, indices, batch_size, memory, stages and progress. What each means
+                stands in mvar_core.sampling.settings.
 
         Raises:
             ConfigError: A label that does not exist, a setting out of range, or too little memory for one image.
         """
-        parts = list(
-            self.stream(
-                labels,
-                cfg=cfg,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                indices=indices,
-                batch_size=batch_size,
-                memory=memory,
-                stages=stages,
-                more_smooth=more_smooth,
-                cfg_schedule=cfg_schedule,
-                cfg_scales=cfg_scales,
-                progress=progress,
-            )
-        )
-        return join_samples(parts, self.config)
+        return join_samples(list(self.stream(labels, **options)), self.config)
 
-    def stream(
-        self,
-        labels: Labels,
-        *,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
-        stages: bool = False,
-        more_smooth: bool | None = None,
-        cfg_schedule: GuidanceSchedule | None = None,
-        cfg_scales: tuple[int, int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Samples]:
+    def stream(self, labels: Labels, **options: Unpack[DrawOptions]) -> Iterator[Samples]:
         """`sample`, a batch at a time: what was given is not held.
 
         Yields:
@@ -316,7 +214,21 @@ class Pipeline:
         Raises:
             ConfigError: As `sample`; before anything is drawn.
         """
-        settings = self.sampling_settings(cfg, top_k, top_p, more_smooth, cfg_schedule, cfg_scales)
+        return self._draw(labels, **options)
+
+    def _draw(
+        self,
+        labels: Labels,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        stages: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **given: Unpack[GivenSettings],
+    ) -> Iterator[Samples]:
+        settings = self.sampling_settings(**given)
         labels = [int(label) for label in labels]
         indices = range(len(labels)) if indices is None else indices
         if len(indices) != len(labels):

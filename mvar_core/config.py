@@ -55,11 +55,13 @@ class TransformerConfig(Section):
     embed_dim: int = Field(1024, ge=1, description="width of the residual stream, C")
     num_heads: int = Field(16, ge=1, description="attention heads, H")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over embed_dim")
-    num_classes: int = Field(1000, ge=1, description="class labels, without the one that stands for no class")
+    num_classes: int = Field(
+        1000, ge=1, description="class labels, without the one for no class; of measures alone for vectors"
+    )
     shared_adaln: bool = Field(False, description="one AdaLN projection for all blocks plus an offset per block")
     l2_attention: bool = Field(True, description="normalise queries and keys, with a learned scale per head")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block; grows linearly")
-    class_dropout: float = Field(0.1, ge=0, lt=1, description="how often training replaces the label by no class")
+    class_dropout: float = Field(0.1, ge=0, lt=1, description="how often training replaces the condition by none")
     gate_init: float = Field(1e-3, ge=0, description="scale of the initial AdaLN gates γ (VAR 1e-5, MVAR 1e-3)")
 
     @model_validator(mode="after")
@@ -77,6 +79,22 @@ class TransformerConfig(Section):
     def hidden_dim(self) -> int:
         """Width of the MLP's hidden layer."""
         return round(self.embed_dim * self.mlp_ratio)
+
+
+class ConditioningConfig(Section):
+    """What tells the model which image is wanted; see mvar_core.models.conditioning."""
+
+    kind: Literal["class", "vector"] = Field("class", description="class labels, or vectors that you compute")
+    dim: int | None = Field(None, ge=1, description="numbers of a vector; kind vector needs it")
+    encoder: str | None = Field(None, description='what makes vectors: "hashed-words", or a name of your choice')
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> ConditioningConfig:
+        if self.kind == "vector" and self.dim is None:
+            raise ValueError("conditioning.kind is vector, but conditioning.dim does not say how long a vector is")
+        if self.kind == "class" and (self.dim is not None or self.encoder is not None):
+            raise ValueError("conditioning.dim and conditioning.encoder are for conditioning.kind=vector")
+        return self
 
 
 class AttentionConfig(Section):
@@ -135,6 +153,7 @@ class ModelConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig | None = TransformerConfig()
     attention: AttentionConfig = AttentionConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] | None = Field(None, description="one name per class label")
     provenance: dict[str, Any] = Field(default_factory=dict, description="source, tokenizer hash, training step …")
@@ -166,6 +185,21 @@ class ModelConfig(Section):
     def windows(self) -> tuple[int, ...]:
         """One window per scale, 0 for a whole scale."""
         return self.attention.windows or (0,) * self.pyramid.num_scales
+
+    @property
+    def most_conditions(self) -> int | None:
+        """How many different conditions there can be, without the one that says nothing; None where without bound."""
+        if self.transformer is None:
+            return 0
+        return self.transformer.num_classes if self.conditioning.dim is None else None
+
+    @property
+    def conditioner_parameters(self) -> int:
+        """Learned numbers that turn conditions into embeddings: a table, or a projection; and one for none."""
+        if self.transformer is None:
+            return 0
+        rows = self.transformer.num_classes if self.conditioning.dim is None else self.conditioning.dim + 1
+        return (rows + 1) * self.transformer.embed_dim
 
     @property
     def patterns(self) -> tuple[AttentionPattern, ...]:

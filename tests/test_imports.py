@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "files", "scales", "sections", "train_config", "config", "pixels", "presets", "runtime"}
+FOUNDATION = {
+    "errors", "files", "scales", "sections", "train_config", "config", "pixels", "vectors", "presets", "runtime"
+}  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -18,6 +20,7 @@ MAY_IMPORT = {
     "config": {"errors", "scales", "sections", "train_config"},
     "presets": {"errors", "scales", "sections", "config"},
     "pixels": set(),
+    "vectors": {"errors"},
     "runtime": {"errors"},
     "kernels": FOUNDATION,
     "models": FOUNDATION | {"kernels"},

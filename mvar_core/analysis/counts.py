@@ -23,9 +23,10 @@ def transformer_parameters(config: ModelConfig) -> int:
     if sizes is None:
         return 0
     width, pyramid = sizes.embed_dim, config.pyramid
-    tables = (sizes.num_classes + 1) + pyramid.grids[0].tokens + pyramid.num_tokens + pyramid.num_scales
+    tables = pyramid.grids[0].tokens + pyramid.num_tokens + pyramid.num_scales
     inputs = config.tokenizer.latent_channels * width + width
     shared = 6 * (width * width + width) if sizes.shared_adaln else 0
+    inputs += config.conditioner_parameters
     return tables * width + inputs + sizes.depth * block_parameters(sizes) + shared + head_parameters(config)
 
 
@@ -105,11 +106,12 @@ def transformer_macs(config: ModelConfig, scale: int) -> int:
 
 
 def conditioning_macs(config: ModelConfig) -> int:
-    """MACs of the AdaLN projections, for one image without guidance."""
+    """MACs of the AdaLN projections, and of a vector's own, for one image without guidance."""
     if config.transformer is None:
         return 0
     projections = 1 if config.transformer.shared_adaln else config.transformer.depth
-    return (6 * projections + 2) * config.transformer.embed_dim**2
+    width = config.transformer.embed_dim
+    return ((6 * projections + 2) * width + (config.conditioning.dim or 0)) * width
 
 
 def decoder_macs(config: ModelConfig) -> int:

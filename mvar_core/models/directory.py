@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mvar_core.config import ModelConfig
+from mvar_core.config import ConditioningConfig, ModelConfig
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 from mvar_core.files import atomic_path, read_json, write_json, write_text
 from mvar_core.models.skeleton import skeleton
@@ -49,7 +49,7 @@ def save_model(
     """
     save_tokenizer(directory, tokenizer)
     if transformer is None:
-        config = config.model_copy(update={"transformer": None})
+        config = config.model_copy(update={"transformer": None, "conditioning": ConditioningConfig()})
     else:
         save_transformer(directory, transformer)
     save_config(directory, config)
@@ -202,9 +202,13 @@ def model_card(config: ModelConfig) -> str:
         windows = ", ".join(str(window) if window else "whole" for window in config.windows)
         kind = "next-scale visual autoregressive model"
         lines += [f"A {kind} for {config.image_shape[0]}×{config.image_shape[1]} images.", ""]
+        said = f"{config.transformer.num_classes} classes"
+        if (dim := config.conditioning.dim) is not None:
+            said = f"conditioned on vectors of {dim} numbers"
+            said += f" ({config.conditioning.encoder})" if config.conditioning.encoder else ""
         lines += [
             f"- transformer: depth {config.transformer.depth}, width {config.transformer.embed_dim},"
-            f" {config.transformer.num_heads} heads, {config.transformer.num_classes} classes",
+            f" {config.transformer.num_heads} heads, {said}",
             f"- a token sees {sees}; windows per scale: {windows}",
             f"- recommended sampling: cfg {config.sampling.cfg}, top-k {config.sampling.top_k},"
             f" top-p {config.sampling.top_p}",

@@ -94,10 +94,11 @@ def class_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 
 
 def classes_bytes(config: ModelConfig, images: int, setting: Setting) -> int:
-    """Bytes of the AdaLN vectors of all classes, where the images have as many different ones as there can be."""
+    """Bytes of the AdaLN vectors of all conditions, where images have as many different ones as there can be."""
     if config.transformer is None:
         return 0
-    classes = min(images, config.transformer.num_classes) + setting.guided
+    most = config.most_conditions
+    classes = (images if most is None else min(images, most)) + setting.guided
     if setting.device == "cpu":
         classes = max(classes, PADDED_ROWS)
     return classes * class_bytes(config, setting.dtype_bytes)

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mvar_core.config import ModelConfig, TokenizerConfig
+from mvar_core.errors import CheckpointError
 
 
 def transformer_names(config: ModelConfig) -> dict[str, str]:
-    """Published names by our names, for every parameter of the transformer."""
+    """Published names by our names, for every parameter of the transformer.
+
+    Raises:
+        CheckpointError: The model is conditioned on vectors, which no published format knows.
+    """
     assert config.transformer is not None
+    if config.conditioning.dim is not None:
+        raise CheckpointError(
+            f"{config.name} is conditioned on vectors; published files know class labels alone.",
+            "Keep it as a model directory, or train a model with conditioning.kind=class.",
+        )
     names = {
         "class_embedding.weight": "class_emb.weight",
         "start_position": "pos_start",

@@ -6,12 +6,11 @@ a later scale sees an earlier one.
 """
 
 # Shape suffixes: B batch, L tokens (of all scales that are processed together), C width, Z latent channels,
-# V codebook entries.
+# V codebook entries, X numbers of a vector that the model is conditioned on.
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,51 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mvar_core.config import ModelConfig, TransformerConfig
 from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, CachedRows, KeyValueCache, modulated_norm
+from mvar_core.models.conditioning import Conditioner, Conditioning, build_conditioner
 from mvar_core.models.linear import RowStableLinear
 from mvar_core.runtime import RowDraws, draw_rows
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the class says to every layer: computed once per class, laid out for a batch only where it is used.
-
-    Attributes:
-        embedding_UC: Class embeddings.
-        blocks_U6C: AdaLN vectors of each block.
-        head_U2C: AdaLN vectors (scale, shift) of the head, float32.
-        rows_B: Which of the U entries each row of the batch has; None where row i has entry i.
-    """
-
-    embedding_UC: Tensor
-    blocks_U6C: tuple[Tensor, ...]
-    head_U2C: Tensor
-    rows_B: Tensor | None = None
-
-    def select(self, rows: Tensor) -> Conditioning:
-        """The conditioning of a batch whose rows have the given entries, which may repeat."""
-        return Conditioning(self.embedding_UC, self.blocks_U6C, self.head_U2C, self._of(rows))
-
-    def embedding(self) -> Float[Tensor, "B C"]:
-        """The class embedding of each row."""
-        return self._laid_out(self.embedding_UC)
-
-    def block(self, layer: int) -> Float[Tensor, "B 6 C"]:
-        """The six AdaLN vectors of one block for each row."""
-        return self._laid_out(self.blocks_U6C[layer])
-
-    def head(self) -> Float[Tensor, "B 2 C"]:
-        """The head's AdaLN vectors for each row."""
-        return self._laid_out(self.head_U2C)
-
-    def _of(self, rows: Tensor) -> Tensor:
-        return rows if self.rows_B is None else self.rows_B[rows]
-
-    def _laid_out(self, table: Tensor) -> Tensor:
-        return table if self.rows_B is None else table[self.rows_B]
-
-
 class Transformer(nn.Module):
-    """Predicts the tokens of every scale from the class and the features of the scales before.
+    """Predicts the tokens of every scale from a condition, class or vector, and the features of the scales before.
 
     Attributes:
         recompute_blocks: In training, compute a block's activations again for its gradient instead of keeping them.
@@ -87,7 +48,9 @@ class Transformer(nn.Module):
             for scale in range(self.pyramid.num_scales)
         )
         width = sizes.embed_dim
-        self.class_embedding = nn.Embedding(sizes.num_classes + 1, width)
+        conditioner = build_conditioner(config)
+        self._conditioner = conditioner.name
+        self.add_module(conditioner.name, conditioner)
         self.start_position = nn.Parameter(torch.empty(1, self.pyramid.grids[0].tokens, width))
         self.position_embedding = nn.Parameter(torch.empty(1, self.pyramid.num_tokens, width))
         self.scale_embedding = nn.Embedding(self.pyramid.num_scales, width)
@@ -104,13 +67,20 @@ class Transformer(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     @property
+    def conditioner(self) -> Conditioner:
+        """What turns conditions, class labels or vectors, into embeddings."""
+        return cast("Conditioner", self.get_submodule(self._conditioner))
+
+    @property
     def no_class(self) -> int:
-        """The label that stands for no class."""
+        """The number of class labels, and in models that are conditioned on them the one that stands for no class."""
         return self.config.num_classes
 
     def no_decay_names(self) -> set[str]:
         """Names of the parameters that are exempt from weight decay: vectors, biases, tables and positions."""
-        tables = ("class_embedding.", "scale_embedding.", "start_position", "position_embedding")
+        tables: tuple[str, ...] = ("scale_embedding.", "start_position", "position_embedding")
+        if self.conditioner.tables:
+            tables = (*tables, f"{self._conditioner}.")
         return {
             name
             for name, parameter in self.named_parameters()
@@ -126,7 +96,7 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        labels_B: Int[Tensor, " B"],
+        conditions: Int[Tensor, " B"] | Float[Tensor, "B X"],
         inputs_BLZ: Float[Tensor, "B l Z"],
         *,
         scales: range | None = None,
@@ -139,19 +109,20 @@ class Transformer(nn.Module):
         Scales that the wanted ones see, directly or through others, are computed along; their logits are not.
 
         Args:
-            labels_B: Class labels, 0 … num_classes (the last stands for no class).
+            conditions: Class labels, 0 … num_classes (the last stands for no class), or vectors (nan stands for none).
             inputs_BLZ: Inputs of the scales after the first, from the true tokens (B, L - l₁, Z).
             scales: The wanted scales; None is all.
             attention: Attention backend.
-            generator: In training mode, drops labels and branches; without it nothing is dropped.
+            generator: In training mode, drops conditions and branches; without it nothing is dropped.
             probe: Called before each layer's and scale's attention with its queries and keys.
 
         Returns:
             float32 logits of the wanted scales' tokens.
         """
         if generator is not None and self.training:
-            labels_B = self._drop_labels(labels_B, generator)
-        conditioning = self.condition(labels_B)
+            draws_B = draw_rows(generator, conditions.shape[0]).to(conditions.device)
+            conditions = self.conditioner.drop(conditions, draws_B < self.config.class_dropout)
+        conditioning = self.condition(conditions)
         wanted = range(self.pyramid.num_scales) if scales is None else scales
         needed = range(self.earliest_needed(wanted.start), wanted.stop)
         if len(needed) < self.pyramid.num_scales:
@@ -174,9 +145,9 @@ class Transformer(nn.Module):
             scale = first
         return scale
 
-    def condition(self, labels_B: Int[Tensor, " B"]) -> Conditioning:
-        """What the class labels say to every layer."""
-        embedding_BC = self.class_embedding(labels_B)
+    def condition(self, conditions: Int[Tensor, " B"] | Float[Tensor, "B X"]) -> Conditioning:
+        """What class labels or vectors say to every layer."""
+        embedding_BC = self.conditioner(conditions)
         activated_BC = F.silu(embedding_BC)
         shared_B6C = None
         if self.shared_modulation is not None:
@@ -325,10 +296,6 @@ class Transformer(nn.Module):
             places_1LC = places_1LC + 0 * torch.stack([parameter.sum() for parameter in unused]).sum()
         return x_BLC + places_1LC
 
-    def _drop_labels(self, labels_B: Tensor, generator: torch.Generator | RowDraws) -> Tensor:
-        draws_B = draw_rows(generator, labels_B.shape[0]).to(labels_B.device)
-        return torch.where(draws_B < self.config.class_dropout, self.no_class, labels_B)
-
     def _initialise(self, sizes: TransformerConfig) -> None:
         """Truncated normals of std √(1/3C), small gates and head, depth-scaled residual projections."""
         std = math.sqrt(1 / (3 * sizes.embed_dim))
@@ -337,6 +304,7 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        self.conditioner.initialise(std)
         nn.init.trunc_normal_(self.start_position, std=std)
         nn.init.trunc_normal_(self.position_embedding, std=std)
         with torch.no_grad():

@@ -24,8 +24,9 @@ from torch import Tensor
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.blocks import KeyValueCache
+from mvar_core.models.conditioning import Conditioning
 from mvar_core.models.quantizer import MultiScaleQuantizer
-from mvar_core.models.transformer import Conditioning, Transformer
+from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import sample_uniforms
 from mvar_core.sampling.guidance import (
     draw_most_likely,

@@ -1,0 +1,226 @@
+"""What a transformer is told about an image: a class label, or a vector that the user computed.
+
+Everything else deals in *conditions*: one tensor with a row for each image, which a `Conditioner` turns into the
+embedding that AdaLN and the start token are made of. One value stands for no condition; training puts it in a part of
+the rows, guidance asks for it.
+"""
+
+# Shape suffixes: B batch, U distinct conditions, C width of the transformer, X numbers of a condition's vector.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mvar_core.config import ModelConfig
+from mvar_core.errors import ConfigError
+from mvar_core.models.linear import RowStableLinear
+
+Conditions = Sequence[int] | Sequence[Sequence[float]] | Tensor | np.ndarray
+"""Class labels, one for each image, or vectors (images, X)."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What conditions say to every layer: computed once per condition, laid out for a batch only where it is used.
+
+    Attributes:
+        embedding_UC: Embeddings of the conditions.
+        blocks_U6C: AdaLN vectors of each block.
+        head_U2C: AdaLN vectors (scale, shift) of the head, float32.
+        rows_B: Which of the U entries each row of the batch has; None where row i has entry i.
+    """
+
+    embedding_UC: Tensor
+    blocks_U6C: tuple[Tensor, ...]
+    head_U2C: Tensor
+    rows_B: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Conditioning:
+        """The conditioning of a batch whose rows have the given entries, which may repeat."""
+        return Conditioning(self.embedding_UC, self.blocks_U6C, self.head_U2C, self._of(rows))
+
+    def embedding(self) -> Float[Tensor, "B C"]:
+        """The embedding of each row's condition."""
+        return self._laid_out(self.embedding_UC)
+
+    def block(self, layer: int) -> Float[Tensor, "B 6 C"]:
+        """The six AdaLN vectors of one block for each row."""
+        return self._laid_out(self.blocks_U6C[layer])
+
+    def head(self) -> Float[Tensor, "B 2 C"]:
+        """The head's AdaLN vectors for each row."""
+        return self._laid_out(self.head_U2C)
+
+    def _of(self, rows: Tensor) -> Tensor:
+        return rows if self.rows_B is None else self.rows_B[rows]
+
+    def _laid_out(self, table: Tensor) -> Tensor:
+        return table if self.rows_B is None else table[self.rows_B]
+
+
+class Conditioner(nn.Module, ABC):
+    """Turns conditions into embeddings; calling it embeds.
+
+    Attributes:
+        name: Under which the transformer holds it, and so how the names of its parameters begin.
+        tables: Whether its matrices are tables, which weight decay leaves alone.
+    """
+
+    name: str
+    tables: bool
+
+    @abstractmethod
+    def read(self, conditions: Conditions) -> Tensor:
+        """Conditions as a tensor on the CPU, one row each.
+
+        Raises:
+            ConfigError: They are not what the model is conditioned on.
+        """
+
+    @abstractmethod
+    def null(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """So many conditions that say nothing."""
+
+    @abstractmethod
+    def drop(self, conditions: Tensor, dropped_B: Bool[Tensor, " B"]) -> Tensor:
+        """The conditions, those that are dropped replaced by the one that says nothing."""
+
+    @abstractmethod
+    def distinct(self, conditions: Tensor) -> tuple[Tensor, Int[Tensor, " B"]]:
+        """The different ones among them, U of them, and which of those each row is."""
+
+    def initialise(self, std: float) -> None:
+        """Give parameters that are neither linear nor a table their first values, of this standard deviation."""
+
+
+class ClassConditioner(nn.Embedding, Conditioner):
+    """Class labels through a table; the row behind the last class stands for no class.
+
+    Args:
+        num_classes: Class labels, without the one that stands for no class.
+        width: C.
+    """
+
+    name = "class_embedding"
+    tables = True
+
+    def __init__(self, num_classes: int, width: int):
+        nn.Embedding.__init__(self, num_classes + 1, width)
+        self.num_classes = num_classes
+
+    def read(self, conditions: Conditions) -> Int[Tensor, " B"]:
+        """Labels 0 … num_classes; the last stands for no class.
+
+        Raises:
+            ConfigError: A label that does not exist, or vectors.
+        """
+        labels_B = torch.as_tensor(conditions)
+        if labels_B.ndim != 1 or (labels_B.numel() and labels_B.is_floating_point()):
+            raise ConfigError(
+                f"The model is conditioned on classes and takes one label for each image; found {_described(labels_B)}."
+            )
+        labels_B = labels_B.cpu().long()
+        if labels_B.numel() and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.num_classes:
+            wrong = next(label for label in labels_B.tolist() if not 0 <= label <= self.num_classes)
+            raise ConfigError(f"class {wrong} does not exist; the model has classes 0 … {self.num_classes - 1}.")
+        return labels_B
+
+    def null(self, count: int, device: torch.device | str = "cpu") -> Int[Tensor, " B"]:
+        """The label that stands for no class."""
+        return torch.full((count,), self.num_classes, device=device)
+
+    def drop(self, conditions: Int[Tensor, " B"], dropped_B: Bool[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """The labels, those that are dropped replaced by no class."""
+        return torch.where(dropped_B, self.num_classes, conditions)
+
+    def distinct(self, conditions: Int[Tensor, " B"]) -> tuple[Int[Tensor, " U"], Int[Tensor, " B"]]:
+        """The different labels, sorted, and which of them each row has."""
+        labels_U, rows_B = conditions.unique(return_inverse=True)
+        return labels_U, rows_B
+
+
+class VectorConditioner(Conditioner):
+    """Vectors that the user computed, projected to the width; a learned embedding stands for none.
+
+    Vectors of length 1 start with embeddings of the size that class tables have. Among the conditions a row of nan is
+    the one that says nothing, so that conditions stay one tensor, whatever splits or gathers them.
+
+    Args:
+        dim: Numbers of a vector, X.
+        width: C.
+    """
+
+    name = "vector_embedding"
+    tables = False
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.dim = dim
+        self.projection = RowStableLinear(dim, width)
+        self.no_vector = nn.Parameter(torch.zeros(width))
+
+    def forward(self, conditions: Float[Tensor, "B X"]) -> Float[Tensor, "B C"]:
+        """The embedding of each vector, in the dtype of the parameters."""
+        absent_B1 = conditions[:, :1].isnan()
+        # Zeros rather than nan go through the product: a gradient of 0 times nan would be nan.
+        vectors_BX = torch.where(absent_B1, 0, conditions).to(self.no_vector.dtype)
+        embedding_BC = self.projection(vectors_BX).to(self.no_vector.dtype)
+        return torch.where(absent_B1, self.no_vector, embedding_BC)
+
+    def read(self, conditions: Conditions) -> Float[Tensor, "B X"]:
+        """Vectors (B, X), float32; a row of nan stands for none.
+
+        Raises:
+            ConfigError: Labels, vectors of another length, or with infinite or some but not only nan numbers.
+        """
+        vectors_BX = torch.as_tensor(conditions)
+        if vectors_BX.numel() == 0:
+            return torch.empty(0, self.dim)
+        if vectors_BX.ndim != 2 or vectors_BX.shape[1] != self.dim or not vectors_BX.is_floating_point():
+            raise ConfigError(
+                f"The model is conditioned on vectors (images, {self.dim}); found {_described(vectors_BX)}.",
+                "Pool sequences with mvar_core.vectors.pool_sequence." if vectors_BX.ndim == 3 else None,
+            )
+        vectors_BX = vectors_BX.detach().cpu().float()
+        usable_B = vectors_BX.isfinite().all(1) | vectors_BX.isnan().all(1)
+        if not usable_B.all():
+            raise ConfigError(f"Vector {int(usable_B.int().argmin())} holds numbers that are not finite.")
+        return vectors_BX
+
+    def null(self, count: int, device: torch.device | str = "cpu") -> Float[Tensor, "B X"]:
+        """Rows of nan."""
+        return torch.full((count, self.dim), torch.nan, device=device)
+
+    def drop(self, conditions: Float[Tensor, "B X"], dropped_B: Bool[Tensor, " B"]) -> Float[Tensor, "B X"]:
+        """The vectors, those that are dropped replaced by nan."""
+        return torch.where(dropped_B.unsqueeze(1), torch.nan, conditions)
+
+    def distinct(self, conditions: Float[Tensor, "B X"]) -> tuple[Float[Tensor, "U X"], Int[Tensor, " B"]]:
+        """The different vectors, and which of them each row is."""
+        # By their bits, for nan does not equal itself.
+        bits = conditions.cpu().contiguous().view(torch.int32)
+        bits_UX, rows_B = bits.unique(dim=0, return_inverse=True)
+        return bits_UX.view(torch.float32).to(conditions.device), rows_B.to(conditions.device)
+
+    def initialise(self, std: float) -> None:
+        """The embedding that stands for no vector starts as the row of a class table does."""
+        nn.init.trunc_normal_(self.no_vector, std=std)
+
+
+def build_conditioner(config: ModelConfig) -> Conditioner:
+    """The conditioner that the configuration asks for."""
+    assert config.transformer is not None
+    if config.conditioning.dim is not None:
+        return VectorConditioner(config.conditioning.dim, config.transformer.embed_dim)
+    return ClassConditioner(config.transformer.num_classes, config.transformer.embed_dim)
+
+
+def _described(found: Tensor) -> str:
+    return f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"

@@ -38,7 +38,7 @@ def measure_speed(dtype: str) -> dict[str, Any]:
     """Seconds an image and the matmul rate, measured in turn."""
     import torch
 
-    from mvar_cli.allocator import keep_freed_memory
+    from mvar_core.allocator import keep_freed_memory
     from mvar_core.analysis.random_models import random_tokenizer, random_transformer
     from mvar_core.pipeline import Pipeline
     from mvar_core.presets import load_config

@@ -195,8 +195,8 @@ def _main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    from mvar_cli.allocator import keep_freed_memory
     from mvar_cli.console import log_to_stderr
+    from mvar_core.allocator import keep_freed_memory
 
     keep_freed_memory()
     log_to_stderr()

@@ -105,7 +105,7 @@ def measure_alone(request: Request) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what stdin asks for and print the row."""
-    from mvar_cli.allocator import keep_freed_memory
+    from mvar_core.allocator import keep_freed_memory
 
     keep_freed_memory()  # as where `mvar` starts
     request = Request.model_validate_json(sys.stdin.read())

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import resource
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -146,37 +143,3 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-@contextmanager
-def keeping_freed_memory(device: torch.device) -> Iterator[None]:
-    """Within it, memory that a CPU computation frees stays with the process, for its next allocation.
-
-    The C library returns large blocks to the system at once and gets new ones page by page, which costs a training
-    step, which allocates the same again and again, a tenth of its time. Afterwards blocks above 256 MiB go back at
-    once, as where `mvar` starts. Elsewhere than under glibc this does nothing.
-    """
-    library = _c_library() if device.type == "cpu" else None
-    if library is None:
-        yield
-        return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of malloc.h
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, -1)
-    try:
-        yield
-    finally:
-        library.mallopt(mmap_max, 65536)
-        library.mallopt(mmap_threshold, 256 << 20)
-        library.mallopt(trim_threshold, 256 << 20)
-        library.malloc_trim(0)
-
-
-@lru_cache(maxsize=1)
-def _c_library() -> ctypes.CDLL | None:
-    """The C library, where its allocator can be adjusted."""
-    try:
-        library = ctypes.CDLL(None)
-        return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-    except (OSError, TypeError):
-        return None

@@ -1,14 +1,9 @@
-import resource
-import sys
-
 import pytest
 import torch
 
 from mvar_core.errors import BackendError, ConfigError
 from mvar_core.runtime import (
-    _c_library,
     generator,
-    keeping_freed_memory,
     peak_memory_bytes,
     resolve_device,
     resolve_dtype,
@@ -53,17 +48,3 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="CUDA devices"):
         resolve_device("cuda:99")
     assert peak_memory_bytes(torch.device("cpu")) > 10_000_000
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux") or _c_library() is None, reason="adjusts glibc's allocator")
-def test_freed_memory_is_kept_only_while_asked_for() -> None:
-    def page_faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(300 << 20, dtype=torch.uint8)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    assert page_faults() > 10_000
-    with keeping_freed_memory(torch.device("cpu")):
-        # Where a block is put settles within a few allocations.
-        assert min(page_faults() for _ in range(6)) < 1000
-    assert page_faults() > 10_000

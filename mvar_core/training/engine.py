@@ -17,11 +17,11 @@ import torch
 import yaml
 from torch import nn
 
+from mvar_core.allocator import keeping_all_freed_memory
 from mvar_core.config import RunConfig
 from mvar_core.errors import DataError
 from mvar_core.files import remove_leftovers, write_text
 from mvar_core.models.compilation import uncompiled
-from mvar_core.runtime import keeping_freed_memory
 from mvar_core.training.average import WeightAverage
 from mvar_core.training.checkpoints import (
     TrainingState,
@@ -192,7 +192,7 @@ class _Session:
         ahead = 0 if self.plan.device.type == "cpu" else 2
         self.recorder.start(start)
         with (
-            keeping_freed_memory(self.plan.device),
+            keeping_all_freed_memory() if self.plan.device.type == "cpu" else nullcontext(),
             InterruptFlag() as flag,
             closing(prefetch(self.stepper.fetch, start, total, ahead)) as batches,
         ):

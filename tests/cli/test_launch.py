@@ -237,3 +237,41 @@ def test_tokenizer_tokens_and_samples_in_two_processes_are_those_of_one(preset, 
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     lines = [read_metrics(tmp_path / f"tokenizer-{count}" / "metrics.jsonl")[-1] for count in (1, 2)]
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], abs=1e-4)
+
+
+def run_of(out: Path, preset: Path, model: Path, images: Path, *more: Any) -> tuple[np.ndarray, list[float]]:
+    """Tokens and losses of a training that starts from images."""
+    options = ["--preset", preset, "--checkpoint", model, "--data", images, "--out", out, "--device", "cpu"]
+    options += ["--dtype", "float32", "--set", "train.log_every=1", "--set", "data.crops=2", "--json", *more]
+    code, found, err = finish(start("train", *options))
+    assert code == 0, err
+    assert json.loads(found)["steps"] == 4
+    cache = TokenCache.open(out / "tokens")
+    tokens = np.stack([np.asarray(cache.batch(np.array([row]))[0][0]) for row in range(len(cache))])
+    return tokens, [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.slow
+def test_processes_share_the_tokenizing_and_the_training_of_images(preset, model, images, tmp_path):
+    alone, losses = run_of(tmp_path / "one", preset, model, images)
+    tokens, shared_losses = run_of(tmp_path / "two", preset, model, images, "--nproc", "2")
+    assert np.array_equal(tokens, alone)
+    assert len(alone) == 24
+    np.testing.assert_allclose(shared_losses, losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_share_a_fine_tuning(preset, model, tokens, tmp_path):
+    """Every process starts from the same weights, with compiled blocks and activations computed again as well."""
+    found = {}
+    for name, more in (("one", []), ("two", ["--nproc", "2"]), ("sliced", ["--nproc", "2", "--fsdp"])):
+        out = tmp_path / name
+        options = ["--preset", preset, "--var-checkpoint", model, "--tokens", tokens, "--out", out, "--device", "cpu"]
+        options += ["--dtype", "float32", "--set", "train.log_every=1", "--activation-checkpointing", "--json", *more]
+        code, printed, err = finish(start("finetune-from-var", *options))
+        assert code == 0, err
+        assert json.loads(printed)["processes"] == (1 if name == "one" else 2)
+        assert json.loads((out / "started-from.json").read_text())["counts"]["initialised"] == 0
+        found[name] = [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+    np.testing.assert_allclose(found["two"], found["one"], rtol=1e-4)
+    np.testing.assert_allclose(found["sliced"], found["one"], rtol=1e-4)

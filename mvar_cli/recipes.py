@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mvar_cli.console import format_bytes, format_count
 from mvar_core.analysis.cost import Plan, plan
+from mvar_core.analysis.counts import decoder_macs, quantizer_macs, tokenizer_parameters
 from mvar_core.config import RunConfig
 from mvar_core.presets import load_config, preset_names
 
@@ -36,18 +37,43 @@ of it trains 680 tokens an image where the published one trains 246.5 on average
 """
 
 
+TOKENIZERS = """## Tokenizers
+
+```bash
+mvar train-tokenizer --preset tokenizer-256 --data IMAGES --out runs/tokenizer
+```
+
+*Operations* are those of quantizing and decoding one image.
+"""
+
+
 def recipes() -> str:
     """The page, in Markdown."""
+    configs = [load_config(name) for name in preset_names() if not name.startswith("digits")]
+    models = [config for config in configs if config.transformer is not None]
+    tokenizers = [config for config in configs if config.transformer is None]
     columns = ["preset", "parameters", "attention", "batch", "epochs", *(f"on {name}" for name in DEVICES), "reported"]
-    lines = [HEAD, "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    notes = []
-    for name in preset_names():
-        config = load_config(name)
-        if name.startswith("digits"):
-            continue
-        lines.append("| " + " | ".join(_row(config)) + " |")
-        notes.append(f"- `{name}`: {config.description} Source: {config.source}.{_reported_note(config)}")
-    return "\n".join([*lines, "", "## Each of them", "", *notes, ""])
+    parts = ["preset", "parameters", "codes", "tokens", "operations", "batch", "steps"]
+    return "\n".join(
+        [
+            HEAD,
+            *_table(columns, [_row(config) for config in models]),
+            "",
+            TOKENIZERS,
+            *_table(parts, [_tokenizer_row(config) for config in tokenizers]),
+            "",
+            "## Each of them",
+            "",
+            *(_note(config) for config in configs),
+            "",
+        ]
+    )
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = (" | ".join(cells) for cells in (columns, *rows))
+    head, *body = (f"| {line} |" for line in lines)
+    return [head, "|" + "---|" * len(columns), *body]
 
 
 def _row(config: RunConfig) -> list[str]:
@@ -70,17 +96,34 @@ def _row(config: RunConfig) -> list[str]:
     ]
 
 
+def _tokenizer_row(config: RunConfig) -> list[str]:
+    train = config.train_tokenizer
+    return [
+        f"`{config.name}`",
+        format_count(tokenizer_parameters(config)),
+        str(config.tokenizer.codebook_size),
+        f"{config.pyramid.num_tokens} of {config.tokenizer.latent_channels} channels",
+        f"{(quantizer_macs(config) + decoder_macs(config)) / 1e9:.4g} GMACs",
+        str(train.batch_size),
+        str(train.steps),
+    ]
+
+
 def _cost(config: RunConfig, device_memory: int) -> Plan:
     return plan(config, dtype_bytes=DTYPE_BYTES, device_memory=device_memory, train=config.train)
 
 
-def _reported_note(config: RunConfig) -> str:
-    smallest = plan(
-        config, dtype_bytes=DTYPE_BYTES, train=config.train.model_copy(update={"batch_size": 1})
-    ).train_peak_bytes
-    memory = f" A step on one image is predicted to take {format_bytes(smallest or 0)}."
-    note = config.result.note if config.result is not None and config.result.note else None
-    return memory + (f" Reported: {note.rstrip('.')}." if note else "")
+def _note(config: RunConfig) -> str:
+    """What a preset is, where it comes from, what it needs at least and what was reported of it."""
+    sentences = [config.description.rstrip("."), f"Source: {config.source.rstrip('.')}"]
+    if config.transformer is not None:
+        one = config.train.model_copy(update={"batch_size": 1})
+        smallest = plan(config, dtype_bytes=DTYPE_BYTES, train=one).train_peak_bytes
+        assert smallest is not None
+        sentences.append(f"A step on one image is predicted to take {format_bytes(smallest)}")
+    if config.result is not None and config.result.note:
+        sentences.append(f"Reported: {config.result.note.rstrip('.')}")
+    return f"- `{config.name}`: {'. '.join(sentences)}."
 
 
 def main() -> None:

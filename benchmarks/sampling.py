@@ -127,7 +127,7 @@ def bench(preset: str, batches: tuple[int, ...], *flags: str) -> list[dict[str, 
 def baseline() -> dict[str, Any]:
     flags = ("--dtype", "bfloat16", "--device", "cpu", "--repeats", "1")
     kept = ("name", "batch_size", "peak_memory_bytes", "kv_cache_bytes")
-    return {"rows": [{key: row[key] for key in kept} for row in bench("mvar-d16-256", (1, 4), *flags)]}
+    return {"rows": [{key: row[key] for key in kept} for row in bench("mvar-d16-256", (1, 4, 8), *flags)]}
 
 
 def gpu() -> dict[str, Any]:

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-HOOKED = ["mvar_core.kernels", "mvar_core.models", "mvar_core.sampling", "mvar_core.pipeline"]
+MODELS = Path(__file__).parent.parent / "mvar_core" / "models"
+ARITHMETIC = ("footprint", "micro_batches")
+"""Modules without tensors, asked thousands of times: the checks would take ten times longer than they do."""
+HOOKED = ["mvar_core.kernels", "mvar_core.sampling", "mvar_core.pipeline"]
+HOOKED += [f"mvar_core.models.{path.stem}" for path in sorted(MODELS.glob("*.py")) if path.stem not in ARITHMETIC]
 _hook = install_import_hook(HOOKED, "typecheck.checked")
 
 import golden_models  # noqa: E402  (the hook must stand before the rooms are imported)

@@ -40,6 +40,13 @@ def run(
     lpips_weights: Annotated[
         Path | None, typer.Option("--lpips-weights", metavar="FILE", help="LPIPS' weights, for the perceptual loss.")
     ] = None,
+    accumulate: options.Accumulate = None,
+    micro_batch: options.MicroBatch = None,
+    ema: options.Ema = None,
+    checkpoint_every: options.CheckpointEvery = None,
+    keep: options.Keep = None,
+    tensorboard: options.TensorBoard = None,
+    wandb: options.WeightsAndBiases = None,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
@@ -57,8 +64,18 @@ def run(
 
     if new_codebook and start is None:
         raise ConfigError("--new-codebook goes with --start.", "Without --start the codebook is new anyway.")
-    overrides = {"seed": seed, "train_tokenizer": {"steps": steps, "batch_size": batch_size}}
-    config = load_config(preset, settings or [], overrides)
+    train = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "micro_batch": micro_batch,
+        "ema": ema,
+        "checkpoint_every": checkpoint_every,
+        "keep": keep,
+        "tensorboard": tensorboard,
+        "wandb": wandb,
+    }
+    config = load_config(preset, settings or [], {"seed": seed, "train_tokenizer": train})
     config = config.model_copy(update={"transformer": None})
 
     from mvar_core.data.images import open_images
@@ -67,8 +84,8 @@ def run(
     if dry_run:
         from mvar_cli.costs import finish_dry_run
 
-        train = config.train_tokenizer
-        plan = [f"train {train.steps} steps of {train.batch_size} of {len(source)} images", f"write {out}"]
+        chosen = config.train_tokenizer
+        plan = [f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images", f"write {out}"]
         if start is not None:
             plan.insert(0, f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}")
         finish_dry_run(Console(as_json), config, plan, images=len(source))

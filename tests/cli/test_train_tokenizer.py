@@ -98,3 +98,12 @@ def test_an_adversarial_run_with_all_options_ends_in_a_model_directory(train, tm
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert {"adversarial", "adversarial_weight", "discriminator", "perplexity_per_scale"} <= lines[-1].keys()
     assert weights(tmp_path / "out")
+
+
+def test_the_flags_of_the_loop_are_keys_of_the_tokenizer_section(train, tmp_path):
+    flags = {"micro-batch": 2, "ema": 0.5, "checkpoint-every": 1, "keep": 3}
+    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    assert train(*given, "--json").json["steps"] == 4
+    written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["train_tokenizer"]
+    assert {name: written[name.replace("-", "_")] for name in flags} == flags
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) >= 3

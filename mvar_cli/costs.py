@@ -113,7 +113,7 @@ def show_cost(console: Console, cost: Plan) -> None:
         ),
         [
             (
-                str(scale["side"]),
+                side_name(scale["side"]),
                 scale["tokens"],
                 str(scale["window"] or "whole"),
                 scale["keys_per_query"],
@@ -137,6 +137,11 @@ def show_cost(console: Console, cost: Plan) -> None:
             "The largest batch of sampling is bounded by what an image keeps from scale to scale: a scale itself takes"
             " the memory that it is given."
         )
+
+
+def side_name(side: int | Sequence[int]) -> str:
+    """What tables call a scale's size: 16, or 16×24."""
+    return str(side) if isinstance(side, int) else "×".join(map(str, side))
 
 
 def finish_dry_run(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mvar_cli.console import Console
 from mvar_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mvar_core.scales import PatchSize
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -31,6 +34,14 @@ RequiredPreset = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the preset, as in a.b=c; repeatable."),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="N|HxW",
+        help="Images of this size, as in 512 or 256x384: pyramid and windows follow. Default: the preset's.",
+    ),
 ]
 _CHECKPOINT = typer.Option("--checkpoint", metavar="DIR", help="A model directory, a run, or a published .pth file.")
 Checkpoint = Annotated[Path, _CHECKPOINT]
@@ -218,14 +229,46 @@ def parse_numbers(text: str, option: str) -> list[int]:
         raise ConfigError(f"{option} {text!r} is not a comma list of whole numbers.") from None
 
 
-def parse_windows(text: str | None) -> int | list[int] | None:
-    """`--windows`: one number for all windowed scales, or one per scale.
+def parse_size(text: str | None, option: str) -> PatchSize | None:
+    """A size from `512` or `256x384`, height first.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if text is None:
+        return None
+    from mvar_core.scales import read_size
+
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}.") from None
+
+
+def parse_sizes(text: str | None, option: str) -> list[PatchSize] | None:
+    """The sizes of scales from a comma list of what `parse_size` takes.
+
+    Raises:
+        ConfigError: Something between the commas is not a size.
+    """
+    if text is None:
+        return None
+    from mvar_core.scales import read_sizes
+
+    try:
+        return read_sizes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: {error}.") from None
+
+
+def parse_windows(text: str | None) -> int | list[int] | str | None:
+    """`--windows`: one number for all windowed scales, one per scale, or auto (auto:K) for where they pay.
 
     Raises:
         ConfigError: Not whole numbers.
     """
-    if text is None:
-        return None
+    if text is None or text.startswith("auto"):
+        return text
     numbers = parse_numbers(text, "--windows")
     return numbers[0] if len(numbers) == 1 else numbers
 

@@ -11,11 +11,18 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mvar_core.scales import AttentionPattern, ScalePrefixes, ScalePyramid, check_attention
+from mvar_core.scales import (
+    AttentionPattern,
+    PatchSize,
+    ScalePrefixes,
+    ScalePyramid,
+    check_attention,
+    read_size,
+    read_sizes,
+    write_size,
+)
 from mvar_core.sections import Section
 from mvar_core.train_config import DataConfig, TokenizerTrainConfig, TrainConfig
-
-PatchSize = int | tuple[int, int]
 
 
 class TokenizerConfig(Section):
@@ -101,7 +108,11 @@ class AttentionConfig(Section):
     """Which tokens a token attends to; see mvar_core.scales."""
 
     scale_prefixes: ScalePrefixes = Field("all", description='scales seen, own included: 1 is MVAR, "all" is VAR')
-    windows: tuple[int, ...] = Field((), description="one odd window per scale, 0 = whole scale; empty = all whole")
+    windows: tuple[int, ...] = Field(
+        (),
+        description="one odd window per scale, 0 = whole scale; empty = all whole. In a preset also one number for the"
+        " windowed scales, or auto (auto:5): 7 (5) on every scale where it pays",
+    )
 
     @field_validator("windows", mode="before")
     @classmethod
@@ -146,9 +157,11 @@ class ModelConfig(Section):
     """Everything that a model directory's config.json records: enough to build the model and to use it."""
 
     name: str = Field("model", description="what the model is called in tables")
-    image_size: PatchSize = Field(256, description="side in pixels, or (height, width)")
+    image_size: PatchSize = Field(256, description="side in pixels, or (height, width), also as 256x384")
     patch_sizes: tuple[PatchSize, ...] = Field(
-        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), description="one side, or (height, width), per scale, in tokens"
+        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        description="one side, or (height, width), per scale, in tokens, also as 1,2,3x4; follows image_size where that"
+        " alone is given",
     )
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig | None = TransformerConfig()
@@ -158,6 +171,16 @@ class ModelConfig(Section):
     class_names: tuple[str, ...] | None = Field(None, description="one name per class label")
     provenance: dict[str, Any] = Field(default_factory=dict, description="source, tokenizer hash, training step …")
 
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> PatchSize:
+        return read_size(value)
+
+    @field_validator("patch_sizes", mode="before")
+    @classmethod
+    def _read_sizes(cls, value: Any) -> tuple[PatchSize, ...]:
+        return tuple(read_sizes(value))
+
     @model_validator(mode="after")
     def _check_geometry(self) -> ModelConfig:
         pyramid = self.pyramid
@@ -165,8 +188,9 @@ class ModelConfig(Section):
         latent = pyramid.latent_grid
         if (latent.height * downsample, latent.width * downsample) != self.image_shape:
             raise ValueError(
-                f"image_size {self.image_shape} does not fit: the last scale {latent} times the tokenizer's"
-                f" downsampling {downsample} is {latent.height * downsample}×{latent.width * downsample} pixels"
+                f"image_size {write_size(self.image_size)} does not fit: the last scale {latent} times the tokenizer's"
+                f" downsampling {downsample} is {latent.height * downsample}×{latent.width * downsample} pixels; change"
+                " image_size alone, and patch_sizes follow"
             )
         check_attention(pyramid, self.attention.scale_prefixes, self.windows)
         return self

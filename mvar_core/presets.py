@@ -1,20 +1,21 @@
 """Presets, and how they merge with settings and flags into a configuration.
 
-Defaults ← preset ← `--set a.b=c` ← flags: later wins.
+Defaults ← preset ← `--set a.b=c` ← flags: later wins. Where an image size is changed and no pyramid is given with it,
+the pyramid follows (`ScalePyramid.for_image`), and so do windows that were listed for the pyramid before.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mvar_core.config import ModelConfig, RunConfig
+from mvar_core.config import ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.errors import ConfigError, nearest
-from mvar_core.scales import spread_window
+from mvar_core.scales import ScalePyramid, auto_windows, read_size, read_sizes, spread_window
 from mvar_core.sections import validate
 
 
@@ -49,7 +50,7 @@ def read_preset(name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; expected a mapping of settings.")
     parent = values.pop("extends", None)
-    return merge(read_preset(parent), values) if parent else values
+    return _lay_over(read_preset(parent), values) if parent else values
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +101,92 @@ def load_config(
     if preset:
         values.setdefault("name", Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset)
     changes = [_as_mapping(*parse_setting(setting)) for setting in settings]
+    asked: dict[str, Any] = {}
+    listed = None
     for change in [*changes, _without_none(overrides or {})]:
-        values = _spread_single_window(merge(values, change), values)
+        asked = merge(asked, change)
+        given = change.get("attention")
+        if isinstance(given, Mapping) and "windows" in given and not _is_number(given["windows"]):
+            listed = given["windows"] or []
+    # One number goes to the scales that have windows before it: it waits until they and the pyramid are known.
+    number = _windows(asked)
+    if listed is not None:
+        asked = merge(asked, {"attention": {"windows": listed}})
+    elif _is_number(number):
+        asked["attention"].pop("windows")
+    values = _with_windows(_with_pyramid(_lay_over(values, asked), preset), number if _is_number(number) else None)
     return validate(RunConfig, values, preset or "configuration")
+
+
+def _lay_over(values: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` over `values`. Another image size takes away a pyramid that was made for the one before.
+
+    Windows that were listed for another pyramid become `auto`, with the widest of them.
+    """
+    merged = merge(values, change)
+    windows = _windows(merged)
+    if "image_size" in change and "patch_sizes" not in change and not _same_size(change, values):
+        merged.pop("patch_sizes", None)
+        fits = False
+    else:
+        sizes = change.get("patch_sizes")
+        fits = not isinstance(sizes, str | list | tuple) or _count(sizes) == len(windows or ())
+    if not fits and _windows(change) is None and isinstance(windows, list | tuple):
+        widest = max(windows, default=0)
+        merged = merge(merged, {"attention": {"windows": f"auto:{widest}" if widest else []}})
+    return merged
+
+
+def _same_size(change: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    try:
+        return read_size(change["image_size"]) == read_size(values.get("image_size"))
+    except ValueError:
+        return False
+
+
+def _with_pyramid(values: dict[str, Any], source: str | None) -> dict[str, Any]:
+    """The pyramid that follows from the image size, where there is none."""
+    if "image_size" not in values or "patch_sizes" in values:
+        return values
+    tokenizer = validate(TokenizerConfig, values.get("tokenizer") or {}, source or "tokenizer")
+    try:
+        size = read_size(values["image_size"])
+    except ValueError:
+        return values  # which the validation reports
+    height, width = (size, size) if isinstance(size, int) else size
+    return {**values, "patch_sizes": list(ScalePyramid.for_image(height, width, tokenizer.downsample).patch_sizes)}
+
+
+def _with_windows(values: dict[str, Any], asked: int | None) -> dict[str, Any]:
+    """`attention.windows` as a list: what `auto` chooses, and one number spread over the scales that have windows."""
+    windows = _windows(values)
+    if asked is None and not isinstance(windows, str) and not _is_number(windows):
+        return values
+    try:
+        patch_sizes = read_sizes(values.get("patch_sizes", ModelConfig.model_fields["patch_sizes"].default))
+        pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
+    except (ValueError, TypeError):
+        return values  # which the validation reports
+    if isinstance(windows, str):
+        windows = auto_windows(windows, pyramid)
+    elif _is_number(windows):
+        windows = spread_window(windows, (0,) * pyramid.num_scales)
+    if asked is not None:
+        windows = spread_window(asked, windows or (0,) * pyramid.num_scales)
+    return merge(values, {"attention": {"windows": list(windows)}})
+
+
+def _windows(values: Mapping[str, Any]) -> Any:
+    attention = values.get("attention")
+    return attention.get("windows") if isinstance(attention, Mapping) else None
+
+
+def _count(sizes: str | Sequence[Any]) -> int:
+    return len(sizes.split(",")) if isinstance(sizes, str) else len(sizes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,14 +204,3 @@ def _as_mapping(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     for key in reversed(path):
         value = {key: value}
     return dict(value)
-
-
-def _spread_single_window(values: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Let `attention.windows` be one number: the window of every scale that had one, or of the last two."""
-    attention = values.get("attention")
-    window = attention.get("windows") if isinstance(attention, dict) else None
-    if not isinstance(window, int) or isinstance(window, bool):
-        return values
-    patch_sizes = values.get("patch_sizes", ModelConfig.model_fields["patch_sizes"].default)
-    current = before.get("attention", {}).get("windows") or (0,) * len(patch_sizes)
-    return merge(values, {"attention": {"windows": list(spread_window(window, current))}})

@@ -11,16 +11,19 @@ sequence of L tokens. Which keys a token of scale s may attend to follows from t
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mvar_core.errors import ConfigError
 
 ScalePrefixes = int | Literal["all"]
+PatchSize = int | tuple[int, int]
 
 PUBLISHED_PYRAMIDS: dict[int, tuple[int, ...]] = {
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -28,6 +31,13 @@ PUBLISHED_PYRAMIDS: dict[int, tuple[int, ...]] = {
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
 """Sides of the published pyramids by image side in pixels; all have a downsampling factor of 16."""
+
+
+WINDOW = 7
+"""The published window."""
+
+WINDOW_PAYS = 3
+"""A window pays where a scale has at least so many times its keys; of the published scales, 13×13 and 16×16 do."""
 
 
 class Grid(NamedTuple):
@@ -51,6 +61,44 @@ def window_start(position: int, side: int, window: int) -> int:
     The window is shifted inward at the borders: clamp(position - window // 2, 0, side - window).
     """
     return min(max(position - window // 2, 0), side - window)
+
+
+def read_size(value: Any) -> PatchSize:
+    """A size from a side, a pair, or text: 16, (16, 24), [16, 24], "16", "16x24" or "16×24", height first.
+
+    Squares become one number, so that equal sizes are equal.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if isinstance(value, str):
+        if not re.fullmatch(r"\s*\d+\s*(?:[x×]\s*\d+\s*)?", value):
+            raise ValueError(f"{value!r} is not a size: write one side, as in 16, or height and width, as in 16x24")
+        value = [int(side) for side in re.split("[x×]", value)]
+        value = value[0] if len(value) == 1 else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
+        height, width = value
+        return height if height == width else (height, width)
+    raise ValueError(f"{value!r} is not a size: expected one side, or height and width")
+
+
+def read_sizes(value: Any) -> list[PatchSize]:
+    """The sizes of a pyramid's scales, from a sequence of what `read_size` takes, or from text as in "1,2,3x4".
+
+    Raises:
+        ValueError: Something in it is not a size.
+    """
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    if not isinstance(parts, list | tuple | range):
+        raise ValueError(f"{value!r} is not a list of sizes")
+    return [read_size(part) for part in parts]
+
+
+def write_size(size: PatchSize) -> str:
+    """A size as `read_size` takes it: 16 or 16x24."""
+    return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
 
 
 @dataclass(frozen=True)
@@ -143,10 +191,57 @@ class ScalePyramid:
                 )
         return cls(tuple(grids))
 
+    @classmethod
+    def for_image(cls, height: int, width: int, downsample: int = 16) -> ScalePyramid:
+        """A pyramid for images of any size, made from the published one whose finest scale has the nearest area.
+
+        Each published scale keeps its place: its height and width are multiplied by the ratio of the latent grid's to
+        the published one's, and rounded (halves up). The first scale is a single token, the last the latent grid;
+        scales that rounding makes equal are one. So 256, 512 and 1024 px squares at a downsampling of 16 give the
+        published pyramids, and other shapes of about their area as many scales, which a fine-tuned model takes over one
+        by one.
+
+        Args:
+            height: Of the images, in pixels.
+            width: Likewise.
+            downsample: Pixels per latent position along one axis.
+
+        Raises:
+            ConfigError: A side that is not a multiple of `downsample`.
+        """
+        if min(height, width) < downsample or height % downsample or width % downsample:
+            fitting = [max(1, math.floor(side / downsample + 0.5)) * downsample for side in (height, width)]
+            raise ConfigError(
+                f"image_size {height}×{width} does not fit a tokenizer that makes a token of {downsample}×{downsample}"
+                f" pixels: both sides must be multiples of {downsample}.",
+                f"The nearest size is {write_size(read_size(fitting))}.",
+            )
+        latent = Grid(height // downsample, width // downsample)
+        published = min(
+            PUBLISHED_PYRAMIDS.values(), key=lambda sides: abs(math.log(latent.tokens / (sides[-1] * sides[-1])))
+        )
+        grids = [Grid(1, 1)]
+        for side in published[1:]:
+            # In whole numbers: ⌊side·axis/last + 1/2⌋.
+            rounded = (max(1, (2 * side * axis + published[-1]) // (2 * published[-1])) for axis in latent)
+            if (grid := Grid(*rounded)) != grids[-1]:
+                grids.append(grid)
+        return cls(tuple(grids))
+
     @property
-    def patch_sizes(self) -> tuple[int | tuple[int, int], ...]:
+    def patch_sizes(self) -> tuple[PatchSize, ...]:
         """One side per scale, or (height, width) where they differ."""
         return tuple(grid.height if grid.height == grid.width else (grid.height, grid.width) for grid in self.grids)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What tables call the scales: 16, or 16×24."""
+        return tuple(str(grid.height) if grid.height == grid.width else str(grid) for grid in self.grids)
+
+    @property
+    def spelled(self) -> str:
+        """The sizes as `--pyramid` takes them: 1,2,3x4."""
+        return ",".join(map(write_size, self.patch_sizes))
 
     @property
     def num_scales(self) -> int:
@@ -181,7 +276,7 @@ class ScalePyramid:
         return iter(self.grids)
 
     def __str__(self) -> str:
-        return " ".join(str(grid.height) if grid.height == grid.width else str(grid) for grid in self.grids)
+        return " ".join(self.names)
 
     def ratio(self, scale: int) -> float:
         """Position of a scale between the first (0) and the last (1); guidance grows with it."""
@@ -253,3 +348,33 @@ def spread_window(window: int, current: Sequence[int]) -> tuple[int, ...]:
     if not windowed:
         windowed = list(range(max(0, len(current) - 2), len(current)))
     return tuple(window if scale in windowed else 0 for scale in range(len(current)))
+
+
+def mvar_windows(pyramid: ScalePyramid) -> tuple[int, ...]:
+    """MVAR's windows: 7 on the last two scales, as published, and on larger pyramids wherever else it pays."""
+    pays, first = paying_windows(pyramid), pyramid.num_scales - 2
+    return tuple(WINDOW if scale >= first else window for scale, window in enumerate(pays))
+
+
+def auto_windows(text: str, pyramid: ScalePyramid) -> tuple[int, ...]:
+    """The windows that `auto` (the published 7) or `auto:K` stand for: K on every scale where it pays.
+
+    Raises:
+        ConfigError: Other text.
+    """
+    name, colon, window = text.partition(":")
+    if name != "auto" or (colon and not window.isdecimal()):
+        raise ConfigError(
+            f"attention.windows is {text!r}; expected one number, one per scale, auto, or auto:K with an odd number K."
+        )
+    return paying_windows(pyramid, int(window) if colon else WINDOW)
+
+
+def paying_windows(pyramid: ScalePyramid, window: int = WINDOW) -> tuple[int, ...]:
+    """A window on every scale where it pays, 0 on the others: where at most a third of the scale's tokens are in it.
+
+    On the published 256 px pyramid, 7 gives the published choice: the last two scales.
+    """
+    return tuple(
+        window if WINDOW_PAYS * AttentionPattern(grid, window).keys_per_query <= grid.tokens else 0 for grid in pyramid
+    )

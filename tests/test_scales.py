@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,12 @@ from mvar_core.scales import (
     AttentionPattern,
     Grid,
     ScalePyramid,
+    auto_windows,
     check_attention,
+    mvar_windows,
+    paying_windows,
+    read_size,
+    read_sizes,
     spread_window,
     window_start,
 )
@@ -70,6 +77,68 @@ def test_non_square_pyramid() -> None:
     assert pyramid.num_tokens == 1 + 6 + 24
     assert pyramid.patch_sizes == (1, (2, 3), (4, 6))
     assert str(pyramid) == "1 2×3 4×6"
+    assert pyramid.spelled == "1,2x3,4x6"
+    assert read_sizes(pyramid.spelled) == list(pyramid.patch_sizes)
+
+
+@pytest.mark.parametrize("image", [256, 512, 1024])
+def test_a_published_size_has_the_published_pyramid(image: int) -> None:
+    assert ScalePyramid.for_image(image, image).patch_sizes == PUBLISHED_PYRAMIDS[image]
+
+
+@pytest.mark.parametrize("height", [16, 64, 160, 256, 384, 512, 1024, 2048])
+@pytest.mark.parametrize("width", [16, 96, 384, 640, 1536])
+def test_a_pyramid_for_any_size(height: int, width: int) -> None:
+    grids = ScalePyramid.for_image(height, width).grids
+    assert grids[0] == (1, 1)
+    assert grids[-1] == (height // 16, width // 16)
+    for smaller, larger in itertools.pairwise(grids):
+        assert smaller != larger
+        assert smaller.height <= larger.height
+        assert smaller.width <= larger.width
+    # Up to rounding, every scale but the first has the image's shape.
+    for grid in grids[1:]:
+        axes = list(zip(grid, grids[-1], strict=True))
+        smallest = max(0 if axis == 1 else (axis - 0.5) / last for axis, last in axes)
+        assert smallest <= min((axis + 0.5) / last for axis, last in axes)
+    # The two orientations have the same scales.
+    assert [grid[::-1] for grid in grids] == list(ScalePyramid.for_image(width, height).grids)
+
+
+def test_a_non_square_pyramid_keeps_the_published_scales() -> None:
+    pyramid = ScalePyramid.for_image(256, 384)
+    assert pyramid.spelled == "1,2x3,3x5,4x6,5x8,6x9,8x12,10x15,13x20,16x24"
+    assert pyramid.num_tokens == 1030
+    with pytest.raises(ConfigError, match="multiples of 16") as error:
+        ScalePyramid.for_image(250, 384)
+    assert "256x384" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [(16, 16), ("16", 16), ("3x4", (3, 4)), ("3 × 4", (3, 4)), ([4, 4], 4), ((3, 4), (3, 4))]
+)
+def test_sizes_are_read(value: object, size: object) -> None:
+    assert read_size(value) == size
+
+
+@pytest.mark.parametrize("value", ["", "x4", "3x4x5", "-3", "3.5", True, None, [1, 2, 3], [1.5, 2], {}])
+def test_what_is_no_size(value: object) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        read_size(value)
+
+
+def test_windows_pay_where_a_third_of_the_scale_is_in_them() -> None:
+    assert paying_windows(ScalePyramid.from_patch_sizes(PUBLISHED_PYRAMIDS[256])) == (0,) * 8 + (7, 7)
+    assert paying_windows(ScalePyramid.from_patch_sizes(PUBLISHED_PYRAMIDS[512])) == (0,) * 6 + (7,) * 4
+    # A window that is longer than an axis has no more keys than the axis: 7×7 on 3×22 has 21 of 66.
+    assert paying_windows(ScalePyramid.from_patch_sizes([(3, 20), (3, 22)])) == (0, 7)
+    assert paying_windows(ScalePyramid.from_patch_sizes([4, 6]), 3) == (0, 3)
+    assert mvar_windows(ScalePyramid.from_patch_sizes(PUBLISHED_PYRAMIDS[256])) == (0,) * 8 + (7, 7)
+    assert mvar_windows(ScalePyramid.from_patch_sizes(PUBLISHED_PYRAMIDS[1024])) == (0,) * 8 + (7,) * 6
+    assert mvar_windows(ScalePyramid.from_patch_sizes([1, 2, 3])) == (0, 7, 7)
+    assert mvar_windows(ScalePyramid.from_patch_sizes([2])) == (7,)
+    with pytest.raises(ConfigError, match="auto:K"):
+        auto_windows("auto:", ScalePyramid.from_patch_sizes([4]))
 
 
 @pytest.mark.parametrize("sizes", [(), (0, 1), (1, 5, 4)])

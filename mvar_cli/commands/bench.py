@@ -11,10 +11,12 @@ import typer
 
 from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
+from mvar_cli.costs import side_name
 from mvar_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from mvar_core.config import RunConfig
+    from mvar_core.scales import PatchSize
 
 EXAMPLE = "mvar bench --preset mvar-d16-256 --batch-size 1,4,8 --dtype bfloat16"
 WHAT = ("sample", "train", "attention")
@@ -29,6 +31,7 @@ def run(
         typer.Option("--checkpoint", metavar="DIR", help="A model directory or a run, in place of random weights."),
     ] = None,
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     what: Annotated[
         str, typer.Option("--what", metavar="WHAT", help="sample, train (a step of all scales) or attention.")
     ] = "sample",
@@ -54,7 +57,7 @@ def run(
     ] = None,
     sides: Annotated[
         str | None,
-        typer.Option("--sides", metavar="N,N…", help="attention: sides of the scales. Default: the model's, from 8."),
+        typer.Option("--sides", metavar="N,HxW…", help="attention: sizes of the scales. Default: the model's, from 8."),
     ] = None,
     windows: Annotated[
         str | None,
@@ -84,12 +87,12 @@ def run(
     batches = options.parse_numbers(batch_size, "--batch-size")
     if min(batches) < 1:
         raise ConfigError(f"--batch-size {batch_size!r}: a batch has at least one image.")
-    config = _configuration(preset, checkpoint, settings or [])
+    config = _configuration(preset, checkpoint, settings or [], image_size)
     if what == "attention":
         rows = _attention(
             console,
             config,
-            sides=options.parse_numbers(sides, "--sides") if sides else None,
+            sides=options.parse_sizes(sides, "--sides"),
             windows=options.parse_numbers(windows, "--windows") if windows else [0, 7],
             batches=batches,
             repeats=repeats,
@@ -128,7 +131,9 @@ def run(
     console.finish({"what": what, "model": config.name, "rows": rows, "machine": describe_machine(), "plot": plot})
 
 
-def _configuration(preset: str | None, checkpoint: Path | None, settings: list[str]) -> RunConfig:
+def _configuration(
+    preset: str | None, checkpoint: Path | None, settings: list[str], image_size: str | None
+) -> RunConfig:
     from mvar_cli.commands.plan import resolve
     from mvar_core.config import RunConfig
     from mvar_core.sections import validate
@@ -137,7 +142,7 @@ def _configuration(preset: str | None, checkpoint: Path | None, settings: list[s
         raise ConfigError(
             "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."
         )
-    config = resolve(preset, checkpoint, settings)
+    config = resolve(preset, checkpoint, settings, image_size)
     if config.transformer is None:
         raise ConfigError(f"{config.name} is a tokenizer without a transformer.", "Give a model that can sample.")
     if isinstance(config, RunConfig):
@@ -284,7 +289,7 @@ def _attention(
     console: Console,
     config: RunConfig,
     *,
-    sides: list[int] | None,
+    sides: list[PatchSize] | None,
     windows: list[int],
     batches: Sequence[int],
     repeats: int,
@@ -302,10 +307,10 @@ def _attention(
     for window in windows:
         if window < 0 or (window and window % 2 == 0):
             raise ConfigError(f"--windows holds {window}; a window is odd, and 0 is the whole scale.")
-    grids: list[Any] = list(sides or [])
+    grids = sides
     if not grids:
-        own = [grid for grid in config.pyramid if min(grid) >= 8] or [config.pyramid.latent_grid]
-        grids = [grid.height if grid.height == grid.width else tuple(grid) for grid in own]
+        patches = config.pyramid.patch_sizes
+        grids = [size for size, grid in zip(patches, config.pyramid, strict=True) if min(grid) >= 8] or [patches[-1]]
     names = [name for name, reason in available_backends(device, dtype) if reason is None and name != "reference"]
     if machine[2] != "auto":
         names = list(dict.fromkeys(["dense", machine[2]]))
@@ -328,8 +333,8 @@ def _attention(
                 progress=lambda note: progress(next(started), total, note),
             )
     for row in rows:
-        side = row["side"] if isinstance(row["side"], int) else "×".join(map(str, row["side"]))
-        row["name"] = f"{row['backend']}, side {side}, {'window ' + str(row['window']) if row['window'] else 'whole'}"
+        seen = f"window {row['window']}" if row["window"] else "whole"
+        row["name"] = f"{row['backend']}, side {side_name(row['side'])}, {seen}"
         row["batch_size"] = row["batch"]
         row["images_per_second"] = row["batch"] / row["seconds"] if row["seconds"] else None
         row["peak_memory_bytes"] = row["peak_bytes"]
@@ -341,7 +346,7 @@ def _attention(
         [
             (
                 row["batch"],
-                str(row["side"]),
+                side_name(row["side"]),
                 str(row["window"] or "whole"),
                 row["backend"],
                 None if row["seconds"] is None else 1000 * row["seconds"],

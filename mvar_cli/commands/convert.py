@@ -28,9 +28,16 @@ def run(
         Path | None, typer.Option("--tokenizer", metavar="FILE", help="Published VQVAE. Default: the one beside it.")
     ] = None,
     kind: Annotated[str | None, typer.Option("--kind", metavar="var|mvar", help="Default: as the file says.")] = None,
-    pyramid: Annotated[str | None, typer.Option("--pyramid", metavar="1,2,…", help="Sides of the scales.")] = None,
+    pyramid: Annotated[
+        str | None, typer.Option("--pyramid", metavar="1,2,3x4…", help="Sides of the scales, or height x width.")
+    ] = None,
     windows: Annotated[
-        str | None, typer.Option("--windows", metavar="K|K,K,…", help="Window of the last two scales, or of each.")
+        str | None,
+        typer.Option(
+            "--windows",
+            metavar="K|K,K,…|auto",
+            help="Window of the last two scales, of each, or of those where it pays.",
+        ),
     ] = None,
     scale_prefixes: Annotated[
         str | None, typer.Option("--scale-prefixes", metavar="1|2|3|all", help="Scales that a token sees.")
@@ -63,7 +70,7 @@ def run(
         _export(console, model, kind, out, overwrite, dry_run)
         return
     choices = {
-        "patch_sizes": options.parse_numbers(pyramid, "--pyramid") if pyramid else None,
+        "patch_sizes": options.parse_sizes(pyramid, "--pyramid"),
         "windows": options.parse_windows(windows),
         "scale_prefixes": options.parse_prefixes(scale_prefixes),
     }

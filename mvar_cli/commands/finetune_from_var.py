@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mvar_cli import options
 from mvar_cli.commands.train import TrainRequest, execute
 from mvar_core.errors import CheckpointError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mvar_core.scales import PatchSize
 
 EXAMPLE = "mvar finetune-from-var --var-checkpoint var_d16.pth --tokens T --out ft"
 CLASSES = ("auto", "keep", "resize", "reinit")
@@ -31,13 +34,18 @@ def run(
     tokens: options.Tokens = None,
     data: options.OptionalData = None,
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     scale_prefixes: Annotated[
         str | None,
         typer.Option("--scale-prefixes", metavar="1|2|3|all", help="Scales that a token sees. Default: preset, or 1."),
     ] = None,
     windows: Annotated[
         str | None,
-        typer.Option("--windows", metavar="K|K,K,…", help="Window of the last two scales, or of each."),
+        typer.Option(
+            "--windows",
+            metavar="K|K,K,…|auto",
+            help="Window of the last two scales, of each, or of those where it pays.",
+        ),
     ] = None,
     classes: Annotated[
         str,
@@ -50,7 +58,7 @@ def run(
     ] = "auto",
     pyramid: Annotated[
         str | None,
-        typer.Option("--pyramid", metavar="1,2,…", help="Sides of a .pth file's scales, if not published ones."),
+        typer.Option("--pyramid", metavar="1,2,3x4…", help="Sizes of a .pth file's scales, if not published ones."),
     ] = None,
     steps: options.Steps = None,
     epochs: options.Epochs = None,
@@ -79,16 +87,17 @@ def run(
     """Train an MVAR that starts from VAR weights; which token sees which follows from the options, never from the file.
 
     Without a preset, sizes and pyramid are read off the weights, a token sees its own scale alone and windows of 7 on
-    the last two scales, and training is as published for fine-tuning. The tokenizer is the VAR's own unless
-    --checkpoint names another. Running the same command again goes on where it stopped.
+    the last two scales (in large pyramids wherever they pay), and training is as published for fine-tuning. For another
+    pyramid, which --image-size or a preset asks for, positions are interpolated scale by scale. The tokenizer is the
+    VAR's own unless --checkpoint names another. Running the same command again goes on where it stopped.
     """
     if classes not in CLASSES:
         raise ConfigError(f"--classes {classes!r} is not known. {nearest(classes, CLASSES)}")
     if preset is None and any(setting.startswith(("transformer.", "tokenizer.")) for setting in settings or ()):
         raise ConfigError("Without a preset, sizes are read off the weights.", "Leave out --set transformer.*.")
     is_file = var_checkpoint.is_file()
-    sides = options.parse_numbers(pyramid, "--pyramid") if pyramid else None
-    with start_directory(var_checkpoint, tokenizer, out, sides, kept=not dry_run) as start:
+    sizes = options.parse_sizes(pyramid, "--pyramid")
+    with start_directory(var_checkpoint, tokenizer, out, sizes, kept=not dry_run) as start:
         request = TrainRequest(
             preset=preset,
             checkpoint=checkpoint or start,
@@ -96,6 +105,7 @@ def run(
             tokens=tokens,
             data=data,
             settings=tuple(settings or ()),
+            image_size=options.parse_size(image_size, "--image-size"),
             steps=steps,
             epochs=epochs,
             batch_size=batch_size,
@@ -130,7 +140,7 @@ def run(
 
 @contextmanager
 def start_directory(
-    checkpoint: Path, tokenizer: Path | None, out: Path, sides: list[int] | None, kept: bool
+    checkpoint: Path, tokenizer: Path | None, out: Path, sizes: list[PatchSize] | None, kept: bool
 ) -> Iterator[Path]:
     """The model directory to start from: the one given, or of a published file one made by the first process.
 
@@ -138,7 +148,7 @@ def start_directory(
         checkpoint: A model directory or a published file.
         tokenizer: The published tokenizer, or None for the one beside the file.
         out: The run.
-        sides: The file's pyramid, where it is not a published one.
+        sizes: The file's pyramid, where it is not a published one.
         kept: Whether it stays, for the run to be resumed without converting again.
 
     Raises:
@@ -160,7 +170,7 @@ def start_directory(
         if first and not (directory / "config.json").is_file():
             directory.parent.mkdir(parents=True, exist_ok=True)
             with atomic_directory(directory) as temporary:
-                import_official(checkpoint, tokenizer, temporary, kind="var", patch_sizes=sides)
+                import_official(checkpoint, tokenizer, temporary, kind="var", patch_sizes=sizes)
         while not (directory / "config.json").is_file():  # should the first process fail, its launcher ends this one
             time.sleep(0.2)
         made_from = read_model_config(directory).provenance.get("source")

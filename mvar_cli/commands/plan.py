@@ -22,6 +22,7 @@ def run(
     preset: options.Preset = None,
     checkpoint: options.OptionalCheckpoint = None,
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -44,12 +45,12 @@ def run(
     follow the MVAR paper's convention; memory is a prediction.
     """
     console = Console(as_json)
-    if listing or (preset is None and checkpoint is None and not settings):
+    if listing or (preset is None and checkpoint is None and not settings and image_size is None):
         _list_presets(console)
         return
     from mvar_cli.costs import cost_of, show_cost
 
-    config = resolve(preset, checkpoint, settings or [])
+    config = resolve(preset, checkpoint, settings or [], image_size)
     cost = cost_of(
         config,
         batch_size=batch_size,
@@ -63,16 +64,18 @@ def run(
     console.finish(cost.to_dict())
 
 
-def resolve(preset: str | None, checkpoint: Path | None, settings: list[str]) -> ModelConfig:
+def resolve(
+    preset: str | None, checkpoint: Path | None, settings: list[str], image_size: str | None = None
+) -> ModelConfig:
     """The configuration of a preset, or of a model directory."""
     from mvar_core.errors import ConfigError
     from mvar_core.presets import load_config
 
     if checkpoint is None:
-        return load_config(preset, settings)
-    if preset is not None or settings:
+        return load_config(preset, settings, {"image_size": options.parse_size(image_size, "--image-size")})
+    if preset is not None or settings or image_size is not None:
         raise ConfigError(
-            "--checkpoint brings its own configuration.", "Leave out --preset and --set, or --checkpoint."
+            "--checkpoint brings its own configuration.", "Leave out --preset, --set and --image-size, or --checkpoint."
         )
     from mvar_core.models.directory import read_model_config
 

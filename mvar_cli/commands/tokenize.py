@@ -28,6 +28,7 @@ def run(
     ] = None,
     preset: options.Preset = None,
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     skip_bad: Annotated[
@@ -46,8 +47,8 @@ def run(
     """Turn images into a cache of token indices, which is what training reads.
 
     Views (mirrored, cropped, slightly moved) follow data.* of the preset or of --set. A preset's image_size and
-    patch_sizes replace the tokenizer's own. Running the same command again goes on where it stopped. Under torchrun the
-    processes share the work.
+    patch_sizes, or --image-size, replace the tokenizer's own. Running the same command again goes on where it stopped.
+    Under torchrun the processes share the work.
     """
     from mvar_core.config import ModelConfig
     from mvar_core.models.directory import read_model_config
@@ -55,9 +56,13 @@ def run(
     from mvar_core.sections import validate
 
     tokenizer = read_model_config(checkpoint)
-    run_config = load_config(preset, settings or [], {"data": {"flip": flip, "crops": crops}})
+    own = {"tokenizer": tokenizer.tokenizer.model_dump()}
+    base = {**own, "image_size": tokenizer.image_size, "patch_sizes": tokenizer.patch_sizes}
+    flags = {"image_size": options.parse_size(image_size, "--image-size"), "data": {"flip": flip, "crops": crops}}
+    run_config = load_config(preset, settings or [], {**flags, **own}, base=base)
     config = tokenizer
-    if preset is not None or any(setting.startswith(("image_size", "patch_sizes")) for setting in settings or []):
+    asked = any(setting.startswith(("image_size", "patch_sizes")) for setting in settings or [])
+    if preset is not None or image_size is not None or asked:
         sizes = {"image_size": run_config.image_size, "patch_sizes": run_config.patch_sizes}
         values = {"name": tokenizer.name, "tokenizer": tokenizer.tokenizer.model_dump(), "transformer": None, **sizes}
         config = validate(ModelConfig, values, str(checkpoint))

@@ -16,6 +16,7 @@ from mvar_core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from mvar_cli.processes import Processes
     from mvar_core.config import RunConfig
+    from mvar_core.scales import PatchSize
 
 EXAMPLE = "mvar train --preset digits --tokens tokens --checkpoint tokenizer --out mvar"
 
@@ -27,6 +28,7 @@ def run(
     tokens: options.Tokens = None,
     data: options.OptionalData = None,
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     steps: options.Steps = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
@@ -63,6 +65,7 @@ def run(
         tokens=tokens,
         data=data,
         settings=tuple(settings or ()),
+        image_size=options.parse_size(image_size, "--image-size"),
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
@@ -102,6 +105,7 @@ class TrainRequest:
         classes: What becomes of the start's class table.
         scale_prefixes: Scales that a token sees, where not as the preset says.
         windows: One for all windowed scales or one per scale, likewise.
+        image_size: Side, or (height, width), where not as the preset says; the pyramid follows.
     """
 
     preset: str | None
@@ -126,7 +130,8 @@ class TrainRequest:
     start_file: Path | None = None
     classes: str = "auto"
     scale_prefixes: int | str | None = None
-    windows: int | list[int] | None = None
+    windows: int | list[int] | str | None = None
+    image_size: PatchSize | None = None
 
     def configuration(self) -> RunConfig:
         """Preset, settings and flags, merged.
@@ -144,22 +149,21 @@ class TrainRequest:
         settings = [*self.settings, "train.steps=null"] if self.epochs is not None else self.settings
         train = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size, **self.loop}
         attention = {"scale_prefixes": self.scale_prefixes, "windows": self.windows}
-        flags = {"seed": self.seed, "train": train, "attention": attention}
+        flags = {"seed": self.seed, "image_size": self.image_size, "train": train, "attention": attention}
         return load_config(self.preset, settings, flags, base=None if self.preset else self._read_off_the_start())
 
     def _read_off_the_start(self) -> dict[str, Any]:
         """The start's model with MVAR's attention, and the published settings of fine-tuning."""
         from mvar_core.models.directory import read_model_config
-        from mvar_core.scales import spread_window
+        from mvar_core.scales import mvar_windows
 
         assert self.start is not None
         source = read_model_config(self.start)
         values = source.model_dump(mode="json", exclude={"provenance", "class_names", "attention"})
-        windows = spread_window(7, (0,) * source.pyramid.num_scales)
         return {
             **values,
             "name": f"{source.name}-ft",
-            "attention": {"scale_prefixes": 1, "windows": list(windows)},
+            "attention": {"scale_prefixes": 1, "windows": list(mvar_windows(source.pyramid))},
             "train": {"epochs": 80},
         }
 

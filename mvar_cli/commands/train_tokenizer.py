@@ -22,6 +22,7 @@ def run(
     data: options.Data,
     out: options.Out,
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")] = None,
     batch_size: options.BatchSize = None,
     seed: options.OptionalSeed = None,
@@ -75,7 +76,8 @@ def run(
         "tensorboard": tensorboard,
         "wandb": wandb,
     }
-    config = load_config(preset, settings or [], {"seed": seed, "train_tokenizer": train})
+    size = options.parse_size(image_size, "--image-size")
+    config = load_config(preset, settings or [], {"seed": seed, "image_size": size, "train_tokenizer": train})
     config = config.model_copy(update={"transformer": None})
 
     from mvar_core.data.images import open_images
@@ -159,6 +161,5 @@ def _show(console: Console, config: RunConfig, result: TokenizerTrainResult, spe
             )
         ],
     )
-    sides = [str(size) for size in config.patch_sizes]
     usage = [f"{part:.1%}" for part in result.usage_per_scale]
-    console.table("codes used, per scale", ("side", *sides), [("part of the codebook", *usage)])
+    console.table("codes used, per scale", ("side", *config.pyramid.names), [("part of the codebook", *usage)])

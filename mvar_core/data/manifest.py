@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mvar_core.config import PatchSize
 from mvar_core.errors import DataError
 from mvar_core.files import read_json, sha256_of_file
+from mvar_core.scales import PatchSize
 from mvar_core.train_config import DataConfig
 
 MANIFEST = "manifest.json"

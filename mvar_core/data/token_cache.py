@@ -140,8 +140,8 @@ class TokenCache:
             )
         if self.pyramid.patch_sizes != pyramid.patch_sizes:
             raise DataError(
-                f"{self.path} was made for another pyramid: {sides(self.pyramid)} there, {sides(pyramid)} in this"
-                " model.",
+                f"{self.path} was made for another pyramid: {self.pyramid.spelled} there, {pyramid.spelled} in"
+                " this model.",
                 hint,
             )
 
@@ -173,8 +173,3 @@ def make_command(path: Path, manifest: Manifest) -> str:
     flip = " --flip" if manifest.data.flip else ""
     crops = f" --crops {manifest.data.crops}" if manifest.data.crops > 1 else ""
     return f"mvar tokenize --checkpoint TOKENIZER --data {manifest.source}{flip}{crops} --out {path} --overwrite"
-
-
-def sides(pyramid: ScalePyramid) -> str:
-    """A pyramid as messages write it."""
-    return ",".join(map(str, pyramid.patch_sizes))

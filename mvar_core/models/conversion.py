@@ -26,7 +26,7 @@ def import_official(
     *,
     kind: official.Kind | None = None,
     patch_sizes: Sequence[int | tuple[int, int]] | None = None,
-    windows: Sequence[int] | int | None = None,
+    windows: Sequence[int] | int | str | None = None,
     scale_prefixes: ScalePrefixes | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ModelConfig:
@@ -38,7 +38,7 @@ def import_official(
         out: The directory.
         kind: See `official.infer_config`, as for the next three.
         patch_sizes: The pyramid.
-        windows: One per scale, or one for the last two.
+        windows: One per scale, one for the last two, or auto (auto:K) for the scales where it pays.
         scale_prefixes: How many scales a token sees.
         dtype: Of the weights; quantizer and head stay in float32.
 

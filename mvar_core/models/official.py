@@ -25,7 +25,7 @@ from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.presets import presets_directory
-from mvar_core.scales import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, spread_window
+from mvar_core.scales import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, auto_windows, mvar_windows, spread_window
 
 Kind = Literal["var", "mvar"]
 State = dict[str, Tensor]
@@ -90,7 +90,7 @@ def convert(
     *,
     kind: Kind | None = None,
     patch_sizes: Sequence[int | tuple[int, int]] | None = None,
-    windows: Sequence[int] | int | None = None,
+    windows: Sequence[int] | int | str | None = None,
     scale_prefixes: ScalePrefixes | None = None,
 ) -> Converted:
     """Read published files; see `infer_config` for what is inferred where it is not given.
@@ -141,7 +141,7 @@ def infer_config(
     kind: Kind,
     *,
     patch_sizes: Sequence[int | tuple[int, int]] | None = None,
-    windows: Sequence[int] | int | None = None,
+    windows: Sequence[int] | int | str | None = None,
     scale_prefixes: ScalePrefixes | None = None,
     name: str | None = None,
 ) -> ModelConfig:
@@ -151,9 +151,9 @@ def infer_config(
         transformer: Published transformer state, or None for a tokenizer alone.
         tokenizer: Published VQVAE state.
         kind: Decides the attention where it is not given: VAR sees all scales whole; MVAR sees its own scale alone, in
-            windows of 7 on the last two scales.
+            windows of 7 on the last two scales and, in large pyramids, wherever else they pay.
         patch_sizes: The pyramid; None for a published one.
-        windows: One per scale, or one number for the last two.
+        windows: One per scale, one number for the last two, or auto (auto:K) for the scales where it pays.
         scale_prefixes: How many scales a token sees.
         name: What the model is called.
 
@@ -174,8 +174,8 @@ def infer_config(
         found = (_shape(transformer, "lvl_embed.weight")[0], _shape(transformer, "pos_1LC")[1])
         if (pyramid.num_scales, pyramid.num_tokens) != found:
             raise ConfigError(
-                f"--pyramid {pyramid} has {pyramid.num_scales} scales and {pyramid.num_tokens} tokens, but the file was"
-                f" trained with {found[0]} scales and {found[1]} tokens."
+                f"--pyramid {pyramid.spelled} has {pyramid.num_scales} scales and {pyramid.num_tokens} tokens, but the"
+                f" file was trained with {found[0]} scales and {found[1]} tokens."
             )
         vocabulary, latent = _shape(transformer, "head.weight")[0], _shape(transformer, "word_embed.weight")[1]
         if (vocabulary, latent) != (tokenizer_config.codebook_size, tokenizer_config.latent_channels):
@@ -184,9 +184,11 @@ def infer_config(
                 f" {tokenizer_config.codebook_size} × {tokenizer_config.latent_channels}: they do not belong together."
             )
     if windows is None:
-        windows = 7 if kind == "mvar" else 0
+        windows = mvar_windows(ScalePyramid.from_patch_sizes(sizes)) if kind == "mvar" else 0
     if isinstance(windows, int):
         windows = spread_window(windows, (0,) * len(sizes))
+    elif isinstance(windows, str):
+        windows = auto_windows(windows, ScalePyramid.from_patch_sizes(sizes))
     latent_grid = ScalePyramid.from_patch_sizes(sizes).latent_grid
     height, width = (side * tokenizer_config.downsample for side in latent_grid)
     if scale_prefixes is None:
@@ -318,7 +320,7 @@ def _infer_patch_sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
             return sides
     raise CheckpointError(
         f"the file was trained with {scales} scales and {tokens} tokens, which is none of the published pyramids.",
-        "Convert it with its sides: mvar convert --pyramid 1,2,3,4 …",
+        "Convert it with its sizes: mvar convert --pyramid 1,2,3x4 …",
     )
 
 

@@ -105,12 +105,16 @@ class TokenCache:
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
         images, views = np.divmod(chosen, self.num_views)
+        return self.tokens_of(images, views), torch.from_numpy(self.labels[images])
+
+    def tokens_of(self, images: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+        """Tokens int64 (B, L) of some views of some images of the manifest."""
         shards = np.searchsorted(self._starts, images, side="right") - 1
-        tokens = np.empty((len(chosen), self.pyramid.num_tokens), np.int64)
+        tokens = np.empty((len(images), self.pyramid.num_tokens), np.int64)
         for shard in np.unique(shards):
             here = shards == shard
             tokens[here] = self._map(int(shard))[images[here] - self._starts[shard], views[here]]
-        return torch.from_numpy(tokens), torch.from_numpy(self.labels[images])
+        return torch.from_numpy(tokens)
 
     def item_name(self, row: int) -> str:
         """Path or id of the image that a row was made from; reads the names of its shard."""
@@ -166,6 +170,57 @@ class TokenCache:
                 f"{path} holds {tokens.dtype} {tokens.shape}; its manifest says {self.manifest.dtype} {expected}."
             )
         return self._maps.setdefault(number, tokens)
+
+
+class TokenCachePart(TokenCache):
+    """Some images of a cache, with all of their views, read as if there were no others.
+
+    Args:
+        cache: The whole cache.
+        images: Numbers of the images, in the order in which they are numbered here.
+    """
+
+    def __init__(self, cache: TokenCache, images: NDArray[np.int64]):
+        super().__init__(cache.path, cache.manifest)
+        self.images = np.asarray(images, np.int64)
+        self.labels = self.labels[self.images]
+
+    @property
+    def num_images(self) -> int:
+        """Number of images of this part."""
+        return len(self.images)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The tokens and labels of some rows of this part; see `TokenCache.batch`."""
+        chosen = np.asarray(rows, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
+            raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
+        images, views = np.divmod(chosen, self.num_views)
+        return self.tokens_of(self.images[images], views), torch.from_numpy(self.labels[images])
+
+    def item_name(self, row: int) -> str:
+        """Path or id of the image that a row was made from."""
+        image, view = divmod(row, self.num_views)
+        return super().item_name(int(self.images[image]) * self.num_views + view)
+
+
+def split_off(cache: TokenCache, part: float, seed: int) -> tuple[TokenCachePart, TokenCachePart]:
+    """A cache in two: what is trained on, and images held out to measure on, which no view of training shows.
+
+    Args:
+        cache: The cache.
+        part: Part of the images that is held out; at least one image is, and at least one is not.
+        seed: Decides which.
+
+    Raises:
+        DataError: A single image cannot be split.
+    """
+    count = cache.num_images
+    if count < 2:
+        raise DataError(f"{cache.path} holds {count} images: none can be held out.", "Give --validation CACHE.")
+    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(count)
+    held = min(count - 1, max(1, round(part * count)))
+    return TokenCachePart(cache, np.sort(order[held:])), TokenCachePart(cache, np.sort(order[:held]))
 
 
 def make_command(path: Path, manifest: Manifest) -> str:

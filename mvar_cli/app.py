@@ -42,6 +42,7 @@ COMMANDS = (
     CommandEntry("sample", "sample", "Draw class-conditional images.", "Use", True),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
+    CommandEntry("ablate", "ablate", "What scale prefixes and windows cost in quality, over seeds.", "Use"),
     CommandEntry("bench", "bench", "Measure VAR against MVAR in one run: time, memory, stages.", "Use"),
     CommandEntry("convert", "convert", "Published .pth files to a model directory, and back.", "Use"),
 )

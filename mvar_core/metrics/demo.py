@@ -177,7 +177,7 @@ class DemoExtractor:
     """Features of a demo classifier; its classes take the place of Inception's in the inception score.
 
     Args:
-        classifier: The network.
+        classifier: The network; it can be asked for again as `classifier`.
         device: Where it runs.
     """
 
@@ -186,7 +186,7 @@ class DemoExtractor:
 
     def __init__(self, classifier: DemoClassifier, device: torch.device | str = "cpu"):
         self._device = torch.device(device)
-        self._classifier = classifier.to(self._device).eval()
+        self.classifier = classifier.to(self._device).eval()
         self.weights_hash = classifier.weights_hash
         self.dim = FEATURES
 
@@ -197,8 +197,8 @@ class DemoExtractor:
         Raises:
             DataError: Not uint8 images of the classifier's size.
         """
-        pool = self._classifier.features(images.to(self._device))
-        return Features(pool.cpu(), self._classifier.head(pool).cpu())
+        pool = self.classifier.features(images.to(self._device))
+        return Features(pool.cpu(), self.classifier.head(pool).cpu())
 
 
 def train_classifier(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -21,7 +23,10 @@ from mvar_core.models.compilation import check_compiler, compile_for_sampling
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.pixels import to_uint8
 from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.sampling.budget import DECODED_AT_ONCE
+from mvar_core.sampling.editing import KeptTokens, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import ImageSampler, Samples, join_samples
 from mvar_core.sampling.settings import DrawOptions, GivenSettings, sampling_settings
 
@@ -189,13 +194,14 @@ class Pipeline:
         """
         return sampling_settings(self.config, **given)
 
-    def sample(self, labels: Labels, **options: Unpack[DrawOptions]) -> Samples:
+    def sample(self, labels: Labels, *, kept: KeptTokens | None = None, **options: Unpack[DrawOptions]) -> Samples:
         """Class-conditional images.
 
         A sample depends on (seed, its global index, class, settings, weights) alone.
 
         Args:
             labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class".
+            kept: Tokens of given images, one for each sample, which stay where it says so; see `edit`.
             **options: By name: cfg, top_k, top_p, more_smooth, cfg_schedule and cfg_scales, of which those not given
                 are as the model recommends; seed, indices, batch_size, memory, stages and progress. What each means
                 stands in mvar_core.sampling.settings.
@@ -203,9 +209,11 @@ class Pipeline:
         Raises:
             ConfigError: A label that does not exist, a setting out of range, or too little memory for one image.
         """
-        return join_samples(list(self.stream(labels, **options)), self.config)
+        return join_samples(list(self.stream(labels, kept=kept, **options)), self.config)
 
-    def stream(self, labels: Labels, **options: Unpack[DrawOptions]) -> Iterator[Samples]:
+    def stream(
+        self, labels: Labels, *, kept: KeptTokens | None = None, **options: Unpack[DrawOptions]
+    ) -> Iterator[Samples]:
         """`sample`, a batch at a time: what was given is not held.
 
         Yields:
@@ -214,11 +222,78 @@ class Pipeline:
         Raises:
             ConfigError: As `sample`; before anything is drawn.
         """
-        return self._draw(labels, **options)
+        return self._draw(labels, kept, **options)
+
+    def edit(
+        self,
+        images: Float[Tensor, "N 3 H W"],
+        mask: Tensor | np.ndarray,
+        *,
+        labels: Labels | None = None,
+        keep: Literal["inside", "outside"] = "outside",
+        num: int = 1,
+        coverage: float = 0.5,
+        paste: bool = False,
+        **options: Unpack[DrawOptions],
+    ) -> Samples:
+        """Draw a part of given images anew: in-painting, out-painting and class-conditional editing, zero-shot.
+
+        The images' tokens stay, at every scale, where the mask says so (mvar_core.sampling.editing), and the rest is
+        drawn around them. Any model does it, VAR or MVAR, without having been trained to. `Samples.kept` tells which
+        tokens stayed; they are those of `encode`.
+
+        Args:
+            images: In [-1, 1], of the model's size.
+            mask: Boolean, (H, W) for all images or (N, H, W).
+            labels: One class per image to draw towards; None draws without a class (and so without guidance).
+            keep: What stays: "outside" fills the mask (in-painting), "inside" draws around it (out-painting).
+            num: Variants of each image, one after the other in what is returned.
+            coverage: How much of a coarser scale's cell must stay for its token to stay: above 0, at most 1.
+            paste: Lay the given pixels over the drawn ones where the mask keeps them, bit-equal to `to_uint8` of them.
+                Without it, images are as decoded.
+            **options: As of `sample`.
+
+        Raises:
+            DataError: Images or a mask of another size than the model's.
+            ConfigError: As `sample`; another `keep`; a coverage out of range.
+        """
+        pixels = kept_pixels(self._checked_mask(mask, len(images)), keep)
+        kept = self.kept_tokens(images, pixels, coverage).repeated(num)
+        conditions = torch.as_tensor(labels) if labels is not None else self.no_class(len(images))
+        if labels is None:
+            options["cfg"], options["cfg_schedule"] = 0.0, "linear"
+        drawn = self.sample(conditions.repeat_interleave(num, dim=0), kept=kept, **options)
+        if not paste:
+            return drawn
+        given = to_uint8(images.cpu()).repeat_interleave(num, dim=0)
+        stays = pixels.expand(len(images), -1, -1).repeat_interleave(num, dim=0)
+        return replace(drawn, images=pasted(drawn.images, given, stays))
+
+    def kept_tokens(
+        self, images: Float[Tensor, "N 3 H W"], pixels: Bool[Tensor, "*M h w"], coverage: float = 0.5
+    ) -> KeptTokens:
+        """Tokens of given images, and which of them stay where these pixels do; what `sample` takes as `kept`.
+
+        Args:
+            images: In [-1, 1], of the model's size.
+            pixels: Where pixels stay, for all images or one for each.
+            coverage: As of `edit`.
+        """
+        stays = kept_tokens(pixels, self.config.pyramid, coverage).expand(len(images), -1)
+        # A few at a time, as they are decoded: on a CPU one, so that an image's tokens never depend on the others.
+        at_once = DECODED_AT_ONCE.get(self.device.type, 1)
+        encoded = [self.encode(part).cpu() for part in images.split(at_once)] if len(images) else []
+        tokens = torch.cat(encoded) if encoded else torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long)
+        return KeptTokens(tokens, stays)
+
+    def no_class(self, count: int) -> Tensor:
+        """So many conditions that say nothing: what images without a class are drawn by."""
+        return self.transformer.conditioner.null(count)
 
     def _draw(
         self,
         labels: Labels,
+        kept: KeptTokens | None = None,
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
@@ -238,9 +313,24 @@ class Pipeline:
                 raise ConfigError(
                     f"class {label} does not exist; the model has classes 0 … {self.transformer.no_class - 1}."
                 )
+        if kept is not None:
+            if len(kept) != len(labels):
+                raise ConfigError(f"there are {len(labels)} labels but kept tokens of {len(kept)} images.")
+            kept = KeptTokens(self._checked(kept.tokens_NL), kept.kept_NL)
         sampler = ImageSampler(self.config, self.transformer, self._tokenizer, self.attention)
         sizes = sampler.micro_batches(len(labels), settings, batch_size=batch_size, memory=memory, stages=stages)
-        return sampler.stream(labels, indices, seed, settings, sizes, stages=stages, progress=progress)
+        return sampler.stream(labels, indices, seed, settings, sizes, kept=kept, stages=stages, progress=progress)
+
+    def _checked_mask(self, mask: Tensor | np.ndarray, images: int) -> Tensor:
+        """A boolean mask on the CPU, refused where it does not fit the images."""
+        mask = torch.as_tensor(mask).cpu()
+        shape = self.config.image_shape
+        if mask.dtype != torch.bool or tuple(mask.shape) not in (shape, (images, *shape)):
+            raise DataError(
+                f"the mask is {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}; expected bool of"
+                f" {shape} or {(images, *shape)}."
+            )
+        return mask
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, refused where they cannot be the model's."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
@@ -19,6 +19,7 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pixels import to_uint8
 from mvar_core.sampling.budget import PART_OF_FREE_MEMORY, MicroBatches, choose_micro_batches, free_memory
+from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.sampler import sample_tokens
 
 
@@ -31,12 +32,14 @@ class Samples:
         tokens: int64 (N, L).
         labels: The class label of each sample.
         stages: uint8 (N, S, H, W, 3): each sample decoded after every scale, if asked for.
+        kept: bool (N, L): which tokens are those of a given image, where one was edited.
     """
 
     images: UInt8[Tensor, "N H W 3"]
     tokens: Int[Tensor, "N L"]
     labels: tuple[int, ...]
     stages: UInt8[Tensor, "N S H W 3"] | None = None
+    kept: Bool[Tensor, "N L"] | None = None
 
 
 def join_samples(parts: Sequence[Samples], config: ModelConfig) -> Samples:
@@ -50,11 +53,13 @@ def join_samples(parts: Sequence[Samples], config: ModelConfig) -> Samples:
     if len(parts) == 1:
         return parts[0]
     strips = [part.stages for part in parts if part.stages is not None]
+    kept = [part.kept for part in parts if part.kept is not None]
     return Samples(
         images=torch.cat([part.images for part in parts]),
         tokens=torch.cat([part.tokens for part in parts]),
         labels=tuple(label for part in parts for label in part.labels),
         stages=torch.cat(strips) if strips else None,
+        kept=torch.cat(kept) if kept else None,
     )
 
 
@@ -128,6 +133,7 @@ class ImageSampler:
         settings: SamplingConfig,
         sizes: MicroBatches,
         *,
+        kept: KeptTokens | None = None,
         stages: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Samples]:
@@ -139,12 +145,14 @@ class ImageSampler:
             seed: The run's seed.
             settings: Guidance and filters.
             sizes: From `micro_batches`.
+            kept: Tokens of given images, one for each sample, and which of them stay.
             stages: Also decode each sample after every scale.
             progress: Called as progress(done, total), in images; also while images are on their way.
         """
         report = _Progress(progress, len(labels), self.config.pyramid.num_tokens)
         for start in range(0, len(labels), sizes.images):
             batch = slice(start, min(start + sizes.images, len(labels)))
+            given = kept.rows(batch) if kept is not None else None
             with room_for_shapes(self.transformer):
                 sampled = sample_tokens(
                     self.transformer,
@@ -153,6 +161,7 @@ class ImageSampler:
                     indices[batch],
                     seed,
                     settings,
+                    kept=given,
                     micro_batches=sizes.scales,
                     attention=self.attention,
                     keep_stages=stages,
@@ -165,7 +174,8 @@ class ImageSampler:
                 shape = sampled.stages_NSZhw.shape[:2]
                 strips = self._decode(sampled.stages_NSZhw.flatten(0, 1), sizes.decoder).unflatten(0, shape)
             report.batch_done(batch.stop)
-            yield Samples(images_NHWC, sampled.tokens_NL.cpu(), tuple(labels[batch]), strips)
+            stays = given.kept_NL.cpu() if given is not None else None
+            yield Samples(images_NHWC, sampled.tokens_NL.cpu(), tuple(labels[batch]), strips, stays)
 
     @torch.no_grad()
     def _decode(

@@ -28,6 +28,7 @@ from mvar_core.models.conditioning import Conditioning
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import sample_uniforms
+from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.guidance import (
     draw_most_likely,
     guidance_strengths,
@@ -74,6 +75,7 @@ def sample_tokens(
     seed: int,
     settings: SamplingConfig,
     *,
+    kept: KeptTokens | None = None,
     micro_batches: Sequence[int] | None = None,
     attention: str = "auto",
     keep_stages: bool = False,
@@ -89,6 +91,7 @@ def sample_tokens(
         indices: Global index of each sample; its random stream follows from it and the seed.
         seed: The run's seed.
         settings: Guidance and filters; see `check_settings`.
+        kept: Tokens of given images, one for each sample, which take the place of drawn ones where they stay.
         micro_batches: For each scale how many images go through the transformer in one pass; by default all. Decides
             speed and memory, never the result.
         attention: Attention backend.
@@ -102,7 +105,7 @@ def sample_tokens(
     """
     pyramid = transformer.pyramid
     count = len(labels)
-    run = _Run(transformer, quantizer, labels, indices, seed, settings, attention)
+    run = _Run(transformer, quantizer, labels, indices, seed, settings, attention, kept)
     stages = []
     for scale in range(pyramid.num_scales):
         size = micro_batches[scale] if micro_batches is not None else max(1, count)
@@ -129,6 +132,7 @@ class _Run:
         seed: int,
         settings: SamplingConfig,
         attention: str,
+        kept: KeptTokens | None,
     ):
         self.transformer = transformer
         self.quantizer = quantizer
@@ -138,6 +142,7 @@ class _Run:
         self.attention = attention
         self.pyramid = transformer.pyramid
         device = quantizer.codebook.device
+        self.kept = kept.to(device) if kept is not None else None
         count = len(labels)
         labels_N = torch.tensor(labels, dtype=torch.long, device=device)
         self.strengths = guidance_strengths(settings, self.pyramid)
@@ -181,6 +186,10 @@ class _Run:
         else:
             tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, settings.top_k, settings.top_p)
             embeddings_BlZ = self.quantizer.embed(tokens_Bl)
+        if self.kept is not None:
+            given_Bl, kept_Bl = self.kept.tokens_NL[images, span], self.kept.kept_NL[images, span]
+            tokens_Bl = torch.where(kept_Bl, given_Bl, tokens_Bl)
+            embeddings_BlZ = torch.where(kept_Bl.unsqueeze(-1), self.quantizer.embed(given_Bl), embeddings_BlZ)
         self.tokens_NL[images, span] = tokens_Bl
         self.fhat_NZhw[images] += _increments(self.quantizer, embeddings_BlZ, scale)
 

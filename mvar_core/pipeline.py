@@ -20,6 +20,7 @@ from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.compilation import check_compiler, compile_for_sampling
+from mvar_core.models.conditioning import Conditions
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
@@ -29,8 +30,6 @@ from mvar_core.sampling.budget import DECODED_AT_ONCE
 from mvar_core.sampling.editing import KeptTokens, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import ImageSampler, Samples, join_samples
 from mvar_core.sampling.settings import DrawOptions, GivenSettings, sampling_settings
-
-Labels = Sequence[int] | Tensor | np.ndarray
 
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
 
@@ -177,14 +176,22 @@ class Pipeline:
         return self._tokenizer.decode(self._checked(tokens))
 
     @torch.no_grad()
-    def logits(self, tokens: Int[Tensor, "B L"], labels: Labels) -> Float[Tensor, "B L V"]:
-        """Teacher-forced logits (float32) of every token given the class and the true tokens of earlier scales.
+    def logits(self, tokens: Int[Tensor, "B L"], labels: Conditions) -> Float[Tensor, "B L V"]:
+        """Teacher-forced logits (float32) of every token given the condition and the true tokens of earlier scales.
 
-        No class is dropped.
+        No condition is dropped.
+
+        Args:
+            tokens: Of images, from `encode`.
+            labels: One class label per image, or vectors (B, X) where the model is conditioned on them.
+
+        Raises:
+            ConfigError: Conditions that are not the model's.
+            DataError: Tokens that are not the model's.
         """
         inputs_BLZ = self._tokenizer.quantizer.teacher_forcing_inputs(self._checked(tokens))
-        labels_B = torch.as_tensor(labels, dtype=torch.long, device=self.device)
-        return self.transformer(labels_B, inputs_BLZ, attention=self.attention)
+        conditions = self.transformer.conditioner.read(labels).to(self.device)
+        return self.transformer(conditions, inputs_BLZ, attention=self.attention)
 
     def sampling_settings(self, **given: Unpack[GivenSettings]) -> SamplingConfig:
         """The model's recommended settings with the given ones laid over them; see `sample` for what they are.
@@ -194,25 +201,39 @@ class Pipeline:
         """
         return sampling_settings(self.config, **given)
 
-    def sample(self, labels: Labels, *, kept: KeptTokens | None = None, **options: Unpack[DrawOptions]) -> Samples:
-        """Class-conditional images.
+    def sample(
+        self,
+        labels: Conditions | None = None,
+        *,
+        conditions: Conditions | None = None,
+        kept: KeptTokens | None = None,
+        **options: Unpack[DrawOptions],
+    ) -> Samples:
+        """Images of classes, or of vectors where the model is conditioned on them.
 
-        A sample depends on (seed, its global index, class, settings, weights) alone.
+        A sample depends on (seed, its global index, condition, settings, weights) alone.
 
         Args:
-            labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class".
+            labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class". With `conditions`, what
+                the samples are labelled with.
+            conditions: Vectors (N, X), one per sample; a row of nan stands for none.
             kept: Tokens of given images, one for each sample, which stay where it says so; see `edit`.
             **options: By name: cfg, top_k, top_p, more_smooth, cfg_schedule and cfg_scales, of which those not given
                 are as the model recommends; seed, indices, batch_size, memory, stages and progress. What each means
                 stands in mvar_core.sampling.settings.
 
         Raises:
-            ConfigError: A label that does not exist, a setting out of range, or too little memory for one image.
+            ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
         """
-        return join_samples(list(self.stream(labels, kept=kept, **options)), self.config)
+        return join_samples(list(self.stream(labels, conditions=conditions, kept=kept, **options)), self.config)
 
     def stream(
-        self, labels: Labels, *, kept: KeptTokens | None = None, **options: Unpack[DrawOptions]
+        self,
+        labels: Conditions | None = None,
+        *,
+        conditions: Conditions | None = None,
+        kept: KeptTokens | None = None,
+        **options: Unpack[DrawOptions],
     ) -> Iterator[Samples]:
         """`sample`, a batch at a time: what was given is not held.
 
@@ -222,14 +243,14 @@ class Pipeline:
         Raises:
             ConfigError: As `sample`; before anything is drawn.
         """
-        return self._draw(labels, kept, **options)
+        return self._draw(labels, conditions, kept, **options)
 
     def edit(
         self,
         images: Float[Tensor, "N 3 H W"],
         mask: Tensor | np.ndarray,
         *,
-        labels: Labels | None = None,
+        labels: Conditions | None = None,
         keep: Literal["inside", "outside"] = "outside",
         num: int = 1,
         coverage: float = 0.5,
@@ -245,7 +266,7 @@ class Pipeline:
         Args:
             images: In [-1, 1], of the model's size.
             mask: Boolean, (H, W) for all images or (N, H, W).
-            labels: One class per image to draw towards; None draws without a class (and so without guidance).
+            labels: One class, or vector, per image to draw towards; None draws without any, and so without guidance.
             keep: What stays: "outside" fills the mask (in-painting), "inside" draws around it (out-painting).
             num: Variants of each image, one after the other in what is returned.
             coverage: How much of a coarser scale's cell must stay for its token to stay: above 0, at most 1.
@@ -292,8 +313,9 @@ class Pipeline:
 
     def _draw(
         self,
-        labels: Labels,
-        kept: KeptTokens | None = None,
+        labels: Conditions | None,
+        conditions: Conditions | None,
+        kept: KeptTokens | None,
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
@@ -304,22 +326,32 @@ class Pipeline:
         **given: Unpack[GivenSettings],
     ) -> Iterator[Samples]:
         settings = self.sampling_settings(**given)
-        labels = [int(label) for label in labels]
-        indices = range(len(labels)) if indices is None else indices
-        if len(indices) != len(labels):
-            raise ConfigError(f"there are {len(labels)} labels but {len(indices)} indices.")
-        for label in labels:
-            if not 0 <= label <= self.transformer.no_class:
-                raise ConfigError(
-                    f"class {label} does not exist; the model has classes 0 … {self.transformer.no_class - 1}."
-                )
+        read, marks = self._read(labels, conditions)
+        indices = range(len(read)) if indices is None else indices
+        noun = "labels" if read.ndim == 1 else "vectors"
+        for what, count in (("labels", len(marks)), ("indices", len(indices))):
+            if count != len(read):
+                raise ConfigError(f"there are {len(read)} {noun} but {count} {what}.")
         if kept is not None:
-            if len(kept) != len(labels):
-                raise ConfigError(f"there are {len(labels)} labels but kept tokens of {len(kept)} images.")
+            if len(kept) != len(read):
+                raise ConfigError(f"there are {len(read)} {noun} but kept tokens of {len(kept)} images.")
             kept = KeptTokens(self._checked(kept.tokens_NL), kept.kept_NL)
         sampler = ImageSampler(self.config, self.transformer, self._tokenizer, self.attention)
-        sizes = sampler.micro_batches(len(labels), settings, batch_size=batch_size, memory=memory, stages=stages)
-        return sampler.stream(labels, indices, seed, settings, sizes, kept=kept, stages=stages, progress=progress)
+        sizes = sampler.micro_batches(len(read), settings, batch_size=batch_size, memory=memory, stages=stages)
+        return sampler.stream(
+            read, indices, seed, settings, sizes, labels=marks, kept=kept, stages=stages, progress=progress
+        )
+
+    def _read(self, labels: Conditions | None, conditions: Conditions | None) -> tuple[Tensor, list[int]]:
+        """What samples are conditioned on, and what they are labelled with."""
+        conditioner = self.transformer.conditioner
+        if conditions is not None:
+            read = conditioner.read(conditions)
+            return read, conditioner.labels(read) if labels is None else torch.as_tensor(labels).long().tolist()
+        if labels is None:
+            raise ConfigError("sample takes labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
+        read = conditioner.read(labels)
+        return read, conditioner.labels(read)
 
     def _checked_mask(self, mask: Tensor | np.ndarray, images: int) -> Tensor:
         """A boolean mask on the CPU, refused where it does not fit the images."""

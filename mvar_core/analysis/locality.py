@@ -273,7 +273,7 @@ def measure_locality(
     Args:
         transformer: The model.
         quantizer: Makes the model's inputs from tokens.
-        batches: Pairs of tokens (B, L) and labels (B,), on any device.
+        batches: Pairs of tokens (B, L) and conditions (labels (B,) or vectors), on any device.
         config: The model's configuration.
         keep: Part of the attention that recommended settings must keep.
         attention: Attention backend.
@@ -288,10 +288,10 @@ def measure_locality(
     transformer.eval()
     done = 0
     try:
-        for tokens_BL, labels_B in batches:
+        for tokens_BL, conditions in batches:
             with torch.no_grad():
                 inputs_BLZ = quantizer.teacher_forcing_inputs(tokens_BL.to(device))
-                transformer(labels_B.to(device), inputs_BLZ, attention=attention, probe=probe)
+                transformer(conditions.to(device), inputs_BLZ, attention=attention, probe=probe)
             done += len(tokens_BL)
             if progress is not None:
                 progress(done)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import ModelConfig
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.linear import RowStableLinear
 
 Conditions = Sequence[int] | Sequence[Sequence[float]] | Tensor | np.ndarray
@@ -96,6 +96,18 @@ class Conditioner(nn.Module, ABC):
     def distinct(self, conditions: Tensor) -> tuple[Tensor, Int[Tensor, " B"]]:
         """The different ones among them, U of them, and which of those each row is."""
 
+    @abstractmethod
+    def check_data(self, conditions: Tensor) -> None:
+        """Refuse what comes with tokens to train on where it is no condition of this model.
+
+        Raises:
+            DataError: Says what it is instead.
+        """
+
+    def labels(self, conditions: Tensor) -> list[int]:
+        """The class label of each condition; -1 where it is none."""
+        return [-1] * len(conditions)
+
     def initialise(self, std: float) -> None:
         """Give parameters that are neither linear nor a table their first values, of this standard deviation."""
 
@@ -144,6 +156,26 @@ class ClassConditioner(nn.Embedding, Conditioner):
         """The different labels, sorted, and which of them each row has."""
         labels_U, rows_B = conditions.unique(return_inverse=True)
         return labels_U, rows_B
+
+    def check_data(self, conditions: Tensor) -> None:
+        """Refuse labels above the classes, and what is no label.
+
+        Raises:
+            DataError: Says what it is instead.
+        """
+        if conditions.ndim != 1 or conditions.is_floating_point():
+            raise DataError(
+                f"The tokens come with conditions that are {_described(conditions)}; the model takes class labels."
+            )
+        if int(conditions.max()) >= self.num_classes:
+            raise DataError(
+                f"The tokens hold label {int(conditions.max())}; the model has {self.num_classes} classes.",
+                "Set transformer.num_classes to the number of classes of the data.",
+            )
+
+    def labels(self, conditions: Int[Tensor, " B"]) -> list[int]:
+        """The labels themselves."""
+        return [int(label) for label in conditions]
 
 
 class VectorConditioner(Conditioner):
@@ -208,6 +240,19 @@ class VectorConditioner(Conditioner):
         bits = conditions.cpu().contiguous().view(torch.int32)
         bits_UX, rows_B = bits.unique(dim=0, return_inverse=True)
         return bits_UX.view(torch.float32).to(conditions.device), rows_B.to(conditions.device)
+
+    def check_data(self, conditions: Tensor) -> None:
+        """Refuse labels, and vectors of another length.
+
+        Raises:
+            DataError: Says what they are instead.
+        """
+        if conditions.ndim != 2 or conditions.shape[1] != self.dim or not conditions.is_floating_point():
+            raise DataError(
+                f"The tokens come with conditions that are {_described(conditions)}; the model is conditioned on"
+                f" vectors of {self.dim} numbers.",
+                "Make a cache that holds such vectors: mvar tokenize --words, or --vectors FILE.",
+            )
 
     def initialise(self, std: float) -> None:
         """The embedding that stands for no vector starts as the row of a class table does."""

@@ -1,4 +1,4 @@
-"""From classes to images: batches that advance from scale to scale, then the decoder a few images at a time."""
+"""From conditions to images: batches that advance from scale to scale, then the decoder a few images at a time."""
 
 # Shape suffixes: N images of a batch, L tokens of all scales, S scales, Z latent channels, h w the latent grid,
 # H W pixels, C color channels.
@@ -30,7 +30,7 @@ class Samples:
     Attributes:
         images: uint8 (N, H, W, 3).
         tokens: int64 (N, L).
-        labels: The class label of each sample.
+        labels: The class label of each sample; -1 where a vector was given and no label with it.
         stages: uint8 (N, S, H, W, 3): each sample decoded after every scale, if asked for.
         kept: bool (N, L): which tokens are those of a given image, where one was edited.
     """
@@ -127,12 +127,13 @@ class ImageSampler:
 
     def stream(
         self,
-        labels: Sequence[int],
+        conditions: Tensor,
         indices: Sequence[int],
         seed: int,
         settings: SamplingConfig,
         sizes: MicroBatches,
         *,
+        labels: Sequence[int] | None = None,
         kept: KeptTokens | None = None,
         stages: bool = False,
         progress: Callable[[int, int], None] | None = None,
@@ -140,24 +141,26 @@ class ImageSampler:
         """Samples in order, a batch at a time.
 
         Args:
-            labels: Class label of each sample.
+            conditions: Class label of each sample (N,), or vectors (N, X), as the model is conditioned.
             indices: Global index of each sample; its random stream follows from it and the seed.
             seed: The run's seed.
             settings: Guidance and filters.
             sizes: From `micro_batches`.
+            labels: What the samples are labelled with; by default the conditions that are labels, else -1.
             kept: Tokens of given images, one for each sample, and which of them stay.
             stages: Also decode each sample after every scale.
             progress: Called as progress(done, total), in images; also while images are on their way.
         """
-        report = _Progress(progress, len(labels), self.config.pyramid.num_tokens)
-        for start in range(0, len(labels), sizes.images):
-            batch = slice(start, min(start + sizes.images, len(labels)))
+        labels = self.transformer.conditioner.labels(conditions) if labels is None else labels
+        report = _Progress(progress, len(conditions), self.config.pyramid.num_tokens)
+        for start in range(0, len(conditions), sizes.images):
+            batch = slice(start, min(start + sizes.images, len(conditions)))
             given = kept.rows(batch) if kept is not None else None
             with room_for_shapes(self.transformer):
                 sampled = sample_tokens(
                     self.transformer,
                     self.tokenizer.quantizer,
-                    labels[batch],
+                    conditions[batch],
                     indices[batch],
                     seed,
                     settings,

@@ -10,14 +10,13 @@ decoder on the whole batch. Samples depend on their batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from mvar_core.config import SamplingConfig
 from mvar_core.models.blocks import KeyValueCache
+from mvar_core.models.conditioning import Conditions
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pixels import to_uint8
@@ -28,7 +27,7 @@ from mvar_core.sampling.guidance import guide, keep_top_k, keep_top_p
 def sample_published_style(
     transformer: Transformer,
     tokenizer: VQVAE,
-    labels: Sequence[int],
+    conditions: Conditions,
     settings: SamplingConfig,
     generator: torch.Generator,
     *,
@@ -40,7 +39,7 @@ def sample_published_style(
     Args:
         transformer: In evaluation mode, float32.
         tokenizer: On the same device, float32.
-        labels: One class label per image.
+        conditions: One class label per image, or vectors, as the model is conditioned.
         settings: Guidance and filters.
         generator: Of all draws, on the same device.
         dtype: Of autocast; float32 is none.
@@ -48,9 +47,9 @@ def sample_published_style(
     """
     pyramid, quantizer = transformer.pyramid, tokenizer.quantizer
     device = quantizer.codebook.device
-    labels_B = torch.tensor(labels, dtype=torch.long, device=device)
-    labels_G = torch.cat([labels_B, torch.full_like(labels_B, transformer.no_class)])
-    batch, cache = len(labels), KeyValueCache(len(labels_G))
+    conditioner, batch = transformer.conditioner, len(conditions)
+    conditions_G = torch.cat([conditioner.read(conditions), conditioner.null(batch)]).to(device)
+    cache = KeyValueCache(2 * batch)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         fhat_BZhw = quantizer.empty_features(batch)
         for scale in range(pyramid.num_scales):
@@ -58,7 +57,7 @@ def sample_published_style(
             logits_GlV = transformer.forward_scales(
                 range(scale, scale + 1),
                 torch.cat([inputs_BlZ, inputs_BlZ]),
-                transformer.condition(labels_G),
+                transformer.condition(conditions_G),
                 cache=cache.rows(),
                 attention=attention,
             )

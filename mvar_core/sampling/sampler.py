@@ -1,11 +1,11 @@
-"""Sampling scale by scale: class in, tokens and features f̂ out.
+"""Sampling scale by scale: conditions in, tokens and features f̂ out.
 
 All images advance together from scale to scale; within a scale they are processed in micro-batches, for nothing passes
 between images. Between scales live f̂, the tokens and, where a later scale sees earlier ones, keys and values: so the
 memory of a scale-Markov model hardly grows with the number of images.
 
-A sample depends on (seed, global index, class, settings, weights) alone: it draws from a stream of its own, and nothing
-in a batch mixes samples. On a CPU in float32 this holds to the bit (see also mvar_core.models.linear).
+A sample depends on (seed, global index, condition, settings, weights) alone: it draws from a stream of its own, and
+nothing in a batch mixes samples. On a CPU in float32 this holds to the bit (see also mvar_core.models.linear).
 """
 
 # Shape suffixes: N images, B images of a micro-batch, G those with the unconditional half appended where guidance asks
@@ -24,7 +24,7 @@ from torch import Tensor
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.blocks import KeyValueCache
-from mvar_core.models.conditioning import Conditioning
+from mvar_core.models.conditioning import Conditioning, Conditions
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import sample_uniforms
@@ -70,7 +70,7 @@ def check_settings(settings: SamplingConfig, config: ModelConfig) -> None:
 def sample_tokens(
     transformer: Transformer,
     quantizer: MultiScaleQuantizer,
-    labels: Sequence[int],
+    conditions: Conditions,
     indices: Sequence[int],
     seed: int,
     settings: SamplingConfig,
@@ -87,7 +87,7 @@ def sample_tokens(
     Args:
         transformer: In evaluation mode.
         quantizer: The tokenizer's, on the same device.
-        labels: Class label of each sample.
+        conditions: Class label of each sample, or vectors (N, X), as the model is conditioned.
         indices: Global index of each sample; its random stream follows from it and the seed.
         seed: The run's seed.
         settings: Guidance and filters; see `check_settings`.
@@ -104,8 +104,8 @@ def sample_tokens(
         ConfigError: The settings do not fit the model.
     """
     pyramid = transformer.pyramid
-    count = len(labels)
-    run = _Run(transformer, quantizer, labels, indices, seed, settings, attention, kept)
+    count = len(conditions)
+    run = _Run(transformer, quantizer, conditions, indices, seed, settings, attention, kept)
     stages = []
     for scale in range(pyramid.num_scales):
         size = micro_batches[scale] if micro_batches is not None else max(1, count)
@@ -127,7 +127,7 @@ class _Run:
         self,
         transformer: Transformer,
         quantizer: MultiScaleQuantizer,
-        labels: Sequence[int],
+        conditions: Conditions,
         indices: Sequence[int],
         seed: int,
         settings: SamplingConfig,
@@ -143,15 +143,15 @@ class _Run:
         self.pyramid = transformer.pyramid
         device = quantizer.codebook.device
         self.kept = kept.to(device) if kept is not None else None
-        count = len(labels)
-        labels_N = torch.tensor(labels, dtype=torch.long, device=device)
+        count = len(conditions)
         self.strengths = guidance_strengths(settings, self.pyramid)
         self.runs_both = unconditional_scales(self.strengths, transformer.first_visible)
-        classes = torch.cat([labels_N, labels_N.new_full((int(any(self.runs_both)),), transformer.no_class)])
-        distinct, entries = classes.unique(return_inverse=True)
-        # AdaLN vectors depend on the class alone: once per class, for all images and scales.
+        conditioner = transformer.conditioner
+        asked = torch.cat([conditioner.read(conditions), conditioner.null(int(any(self.runs_both)))])
+        distinct, entries = (part.to(device) for part in conditioner.distinct(asked))
+        # AdaLN vectors depend on the condition alone: once for each, for all images and scales.
         self.conditioning = transformer.condition(distinct)
-        self.entries_N, self.no_class_entry = entries[:count], entries[count:]
+        self.entries_N, self.null_entry = entries[:count], entries[count:]
         self.uniforms_NL = _on_device(sample_uniforms(seed, indices, self.pyramid.num_tokens), device)
         self.fhat_NZhw = quantizer.empty_features(count)
         self.tokens_NL = torch.empty(count, self.pyramid.num_tokens, dtype=torch.long, device=device)
@@ -196,7 +196,7 @@ class _Run:
     def _conditioning(self, images: slice, both_halves: bool, size: int = 0) -> Conditioning:
         entries_B = _filled_up(self.entries_N[images], size)
         if both_halves:
-            entries_B = torch.cat([entries_B, self.no_class_entry.expand_as(entries_B)])
+            entries_B = torch.cat([entries_B, self.null_entry.expand_as(entries_B)])
         return self.conditioning.select(entries_B)
 
     def _inputs(self, scale: int, images: slice) -> Tensor:

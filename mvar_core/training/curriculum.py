@@ -6,7 +6,7 @@ simply add up, so both follow the same gradient on average; the joint one follow
 """
 
 # Shape suffixes: B batch, L tokens of all scales, l tokens of the trained scales, Z latent channels,
-# V codebook entries, S scales.
+# V codebook entries, S scales, X numbers of a vector that the model is conditioned on.
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Curriculum(Protocol):
     def losses(
         self,
         transformer: Transformer,
-        labels_B: Int[Tensor, " B"],
+        conditions: Int[Tensor, " B"] | Float[Tensor, "B X"],
         tokens_BL: Int[Tensor, "B L"],
         inputs_BLZ: Float[Tensor, "B l Z"],
         *,
@@ -117,7 +117,7 @@ class JointCurriculum:
     def losses(
         self,
         transformer: Transformer,
-        labels_B: Int[Tensor, " B"],
+        conditions: Int[Tensor, " B"] | Float[Tensor, "B X"],
         tokens_BL: Int[Tensor, "B L"],
         inputs_BLZ: Float[Tensor, "B l Z"],
         *,
@@ -129,7 +129,7 @@ class JointCurriculum:
         scales = self.trained_scales(step)
         span = slice(self.pyramid.spans[scales.start].start, self.pyramid.spans[scales.stop - 1].stop)
         wanted = None if len(scales) == self.pyramid.num_scales else scales
-        logits_BlV = transformer(labels_B, inputs_BLZ, scales=wanted, attention=attention, generator=generator)
+        logits_BlV = transformer(conditions, inputs_BLZ, scales=wanted, attention=attention, generator=generator)
         tokens_Bl = tokens_BL[:, span]
         with torch.no_grad():
             hits_Bl = (logits_BlV.argmax(dim=-1) == tokens_Bl).float()

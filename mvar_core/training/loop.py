@@ -41,7 +41,7 @@ class TokenSource(Protocol):
         ...
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) int64 and labels (B,) int64 of rows."""
+        """Tokens (B, L) int64 of rows, and labels (B,) int64 or vectors (B, X) float32, as the model is conditioned."""
         ...
 
 
@@ -105,15 +105,15 @@ class TransformerObjective:
         self.val_loss: float | None = None
 
     def fetch(self, rows: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of rows."""
+        """Tokens and conditions of rows."""
         return self.tokens.batch(rows)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Loss, and each scale's loss and accuracy."""
-        tokens_BL, labels_B = (part.to(self.device, non_blocking=True) for part in batch)
+        tokens_BL, conditions = (part.to(self.device, non_blocking=True) for part in batch)
         losses = self.curriculum.losses(
             cast("Transformer", model),
-            labels_B,
+            conditions,
             tokens_BL,
             self._inputs(tokens_BL),
             step=step,
@@ -147,11 +147,11 @@ class TransformerObjective:
             part = self.strategy.part(len(chosen))
             # A process without a row computes one that does not count: all must go through the model together.
             batch = self.validation.batch(chosen[part.start : part.stop] if part.rows else chosen[:1])
-            tokens_BL, labels_B = (part.to(self.device) for part in batch)
+            tokens_BL, conditions = (part.to(self.device) for part in batch)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 losses = self.curriculum.losses(
                     self.transformer,
-                    labels_B,
+                    conditions,
                     tokens_BL,
                     self._inputs(tokens_BL),
                     step=None,  # all scales, whatever the curriculum
@@ -215,7 +215,7 @@ def train_transformer(
         transformer: What is trained, float32; it is moved to `device` and left there in eval mode. In several processes
             it is the same in all.
         quantizer: Of the tokenizer that made the tokens; frozen.
-        tokens: Token maps and labels.
+        tokens: Token maps and conditions.
         config: The run's configuration.
         out: The run directory.
         tokenizer_state: Weights of the tokenizer, saved beside the transformer's, so that the directory can sample.
@@ -234,7 +234,7 @@ def train_transformer(
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
         ConfigError: A tracker is asked for that is not installed, or the processes cannot share the batch.
-        DataError: No tokens, or tokens or labels that do not fit the model.
+        DataError: No tokens, or tokens or conditions that do not fit the model.
         BackendError: The attention backend does not exist or cannot train this model here, or `train.compile` is set
             and there is no compiler.
         MvarError: Ten steps in a row were not finite.
@@ -276,7 +276,13 @@ def train_transformer(
         device=device,
         dtype=dtype,
         seed=seed,
-        settings={**settings, "seed": seed, "rows": len(tokens), "codebook": _fingerprint(quantizer)},
+        settings={
+            **settings,
+            **_conditioning(config),
+            "seed": seed,
+            "rows": len(tokens),
+            "codebook": _fingerprint(quantizer),
+        },
         resume=resume,
     )
     transformer.recompute_blocks = train.activation_checkpointing
@@ -313,6 +319,11 @@ def train_transformer(
     )
 
 
+def _conditioning(config: RunConfig) -> dict[str, Any]:
+    """What a run on vectors must agree on beside the rest; runs on classes say nothing, as they always did."""
+    return {} if config.conditioning.dim is None else {"conditioning": config.conditioning.model_dump(mode="json")}
+
+
 def _fingerprint(quantizer: MultiScaleQuantizer) -> str:
     """Names the codebook, so that a run is not resumed on another tokenizer's tokens."""
     codebook = quantizer.codebook.detach().float().cpu().contiguous()
@@ -323,11 +334,11 @@ def check_tokens(tokens: TokenSource, transformer: Transformer, quantizer: Multi
     """Refuse tokens that do not fit the model, judged by the first row.
 
     Raises:
-        DataError: No rows, another number of tokens, a token above the codebook, or a label above the classes.
+        DataError: No rows, another number of tokens, a token above the codebook, or conditions of another kind.
     """
     if len(tokens) == 0:
         raise DataError("The token cache holds no images.", "Run `mvar tokenize` on a folder that has some.")
-    tokens_BL, labels_B = tokens.batch(np.zeros(1, dtype=np.int64))
+    tokens_BL, conditions = tokens.batch(np.zeros(1, dtype=np.int64))
     pyramid, codes = transformer.pyramid, quantizer.codebook.shape[0]
     if tokens_BL.shape[1] != pyramid.num_tokens:
         raise DataError(
@@ -336,8 +347,4 @@ def check_tokens(tokens: TokenSource, transformer: Transformer, quantizer: Multi
         )
     if int(tokens_BL.max()) >= codes:
         raise DataError(f"The tokens hold code {int(tokens_BL.max())}; the codebook has {codes} entries.")
-    if int(labels_B.max()) >= transformer.no_class:
-        raise DataError(
-            f"The tokens hold label {int(labels_B.max())}; the model has {transformer.no_class} classes.",
-            "Set transformer.num_classes to the number of classes of the data.",
-        )
+    transformer.conditioner.check_data(conditions)

@@ -20,9 +20,13 @@ PARTIAL = "manifest.partial.json"
 ITEMS = "items.txt"
 """Names of all images in caches of version 1; since then each shard has its own."""
 RECEIPTS = "shard-*.json"
-OWN_FILES = (MANIFEST, PARTIAL, ITEMS, RECEIPTS, "tokens-*.npy", "labels-*.npy", "names-*.txt")
-VERSION = 2
-READABLE = (1, 2)
+VECTORS = "vectors.npy"
+"""Vectors of classes; those of images lie in the shards."""
+OWN_FILES = (
+    MANIFEST, PARTIAL, ITEMS, RECEIPTS, VECTORS, "tokens-*.npy", "labels-*.npy", "names-*.txt", "vectors-*.npy"
+)  # fmt: skip
+VERSION, VERSION_WITH_VECTORS = 2, 3
+READABLE = (1, 2, 3)
 
 
 class _Record(BaseModel):
@@ -61,6 +65,7 @@ class Shard(_Record):
         tokens: The file of their tokens.
         labels: The file of their labels.
         names: The file of their names; None in caches of version 1.
+        vectors: The file of their vectors (images, X), where each image has one of its own.
         skipped: Names of images that could not be read and were left out.
     """
 
@@ -68,12 +73,13 @@ class Shard(_Record):
     tokens: FileEntry
     labels: FileEntry
     names: FileEntry | None = None
+    vectors: FileEntry | None = None
     skipped: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """All of the shard's files."""
-        return (self.tokens, self.labels, *((self.names,) if self.names else ()))
+        return (self.tokens, self.labels, *(file for file in (self.names, self.vectors) if file))
 
     def problem(self, directory: Path, verify: bool) -> str | None:
         """What is wrong with the shard's files, or None."""
@@ -91,6 +97,30 @@ class Shard(_Record):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+
+
+class VectorsEntry(_Record):
+    """The vectors that a cache holds for models that are conditioned on them.
+
+    Attributes:
+        of: Whether each class has some or each image has one.
+        dim: Numbers of a vector, X.
+        phrasings: Vectors of a class, which its images take in turn.
+        dtype: As which they are stored.
+        encoder: What made them: "hashed-words", or what the user called it.
+        source: The file that they came from.
+        sha256: Of their numbers.
+        file: The file of those of classes, once it is there.
+    """
+
+    of: Literal["class", "image"]
+    dim: int
+    phrasings: int = 1
+    dtype: Literal["float16", "float32"]
+    encoder: str | None = None
+    source: str
+    sha256: str
+    file: FileEntry | None = None
 
 
 class Manifest(_Record):
@@ -112,6 +142,7 @@ class Manifest(_Record):
         source: Name and split of the images, as typed.
         fingerprint: SHA-256 over names, labels and sizes of all images.
         images_per_shard: Images of the source in every shard but the last.
+        vectors: What the vectors are, where there are any.
         shards: The files, in order.
     """
 
@@ -132,6 +163,7 @@ class Manifest(_Record):
     source: str
     fingerprint: str
     images_per_shard: int
+    vectors: VectorsEntry | None = None
     shards: tuple[Shard, ...] = ()
 
     @classmethod
@@ -147,7 +179,7 @@ class Manifest(_Record):
         if values.get("version") not in READABLE:
             raise DataError(
                 f"{path} has format version {values.get('version')}; this mvar reads versions"
-                f" {' and '.join(map(str, READABLE))}.",
+                f" {', '.join(map(str, READABLE))}.",
                 "Install the mvar that wrote it, or make the cache again with `mvar tokenize`.",
             )
         try:
@@ -158,8 +190,8 @@ class Manifest(_Record):
             raise DataError(f"{path}: {key}: {first['msg']}.") from None
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON writes it."""
-        values: dict[str, Any] = json.loads(self.model_dump_json())
+        """The manifest as JSON writes it; one without vectors as it always was."""
+        values: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
         return values
 
     def differences(self, asked: Manifest) -> str:
@@ -169,6 +201,10 @@ class Manifest(_Record):
         """
         there, here = self.to_json(), asked.to_json()
         there["images"] += self.skipped
+        for values in (there, here):
+            values["vectors"] = {
+                key: value for key, value in values.get("vectors", {}).items() if key not in ("file", "source")
+            } or None
         return "; ".join(
             f"{key} is {_short(there[key])} there, {_short(here[key])} asked"
             for key in there

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvar_core.data.manifest import ITEMS, MANIFEST, PARTIAL, RECEIPTS, Manifest, Shard
+from mvar_core.config import ConditioningConfig
+from mvar_core.data.manifest import ITEMS, MANIFEST, PARTIAL, RECEIPTS, VECTORS, Manifest, Shard
 from mvar_core.errors import DataError
 from mvar_core.scales import ScalePyramid
 
@@ -30,6 +32,7 @@ class TokenCache:
         self.pyramid = ScalePyramid.from_patch_sizes(manifest.patch_sizes)
         self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
         self._maps: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._arrays: dict[str, NDArray[Any]] = {}
         self._names: tuple[str, list[str]] | None = None
         labels = [np.load(path / shard.labels.file) for shard in manifest.shards]
         self.labels: NDArray[np.int64] = np.concatenate(labels).astype(np.int64)
@@ -64,6 +67,9 @@ class TokenCache:
                 "Make one with `mvar tokenize --checkpoint TOKENIZER --data IMAGES --out DIRECTORY`.",
             )
         manifest = Manifest.read(path / MANIFEST)
+        table = manifest.vectors.file if manifest.vectors is not None else None
+        if table is not None and (problem := table.problem(path, verify)):
+            raise DataError(f"The token cache is damaged: {problem}.", f"Make it again: {make_command(path, manifest)}")
         for shard in manifest.shards:
             if problem := shard.problem(path, verify):
                 raise DataError(
@@ -116,6 +122,50 @@ class TokenCache:
             tokens[here] = self._map(int(shard))[images[here] - self._starts[shard], views[here]]
         return torch.from_numpy(tokens)
 
+    def conditioned(self, conditioning: ConditioningConfig) -> TokenCache | VectorTokens:
+        """What a model trains on: rows with labels, or with vectors where it is conditioned on them.
+
+        Raises:
+            DataError: The cache has no vectors, or others than the model takes.
+        """
+        if conditioning.dim is None:
+            return self
+        entry = self.manifest.vectors
+        if entry is None:
+            raise DataError(
+                f"{self.path} holds no vectors; the model is conditioned on vectors of {conditioning.dim} numbers.",
+                f"Make it again with --words, or with --vectors FILE: {make_command(self.path, self.manifest)}",
+            )
+        if entry.dim != conditioning.dim:
+            raise DataError(
+                f"{self.path} holds vectors of {entry.dim} numbers; the model takes {conditioning.dim}.",
+                f"Set conditioning.dim={entry.dim}, or make the cache with other vectors.",
+            )
+        if conditioning.encoder not in (None, entry.encoder):
+            raise DataError(
+                f"{self.path} holds vectors by {entry.encoder or 'an unnamed encoder'}; the model takes those by"
+                f" {conditioning.encoder}.",
+                f"Set conditioning.encoder={entry.encoder or 'null'}, or make the cache with other vectors.",
+            )
+        return VectorTokens(self)
+
+    def vectors(self, rows: NDArray[np.int64]) -> Tensor:
+        """The vectors of some rows, float32 (B, X); views of the images of a class take its phrasings in turn."""
+        entry = self.manifest.vectors
+        assert entry is not None
+        images, views = np.divmod(np.asarray(rows, np.int64), self.num_views)
+        if entry.of == "class":
+            table = self._array(VECTORS, (len(self.class_names), entry.phrasings, entry.dim), entry.dtype)
+            return torch.from_numpy(table[self.labels[images], (images + views) % entry.phrasings].astype(np.float32))
+        vectors = np.empty((len(images), entry.dim), np.float32)
+        shards = np.searchsorted(self._starts, images, side="right") - 1
+        for number in np.unique(shards):
+            shard, here = self.manifest.shards[number], shards == number
+            assert shard.vectors is not None
+            stored = self._array(shard.vectors.file, (shard.images, entry.dim), entry.dtype)
+            vectors[here] = stored[images[here] - self._starts[number]]
+        return torch.from_numpy(vectors)
+
     def item_name(self, row: int) -> str:
         """Path or id of the image that a row was made from; reads the names of its shard."""
         image = row // self.num_views
@@ -159,17 +209,39 @@ class TokenCache:
         if number in self._maps:
             return self._maps[number]
         shard = self.manifest.shards[number]
-        path = self.path / shard.tokens.file
+        expected = (shard.images, self.num_views, self.pyramid.num_tokens)
+        return self._maps.setdefault(number, self._array(shard.tokens.file, expected, self.manifest.dtype))
+
+    def _array(self, file: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """An array that a file holds, mapped once."""
+        if file in self._arrays:
+            return self._arrays[file]
+        path = self.path / file
         try:
-            tokens: NDArray[np.unsignedinteger] = np.load(path, mmap_mode="r")
+            array: NDArray[Any] = np.load(path, mmap_mode="r")
         except ValueError as error:
             raise DataError(f"{path} is not a numpy array: {error}.") from None
-        expected = (shard.images, self.num_views, self.pyramid.num_tokens)
-        if tokens.shape != expected or tokens.dtype.name != self.manifest.dtype:
-            raise DataError(
-                f"{path} holds {tokens.dtype} {tokens.shape}; its manifest says {self.manifest.dtype} {expected}."
-            )
-        return self._maps.setdefault(number, tokens)
+        if array.shape != shape or array.dtype.name != dtype:
+            raise DataError(f"{path} holds {array.dtype} {array.shape}; its manifest says {dtype} {shape}.")
+        return self._arrays.setdefault(file, array)
+
+
+class VectorTokens:
+    """A token cache whose rows come with vectors in the place of labels.
+
+    Attributes:
+        cache: The cache.
+    """
+
+    def __init__(self, cache: TokenCache):
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Tokens int64 (B, L) and vectors float32 (B, X) of some rows."""
+        return self.cache.batch(rows)[0], self.cache.vectors(rows)
 
 
 class TokenCachePart(TokenCache):

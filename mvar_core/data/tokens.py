@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from mvar_core.data.manifest import (
     OWN_FILES,
     PARTIAL,
     RECEIPTS,
+    VECTORS,
+    VERSION,
+    VERSION_WITH_VECTORS,
     FileEntry,
     Manifest,
     Shard,
@@ -33,6 +37,7 @@ from mvar_core.data.manifest import (
 from mvar_core.data.sources import ImageSource, Progress
 from mvar_core.data.token_cache import TokenCache
 from mvar_core.data.transforms import Views
+from mvar_core.data.vectors import Vectors
 from mvar_core.data.work import CacheSummary, Tally, Work, default_shard
 from mvar_core.errors import DataError
 from mvar_core.files import atomic_path, require_new_directory, write_json
@@ -65,6 +70,7 @@ class CacheWriter:
         images_per_shard: Images in a shard; by default those of the cache that is there, else so many that a shard is
             some tens of megabytes, and fewer where the images are few.
         skip_bad: Leave out images that cannot be read instead of raising an error.
+        vectors: Of the source's classes or images, for models that are conditioned on them.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class CacheWriter:
         batch_size: int = 64,
         images_per_shard: int | None = None,
         skip_bad: bool = False,
+        vectors: Vectors | None = None,
     ):
         self.out = out
         self.source = source
@@ -91,6 +98,8 @@ class CacheWriter:
         self.batch_size = batch_size
         self.images_per_shard = images_per_shard
         self.skip_bad = skip_bad
+        self.vectors = vectors
+        self._vectors_entry = vectors.entry() if vectors is not None else None
         self.views = Views(data, seed)
         self.dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)
 
@@ -114,6 +123,10 @@ class CacheWriter:
         if (self.out / MANIFEST).exists():
             self._clean()
             return Work(manifest.images, manifest.images_per_shard, ())
+        if self.vectors is not None and self.vectors.of == "class":
+            with atomic_path(self.out / VECTORS) as temporary, temporary.open("wb") as file:
+                np.save(file, self.vectors.values)
+                _to_disk(file.fileno())
         if there is None:
             write_json(self.out / PARTIAL, manifest.to_json())
         work = Work(len(self.source), manifest.images_per_shard, ())
@@ -200,7 +213,9 @@ class CacheWriter:
         if not images:
             raise DataError(f"None of the {len(self.source)} images of {self.source.name} could be read.")
         asked = self._asked()
-        update = {"images": images, "skipped": asked.images - images, "shards": shards}
+        update: dict[str, Any] = {"images": images, "skipped": asked.images - images, "shards": shards}
+        if asked.vectors is not None and asked.vectors.of == "class":
+            update["vectors"] = asked.vectors.model_copy(update={"file": FileEntry.of(self.out / VECTORS)})
         manifest = asked.model_copy(update={**update, "images_per_shard": work.images_per_shard})
         write_json(self.out / MANIFEST, manifest.to_json())
         self._clean()
@@ -214,6 +229,8 @@ class CacheWriter:
     def _asked(self) -> Manifest:
         bytes_per_image = len(self.views) * self.config.pyramid.num_tokens * self.dtype.itemsize
         return Manifest(
+            version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
+            vectors=self._vectors_entry,
             tokenizer_hash=self.tokenizer_hash,
             patch_sizes=self.config.pyramid.patch_sizes,
             codebook_size=self.config.tokenizer.codebook_size,
@@ -240,7 +257,7 @@ class CacheWriter:
             return None
         try:
             there = TokenCache.open(self.out).manifest if complete else Manifest.read(self.out / PARTIAL)
-            if not complete and there.version != asked.version:
+            if not complete and there.version < VERSION:
                 raise DataError(f"{self.out} holds an unfinished token cache of an earlier version of mvar.")
             if self.images_per_shard is None:
                 asked = asked.model_copy(update={"images_per_shard": there.images_per_shard})
@@ -278,7 +295,10 @@ class CacheWriter:
         names = self.source.item_names
         labels = self.source.labels[kept].astype(smallest_unsigned(len(self.source.class_names) - 1))
         entries = {}
-        for kind, array in (("tokens", tokens), ("labels", labels)):
+        arrays: list[tuple[str, NDArray[Any]]] = [("tokens", tokens), ("labels", labels)]
+        if self.vectors is not None and self.vectors.of == "image":
+            arrays.append(("vectors", np.ascontiguousarray(self.vectors.values[kept, 0])))
+        for kind, array in arrays:
             path = self.out / f"{kind}-{number:05d}.npy"
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, array)
@@ -291,7 +311,7 @@ class CacheWriter:
         kept_set = set(kept)
         skipped = tuple(_line(names[image]) for image in images if image not in kept_set)
         shard = Shard(images=len(kept), **entries, names=FileEntry.of(path), skipped=skipped)
-        write_json(Shard.receipt(self.out, number), shard.model_dump(mode="json"))
+        write_json(Shard.receipt(self.out, number), shard.model_dump(mode="json", exclude_none=True))
 
 
 def write_token_cache(
@@ -306,6 +326,7 @@ def write_token_cache(
     batch_size: int = 64,
     images_per_shard: int | None = None,
     skip_bad: bool = False,
+    vectors: Vectors | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CacheSummary:
@@ -328,6 +349,7 @@ def write_token_cache(
         batch_size=batch_size,
         images_per_shard=images_per_shard,
         skip_bad=skip_bad,
+        vectors=vectors,
     )
     work = writer.prepare(overwrite)
     writer.check(work)

@@ -256,8 +256,8 @@ def test_a_manifest_of_another_version_or_with_wrong_values_is_refused(tmp_path,
     write_cache(tmp_path / "cache", source)
     path = tmp_path / "cache/manifest.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "version": 3}))
-    with pytest.raises(DataError, match="has format version 3; this mvar reads versions 1 and 2"):
+    path.write_text(json.dumps({**values, "version": 4}))
+    with pytest.raises(DataError, match="has format version 4; this mvar reads versions 1, 2, 3"):
         TokenCache.open(tmp_path / "cache")
     path.write_text(json.dumps({**values, "images": "many"}))
     with pytest.raises(DataError, match=r"manifest\.json: images: .*integer"):

@@ -1,0 +1,136 @@
+"""Vectors that images come with: made from class names, or read from a file that an encoder of the user's wrote."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from mvar_core.data.manifest import VectorsEntry
+from mvar_core.data.words import ENCODER, class_vectors
+from mvar_core.errors import DataError
+from mvar_core.vectors import pool_sequence
+
+_FILES = "Write one as .npy, .npz or .safetensors."
+_AT_ONCE = 65_536
+"""Rows of a file that are looked at together."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors for the images of a source.
+
+    Attributes:
+        values: float16 or float32 (rows, phrasings, X): a row for each class, or for each image of the source.
+        of: What the rows are of.
+        encoder: What made them, as the user or the file calls it.
+        source: The file, or what else they came from.
+    """
+
+    values: NDArray[Any]
+    of: Literal["class", "image"]
+    encoder: str | None
+    source: str
+
+    def entry(self) -> VectorsEntry:
+        """What a cache's manifest says of them."""
+        _, phrasings, dim = self.values.shape
+        digest = hashlib.sha256()
+        for start in range(0, len(self.values), _AT_ONCE):
+            digest.update(np.ascontiguousarray(self.values[start : start + _AT_ONCE]).tobytes())
+        return VectorsEntry(
+            of=self.of,
+            dim=dim,
+            phrasings=phrasings,
+            dtype=self.values.dtype.name,
+            encoder=self.encoder,
+            source=self.source,
+            sha256=digest.hexdigest(),
+        )
+
+
+def word_vectors(class_names: Sequence[str], dim: int) -> Vectors:
+    """Vectors of the classes' names by `mvar_core.data.words`, several phrasings of each."""
+    return Vectors(class_vectors(class_names, dim), "class", ENCODER, "class names")
+
+
+def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None = None) -> Vectors:
+    """The vectors of a file, one for each image of a source or one for each of its classes.
+
+    Args:
+        path: As of `read_vectors`.
+        classes: Number of the source's classes.
+        images: Number of its images; a file of so many rows is of images.
+        encoder: What made the vectors; by default what the file says.
+
+    Raises:
+        DataError: As `read_vectors`; or another number of rows.
+    """
+    values, named = read_vectors(path)
+    if len(values) not in (classes, images):
+        raise DataError(
+            f"{path} holds {len(values)} vectors; expected {images}, one for each image, or {classes}, one for each"
+            " class.",
+            "Write them in the order of the images' names, or of the classes' names.",
+        )
+    of: Literal["class", "image"] = "image" if len(values) == images else "class"
+    return Vectors(values[:, None], of, encoder or named, path.name)
+
+
+def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
+    """Vectors (rows, X) of a file, float16 or float32, and what made them where the file says so.
+
+    A .npy is mapped, not read. In a .npz or .safetensors they are called `vectors`; beside them may stand a `mask`
+    (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.vectors.pool_sequence). What made them
+    is the array `encoder` of an .npz, or the metadata `encoder` of a .safetensors.
+
+    Raises:
+        DataError: No such file, another kind of file, another shape, or numbers that are not finite.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a file of vectors.", _FILES)
+    found, mask, encoder = _arrays(path)
+    if mask is not None:
+        if found.ndim != 3 or mask.shape != found.shape[:2]:
+            raise DataError(f"{path}: a mask of shape {mask.shape} does not fit vectors of shape {found.shape}.")
+        found = pool_sequence(torch.from_numpy(found.astype(np.float32)), torch.from_numpy(mask)).numpy()
+    if found.ndim != 2 or not len(found) or found.dtype.kind != "f":
+        hint = "Sequences (rows, T, X) need a `mask` (rows, T) beside them." if found.ndim == 3 else None
+        raise DataError(f"{path} holds {found.dtype} of shape {found.shape}; expected floats (rows, numbers).", hint)
+    if found.dtype not in (np.float16, np.float32):
+        found = found.astype(np.float32)
+    for start in range(0, len(found), _AT_ONCE):
+        usable = np.isfinite(found[start : start + _AT_ONCE]).all(axis=1)
+        if not usable.all():
+            raise DataError(f"{path}: vector {start + int(usable.argmin())} holds numbers that are not finite.")
+    return found, encoder
+
+
+def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
+    """Vectors, mask and encoder of a file."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False), None, None
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                encoder = str(file["encoder"]) if "encoder" in file else None
+                return file["vectors"], file.get("mask"), encoder
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                vectors = file.get_tensor("vectors")
+                # numpy knows no bfloat16.
+                vectors = vectors if vectors.dtype == torch.float16 else vectors.float()
+                mask = file.get_tensor("mask").numpy() if "mask" in file.keys() else None  # noqa: SIM118
+                return vectors.numpy(), mask, (file.metadata() or {}).get("encoder")
+    except KeyError:
+        raise DataError(f"{path} holds no array `vectors`.") from None
+    except (ValueError, OSError, EOFError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as vectors: {str(error).splitlines()[0]}") from None
+    raise DataError(f"{path} is no file of vectors.", _FILES)

@@ -86,8 +86,9 @@ class Experiment:
                 found = self._row(row, _RowConsole(show))
                 if found is None:
                     return True
-                left = (time.monotonic() - begun) / (number + 1) * (len(waiting) - number - 1)
-                self.console.note(f"{title}: {_brief(found)}; {format_seconds(left)} left.")
+                after = len(waiting) - number - 1
+                left = (time.monotonic() - begun) / (number + 1) * after
+                self.console.note(f"{title}: {_brief(found)}" + (f"; {format_seconds(left)} left." if after else "."))
         return False
 
     def _row(self, row: Row, console: Console) -> dict[str, Any] | None:

@@ -245,11 +245,12 @@ class Report:
         equal = [entry.label for ablation in self.ablations for entry in ablation.entries if " = " in entry.label]
         if equal:
             notes.append(f"What is written with = is one model, trained once: {'; '.join(equal)}.")
-        notes.append(
-            "p: Welch's t test against the baseline, corrected for the comparisons of the table (Holm); seed std:"
-            " standard deviation over seeds, pooled over the table's settings. Settings share data, order and first"
-            " weights of a seed."
-        )
+        if len(self.seeds) > 1:
+            notes.append(
+                "p: Welch's t test against the baseline, corrected for the comparisons of the table (Holm); seed std:"
+                " standard deviation over seeds, pooled over the table's settings. Settings share data, order and first"
+                " weights of a seed."
+            )
         return notes
 
     def _draw(self, path: Path) -> None:

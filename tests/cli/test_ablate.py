@@ -178,6 +178,27 @@ def test_a_killed_run_goes_on_within_its_row(mvar, command, tmp_path, monkeypatc
         assert {name: here[name] for name in timeless} == {name: there[name] for name in timeless}
 
 
+def test_an_interrupted_row_goes_on(mvar, command, tmp_path, monkeypatch):
+    one = ["--seeds", "1", "--prefixes", "1", "--windows", "whole", "--out", tmp_path / "out", "--json"]
+
+    def interrupting(*_):
+        def show(done, *_):
+            if done == 3:
+                raise KeyboardInterrupt
+
+        return show
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "_steps_of_all", interrupting)
+        stopped = mvar(*command, *one)
+    assert stopped.code == 130
+    assert "The same command goes on from here" in stopped.err
+    (row,) = (tmp_path / "out" / "rows").glob("*/*")
+    assert [path.name for path in (row / "checkpoints").iterdir()] == ["step-00000002.pt", "step-00000003.pt"]
+    assert not (row / "row.json").exists()
+    assert mvar(*command, *one).json["rows"][0]["steps"] == 4
+
+
 def test_a_row_is_what_train_makes_of_its_setting(mvar, command, preset, tokens, model, tmp_path):
     """So rows of one seed share first weights, data and order, which follow from the seed."""
     out = tmp_path / "out"

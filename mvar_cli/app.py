@@ -40,6 +40,7 @@ COMMANDS = (
         "finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train", True
     ),
     CommandEntry("sample", "sample", "Draw class-conditional images.", "Use", True),
+    CommandEntry("edit", "edit", "Draw a part of given images anew: in-painting, out-painting, classes.", "Use", True),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
     CommandEntry("ablate", "ablate", "What scale prefixes and windows cost in quality, over seeds.", "Use"),

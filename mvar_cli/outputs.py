@@ -16,11 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvar_cli.parts import PUBLISHING, Parts, parts_directory, remove, strip
-from mvar_core.errors import DataError
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.files import read_json, require_new_directory, write_json
 
 FORMATS = ("png", "npz", "grid")
 TOKENS_FILE = "tokens.npz"
+
+
+def choose_format(out: Path, asked: str | None, save_tokens: bool) -> str:
+    """The format of an output: as asked for, or as its name ends.
+
+    Raises:
+        ConfigError: Tokens are to be saved where there is no place for them.
+    """
+    output_format = asked or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
+    if save_tokens and output_format == "grid":
+        raise ConfigError(
+            "--format grid has no place for tokens.", "Use --format png or npz, or leave out --save-tokens."
+        )
+    return output_format
 
 
 def output_target(out: Path, output_format: str) -> Path:
@@ -107,14 +121,14 @@ def put_together(parts: Parts, replace: bool, progress: Callable[[int, int], Non
     finals: dict[str, Path] = {}
     if request.output == "png":
         if request.save_tokens:
-            merge_npz(parts, ("tokens", "labels"), parts.images / TOKENS_FILE, progress)
+            merge_npz(parts, ("tokens", *request.known), parts.images / TOKENS_FILE, progress)
         finals[parts.images.name] = parts.target
         if request.stages:
             finals[parts.strips.name] = strips_directory(parts.target)
     elif request.output == "npz":
         names = (
             "arr_0",
-            "labels",
+            *request.known,
             *(["tokens"] if request.save_tokens else []),
             *(["stages"] if request.stages else []),
         )
@@ -194,14 +208,14 @@ def _write_grid(parts: Parts, path: Path) -> None:
     images = np.concatenate([parts.read(shard, name) for shard in request.shards])
     if request.stages:
         images = np.stack([strip(stages) for stages in images])
-    save_grid(images, path, grid_columns(len(request.classes), request.num, request.stages))
+    save_grid(images, path, grid_columns(request.groups, request.num, request.stages))
 
 
-def grid_columns(classes: int, num: int, stages: bool) -> int:
-    """Images per row of a grid: a row per class where that is legible."""
+def grid_columns(groups: int, num: int, stages: bool) -> int:
+    """Images per row of a grid: a row per group, as a class is one, where that is legible."""
     if stages:
         return 1
-    return num if 1 < num <= 24 and classes > 1 else math.ceil(math.sqrt(classes * num))
+    return num if 1 < num <= 24 and groups > 1 else math.ceil(math.sqrt(groups * num))
 
 
 class NpzWriter:

@@ -69,9 +69,14 @@ class Request:
     version: str
 
     @property
+    def groups(self) -> int:
+        """How many times `num` samples there are."""
+        return len(self.classes)
+
+    @property
     def total(self) -> int:
         """Number of samples, N."""
-        return len(self.classes) * self.num
+        return self.groups * self.num
 
     @property
     def shard_size(self) -> int:
@@ -92,9 +97,18 @@ class Request:
         """Class label of each sample (N,)."""
         return np.repeat(np.asarray(self.classes, np.int64), self.num)
 
+    @property
+    def known(self) -> dict[str, NDArray]:
+        """Arrays of the output that are known before anything is drawn, N rows each."""
+        return {"labels": self.labels}
+
     def file_name(self, index: int) -> str:
         """Name of one sample's PNG."""
-        return f"{index:0{max(5, len(str(self.total - 1)))}d}_{self.labels[index]}.png"
+        return f"{self.number(index)}_{self.labels[index]}.png"
+
+    def number(self, index: int) -> str:
+        """A sample's global number, with zeros before it."""
+        return f"{index:0{max(5, len(str(self.total - 1)))}d}"
 
     def raw_bytes(self) -> int:
         """Bytes of one sample's arrays."""
@@ -242,10 +256,10 @@ class Parts:
             np.savez(file, **arrays)
 
     def read(self, shard: int, name: str) -> NDArray:
-        """One array of a shard; its labels follow from the request."""
-        if name == "labels":
+        """One array of a shard; what is known before it is drawn follows from the request."""
+        if name in self.request.known:
             span = self.request.span(shard)
-            return self.request.labels[span.start : span.stop]
+            return self.request.known[name][span.start : span.stop]
         with np.load(self.shard_path(shard), allow_pickle=False) as file:
             return file[name]
 

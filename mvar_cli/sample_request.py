@@ -96,9 +96,11 @@ class Wanted(NamedTuple):
     attention: str
 
     def labels(self, config: ModelConfig) -> list[int]:
-        """The classes meant, each once."""
+        """The classes meant, each once; none where none was named."""
         from mvar_cli.selection import parse_classes
 
+        if not self.classes:
+            return []
         return parse_classes(
             self.classes, config.transformer.num_classes if config.transformer else 0, config.class_names
         )

@@ -11,7 +11,6 @@ from mvar_cli import options
 from mvar_cli.console import Console
 from mvar_cli.processes import processes
 from mvar_cli.sample_request import NamedModel, Place, Wanted
-from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mvar_core.config import ModelConfig
@@ -63,15 +62,11 @@ def run(
     number of processes, or what was drawn before. The same command again goes on with a run that was stopped.
     """
     from mvar_cli.drawing import pipeline_draws
-    from mvar_cli.outputs import output_target
+    from mvar_cli.outputs import choose_format, output_target
     from mvar_cli.sample_run import check_parts, check_place, make
 
-    output_format = output_format or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
+    output_format = choose_format(out, output_format, save_tokens)
     target = output_target(out, output_format)
-    if save_tokens and output_format == "grid":
-        raise ConfigError(
-            "--format grid has no place for tokens.", "Use --format png or npz, or leave out --save-tokens."
-        )
     budget = options.parse_bytes(memory) if memory is not None else None
     given = {
         "cfg": cfg,

@@ -28,14 +28,30 @@ def resize_and_crop(image: Image.Image, image_shape: tuple[int, int]) -> Image.I
         image_shape: Height and width asked for, in pixels.
     """
     height, width = image_shape
+    (rows, columns), (top, left) = crop_geometry((image.height, image.width), image_shape)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    if (columns, rows) != image.size:
+        image = image.resize((columns, rows), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + width, top + height))
+
+
+def crop_geometry(shape: tuple[int, int], image_shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What `resize_and_crop` makes of a picture's size, all as (vertical, horizontal) in pixels.
+
+    Args:
+        shape: Height and width of the picture.
+        image_shape: Height and width asked for.
+
+    Returns:
+        The size to which the whole picture is resized, and where in it the crop begins.
+    """
+    (rows, columns), (height, width) = shape, image_shape
+    while columns >= 2 * width and rows >= 2 * height:
+        rows, columns = rows // 2, columns // 2
+    scale = max(height / rows, width / columns)
+    rows, columns = max(height, round(rows * scale)), max(width, round(columns * scale))
+    return (rows, columns), ((rows - height) // 2, (columns - width) // 2)
 
 
 def random_resized_crop(

@@ -18,7 +18,7 @@ from mvar_core.files import write_text
 from mvar_core.pixels import from_uint8, to_uint8
 
 if TYPE_CHECKING:
-    from mvar_core.analysis.locality import LocalityReport
+    from mvar_core.analysis.locality_report import LocalityReport
     from mvar_core.pipeline import Pipeline
 
 

@@ -21,6 +21,7 @@ from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.compilation import check_compiler, compile_for_sampling
 from mvar_core.models.conditioning import Conditions
+from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
@@ -135,6 +136,11 @@ class Pipeline:
             assert self._load_tokenizer is not None
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
+
+    @property
+    def quantizer(self) -> MultiScaleQuantizer:
+        """The tokenizer's quantizer, which needs neither encoder nor decoder."""
+        return self._tokenizer.quantizer
 
     @property
     def transformer(self) -> Transformer:

@@ -1,24 +1,25 @@
-"""`mvar analyze-attention`: where a model's attention goes, measured on images or tokens."""
+"""`mvar analyze-attention`: where a model's attention goes, measured on images, tokens or its own samples."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mvar_cli import options
-from mvar_cli.console import Console, format_seconds
+from mvar_cli.console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mvar_core.analysis.locality import LocalityReport
+    from mvar_cli.attention_sources import TokenSource
+    from mvar_core.analysis.locality_report import LocalityReport
     from mvar_core.config import ModelConfig
     from mvar_core.pipeline import Pipeline
 
 EXAMPLE = "mvar analyze-attention --checkpoint runs/mvar --data digits --out attention"
+PAGE = "report.html"
 
 
 def run(
@@ -28,8 +29,19 @@ def run(
     data: options.OptionalData = None,
     num: Annotated[int, typer.Option("--num", min=1, metavar="N", help="Images to measure.")] = 256,
     keep: Annotated[float, typer.Option("--keep", metavar="PART", help="Attention that settings must keep.")] = 0.95,
+    write_preset: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-preset",
+            metavar="FILE.yaml",
+            help="Write the model with the recommended attention as a preset for train and finetune-from-var.",
+        ),
+    ] = None,
     tokenizer: options.TokenizerFile = None,
-    batch_size: options.BatchSize = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, metavar="N", help="Images in one pass. Default: as many as are fast."),
+    ] = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
@@ -40,139 +52,197 @@ def run(
 ) -> None:
     """Measure where a model's attention goes, per scale and per neighbourhood, and what prefixes and windows keep it.
 
-    Writes report.json and pictures.
+    Measured on --tokens, on --data, or without either on samples that the model draws itself. Writes report.html,
+    report.json, and the figures as PNG and SVG.
     """
     console = Console(as_json)
-    if (tokens is None) == (data is None):
-        raise ConfigError("Attention is measured on tokens or images.", "Give either --tokens or --data.")
+    if tokens is not None and data is not None:
+        raise ConfigError(
+            "Attention is measured on tokens or on images.",
+            "Give --tokens or --data, or neither for the model's own samples.",
+        )
     if not 0 < keep <= 1:
         raise ConfigError(f"--keep is {keep}; expected a part of the attention, for example 0.95.")
+    check_preset_path(write_preset, overwrite)
 
     from mvar_core.files import require_new_directory
     from mvar_core.pipeline import Pipeline
 
     require_new_directory(out, overwrite)
     if dry_run:
-        _show_plan(console, checkpoint, num, tokens or data, out)
+        _show_plan(console, checkpoint, tokenizer, num, tokens or data or "its own samples", out, write_preset)
         return
+    start = time.monotonic()
     pipeline = Pipeline.from_pretrained(
         checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, attention=attention
     )
-    start = time.monotonic()
-    report = measure(
-        console, pipeline, checkpoint, tokens, data, num=num, keep=keep, batch_size=batch_size or 16, seed=seed
+    source = open_source(
+        console, pipeline, checkpoint, tokens, data, tokenizer=tokenizer, num=num, batch_size=batch_size, seed=seed
     )
-    values = write_report(report, out)
-    show_report(console, report)
-    console.say(f"Written: {out}")
-    console.finish({**values, "seconds": time.monotonic() - start})
-    console.note(f"{report.num_images} images in {format_seconds(time.monotonic() - start)}")
+    report = measure(console, pipeline, source, keep=keep)
+    if write_preset is not None:
+        write_recommended_preset(write_preset, checkpoint, pipeline.config, report)
+    values = write_report(report, out, pipeline, source.name, write_preset)
+    show_report(console, report, values)
+    console.say(f"Written: {out / PAGE}" + (f" and {write_preset}" if write_preset else ""))
+    from mvar_core.runtime import peak_memory_bytes
+
+    memory, seconds = peak_memory_bytes(pipeline.device), time.monotonic() - start
+    console.finish({**values, "seconds": seconds, "peak_memory_bytes": memory})
+    console.note(f"{report.num_images} images in {format_seconds(seconds)}, {format_bytes(memory)}")
 
 
-def measure(
+def check_preset_path(path: Path | None, overwrite: bool) -> None:
+    """Refuse a preset that could not be read again, or that is there already.
+
+    Raises:
+        ConfigError: Not a YAML file's name, or a file that may not be replaced.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--write-preset {path} does not end in .yaml, which is how --preset knows a file.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} is already there.", "Choose another name, or add --overwrite to replace it.")
+
+
+def open_source(
     console: Console,
     pipeline: Pipeline,
     checkpoint: Path,
     tokens: Path | None,
     data: str | None,
     *,
+    tokenizer: Path | None = None,
     num: int,
-    keep: float,
-    batch_size: int,
-    seed: int,
-) -> LocalityReport:
-    """Run the model over evenly chosen tokens or images and gather its attention."""
-    import numpy as np
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> TokenSource:
+    """The tokens that are measured; the model draws them where there are neither tokens nor images."""
+    from mvar_cli import attention_sources as sources
+    from mvar_core.analysis.locality import images_at_once
 
+    asked = {"num": num, "batch_size": batch_size or images_at_once(pipeline.config, pipeline.device), "seed": seed}
+    if tokens is not None:
+        return sources.from_cache(pipeline, tokens, _hash(checkpoint, tokenizer), **asked)
+    if data is not None:
+        return sources.from_images(pipeline, data, **asked)
+    console.note("No --tokens and no --data: the model's own samples are measured.")
+    return sources.from_model(console, pipeline, **asked)
+
+
+def measure(console: Console, pipeline: Pipeline, source: TokenSource, *, keep: float = 0.95) -> LocalityReport:
+    """Run the model over tokens and gather its attention."""
     from mvar_core.analysis.locality import measure_locality
 
-    fetch: Callable[[np.ndarray], Any]
-    if tokens is not None:
-        from mvar_core.data.tokens import TokenCache
+    depth = len(pipeline.transformer.blocks)
 
-        cache = TokenCache.open(tokens)
-        cache.check(_hash(pipeline, checkpoint), pipeline.config.pyramid)
-        rows, fetch = len(cache), cache.batch
-    else:
-        from mvar_core.data.images import ImageRows, open_images
-
-        assert data is not None
-        images = ImageRows(open_images(data), pipeline.config.image_shape)
-
-        def encode(chosen: np.ndarray) -> Any:
-            pixels, labels = images.batch(chosen)
-            return pipeline.encode(pixels), labels
-
-        rows, fetch = len(images), encode
-    chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:num])
-    batches = (fetch(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size))
-    with console.progress("attention") as progress:
+    with console.progress("attention", "layers") as progress:
         return measure_locality(
             pipeline.transformer,
-            pipeline.tokenizer.quantizer,
-            batches,
+            pipeline.quantizer,
+            source.batches,
             pipeline.config,
             keep=keep,
             attention=pipeline.attention,
-            progress=lambda done: progress(done, len(chosen)),
+            progress=lambda done: progress(done, source.total * depth, f"image {done // depth} of {source.total}"),
         )
 
 
-def write_report(report: LocalityReport, out: Path) -> dict[str, Any]:
-    """report.json and the pictures; returns what report.json holds."""
-    from mvar_core.analysis.plots import plot_locality
+def write_report(
+    report: LocalityReport, out: Path, pipeline: Pipeline, source: str, preset: Path | None = None
+) -> dict[str, Any]:
+    """report.json, the figures and the page; returns what report.json holds."""
+    from mvar_cli.attention_page import write_attention_page
+    from mvar_core.analysis.attention_plots import plot_locality
+    from mvar_core.analysis.reading import read_attention
+    from mvar_core.analysis.recommendation import savings
     from mvar_core.files import write_json
 
     out.mkdir(parents=True, exist_ok=True)
-    plots = {name: str(path) for name, path in plot_locality(report, out).items()}
-    values = {**report.to_dict(), "plots": plots}
+    plots = plot_locality(report, out)
+    bytes_per_value = pipeline.transformer.input_projection.weight.element_size()
+    values = {
+        "model": pipeline.config.name,
+        "source": source,
+        **report.to_dict(),
+        "reading": read_attention(report).to_dict(),
+        "savings": savings(
+            pipeline.config, report.recommended, dtype_bytes=bytes_per_value, device=pipeline.device.type
+        ),
+        "plots": {name: str(path) for name, path in plots.items()},
+        "plots_svg": {name: str(path.with_suffix(".svg")) for name, path in plots.items()},
+        "report": str(out / PAGE),
+        "preset": str(preset) if preset else None,
+    }
+    write_attention_page(out / PAGE, pipeline.config.name, report, values, plots)
     write_json(out / "report.json", values)
     return values
 
 
-def show_report(console: Console, report: LocalityReport) -> None:
-    """Tables of scale mass and window mass, and the recommendation."""
-    sides = [str(size) for size in report.patch_sizes]
-    mass = report.scale_mass
+def write_recommended_preset(path: Path, checkpoint: Path, config: ModelConfig, report: LocalityReport) -> None:
+    """Write the recommended model as a preset; training is that of the checkpoint's run where it has one.
+
+    Raises:
+        ConfigError: What was written cannot be read as a preset.
+    """
+    import yaml
+
+    from mvar_core.analysis.recommendation import preset_values
+    from mvar_core.files import write_text
+    from mvar_core.presets import load_config
+
+    recorded = checkpoint / "config.yaml"
+    run = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else None
+    values = preset_values(config, report.recommended, run)
+    load_config(None, base=values)
+    head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
+    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
+
+
+def show_report(console: Console, report: LocalityReport, values: dict[str, Any]) -> None:
+    """Two short tables, what they say, and the recommendation."""
+    from mvar_cli.attention_page import recommendation_sentence, saving_rows, scale_rows
+
+    names, mass = report.scale_names, report.scale_mass
     console.table(
-        "attention by scale: rows are query scales, columns key scales",
-        ("side", *sides),
+        "attention by scale: rows are scales that look, columns those that are looked at",
+        ("scale", *names),
         [
-            (side, *(f"{mass[row][key]:.3f}" if key <= row else "" for key in range(len(sides))))
-            for row, side in enumerate(sides)
+            (name, *(f"{mass[row][key]:.3f}" if key <= row else "" for key in range(len(names))))
+            for row, name in enumerate(names)
         ],
     )
-    windows = report.window_mass
-    console.table(
-        "attention within a window of the own scale, part of all",
-        ("side", *(f"{window}×{window}" for window in windows)),
-        [(side, *(f"{windows[window][row]:.3f}" for window in windows)) for row, side in enumerate(sides)],
-    )
-    for note in report.notes:
-        console.say(note)
-    best = report.recommended
-    console.say(
-        f"To keep {best.keep:.0%} of the attention: scale_prefixes {best.scale_prefixes},"
-        f" windows {','.join(map(str, best.windows))}"
-    )
+    heading, *rows = scale_rows(report)
+    console.table("near and far", heading, rows)
+    for sentence in [*values["reading"]["sentences"], *report.notes]:
+        console.say(sentence)
+    console.say(recommendation_sentence(report))
+    heading, *rows = saving_rows(values["savings"])
+    console.table("what that saves", heading, rows)
 
 
-def _hash(pipeline: Pipeline, checkpoint: Path) -> str:
-    from mvar_core.models.directory import tokenizer_hash
+def _hash(checkpoint: Path, tokenizer: Path | None) -> str:
+    """The hash by which a token cache knows its tokenizer; of published files that of what they convert to."""
+    from mvar_core.models import official
+    from mvar_core.models.directory import state_hash, tokenizer_hash
 
     if checkpoint.is_dir():
         return tokenizer_hash(checkpoint)
-    raise ConfigError(
-        f"{checkpoint} is a published file; a token cache belongs to a model directory.",
-        "Run `mvar convert` first, or use --data.",
-    )
+    return state_hash(official.convert(checkpoint, tokenizer or official.tokenizer_beside(checkpoint)).tokenizer)
 
 
-def _show_plan(console: Console, checkpoint: Path, num: int, source: Any, out: Path) -> None:
+def _show_plan(
+    console: Console, checkpoint: Path, tokenizer: Path | None, num: int, source: Any, out: Path, preset: Path | None
+) -> None:
     from mvar_cli.costs import finish_dry_run
+    from mvar_core.models import official
     from mvar_core.models.directory import read_model_config
 
-    config: ModelConfig = read_model_config(checkpoint)
-    finish_dry_run(
-        console, config, [f"measure attention on {num} images of {source}", f"write report and pictures to {out}"]
-    )
+    config: ModelConfig
+    if checkpoint.is_file():
+        config = official.convert(checkpoint, tokenizer or official.tokenizer_beside(checkpoint)).config
+    else:
+        config = read_model_config(checkpoint)
+    plan = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]
+    finish_dry_run(console, config, plan + ([f"write the recommended preset to {preset}"] if preset else []))

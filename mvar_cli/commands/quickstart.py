@@ -204,13 +204,12 @@ class Story:
 
     def write_report(self, pipeline: Pipeline, samples: tuple[Tensor, Tensor], test: Tensor, results: Results) -> None:
         """Attention report, curves, and the page."""
-        from mvar_cli.commands.analyze_attention import measure, write_report
+        from mvar_cli.commands.analyze_attention import measure, open_source, write_report
         from mvar_cli.story_page import write_page
 
-        attention = measure(
-            self.console, pipeline, self.out / "mvar", None, "digits:test", num=128, keep=0.95, batch_size=64, seed=0
-        )
-        write_report(attention, self.out / "attention")
+        source = open_source(self.console, pipeline, self.out / "mvar", None, "digits:test", num=128)
+        attention = measure(self.console, pipeline, source)
+        write_report(attention, self.out / "attention", pipeline, source.name)
         write_page(self.out, pipeline, test, results, attention)
 
 

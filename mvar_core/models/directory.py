@@ -6,7 +6,7 @@ A tokenizer alone is the same directory without the transformer; a run directory
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,15 +149,29 @@ def load_tokenizer(
 
 def tokenizer_hash(directory: Path) -> str:
     """SHA-256 over names, shapes, types and values of a directory's tokenizer; the same after any copy or rewrite."""
-    digest = hashlib.sha256()
     path = directory / TOKENIZER_FILE
     with _open(path) as file:
-        names = sorted(file.keys())
-    for name in names:
+        names = list(file.keys())
+
+    def read(name: str) -> Tensor:
         with _open(path) as file:  # opened anew for each tensor, as in _load
-            tensor = file.get_tensor(name)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return _hash_of(names, read)
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """What `tokenizer_hash` says of a directory that this tokenizer, in our names, is written to."""
+    return _hash_of(state, lambda name: state[name].detach().cpu())
+
+
+def _hash_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = read(name)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
     return digest.hexdigest()
 
 

@@ -8,31 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvar_core.analysis.locality import WINDOWS, LocalityReport, recommend
-from mvar_core.analysis.plots import plot_curves, plot_locality, plot_metrics, read_metric
+from mvar_core.analysis.plots import plot_curves, plot_metrics, read_metric
 from mvar_core.errors import DataError
-from mvar_core.scales import ScalePyramid
-
-
-def report_of(patch_sizes):
-    pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
-    scales = pyramid.num_scales
-    scale_mass = np.tril(0.3 ** np.abs(np.subtract.outer(np.arange(scales), np.arange(scales))))
-    scale_mass /= scale_mass.sum(axis=1, keepdims=True)
-    own = np.diagonal(scale_mass)[:, None]
-    sides = np.array([max(grid) for grid in pyramid.grids])[:, None]
-    window_mass = own * np.minimum(1, np.array(WINDOWS)[None, :] / sides) ** 0.5
-    return LocalityReport(
-        patch_sizes=pyramid.patch_sizes,
-        scale_prefixes="all",
-        model_windows=(0,) * scales,
-        num_images=1,
-        scale_mass_by_head=scale_mass[None, None],
-        window_mass_by_head=window_mass[None, None],
-        entropy_by_head=np.zeros((1, 1, scales)),
-        distance_by_head=np.zeros((1, 1, scales)),
-        recommended=recommend(scale_mass, window_mass, pyramid.grids, 0.95),
-    )
 
 
 def check_picture(path):
@@ -44,18 +21,6 @@ def check_picture(path):
     # Nothing is cut off at the borders.
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert (edge == 255).all()
-
-
-@pytest.mark.parametrize(
-    "patch_sizes",
-    [(1,), (1, 2, 4, 8), (1, (2, 3), (4, 6)), (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)],
-)
-def test_pictures_of_a_report(tmp_path, patch_sizes):
-    paths = plot_locality(report_of(patch_sizes), tmp_path / "plots")
-    assert set(paths) == {"scale_mass", "window_mass"}
-    for path in paths.values():
-        check_picture(path)
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["scale_mass.png", "window_mass.png"]
 
 
 def test_losses_of_a_run(tmp_path):

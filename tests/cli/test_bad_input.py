@@ -166,7 +166,13 @@ def test_flags_that_contradict_each_other(mvar, preset, tokens, images, model, t
     assert "--steps" in mvar("train", *options, "--tokens", tokens, "--steps", 1, "--epochs", 1).error
     assert "tokenizer's directory" in mvar("train", *options[:-1], model, "--tokens", tokens).error
     assert "--samples" in mvar("evaluate", "--reference", "digits").error
-    assert "--data" in mvar("analyze-attention", "--checkpoint", model, "--out", tmp_path / "out").error
+    analyze = ["analyze-attention", "--checkpoint", model, "--out", tmp_path / "out"]
+    assert "--data" in mvar(*analyze, "--tokens", tokens, "--data", images).error
+    assert "--keep" in mvar(*analyze, "--keep", 1.5).error
+    assert ".yaml" in mvar(*analyze, "--write-preset", tmp_path / "preset.json").error
+    (tmp_path / "there.yaml").write_text("mine")
+    assert "already there" in mvar(*analyze, "--write-preset", tmp_path / "there.yaml").error
+    assert (tmp_path / "there.yaml").read_text() == "mine"
     assert "nothing to convert" in mvar("convert", "--out", tmp_path / "out").error
 
 

@@ -264,22 +264,6 @@ def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_pat
     assert "3.09" in outcome.out
 
 
-@pytest.mark.parametrize("source", ["tokens", "data"])
-def test_analyze_attention(mvar, model, tokens, images, tmp_path, source):
-    given = ["--tokens", tokens] if source == "tokens" else ["--data", images]
-    out = tmp_path / "attention"
-    report = mvar("analyze-attention", "--checkpoint", model, *given, "--num", 5, "--out", out, "--json").json
-    assert {"scale_mass", "window_mass", "recommended", "plots"} <= report.keys()
-    assert np.allclose(np.sum(report["scale_mass"], axis=1), 1)
-    assert len(report["window_mass"]["3"]) == 3
-    assert report["recommended"]["scale_prefixes"] == 1
-    assert len(report["recommended"]["windows"]) == 3
-    assert report["num_images"] == 5
-    for path in report["plots"].values():
-        assert read(path).ndim == 3
-    assert json.loads((out / "report.json").read_text())["scale_mass"] == report["scale_mass"]
-
-
 def test_convert_there_and_back(mvar, golden_mvar, tmp_path):
     sides = ",".join(map(str, golden_mvar.spec["patch_nums"]))
     windows = golden_mvar.options["windows"]

@@ -1,0 +1,102 @@
+"""Where a token stands in other scales, and how near to it their tokens are: the geometry behind attention statistics.
+
+The matching position of the query (y, x) of a scale of h_s×w_s tokens in a scale of h_t×w_t is that which holds the
+query's centre: (floor((y + 1/2)·h_t/h_s), floor((x + 1/2)·w_t/w_s)). In its own scale that is the query itself.
+Windows are those of mvar_core.scales around the matching position: shifted inward at the borders, so that all have k×k
+tokens; a window longer than an axis covers that axis whole.
+"""
+
+# Shape suffixes: q some of the queries of one scale, h w their scale's rows and columns, G the positions of the scale
+# of the keys, y x its rows and columns.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mvar_core.scales import Grid, window_start
+
+
+@lru_cache(maxsize=4096)
+def matching_positions(queries: int, keys: int) -> tuple[int, ...]:
+    """For each of `queries` positions on an axis the position that holds its centre on an axis of `keys` positions."""
+    return tuple((2 * position + 1) * keys // (2 * queries) for position in range(queries))
+
+
+def needed_windows(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid | None = None) -> Int[Tensor, "q G"]:
+    """The smallest odd window around each query's matching position in which each position of the keys' scale lies.
+
+    Args:
+        positions: Queries, in raster order of their scale.
+        query_grid: The scale of the queries.
+        key_grid: The scale of the keys; by default that of the queries.
+    """
+    key_grid = key_grid or query_grid
+    rows_hy = _table(_needed_on_axis, query_grid.height, key_grid.height, positions)
+    columns_wx = _table(_needed_on_axis, query_grid.width, key_grid.width, positions)
+    of_rows_qy = rows_hy[positions // query_grid.width]
+    of_columns_qx = columns_wx[positions % query_grid.width]
+    return torch.maximum(of_rows_qy.unsqueeze(2), of_columns_qx.unsqueeze(1)).flatten(1)
+
+
+def distances(positions: Int[Tensor, " q"], grid: Grid) -> Float[Tensor, "q G"]:
+    """Euclidean distance in tokens between some positions and all positions of the same scale."""
+    rows_hy = _table(_offsets_on_axis, grid.height, grid.height, positions)
+    columns_wx = _table(_offsets_on_axis, grid.width, grid.width, positions)
+    of_rows_qy = rows_hy[positions // grid.width].double()
+    of_columns_qx = columns_wx[positions % grid.width].double()
+    return torch.hypot(of_rows_qy.unsqueeze(2), of_columns_qx.unsqueeze(1)).flatten(1)
+
+
+def displacements(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid) -> Int[Tensor, "q G"]:
+    """Where each key stands from each query's matching position, as an index into a map of `displacement_grid`."""
+    rows_hy = _table(_offsets_on_axis, query_grid.height, key_grid.height, positions) + key_grid.height - 1
+    columns_wx = _table(_offsets_on_axis, query_grid.width, key_grid.width, positions) + key_grid.width - 1
+    of_rows_qy = rows_hy[positions // query_grid.width]
+    of_columns_qx = columns_wx[positions % query_grid.width]
+    width = displacement_grid(key_grid).width
+    return (of_rows_qy.unsqueeze(2) * width + of_columns_qx.unsqueeze(1)).flatten(1)
+
+
+def displacement_grid(key_grid: Grid) -> Grid:
+    """The map of all displacements in a scale; the matching position is its centre."""
+    return Grid(2 * key_grid.height - 1, 2 * key_grid.width - 1)
+
+
+def displacement_counts(query_grid: Grid, key_grid: Grid) -> np.ndarray:
+    """How many queries have a key at each displacement: a map of `displacement_grid`."""
+    rows = _counts_on_axis(query_grid.height, key_grid.height)
+    columns = _counts_on_axis(query_grid.width, key_grid.width)
+    counts: np.ndarray = np.outer(rows, columns)
+    return counts
+
+
+def _table(of_axis: Callable[[int, int], np.ndarray], queries: int, keys: int, like: Tensor) -> Tensor:
+    return torch.from_numpy(of_axis(queries, keys)).to(like.device)
+
+
+@lru_cache(maxsize=1024)
+def _needed_on_axis(queries: int, keys: int) -> np.ndarray:
+    needed = np.zeros((queries, keys), dtype=np.int64)
+    for query, position in enumerate(matching_positions(queries, keys)):
+        # From wide to narrow, so that the narrowest window that holds a key has the last word.
+        for window in range(keys | 1, 0, -2):
+            width = min(window, keys)
+            start = window_start(position, keys, width)
+            needed[query, start : start + width] = window
+    return needed
+
+
+@lru_cache(maxsize=1024)
+def _offsets_on_axis(queries: int, keys: int) -> np.ndarray:
+    places = np.array(matching_positions(queries, keys), dtype=np.int64)
+    return np.arange(keys)[None, :] - places[:, None]
+
+
+def _counts_on_axis(queries: int, keys: int) -> np.ndarray:
+    return np.bincount((_offsets_on_axis(queries, keys) + keys - 1).ravel(), minlength=2 * keys - 1)

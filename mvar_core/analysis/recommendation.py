@@ -1,0 +1,191 @@
+"""From attention statistics to settings: what prefixes and windows keep a part of the attention, and what they save."""
+
+# Shape suffixes: S scales, W windows.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from mvar_core.analysis.cost import plan
+from mvar_core.config import AttentionConfig, ModelConfig
+from mvar_core.errors import DataError
+from mvar_core.scales import Grid, ScalePrefixes
+
+WINDOWS = (1, 3, 5, 7, 9, 11, 13, 15)
+"""Sides k of the windows whose mass is measured."""
+
+TOLERANCE = 1e-9
+"""Sums of probabilities miss 1 by rounding."""
+
+SAVINGS_BATCH = 8
+"""Images sampled together, for the savings in bytes."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The smallest settings that together keep a wanted part of the attention.
+
+    Attributes:
+        scale_prefixes: Scales a token must see, its own included.
+        windows: One window per scale, 0 for the whole scale.
+        keep: The wanted part.
+        kept: Attention within prefixes and windows, the mean over all tokens; at least `keep`.
+        kept_by_scale: The same for each scale's tokens.
+        kept_by_prefixes: Attention within the prefixes alone, per scale.
+        kept_by_windows: Part of a scale's own mass within its window, per scale.
+        own_windows: For each scale by itself the smallest window that keeps the wanted part of the mass in the scale,
+            0 where only the whole scale does.
+    """
+
+    scale_prefixes: ScalePrefixes
+    windows: tuple[int, ...]
+    keep: float
+    kept: float
+    kept_by_scale: tuple[float, ...]
+    kept_by_prefixes: tuple[float, ...]
+    kept_by_windows: tuple[float, ...]
+    own_windows: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recommendation as a mapping of plain values."""
+        return {
+            "scale_prefixes": self.scale_prefixes,
+            "windows": list(self.windows),
+            "keep": self.keep,
+            "kept": self.kept,
+            "kept_by_scale": list(self.kept_by_scale),
+            "kept_by_prefixes": list(self.kept_by_prefixes),
+            "kept_by_windows": list(self.kept_by_windows),
+            "own_windows": list(self.own_windows),
+        }
+
+
+def recommend(
+    scale_mass_SS: Float64[np.ndarray, "S S"],
+    window_mass_SW: Float64[np.ndarray, "S W"],
+    grids: Sequence[Grid],
+    keep: float,
+    model_windows: Sequence[int] = (),
+) -> Recommendation:
+    """The smallest prefixes, and then the smallest windows, that keep a part of the attention.
+
+    What is kept is the mean over all tokens of an image, each counted alike. First the fewest prefixes that keep the
+    part with every scale whole. Then one part for the windows of all scales, the least with which prefixes and windows
+    together still keep what is wanted: each scale gets the smallest window that holds this part of its own mass. A
+    scale that would need a window as large as itself, or larger than was measured, stays as the model has it.
+
+    Args:
+        scale_mass_SS: Mass by query scale and key scale.
+        window_mass_SW: Mass in the own scale by query scale and window of WINDOWS.
+        grids: The scales.
+        keep: The part to keep.
+        model_windows: The model's own windows, 0 for a whole scale; empty for none at all.
+
+    Raises:
+        DataError: `keep` is not between 0 and 1.
+    """
+    if not 0 < keep <= 1:
+        raise DataError(f"keep is {keep}; expected a part of the attention above 0 and at most 1, for example 0.95.")
+    scales = len(grids)
+    whole = tuple(model_windows) or (0,) * scales
+    tokens_S = np.array([grid.tokens for grid in grids], dtype=np.float64)
+    weights_S = tokens_S / tokens_S.sum()
+    own_S = np.diagonal(scale_mass_SS)
+    visible_S = np.ones(scales)
+    prefixes: ScalePrefixes = 1 if scales == 1 else "all"
+    for count in range(1, scales):
+        seen_S = np.array([scale_mass_SS[s, max(0, s - count + 1) : s + 1].sum() for s in range(scales)])
+        if seen_S @ weights_S >= keep - TOLERANCE:
+            prefixes, visible_S = count, seen_S
+            break
+    share_SW = part_of(window_mass_SW, own_S[:, None])
+    for wanted in [*np.unique(share_SW), 2.0]:  # 2: no window holds that, every scale stays whole
+        windows, shares_S = _smallest_windows(share_SW, grids, wanted, whole)
+        kept_S = visible_S - own_S * (1 - shares_S)
+        if kept_S @ weights_S >= keep - TOLERANCE:
+            break
+    own_windows, _ = _smallest_windows(share_SW, grids, keep - TOLERANCE, whole)
+    return Recommendation(
+        scale_prefixes=prefixes,
+        windows=windows,
+        keep=keep,
+        kept=float(kept_S @ weights_S),
+        kept_by_scale=tuple(map(float, kept_S)),
+        kept_by_prefixes=tuple(map(float, visible_S)),
+        kept_by_windows=tuple(map(float, shares_S)),
+        own_windows=own_windows,
+    )
+
+
+def _smallest_windows(
+    share_SW: np.ndarray, grids: Sequence[Grid], wanted: float, whole: Sequence[int]
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Each scale's smallest window that holds the wanted part of its own mass, and what it holds."""
+    windows, shares = [], []
+    for scale, grid in enumerate(grids):
+        fits = [i for i, k in enumerate(WINDOWS) if k < max(grid) and share_SW[scale, i] >= wanted]
+        windows.append(WINDOWS[fits[0]] if fits else whole[scale])
+        shares.append(share_SW[scale, fits[0]] if fits else 1.0)
+    return tuple(windows), np.array(shares)
+
+
+def part_of(mass: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """`mass` over `whole`, 1 where there is nothing to share."""
+    whole = np.broadcast_to(whole, mass.shape)
+    share: np.ndarray = np.divide(mass, whole, out=np.ones_like(mass), where=whole > 0)
+    return share
+
+
+def recommended_config(config: ModelConfig, best: Recommendation) -> ModelConfig:
+    """The model with the recommended attention and everything else as it is."""
+    attention = AttentionConfig(scale_prefixes=best.scale_prefixes, windows=best.windows)
+    return config.model_copy(update={"attention": attention})
+
+
+def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, device: str = "cpu") -> dict[str, Any]:
+    """What `mvar plan` says of the model as it is and of the recommended one.
+
+    Args:
+        config: The model as it is.
+        best: The recommendation.
+        dtype_bytes: Bytes per value of the compute dtype.
+        device: cpu, cuda or mps.
+
+    Returns:
+        `attention_gmacs` (one image, the paper's convention), `kv_cache_bytes` and `sample_peak_bytes` (`batch_size`
+        images, guided), each with the figure of the `model`, of the `recommended` one, and the latter's `part` of the
+        former (None where the model has nothing of it).
+    """
+    both = [
+        plan(each, batch_size=SAVINGS_BATCH, dtype_bytes=dtype_bytes, guided=True, device=device)
+        for each in (config, recommended_config(config, best))
+    ]
+    values: dict[str, Any] = {"batch_size": SAVINGS_BATCH, "dtype_bytes": dtype_bytes, "device": device}
+    for name in ("attention_gmacs", "kv_cache_bytes", "sample_peak_bytes"):
+        before, after = (getattr(each, name) for each in both)
+        values[name] = {"model": before, "recommended": after, "part": after / before if before else None}
+    return values
+
+
+def preset_values(config: ModelConfig, best: Recommendation, run: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A preset of the recommended model, complete: `mvar train` and `mvar finetune-from-var` take it as it is.
+
+    Args:
+        config: The model as it is.
+        best: The recommendation.
+        run: The config.yaml of the run that trained the model, where there is one: its data, training and seed are
+            taken over.
+    """
+    kept = {key: run[key] for key in ("seed", "data", "train", "train_tokenizer") if key in run} if run else {}
+    model = recommended_config(config, best).model_dump(mode="json", exclude={"provenance", "name"}, exclude_none=True)
+    return {
+        "description": f"{config.name} with the attention that keeps {best.kept:.4g} of what it looks at.",
+        "source": f"mvar analyze-attention of {config.name}, keep {best.keep:g}",
+        **model,
+        **kept,
+    }

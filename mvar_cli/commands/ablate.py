@@ -43,7 +43,8 @@ def run(
             "--windows",
             metavar="LIST",
             help="Windows to compare, with one scale prefix; repeatable. In a list, each number is a model with that"
-            " window on all windowed scales. A list with a 0 is one model, with one window per scale (0 = whole):"
+            " window on all windowed scales, auto:5 one with 5 on every scale where that pays. A list with a 0 is one"
+            " model, with one window per scale (0 = whole):"
             " --windows 3,5,whole --windows 0,0,3,5. Default: 3,5,7,9,whole; or none.",
         ),
     ] = None,
@@ -51,6 +52,7 @@ def run(
         str, typer.Option("--seeds", metavar="N|LIST", help="How many seeds, or which, as in 0,7 (one seed: 7,).")
     ] = "3",
     settings: options.Settings = None,
+    image_size: options.ImageSize = None,
     steps: options.Steps = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
@@ -105,7 +107,9 @@ def run(
     if steps is not None and epochs is not None:
         raise ConfigError("--steps and --epochs both say how long to train.", "Give one of them.")
     given = [*(settings or ()), "train.steps=null"] if epochs is not None else settings or []
-    config = load_config(preset, given, {"train": {"steps": steps, "epochs": epochs, "batch_size": batch_size}})
+    train = {"steps": steps, "epochs": epochs, "batch_size": batch_size}
+    size = options.parse_size(image_size, "--image-size")
+    config = load_config(preset, given, {"image_size": size, "train": train})
     scales = config.pyramid.num_scales
     request = AblationRequest(
         config=config,
@@ -168,12 +172,12 @@ def parse_windows(texts: Sequence[str], scales: int) -> list[WindowEntry]:
         if text == NONE:
             raise ConfigError("--windows none stands alone.", "Leave it out, or leave out the others.")
         for word in words:
-            if word != "whole" and not word.isdecimal():
+            if word not in ("whole", "auto") and not word.removeprefix("auto:").isdecimal():
                 raise ConfigError(
-                    f"--windows {text!r}: {word!r} is neither a number nor whole.", "Write for example 3,5,whole."
+                    f"--windows {text!r}: {word!r} is neither a number nor whole, auto or auto:K.", "Write 3,5,whole."
                 )
         if "0" in words and len(words) > 1:
-            if "whole" in words or len(words) != scales:
+            if not all(word.isdecimal() for word in words) or len(words) != scales:
                 raise ConfigError(
                     f"--windows {text!r} holds a 0, so it is one model with one window for each of {scales} scales;"
                     f" found {len(words)} entries.",
@@ -181,7 +185,7 @@ def parse_windows(texts: Sequence[str], scales: int) -> list[WindowEntry]:
                 )
             found.append(tuple(map(int, words)))
         else:
-            found += ["whole" if word in ("whole", "0") else int(word) for word in words]
+            found += ["whole" if word == "0" else int(word) if word.isdecimal() else word for word in words]
     return found
 
 

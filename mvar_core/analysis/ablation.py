@@ -14,11 +14,11 @@ import numpy as np
 
 from mvar_core.config import RunConfig
 from mvar_core.errors import ConfigError
-from mvar_core.scales import ScalePrefixes, ScalePyramid, check_attention, spread_window
+from mvar_core.scales import ScalePrefixes, ScalePyramid, auto_windows, check_attention, spread_window
 
 WHOLE = "whole"
 WindowEntry = int | str | tuple[int, ...]
-"""One window for all windowed scales, "whole" for none, or one window per scale (0 = whole)."""
+"""One window for all windowed scales, "whole" for none, "auto" or "auto:K", or one window per scale (0 = whole)."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,13 @@ def _window_table(config: RunConfig, windows: Sequence[WindowEntry]) -> Ablation
         if isinstance(window, tuple):
             sides, label = window, ",".join(map(str, window))
         elif isinstance(window, str):
-            sides, label = whole.windows, window
+            sides, label = whole.windows if window == WHOLE else auto_windows(window, pyramid), window
         else:
             sides, label = spread_window(window, config.windows), str(window)
         setting = Setting.of(pyramid, 1, sides)
         if setting == whole and label != WHOLE:
             label = f"{label} = {WHOLE}"
-        elif setting.windows != tuple(sides):
+        elif setting.windows != tuple(sides) or (isinstance(window, str) and window != WHOLE):
             label = f"{label} = {','.join(map(str, setting.windows))}"
         entries.append(Entry(label, setting))
     settings = [entry.setting for entry in entries]

@@ -46,6 +46,15 @@ def test_a_number_is_the_window_of_the_windowed_scales_of_the_preset():
     assert table.baseline == table.entries[0].setting
 
 
+def test_auto_windows_say_what_they_are():
+    (table,) = plan_ablations(DIGITS, [], ["auto:3", "auto:7", "whole"])
+    assert labels(table) == [
+        ("auto:3 = 0,0,0,3", 1, (0, 0, 0, 3)),
+        ("auto:7 = whole", 1, (0, 0, 0, 0)),
+        ("whole", 1, (0, 0, 0, 0)),
+    ]
+
+
 def test_models_that_are_the_same_are_one_setting():
     pyramid = DIGITS.pyramid
     assert Setting.of(pyramid, 4, (1, 3, 5, 9)) == Setting("all", (0, 0, 0, 0))

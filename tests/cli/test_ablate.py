@@ -278,6 +278,7 @@ def test_lists_of_settings():
     assert parse_windows(["3", "5", "0,0,3,5"], 4) == [3, 5, (0, 0, 3, 5)]
     assert parse_windows(["3;0,0,3,5;0"], 4) == [3, (0, 0, 3, 5), "whole"]
     assert parse_windows(["3,5,7,9"], 4) == [3, 5, 7, 9]
+    assert parse_windows(["auto,auto:5,7"], 4) == ["auto", "auto:5", 7]
     assert parse_windows(["none"], 4) == []
     assert parse_seeds("3", 0) == (0, 1, 2)
     assert parse_seeds("2", 10) == (10, 11)
@@ -292,6 +293,8 @@ def test_lists_of_settings():
         (lambda: parse_windows(["0,0,3"], 4), "found 3 entries"),
         (lambda: parse_windows(["0,whole"], 2), "write whole in place of 0"),
         (lambda: parse_windows(["big"], 4), "neither a number nor whole"),
+        (lambda: parse_windows(["auto:"], 4), "neither a number nor whole"),
+        (lambda: parse_windows(["0,0,0,auto"], 4), "write whole in place of 0"),
         (lambda: parse_seeds("x", 0), "--seeds"),
         (lambda: parse_seeds("0", 0), "at least one"),
         (lambda: parse_seeds("1,1", 0), "twice"),

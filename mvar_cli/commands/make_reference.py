@@ -20,7 +20,7 @@ def run(
     data: Annotated[str | None, typer.Option("--data", metavar="PATH|digits", help="Folder, npz or digits.")] = None,
     samples: Annotated[str | None, typer.Option("--samples", metavar="PATH", help="Another name for --data.")] = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=1, metavar="N", help="Resize and crop to N×N first.")
+        str | None, typer.Option("--image-size", metavar="N|HxW", help="Resize and crop to this size first.")
     ] = None,
     features: Annotated[
         str,
@@ -49,6 +49,7 @@ def run(
         raise DataError(f"--out {out} does not end in .npz.")
     if out.is_dir() or (out.exists() and not overwrite):
         raise DataError(f"{out} is already there.", "Choose another --out, or add --overwrite to replace it.")
+    size = options.parse_size(image_size, "--image-size")
     from mvar_cli import evaluation
     from mvar_cli.image_sets import open_stored
     from mvar_cli.processes import processes
@@ -62,7 +63,7 @@ def run(
         kind = evaluation.feature_kind(features, named)
         if kind == "inception":
             inception_weights = evaluation.inception_file(inception_weights, download, console, team)
-        images = open_stored(named, None, (image_size, image_size) if image_size else None)
+        images = open_stored(named, None, (size, size) if isinstance(size, int) else size)
         target = resolve_device(team.device(device))
         extractor = evaluation.make_extractor(kind, inception_weights, demo_classifier, [], images.image_shape, target)
         measurer = evaluation.Measurer(extractor, console, team, batch_size=batch_size or evaluation.DEFAULT_BATCH)

@@ -81,6 +81,53 @@ def test_interpolated_positions_keep_a_gradient_in_its_place():
     assert resized[2:6, 0].tolist() == pytest.approx([0.75, 1.25, 1.75, 2.25], abs=0.1)
 
 
+def directly_resized(table: torch.Tensor, source: list[tuple[int, int]], target: list[tuple[int, int]], origins):
+    """The table scale by scale, by PyTorch's own interpolation of maps that are cut out by hand."""
+    parts = []
+    for (height, width), origin in zip(target, origins, strict=True):
+        start = sum(h * w for h, w in source[:origin])
+        h, w = source[origin]
+        maps = table[0, start : start + h * w].T.reshape(1, -1, h, w)
+        resized = torch.nn.functional.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
+        parts.append(resized.reshape(table.shape[2], height * width).T)
+    return torch.cat(parts).unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "origins"),
+    [
+        (512, 512, list(range(10))),
+        (256, 384, list(range(10))),
+        (384, 256, list(range(10))),
+        (1024, 1024, [0, 1, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8, 9]),
+        (384, 384, [0, 1, 2, 3, 4, 6, 7, 8, 9]),
+    ],
+)
+def test_positions_of_the_256_px_pyramid_start_every_other(height, width, origins):
+    source, target = ScalePyramid.for_image(256, 256), ScalePyramid.for_image(height, width)
+    table = torch.randn(1, source.num_tokens, 6, generator=torch.Generator().manual_seed(0))
+    assert [matching_scale(scale, target, source) for scale in range(target.num_scales)] == origins
+    found = interpolate_positions(table, source, target)
+    expected = directly_resized(table, list(source), list(target), origins)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for scale, origin in enumerate(origins):
+        if target.grids[scale] == source.grids[origin]:
+            assert found[:, target.spans[scale]].equal(table[:, source.spans[origin]])
+
+
+def test_a_square_model_starts_a_wide_one_of_more_scales(transformers):
+    sizes = ["image_size=16x24", "patch_sizes=1,2x3,3x4,4x6", "attention.windows=[0,0,0,3]"]
+    weights, pyramid, target = transformers(*sizes)
+    reports = {report.name: report for report in load_pretrained(target, weights, pyramid)}
+    assert reports["position_embedding"].note == "1 2 4 → 1 2×3 3×4 4×6"
+    table = weights["position_embedding"]
+    wanted = directly_resized(table, [(1, 1), (2, 2), (4, 4)], [(1, 1), (2, 3), (3, 4), (4, 6)], [0, 1, 1, 2])
+    torch.testing.assert_close(target.position_embedding.detach(), wanted, rtol=0, atol=1e-6)
+    assert target.scale_embedding.weight.equal(weights["scale_embedding.weight"][[0, 1, 1, 2]])
+    changed = {name for name, report in reports.items() if report.action != "loaded"}
+    assert changed == {"position_embedding", "scale_embedding.weight"}
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

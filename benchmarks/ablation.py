@@ -43,7 +43,9 @@ def main() -> None:
     # A run that was stopped and gone on with has no time of its own as a whole.
     found["minutes"] = minutes if fresh else None
     found["promised_minutes"] = PROMISED_MINUTES
-    machine.save("ablation", {key: value for key, value in found.items() if key not in ("outputs", "seconds")})
+    for name in ("outputs", "seconds", "machine"):  # the machine is described anew, with the commit
+        del found[name]
+    machine.save("ablation", found)
     for name in ("ablation.png", "ablation.svg"):
         shutil.copy(out / name, ROOT / "docs" / "images" / name)
     took = f"\n\nThe whole command took {minutes:.0f} minutes.\n" if fresh else ""

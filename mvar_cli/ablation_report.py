@@ -102,6 +102,26 @@ class Report:
         """What the differences of a table are worth against seed noise, one sentence per quality."""
         return [text for text, _ in self._judged(ablation)]
 
+    def savings(self, ablation: Ablation) -> str:
+        """What each setting costs beside the baseline, in one sentence."""
+        base = self.aggregate[ablation.baseline.name]
+        parts = []
+        for setting in ablation.settings:
+            if setting == ablation.baseline:
+                continue
+            found = self.aggregate[setting.name]
+            ratios = [
+                f"{ratio:.2f} of the {what}"
+                for what, ratio in (
+                    ("attention", _ratio(found["attention_gmacs"], base["attention_gmacs"])),
+                    ("time", _ratio(found["cost"]["seconds_per_image"], base["cost"]["seconds_per_image"])),
+                    ("allocated memory", _ratio(found["cost"]["allocated_bytes"], base["cost"]["allocated_bytes"])),
+                )
+                if ratio is not None
+            ]
+            parts.append(f"{ablation.label(setting)} takes {', '.join(ratios)}")
+        return f"Cost beside {ablation.label(ablation.baseline)}: {'; '.join(parts)}." if parts else ""
+
     def _judged(self, ablation: Ablation) -> list[tuple[str, dict[str, Any]]]:
         judged = []
         for key, name in self.qualities.items():
@@ -127,6 +147,7 @@ class Report:
                     "baseline": ablation.baseline.name,
                     "entries": [{"label": entry.label, "setting": entry.setting.name} for entry in ablation.entries],
                     "sentences": self.sentences(ablation),
+                    "savings": self.savings(ablation),
                     "verdicts": [verdict for _, verdict in self._judged(ablation)],
                 }
                 for ablation in self.ablations
@@ -138,7 +159,7 @@ class Report:
         for ablation in self.ablations:
             for title, columns, cells in self._tables(ablation):
                 console.table(title, columns, cells)
-            for text in self.sentences(ablation):
+            for text in (*self.sentences(ablation), self.savings(ablation)):
                 console.say(text)
             console.say()
         for note in self._notes():
@@ -167,8 +188,9 @@ class Report:
         for ablation in self.ablations:
             lines += [f"### {ablation.title}", ""]
             for title, columns, cells in self._tables(ablation):
+                title = title.removeprefix(f"{ablation.title}; ")
                 lines += [f"{title[0].upper()}{title[1:]}:", "", *_markdown_table(columns, cells), ""]
-            lines += [f"- {text}" for text in self.sentences(ablation)]
+            lines += [f"- {text}" for text in (*self.sentences(ablation), self.savings(ablation)) if text]
             lines.append("")
         lines += [f"![Quality against cost, with the spread over seeds]({PICTURES[0]})", ""]
         lines += [line for note in self._notes() for line in (note, "")]
@@ -291,6 +313,10 @@ def spread_text(spread: Mapping[str, Any]) -> str:
         return f"{format_number(mean)} ± 0"
     decimals = min(6, max(0, 1 - math.floor(math.log10(std))))
     return f"{mean:,.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return None if value is None or not base else value / base
 
 
 def _milliseconds(seconds: float | None) -> str:

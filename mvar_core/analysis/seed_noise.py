@@ -166,7 +166,7 @@ def sentence(verdict: Verdict, values: Mapping[str, Sequence[float]], *, lower_i
         if group:
             parts.append(f"{words}: " + ", ".join(_comparison(item, lower_is_better) for item in group))
     resolution = (
-        f" With {verdict.seeds} seeds a difference below about {_number(verdict.resolution)} cannot show."
+        f" With {verdict.seeds} seeds a difference below about {_number(verdict.resolution)} would hardly show."
         if verdict.resolution
         else ""
     )
@@ -177,15 +177,17 @@ def sentence(verdict: Verdict, values: Mapping[str, Sequence[float]], *, lower_i
 
 
 def _comparison(item: Comparison, lower_is_better: bool) -> str:
+    if item.difference == 0:
+        return f"{item.name} is equal"
     better = (item.difference < 0) == lower_is_better
     verb = "better" if better else "worse"
     size = f"{abs(item.effect):.1f} seed std" if item.effect is not None else "no spread"
-    adjusted = "" if item.adjusted is None else f", p = {_probability(item.adjusted)}"
+    adjusted = "" if item.adjusted is None else f", p {_probability(item.adjusted)}"
     return f"{item.name} is {_number(abs(item.difference))} {verb} ({size}{adjusted})"
 
 
 def _probability(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
 
 
 def _signed(value: float) -> str:

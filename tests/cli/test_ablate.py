@@ -87,6 +87,9 @@ def test_two_settings_on_two_seeds(mvar, command, tmp_path, monkeypatch):
     assert [entry["label"] for entry in windows["entries"]] == ["whole", "9 = whole"]
     assert windows["sentences"] == []  # one model alone has nothing to be compared with
     assert ["2 seeds" in text for text in prefixes["sentences"]] == [True, True]
+    ratio = rows[1]["attention_gmacs"] / rows[0]["attention_gmacs"]
+    assert f"1 takes {ratio:.2f} of the attention" in prefixes["savings"]
+    assert windows["savings"] == ""
     assert json.loads((out / "ablation.json").read_text())["rows"] == rows
     text = (out / "ablation.md").read_text()
     assert prefixes["sentences"][0] in text

@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mvar_core.analysis.likelihood import log_likelihoods, read_candidates
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.kernels import check_backend
@@ -28,7 +29,7 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.pixels import to_uint8
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.budget import DECODED_AT_ONCE
-from mvar_core.sampling.editing import KeptTokens, kept_pixels, kept_tokens, pasted
+from mvar_core.sampling.editing import KeptTokens, checked_mask, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import ImageSampler, Samples, join_samples
 from mvar_core.sampling.settings import DrawOptions, GivenSettings, sampling_settings
 
@@ -199,6 +200,28 @@ class Pipeline:
         conditions = self.transformer.conditioner.read(labels).to(self.device)
         return self.transformer(conditions, inputs_BLZ, attention=self.attention)
 
+    def log_likelihoods(self, tokens: Int[Tensor, "B L"], labels: Conditions) -> Float64[Tensor, "B *K S"]:
+        """Ln p(tokens of each scale | earlier scales, condition), in nats: teacher-forced, without guidance or filters.
+
+        Args:
+            tokens: Of images, from `encode`.
+            labels: One condition per image, as of `logits`, or K of them, (B, K): then each image is scored under each.
+
+        Raises:
+            ConfigError: Conditions that are not the model's.
+            DataError: Tokens that are not the model's.
+        """
+        tokens_BL = self._checked(tokens)
+        conditions, several = read_candidates(self.transformer.conditioner, labels, len(tokens_BL))
+        scored_BKS = log_likelihoods(
+            self.transformer,
+            self._tokenizer.quantizer,
+            tokens_BL,
+            conditions.to(self.device),
+            attention=self.attention,
+        )
+        return scored_BKS if several else scored_BKS.squeeze(1)
+
     def sampling_settings(self, **given: Unpack[GivenSettings]) -> SamplingConfig:
         """The model's recommended settings with the given ones laid over them; see `sample` for what they are.
 
@@ -284,7 +307,7 @@ class Pipeline:
             DataError: Images or a mask of another size than the model's.
             ConfigError: As `sample`; another `keep`; a coverage out of range.
         """
-        pixels = kept_pixels(self._checked_mask(mask, len(images)), keep)
+        pixels = kept_pixels(checked_mask(mask, len(images), self.config.image_shape), keep)
         kept = self.kept_tokens(images, pixels, coverage).repeated(num)
         conditions = torch.as_tensor(labels) if labels is not None else self.no_class(len(images))
         if labels is None:
@@ -358,17 +381,6 @@ class Pipeline:
             raise ConfigError("sample takes labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
         read = conditioner.read(labels)
         return read, conditioner.labels(read)
-
-    def _checked_mask(self, mask: Tensor | np.ndarray, images: int) -> Tensor:
-        """A boolean mask on the CPU, refused where it does not fit the images."""
-        mask = torch.as_tensor(mask).cpu()
-        shape = self.config.image_shape
-        if mask.dtype != torch.bool or tuple(mask.shape) not in (shape, (images, *shape)):
-            raise DataError(
-                f"the mask is {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}; expected bool of"
-                f" {shape} or {(images, *shape)}."
-            )
-        return mask
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, refused where they cannot be the model's."""

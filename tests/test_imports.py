@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "training": FOUNDATION | {"kernels", "models"},
     "sampling": FOUNDATION | {"kernels", "models"},
     "analysis": FOUNDATION | {"kernels", "models"},
-    "pipeline": FOUNDATION | {"kernels", "models", "sampling"},
+    "pipeline": FOUNDATION | {"kernels", "models", "sampling", "analysis"},
     "__init__": {"pipeline"},
 }
 FILES = sorted((ROOT / "mvar_core").rglob("*.py"))

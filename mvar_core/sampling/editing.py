@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
@@ -51,6 +52,26 @@ class KeptTokens:
     def to(self, device: torch.device) -> KeptTokens:
         """On another device."""
         return KeptTokens(self.tokens_NL.to(device), self.kept_NL.to(device))
+
+
+def checked_mask(mask: Tensor | np.ndarray, images: int, shape: tuple[int, int]) -> Bool[Tensor, "*N H W"]:
+    """A boolean mask on the CPU.
+
+    Args:
+        mask: One for all images, or one for each.
+        images: How many there are.
+        shape: Their height and width.
+
+    Raises:
+        DataError: It is not boolean, or does not fit the images.
+    """
+    mask = torch.as_tensor(mask).cpu()
+    if mask.dtype != torch.bool or tuple(mask.shape) not in (shape, (images, *shape)):
+        raise DataError(
+            f"the mask is {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}; expected bool of"
+            f" {shape} or {(images, *shape)}."
+        )
+    return mask
 
 
 def kept_pixels(mask: Bool[Tensor, "*N H W"], keep: str) -> Bool[Tensor, "*N H W"]:

@@ -1,0 +1,297 @@
+"""How likely a model holds images to be, by their tokens: bits per token and scale, per class, and the class that fits.
+
+A next-scale model gives the tokens of all scales a probability, p(tokens | class) = Π p(token | earlier scales, class).
+So it can be asked how well it knows held-out images, without any feature network, and which class makes an image most
+likely: classification by a generator that was never trained to classify. Probabilities are those of the model itself:
+no guidance, no top-k, no top-p. Sums are float64.
+"""
+
+# Shape suffixes: B images, K conditions under which each is scored, S scales, L tokens of all scales, l those of one
+# scale, C width, V codebook entries, Z latent channels, P pairs of an image and a condition.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+from mvar_core.config import ModelConfig
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.models.conditioning import Conditioner, Conditions, VectorConditioner
+from mvar_core.models.micro_batches import TOKENS_AT_ONCE
+from mvar_core.models.quantizer import MultiScaleQuantizer
+from mvar_core.models.transformer import Transformer
+
+TOP = 5
+"""Of so many classes one must be right, where the figure of the best few is given."""
+
+
+@torch.no_grad()
+def log_likelihoods(
+    transformer: Transformer,
+    quantizer: MultiScaleQuantizer,
+    tokens_BL: Int[Tensor, "B L"],
+    conditions: Tensor,
+    *,
+    attention: str = "auto",
+    pairs_at_once: int | None = None,
+    on_pairs: Callable[[int], None] | None = None,
+) -> Float64[Tensor, "B K S"]:
+    """Ln p(tokens of each scale | earlier scales, condition), for every image under each of its conditions.
+
+    Images under conditions go through the transformer a few at a time, and logits exist for one scale of those alone;
+    inputs, which do not depend on the condition, are made once for an image.
+
+    Args:
+        transformer: In evaluation mode.
+        quantizer: The tokenizer's, on the same device.
+        tokens_BL: Tokens, on that device.
+        conditions: (B, K) class labels or (B, K, X) vectors, on that device.
+        attention: Attention backend.
+        pairs_at_once: Images times conditions in one pass; decides speed and memory, never the result.
+        on_pairs: Called with the number of pairs scored since the last call.
+
+    Returns:
+        In nats, on the CPU.
+    """
+    pyramid, device = transformer.pyramid, tokens_BL.device
+    images, candidates = conditions.shape[:2]
+    at_once = pairs_at_once or max(1, TOKENS_AT_ONCE.get(device.type, 2048) // pyramid.num_tokens)
+    # One by one on a CPU, whose convolutions round by the batch they see.
+    pieces = tokens_BL.split(1 if device.type == "cpu" else max(1, images))
+    inputs_BlZ = torch.cat([quantizer.teacher_forcing_inputs(piece) for piece in pieces])
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    scored_PS = torch.empty(images * candidates, pyramid.num_scales, dtype=torch.float64)
+    flat = conditions.flatten(0, 1)
+    for start in range(0, len(flat), at_once):
+        pairs = slice(start, min(start + at_once, len(flat)))
+        rows = torch.arange(pairs.start, pairs.stop, device=device) // candidates
+        conditioning = transformer.condition(flat[pairs])
+        x_PLC = transformer.hidden_states(
+            range(pyramid.num_scales), inputs_BlZ[rows], conditioning, attention=attention
+        )
+        for scale, span in enumerate(pyramid.spans):
+            logits_PlV = transformer.head_logits(x_PLC[:, span], conditioning)
+            true_Pl = logits_PlV.gather(-1, tokens_BL[rows, span].unsqueeze(-1)).squeeze(-1)
+            log_p_Pl = true_Pl.to(exact) - logits_PlV.to(exact).logsumexp(-1)
+            scored_PS[pairs, scale] = log_p_Pl.sum(-1).double().cpu()
+        if on_pairs is not None:
+            on_pairs(pairs.stop - pairs.start)
+    return scored_PS.unflatten(0, (images, candidates))
+
+
+def read_candidates(conditioner: Conditioner, given: Conditions, images: int) -> tuple[Tensor, bool]:
+    """Conditions under which images are scored, one for each image or several.
+
+    Returns:
+        (images, K) labels or (images, K, X) vectors on the CPU, and whether several were given for each.
+
+    Raises:
+        ConfigError: They are not what the model is conditioned on, or do not fit the images.
+    """
+    rows = torch.as_tensor(given)
+    several = rows.ndim == (3 if isinstance(conditioner, VectorConditioner) else 2)
+    read = conditioner.read(rows.flatten(0, 1) if several else rows)
+    if len(rows) != images or (images and len(read) % images):
+        raise ConfigError(f"there are tokens of {images} images but conditions of {len(rows)}.")
+    candidates = rows.shape[1] if several else 1
+    return read.unflatten(0, (images, candidates)), several
+
+
+@dataclass(frozen=True)
+class LikelihoodReport:
+    """Means over images; without labels, what needs them is None and likelihoods are those under no class.
+
+    Attributes:
+        num_samples: Images, N.
+        num_tokens: Tokens of an image, L.
+        patch_sizes: The model's scales.
+        bits_per_token: -log2 p(token | earlier scales, own class), averaged over tokens.
+        bits_per_token_by_scale: The same, scale by scale.
+        uniform_bits_per_token: log2 V: what a model that knows nothing would need.
+        bits_per_image: All tokens of an image.
+        bits_per_image_error: Standard error of that mean.
+        bits_per_pixel: Over the image's pixels (height × width). These are bits of tokens: what a tokenizer loses of
+            the pixels is not counted, so figures compare under one tokenizer alone.
+        bits_per_token_no_class: Under no class.
+        class_information: Bits that the class tells of an image: bits under no class less those under its own.
+        nll_by_class: For each class that occurs, -ln p(tokens | class) of its images, in nats per image.
+        samples_by_class: How many images that mean is of.
+        classes_scored: Classes that compete in zero-shot classification.
+        zero_shot_accuracy: Part of the images whose own class makes their tokens most likely.
+        zero_shot_top5: Part whose own class is among the five that do; None with five classes or fewer.
+        zero_shot_accuracy_by_scale: The same by the tokens of scales up to each alone.
+    """
+
+    num_samples: int
+    num_tokens: int
+    patch_sizes: tuple[int | tuple[int, int], ...]
+    bits_per_token: float
+    bits_per_token_by_scale: tuple[float, ...]
+    uniform_bits_per_token: float
+    bits_per_image: float
+    bits_per_image_error: float | None
+    bits_per_pixel: float
+    bits_per_token_no_class: float
+    class_information: float | None
+    nll_by_class: dict[str, float] | None
+    samples_by_class: dict[str, int] | None
+    classes_scored: int
+    zero_shot_accuracy: float | None
+    zero_shot_top5: float | None
+    zero_shot_accuracy_by_scale: tuple[float, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON writes it."""
+        return asdict(self)
+
+
+def measure_likelihood(
+    transformer: Transformer,
+    quantizer: MultiScaleQuantizer,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    config: ModelConfig,
+    *,
+    classes: Sequence[int] | None = None,
+    attention: str = "auto",
+    pairs_at_once: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LikelihoodReport:
+    """Likelihoods of images under their own class, under no class, and under every class that competes for them.
+
+    What is held of an image is a few numbers per scale, however many classes there are.
+
+    Args:
+        transformer: Conditioned on classes, in evaluation mode.
+        quantizer: The tokenizer's, on the same device.
+        batches: Tokens (B, L) and labels (B,), or None where no image has one.
+        config: The model.
+        classes: Classes that compete in zero-shot classification; every label must be among them. None for none.
+        attention: Attention backend.
+        pairs_at_once: Images times classes in one pass; decides speed and memory, never the result.
+        progress: Called with the number of pairs of image and class that are done.
+
+    Raises:
+        ConfigError: The model is conditioned on vectors.
+        DataError: No images, a label that does not exist or does not compete, or labels for some images alone.
+    """
+    if config.conditioning.kind != "class":
+        raise ConfigError("Likelihoods per class need a model that is conditioned on classes; this one is on vectors.")
+    device, no_class = quantizer.codebook.device, transformer.no_class
+    competing = torch.tensor(classes if classes is not None else [], dtype=torch.long)
+    tally = _Tally(config)
+    done = 0
+
+    def count(pairs: int) -> None:
+        nonlocal done
+        done += pairs
+        if progress is not None:
+            progress(done)
+
+    for tokens_BL, labels_B in batches:
+        candidates = [torch.full((len(tokens_BL), 1), no_class)]
+        if labels_B is not None:
+            _check_labels(labels_B, classes, no_class)
+            own = labels_B.view(-1, 1) if classes is None else competing.expand(len(tokens_BL), -1)
+            candidates.append(own.long().cpu())
+        scored_BKS = log_likelihoods(
+            transformer,
+            quantizer,
+            tokens_BL.to(device=device, dtype=torch.long),
+            torch.cat(candidates, dim=1).to(device),
+            attention=attention,
+            pairs_at_once=pairs_at_once,
+            on_pairs=count,
+        ).numpy()
+        positions = None
+        if labels_B is not None and classes is not None:
+            positions = (labels_B.view(-1, 1).cpu() == competing).int().argmax(1).numpy()
+        tally.add(scored_BKS, labels_B.cpu().numpy() if labels_B is not None else None, positions)
+    return tally.report(len(classes) if classes is not None else 0)
+
+
+class _Tally:
+    """What is held of every image: nats per scale under its own class and under none, and the rank of its class."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.none_nats: list[np.ndarray] = []
+        self.own_nats: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.ranks: list[np.ndarray] = []
+
+    def add(self, scored_BKS: np.ndarray, labels_B: np.ndarray | None, positions_B: np.ndarray | None) -> None:
+        """Take a batch, whose first column is under no class; then come the own class, or all that compete."""
+        self.none_nats.append(-scored_BKS[:, 0])
+        if labels_B is None:
+            return
+        self.labels.append(labels_B)
+        rows = np.arange(len(scored_BKS))
+        competing_BKS = scored_BKS[:, 1:]
+        own_BS = competing_BKS[rows, positions_B if positions_B is not None else 0]
+        self.own_nats.append(-own_BS)
+        if positions_B is not None:
+            # Of classes that are equally likely, the first counts as the model's choice.
+            sums_BKS, own_B1S = competing_BKS.cumsum(-1), own_BS.cumsum(-1)[:, None]
+            earlier_BK1 = (np.arange(competing_BKS.shape[1]) < positions_B[:, None])[..., None]
+            self.ranks.append(((sums_BKS > own_B1S) | ((sums_BKS == own_B1S) & earlier_BK1)).sum(1))
+
+    def report(self, competing: int) -> LikelihoodReport:
+        """The means."""
+        if not self.none_nats:
+            raise DataError("There are no images to score.")
+        if self.labels and len(self.labels) != len(self.none_nats):
+            raise DataError("Some images have labels and some do not.")
+        pyramid, (height, width) = self.config.pyramid, self.config.image_shape
+        none_NS = np.concatenate(self.none_nats)
+        own_NS = np.concatenate(self.own_nats) if self.labels else none_NS
+        labels_N = np.concatenate(self.labels) if self.labels else None
+        ranks_NS = np.concatenate(self.ranks) if self.ranks else None
+        bits_NS = own_NS / math.log(2)
+        image_bits_N = bits_NS.sum(1)
+        count, tokens = len(bits_NS), np.array([grid.tokens for grid in pyramid.grids])
+        bits, none_bits = float(image_bits_N.mean()), float(none_NS.sum(1).mean() / math.log(2))
+        return LikelihoodReport(
+            num_samples=count,
+            num_tokens=pyramid.num_tokens,
+            patch_sizes=pyramid.patch_sizes,
+            bits_per_token=bits / pyramid.num_tokens,
+            bits_per_token_by_scale=tuple((bits_NS.mean(0) / tokens).tolist()),
+            uniform_bits_per_token=math.log2(self.config.tokenizer.codebook_size),
+            bits_per_image=bits,
+            bits_per_image_error=float(image_bits_N.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
+            bits_per_pixel=bits / (height * width),
+            bits_per_token_no_class=none_bits / pyramid.num_tokens,
+            class_information=none_bits - bits if labels_N is not None else None,
+            nll_by_class=self._by_class(labels_N, own_NS.sum(1)),
+            samples_by_class=self._by_class(labels_N, None),
+            classes_scored=competing if ranks_NS is not None else 0,
+            zero_shot_accuracy=float((ranks_NS[:, -1] == 0).mean()) if ranks_NS is not None else None,
+            zero_shot_top5=float((ranks_NS[:, -1] < TOP).mean()) if ranks_NS is not None and competing > TOP else None,
+            zero_shot_accuracy_by_scale=tuple((ranks_NS == 0).mean(0).tolist()) if ranks_NS is not None else None,
+        )
+
+    def _by_class(self, labels_N: np.ndarray | None, values_N: np.ndarray | None) -> dict[str, Any] | None:
+        """A mean per class that occurs, or how many images it has."""
+        if labels_N is None:
+            return None
+        found = {}
+        for label in np.unique(labels_N).tolist():
+            name = self.config.class_names[label] if self.config.class_names else str(label)
+            chosen = labels_N == label
+            found[name] = int(chosen.sum()) if values_N is None else float(values_N[chosen].mean())
+        return found
+
+
+def _check_labels(labels_B: Tensor, classes: Sequence[int] | None, no_class: int) -> None:
+    for label in labels_B.unique().tolist():
+        if not 0 <= label < no_class:
+            raise DataError(f"An image is of class {label}; the model has classes 0 … {no_class - 1}.")
+        if classes is not None and label not in classes:
+            raise DataError(f"An image is of class {label}, which is not among the classes that are scored.")

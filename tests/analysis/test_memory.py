@@ -24,7 +24,7 @@ def sample(config, settings, images, dtype, *, memory_budget=None, stages=False)
     sampler = ImageSampler(config, transformer, tokenizer)
     setting = Setting(dtype.itemsize, settings.guided, settings.top_k, settings.top_p, "cpu", stages)
     sizes = choose(config, images, setting, budget=memory_budget, batch_size=images)
-    labels = [index % config.transformer.num_classes for index in range(images)]
+    labels = torch.arange(images) % config.transformer.num_classes
     list(sampler.stream(labels[:1], range(1), 0, settings, sizes))  # what is made once is made now
     with allocation_peak() as live:
         list(sampler.stream(labels, range(images), 0, settings, sizes, stages=stages))
@@ -43,6 +43,18 @@ def test_sampling_peak_is_what_is_allocated(prefixes, codes, cfg, top_k, top_p, 
     settings = SamplingConfig(cfg=cfg, top_k=top_k, top_p=top_p)
     for images in (4, 24):  # the second in micro-batches
         measured, predicted = sample(config, settings, images, dtype)
+        assert predicted == pytest.approx(measured, rel=PROMISED), images
+
+
+@pytest.mark.parametrize(("prefixes", "windows"), [("all", "[]"), (1, "auto:3")])
+@pytest.mark.parametrize("size", ["48x72", "88x40"])
+def test_sampling_peak_of_pyramids_that_are_not_square(size, prefixes, windows):
+    """A pyramid that follows from the size, as VAR and with windows on every scale where they pay."""
+    settings = [f"image_size={size}", f"attention.windows={windows}", f"attention.scale_prefixes={prefixes}"]
+    config = load_config("digits", [*MIDDLING, *settings])
+    assert sum(map(bool, config.windows)) >= 4 * (prefixes == 1)
+    for images in (2, 9):
+        measured, predicted = sample(config, SamplingConfig(cfg=1.5, top_k=20, top_p=0.9), images, torch.float32)
         assert predicted == pytest.approx(measured, rel=PROMISED), images
 
 

@@ -33,6 +33,7 @@ def measured(config, dtype):
         ("transformer.l2_attention=false",),
         (*WIDE, "attention.windows=[0,0,0,0,7]", "tokenizer.codebook_size=256"),
         (*WIDE, "attention.windows=[0,0,0,0,0]", "transformer.l2_attention=false"),
+        ("image_size=48x72", "attention.windows=auto:3", "transformer.embed_dim=128"),
     ],
 )
 @pytest.mark.parametrize("batch", [2, 8])

@@ -38,6 +38,7 @@ from mvar_core.kernels import check_backend
 from mvar_core.models.directory import read_model_config
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.train_config import DataConfig
+from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.order import planned_steps
 
 _OWN = (
@@ -125,7 +126,7 @@ def _prepare(console: Console, request: AblationRequest) -> Experiment:
     else:
         tokens, validation = split_off(tokens, HELD_OUT, config.seed)
         console.note(f"Held out: {validation.num_images:,} of {tokens.num_images + validation.num_images:,} images.")
-    fitted = fit_to_tokens(config, tokenizer, tokens.class_names)
+    fitted = _same_turns(fit_to_tokens(config, tokenizer, tokens.class_names))
     return Experiment(
         console=console,
         config=fitted,
@@ -140,6 +141,15 @@ def _prepare(console: Console, request: AblationRequest) -> Experiment:
         dtype=request.dtype,
         attention=request.attention,
     )
+
+
+def _same_turns(config: RunConfig) -> RunConfig:
+    """The run with the interleaved curriculum's turns written down, which would otherwise follow each row's windows."""
+    train = config.train
+    if train.curriculum != "interleaved" or train.scales_alone is not None:
+        return config
+    alone = min(scales_alone(config.patterns), config.pyramid.num_scales - 1)
+    return config.model_copy(update={"train": train.model_copy(update={"scales_alone": alone})})
 
 
 def _judge(console: Console, request: AblationRequest, config: RunConfig, tokens: TokenCache) -> Judge:

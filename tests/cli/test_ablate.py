@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mvar_cli import ablation, benchmark
 from mvar_cli.benchmark import MEASUREMENTS
@@ -213,6 +214,14 @@ def test_a_row_is_what_train_makes_of_its_setting(mvar, command, preset, tokens,
         assert trained.json["steps"] == 4
         file = "transformer.safetensors"
         assert (alone / file).read_bytes() == (out / "rows" / name / "seed-3" / file).read_bytes()
+
+
+def test_rows_take_the_same_turns(mvar, command, tmp_path):
+    """Which scales the interleaved curriculum trains alone follows from the preset, not from each row's windows."""
+    out = tmp_path / "out"
+    mvar(*command, "--seeds", 1, "--set", "train.curriculum=interleaved", "--windows", "3", "--out", out, "--json")
+    turns = {yaml.safe_load(path.read_text())["train"]["scales_alone"] for path in out.rglob("config.yaml")}
+    assert turns == {1}
 
 
 def test_images_are_tokenized_and_a_tokenizer_is_trained(mvar, preset, images, classifier, tmp_path, capfd):

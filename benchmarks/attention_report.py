@@ -20,7 +20,8 @@ from typing import Any
 import machine
 
 PRESETS = {"var": "var-d16-256", "mvar": "mvar-d16-256"}
-PEAK_BYTES, GROWTH = 3e9, 1.05
+PEAK_BYTES, GROWTH = 3e9, 1.10
+"""The same command's peak differs by about 5 % from run to run, with what the allocator keeps."""
 RESULT = machine.RESULTS / "attention_report.json"
 
 

@@ -76,8 +76,8 @@ def write_attention_page(
     parts = [
         f"<h1>Where {html.escape(name)} looks</h1>",
         f'<p class="soft">{report.num_images:,} images: {html.escape(str(values["source"]))}. Token maps of'
-        f" {', '.join(report.scale_names)}; all figures are averages over images, layers and heads, weighed by"
-        f" attention.</p>",
+        f" {', '.join(report.scale_names)}; all figures are averages over images, layers and"
+        f" heads.</p>",
         f'<ul class="reading">{"".join(f"<li>{html.escape(said)}</li>" for said in reading.sentences)}</ul>',
         *(f'<p class="soft">{html.escape(note)}</p>' for note in report.notes),
         "<h2>In figures</h2>",

@@ -206,7 +206,7 @@ def show_report(console: Console, report: LocalityReport, values: dict[str, Any]
 
     names, mass = report.scale_names, report.scale_mass
     console.table(
-        "attention by scale: rows are scales that look, columns those that are looked at",
+        "attention: rows look at columns",
         ("scale", *names),
         [
             (name, *(f"{mass[row][key]:.3f}" if key <= row else "" for key in range(len(names))))

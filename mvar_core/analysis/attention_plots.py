@@ -190,7 +190,15 @@ def _heat_map(figure: Any, axes: Any, values: np.ndarray, hidden: np.ndarray, la
         for (row, column), value in np.ndenumerate(values):
             if not hidden[row, column] and value >= 0.005:
                 colour = "#000000" if value > 0.6 else "#ffffff"
-                axes.text(column, row, _short(value), ha="center", va="center", size=7, color=colour)
+                axes.text(
+                    column,
+                    row,
+                    _short(value),
+                    ha="center",
+                    va="center",
+                    size=8 if values.size <= 120 else 7,
+                    color=colour,
+                )
     figure.colorbar(image, ax=axes, shrink=0.85, label=label)
 
 

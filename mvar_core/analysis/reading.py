@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mvar_core.analysis.locality_report import LocalityReport
+from mvar_core.analysis.recommendation import part_of
 
 Verdict = Literal["shown", "not shown", "by construction"]
 
@@ -36,7 +37,8 @@ class Reading:
         even_adjacent: What an even spread would give them.
         adjacent_verdict: Whether the adjacent scale dominates.
         window: The k of the neighbourhood.
-        neighbours: Attention within k×k of the own scale, as a part of the attention to the own scale.
+        neighbours: Attention within k×k of the own scale, as a part of the attention to the own scale; of the scales
+            alone that are larger than that.
         even_neighbours: What an even spread would give it.
         neighbours_verdict: Whether neighbours dominate.
         projected: Attention within k×k around the matching position in all scales that are seen.
@@ -79,8 +81,10 @@ def read_attention(report: LocalityReport) -> Reading:
     even_adjacent = sum(own_and_previous(report.even_scale_mass))
     window = neighbourhood(report)
     inside, even_inside = report.window_mass_by_scale[window], report.even_window_mass[window]
-    neighbours = mean(np.diagonal(inside)) / own
-    even_neighbours = mean(np.diagonal(even_inside)) / own_and_previous(report.even_scale_mass)[0]
+    neighbours, even_neighbours = (
+        _inside_own(report, within_SS, mass_SS, window)
+        for within_SS, mass_SS in ((inside, report.scale_mass), (even_inside, report.even_scale_mass))
+    )
     adjacent_verdict = _verdict(own + previous, even_adjacent)
     last_window = report.model_windows[-1]
     neighbours_verdict = _verdict(neighbours, even_neighbours)
@@ -116,6 +120,15 @@ def neighbourhood(report: LocalityReport) -> int:
     return 7 if min(7, last.height) * min(7, last.width) <= last.tokens / 2 else 3
 
 
+def _inside_own(report: LocalityReport, inside_SS: np.ndarray, mass_SS: np.ndarray, window: int) -> float:
+    """The part of own-scale attention within a window, over the tokens of all scales that are larger than it."""
+    grids = report.pyramid.grids
+    larger = [scale for scale, grid in enumerate(grids) if max(grid) > window] or [len(grids) - 1]
+    tokens = np.array([grids[scale].tokens for scale in larger], dtype=np.float64)
+    parts = part_of(np.diagonal(inside_SS), np.diagonal(mass_SS))[larger]
+    return float(parts @ tokens / tokens.sum())
+
+
 def _verdict(part: float, even: float) -> Verdict:
     if even > NO_CHOICE:
         return "by construction"
@@ -131,25 +144,26 @@ def _adjacent_sentence(own: float, previous: float, even: float, verdict: Verdic
         return f"{figures} The model sees hardly anything else, so this says nothing of what the paper saw."
     if verdict == "shown":
         return f"{figures} This is what the paper says: the adjacent scale dominates."
-    return f"{figures} {_why_not(own + previous, 'the adjacent scale does not dominate')}"
+    return f"{figures} {_why_not(own + previous, even, 'the adjacent scale does not dominate')}"
 
 
 def _neighbours_sentence(window: int, part: float, even: float, verdict: Verdict) -> str:
     figures = (
-        f"Of the attention to the own scale {_percent(part)} falls within {window}×{window} of the token; an even"
-        f" spread would put {_percent(even)} there."
+        f"On scales larger than {window}×{window}, {_percent(part)} of the attention to the own scale falls within"
+        f" {window}×{window} of the token; an even spread would put {_percent(even)} there."
     )
     if verdict == "by construction":
         return f"{figures} The model's own windows leave it little choice, so this says nothing of what the paper saw."
     if verdict == "shown":
         return f"{figures} This is what the paper says: spatial neighbours dominate."
-    return f"{figures} {_why_not(part, 'neighbours do not dominate')}"
+    return f"{figures} {_why_not(part, even, 'neighbours do not dominate')}"
 
 
-def _why_not(part: float, claim: str) -> str:
+def _why_not(part: float, even: float, claim: str) -> str:
     if part > HALF:
         return f"More than half, but hardly more than an even spread: here {claim}, unlike what the paper says."
-    return f"That is not most of it: here {claim}, unlike what the paper says."
+    more = f" although it is {part / even:.1f} times an even spread" if part >= 1.1 * even else ""
+    return f"That is not most of it{more}: here {claim}, unlike what the paper says."
 
 
 def _layers_sentence(report: LocalityReport) -> str:

@@ -50,6 +50,7 @@ def test_adjacent_and_near_attention_is_what_the_paper_says():
     assert found.adjacent == pytest.approx(tokens @ [1, 1, 0.98])
     assert found.window == 7
     assert found.neighbours == pytest.approx(0.95)
+    assert found.even_neighbours == pytest.approx(0.49)  # of the last scale alone: the others are no larger than 7
     assert (found.adjacent_verdict, found.neighbours_verdict) == ("shown", "shown")
     assert "80 % of the attention falls on the own scale" in found.sentences[0]
     assert all("This is what the paper says" in said for said in found.sentences[:2])
@@ -69,6 +70,24 @@ def test_what_the_model_cannot_do_otherwise_shows_nothing():
     found = read_attention(report_of((1, 2, 4, 8), 1, (0, 0, 0, 3)))
     assert (found.adjacent_verdict, found.neighbours_verdict) == ("by construction", "by construction")
     assert all("says nothing of what the paper saw" in said for said in found.sentences[:2])
+
+
+def test_more_than_even_and_yet_not_most_is_said_so():
+    found = read_attention(with_masses(report_of((1, 2, 4, 16)), None, [0.01, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1]))
+    assert found.neighbours == pytest.approx(0.4)
+    assert found.even_neighbours == pytest.approx(49 / 256)
+    assert found.neighbours_verdict == "not shown"
+    assert "although it is 2.1 times an even spread" in found.sentences[1]
+
+
+def test_layers_that_differ_are_named():
+    from dataclasses import replace
+
+    report = report_of(PYRAMID)
+    mass = report.scale_mass_by_head.copy()
+    mass[0, :, -1], mass[1, :, -1] = (0.1, 0.1, 0.1, 0.7), (0.3, 0.3, 0.2, 0.2)
+    said = read_attention(replace(report, scale_mass_by_head=mass)).sentences[-1]
+    assert said == "Layers differ: at the last scale layer 2 gives the own scale 20 %, layer 1 70 %."
 
 
 def test_a_neighbourhood_is_smaller_than_half_of_the_last_scale():

@@ -24,8 +24,9 @@ RECONSTRUCTION = ("rfid", "psnr", "ssim", "usage_per_scale")
 
 def run(
     reference: Annotated[
-        str, typer.Option("--reference", metavar="PATH|digits", help="Folder, npz, ADM npz, digits or digits:test.")
-    ],
+        str | None,
+        typer.Option("--reference", metavar="PATH|digits", help="Folder, npz, ADM npz, digits or digits:test."),
+    ] = None,
     samples: Annotated[str | None, typer.Option("--samples", metavar="PATH", help="Folder or npz of images.")] = None,
     checkpoint: options.OptionalCheckpoint = None,
     num_samples: Annotated[
@@ -43,6 +44,24 @@ def run(
     reconstruction: Annotated[
         bool, typer.Option("--reconstruction", help="Judge the checkpoint's tokenizer: rFID, PSNR, SSIM, code usage.")
     ] = False,
+    likelihood: Annotated[
+        bool,
+        typer.Option("--likelihood", help="How likely images are to the checkpoint: bits per token, zero-shot."),
+    ] = False,
+    tokens: Annotated[
+        Path | None, typer.Option("--tokens", metavar="CACHE", help="With --likelihood: score a cache's images.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="NAME|PATH", help="With --likelihood: score images.")
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="IDS|NAME|all", help="With --likelihood: score these classes alone."),
+    ] = None,
+    zero_shot: Annotated[
+        bool,
+        typer.Option("--zero-shot/--no-zero-shot", help="With --likelihood: also under classes not their own."),
+    ] = True,
     save_samples: Annotated[
         Path | None, typer.Option("--save-samples", metavar="FILE.npz", help="Keep what is drawn, with --checkpoint.")
     ] = None,
@@ -82,7 +101,21 @@ def run(
 
     Says whether the figures may stand beside published ones, and if not, why not. Under torchrun the processes share
     the images and give the figures of one process. `mvar evaluate make-reference` measures a reference once for all.
+
+    With --likelihood no reference is needed: held-out images are scored by the model itself.
     """
+    if likelihood:
+        _check_likelihood(checkpoint, tokens, data, reference, samples, reconstruction)
+        assert checkpoint is not None
+        loading = {"tokenizer": tokenizer, "dtype": dtype, "attention": attention}
+        scored: dict[str, Any] = {"classes": classes, "zero_shot": zero_shot, "num": num_samples, "seed": seed}
+        scored |= {"tokens": tokens, "data": data, "batch_size": batch_size}
+        _likelihood(checkpoint, loading, scored, device, as_json, dry_run)
+        return
+    if reference is None:
+        raise typer.BadParameter("What is to be measured against?", param_hint="'--reference'")
+    if tokens is not None or data is not None or classes:
+        raise ConfigError("--tokens, --data and --class belong to --likelihood.", "Add it, or leave them out.")
     _check_flags(samples, checkpoint, reconstruction, per_class, save_samples, overwrite)
     from mvar_cli.processes import processes
     from mvar_core.metrics.scores import METRICS, check_counts, check_metrics
@@ -151,6 +184,39 @@ def run(
 
         report = Report(judged, known, sample_set, reference_set, extractor, str(target), seed, team.count, start)
         report.show(console, asked, per_class=per_class, kid_subset=kid_subset)
+
+
+def _check_likelihood(
+    checkpoint: Path | None,
+    tokens: Path | None,
+    data: str | None,
+    reference: str | None,
+    samples: str | None,
+    reconstruction: bool,
+) -> None:
+    """Find flags that contradict --likelihood before anything is imported or read."""
+    if checkpoint is None:
+        raise ConfigError("--likelihood asks a model.", "Name it with --checkpoint.")
+    if (tokens is None) == (data is None):
+        raise ConfigError(
+            "--likelihood scores tokens or images.", "Give --tokens CACHE or --data, one of them; as in digits:test."
+        )
+    if reference is not None or samples is not None or reconstruction:
+        raise ConfigError(
+            "--likelihood compares with nothing.", "Leave out --reference, --samples and --reconstruction."
+        )
+
+
+def _likelihood(
+    checkpoint: Path, loading: dict[str, Any], scored: dict[str, Any], device: str, as_json: bool, dry_run: bool
+) -> None:
+    from mvar_cli.likelihood import LikelihoodRequest, score
+    from mvar_cli.processes import processes
+
+    with processes() as team:
+        _one_process(team, "--likelihood")
+        loading = {**loading, "device": team.device(device)}
+        score(team.console(as_json), LikelihoodRequest(checkpoint, loading, **scored), dry_run)
 
 
 def _check_flags(

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
+from mvar_core.data.transforms import resize_and_crop
 from mvar_core.metrics.demo import DemoClassifier
 
 SIZES = [1, [2, 3], [3, 4], [6, 8]]
@@ -114,6 +115,31 @@ def test_the_whole_path(mvar, run, wide, pictures, tmp_path):
     assert read(strips[0]).shape[0] == 48
     assert 4 * 64 <= read(strips[0]).shape[1] <= 4 * 64 + 3 * 2
     assert (read(strips[0])[:, -64:] == arrays["arr_0"][0]).all()
+
+    edited = tmp_path / "edited.png"
+    source = pictures / "light" / "0.png"  # 60 pixels high and 90 wide, so that all of its height is seen
+    run(
+        "edit",
+        "--checkpoint",
+        model,
+        "--image",
+        source,
+        "--box",
+        "30,15,60,45",
+        "--class",
+        1,
+        "--paste",
+        "--out",
+        edited,
+    )
+    found, given = read(edited).astype(int), np.asarray(resize_and_crop(Image.open(source), (48, 64))).astype(int)
+    assert found.shape == (48, 64, 3)
+    changed = np.abs(found - given).max(axis=2) > 0
+    assert changed[14:34, 20:44].any()  # the box, within the picture as it was resized by 0.8 and cut
+    assert not changed[:8].any()
+    assert not changed[:, :8].any()
+    assert not changed[40:].any()
+    assert not changed[:, 56:].any()
 
     report = run("analyze-attention", "--checkpoint", var, "--data", pictures, "--num", 4, "--out", tmp_path / "a")
     assert np.allclose(np.sum(report["scale_mass"], axis=1), 1)

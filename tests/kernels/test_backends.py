@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mvar_core.kernels import BACKEND_NAMES, attend, available_backends, natten, tiled
 from mvar_core.kernels.tiling import cut
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.scales import AttentionPattern, Grid, ScalePyramid
 
 SIDES = (*range(1, 18), 24, 32)
 WINDOWS = (1, 3, 5, 7, 9)
@@ -77,6 +77,20 @@ def test_equals_reference_in_float32(assert_equals_reference, backend, pattern, 
 @pytest.mark.parametrize(("pattern", "heads", "width"), SPARSE)
 def test_equals_reference_in_half_precision(assert_equals_reference, backend, pattern, heads, width, dtype, device):
     assert_equals_reference(backend, pattern, heads, width, dtype, device)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *ScalePyramid.for_image(256, 384).attention_patterns(1, (0,) * 7 + (7, 7, 7))[7:],
+        ScalePyramid.for_image(256, 384).attention_patterns("all", (0,) * 9 + (7,))[9],
+        ScalePyramid.for_image(128, 1024).attention_patterns(1, (0,) * 9 + (11,))[9],  # longer than the height
+    ],
+    ids=lambda pattern: f"{pattern.grid}-k{pattern.window}-{pattern.prefix_tokens}",
+)
+def test_scales_of_wide_images_equal_the_reference(assert_equals_reference, backend, pattern, device):
+    assert_equals_reference(backend, pattern, 2, 16, torch.float32, device)
 
 
 @needs_natten

@@ -18,6 +18,8 @@ WHOLE = AttentionPattern(Grid(32, 32))
 COVERED = AttentionPattern(Grid(5, 5), 7)
 SMALL = AttentionPattern(Grid(16, 16), 7)
 LARGE = AttentionPattern(Grid(24, 24), 7)
+WIDE = AttentionPattern(Grid(16, 36), 7)
+FLAT = AttentionPattern(Grid(7, 5), 7)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,9 @@ def fake_natten(monkeypatch, has_kernels):
     monkeypatch.setitem(sys.modules, "natten", module)
 
 
-@pytest.mark.parametrize(("pattern", "name"), [(WHOLE, "dense"), (COVERED, "dense"), (LARGE, "tiled")])
+@pytest.mark.parametrize(
+    ("pattern", "name"), [(WHOLE, "dense"), (COVERED, "dense"), (LARGE, "tiled"), (WIDE, "tiled"), (FLAT, "dense")]
+)
 def test_auto_on_a_cpu(pattern, name):
     assert chosen(pattern) == name
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mvar_cli.console import Console
+from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +39,16 @@ def from_cache(
     """Rows of a token cache, chosen evenly.
 
     Raises:
-        DataError: The cache was made by another tokenizer, or for another pyramid.
+        DataError: The cache was made by another tokenizer or for another pyramid, or has no vectors for a model that is
+            conditioned on them.
     """
     from mvar_core.data.tokens import TokenCache
 
     cache = TokenCache.open(tokens)
     cache.check(tokenizer_hash, pipeline.config.pyramid)
-    chosen = _chosen(len(cache), num, seed)
-    return TokenSource(f"{tokens} ({cache.manifest.source})", len(chosen), map(cache.batch, _parts(chosen, batch_size)))
+    rows = cache.conditioned(pipeline.config.conditioning)
+    chosen = _chosen(len(rows), num, seed)
+    return TokenSource(f"{tokens} ({cache.manifest.source})", len(chosen), map(rows.batch, _parts(chosen, batch_size)))
 
 
 def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, seed: int) -> TokenSource:
@@ -53,9 +56,11 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
 
     Raises:
         DataError: There are no such images.
+        ConfigError: The model is conditioned on something else than classes.
     """
     import torch
 
+    _require_classes(pipeline, "and images come without them")
     from mvar_core.data.images import ImageRows, open_images
     from mvar_core.models.micro_batches import DECODED_AT_ONCE
 
@@ -82,18 +87,15 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
     """
     import torch
 
-    from mvar_core.errors import ConfigError
     from mvar_core.sampling.images import ImageSampler
     from mvar_core.sampling.sampler import sample_tokens
 
     config, transformer = pipeline.config, pipeline.transformer
-    if config.conditioning.kind != "class":
-        raise ConfigError(
-            f"{config.name} is conditioned on vectors, so it cannot choose what to sample.", "Give --tokens or --data."
-        )
+    _require_classes(pipeline, "so it cannot choose what to sample")
+    console.note("No --tokens and no --data: the model's own samples are measured.")
     labels = spread_classes(num, transformer.no_class)
     sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
-    settings = config.sampling
+    settings = pipeline.sampling_settings()
     sizes = sampler.micro_batches(num, settings)
     parts = []
     drawn = 0
@@ -121,6 +123,13 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
     tokens_NL, labels_N = torch.cat(parts), torch.tensor(labels)
     batches = zip(tokens_NL.split(batch_size), labels_N.split(batch_size), strict=True)
     return TokenSource(f"the model's own samples (seed {seed}, cfg {settings.cfg:g})", num, batches)
+
+
+def _require_classes(pipeline: Pipeline, therefore: str) -> None:
+    if pipeline.config.conditioning.kind != "class":
+        raise ConfigError(
+            f"{pipeline.config.name} is conditioned on vectors, {therefore}.", "Give --tokens of a cache with vectors."
+        )
 
 
 def spread_classes(num: int, classes: int) -> list[int]:

@@ -72,6 +72,7 @@ def run(
     if dry_run:
         _show_plan(console, checkpoint, tokenizer, num, tokens or data or "its own samples", out, write_preset)
         return
+    training = run_settings(checkpoint) if write_preset else None
     start = time.monotonic()
     pipeline = Pipeline.from_pretrained(
         checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, attention=attention
@@ -81,7 +82,7 @@ def run(
     )
     report = measure(console, pipeline, source, keep=keep)
     if write_preset is not None:
-        write_recommended_preset(write_preset, checkpoint, pipeline.config, report)
+        write_recommended_preset(write_preset, pipeline.config, report, training)
     values = write_report(report, out, pipeline, source.name, write_preset)
     show_report(console, report, values)
     console.say(f"Written: {out / PAGE}" + (f" and {write_preset}" if write_preset else ""))
@@ -127,7 +128,6 @@ def open_source(
         return sources.from_cache(pipeline, tokens, _hash(checkpoint, tokenizer), **asked)
     if data is not None:
         return sources.from_images(pipeline, data, **asked)
-    console.note("No --tokens and no --data: the model's own samples are measured.")
     return sources.from_model(console, pipeline, **asked)
 
 
@@ -180,11 +180,29 @@ def write_report(
     return values
 
 
-def write_recommended_preset(path: Path, checkpoint: Path, config: ModelConfig, report: LocalityReport) -> None:
-    """Write the recommended model as a preset; training is that of the checkpoint's run where it has one.
+def run_settings(checkpoint: Path) -> dict[str, Any] | None:
+    """What the run that a checkpoint is was configured with; None for a model without its run.
 
     Raises:
-        ConfigError: What was written cannot be read as a preset.
+        ConfigError: The run's config.yaml cannot be read.
+    """
+    from mvar_core.presets import load_config, read_preset
+
+    recorded = checkpoint / "config.yaml"
+    if not recorded.is_file():
+        return None
+    values = read_preset(str(recorded))
+    load_config(None, base=values)
+    return values
+
+
+def write_recommended_preset(
+    path: Path, config: ModelConfig, report: LocalityReport, training: dict[str, Any] | None = None
+) -> None:
+    """Write the recommended model as a preset; it trains as the checkpoint's run did, where there is one.
+
+    Raises:
+        ConfigError: The recommended attention and the run's settings do not fit together.
     """
     import yaml
 
@@ -192,9 +210,7 @@ def write_recommended_preset(path: Path, checkpoint: Path, config: ModelConfig, 
     from mvar_core.files import write_text
     from mvar_core.presets import load_config
 
-    recorded = checkpoint / "config.yaml"
-    run = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else None
-    values = preset_values(config, report.recommended, run)
+    values = preset_values(config, report.recommended, training)
     load_config(None, base=values)
     head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mvar_core.analysis.locality_report import LocalityReport
 from mvar_core.analysis.neighbourhoods import displacement_grid, displacements, distances, needed_windows
-from mvar_core.analysis.recommendation import WINDOWS, recommend
+from mvar_core.analysis.recommendation import WINDOWS, check_keep, recommend
 from mvar_core.config import ModelConfig
 from mvar_core.errors import DataError
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE
@@ -220,8 +220,10 @@ def measure_locality(
         progress: Called with the layers done, each counted once for every image: so it moves within a batch too.
 
     Raises:
-        DataError: There is no image.
+        DataError: There is no image, or `keep` is not between 0 and 1.
+        ConfigError: The conditions are not the model's.
     """
+    check_keep(keep)
     done = 0
 
     def layer_done(images: int) -> None:
@@ -239,7 +241,7 @@ def measure_locality(
         for tokens_BL, conditions in batches:
             with torch.no_grad():
                 inputs_BLZ = quantizer.teacher_forcing_inputs(tokens_BL.to(device))
-                conditioning = transformer.condition(conditions.to(device))
+                conditioning = transformer.condition(transformer.conditioner.read(conditions).to(device))
                 transformer.hidden_states(scales, inputs_BLZ, conditioning, attention=attention, probe=probe)
     finally:
         transformer.train(was_training)

@@ -65,6 +65,16 @@ class Recommendation:
         }
 
 
+def check_keep(keep: float) -> None:
+    """Refuse what is no part of the attention.
+
+    Raises:
+        DataError: `keep` is not between 0 and 1.
+    """
+    if not 0 < keep <= 1:
+        raise DataError(f"keep is {keep}; expected a part of the attention above 0 and at most 1, for example 0.95.")
+
+
 def recommend(
     scale_mass_SS: Float64[np.ndarray, "S S"],
     window_mass_SW: Float64[np.ndarray, "S W"],
@@ -89,8 +99,7 @@ def recommend(
     Raises:
         DataError: `keep` is not between 0 and 1.
     """
-    if not 0 < keep <= 1:
-        raise DataError(f"keep is {keep}; expected a part of the attention above 0 and at most 1, for example 0.95.")
+    check_keep(keep)
     scales = len(grids)
     whole = tuple(model_windows) or (0,) * scales
     tokens_S = np.array([grid.tokens for grid in grids], dtype=np.float64)

@@ -12,7 +12,7 @@ from mvar_core.analysis.attention_plots import FIGURES, plot_lines, plot_localit
 from mvar_core.analysis.figure_style import DARK, LIGHT, colour_rules, page_svg
 
 
-def check_picture(path, background=(254, 254, 254)):
+def check_picture(path, background):
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert min(image.size) > 300
@@ -24,19 +24,19 @@ def check_picture(path, background=(254, 254, 254)):
 
 
 @pytest.mark.parametrize(
-    ("patch_sizes", "prefixes", "windows"),
+    ("patch_sizes", "prefixes", "windows", "palette"),
     [
-        ((1,), "all", ()),
-        ((1, 2, 4, 8), 1, (0, 0, 0, 3)),
-        ((1, (2, 3), (4, 6)), 2, ()),
+        ((1,), "all", (), LIGHT),
+        ((1, 2, 4, 8), 1, (0, 0, 0, 3), LIGHT),
+        ((1, (2, 3), (4, 6)), 2, (), DARK),
     ],
 )
-def test_figures_of_a_report(tmp_path, patch_sizes, prefixes, windows):
-    paths = plot_locality(report_of(patch_sizes, prefixes, windows), tmp_path / "plots")
+def test_figures_of_a_report(tmp_path, patch_sizes, prefixes, windows, palette):
+    paths = plot_locality(report_of(patch_sizes, prefixes, windows), tmp_path / "plots", palette)
     assert list(paths) == ["scale_mass", "window_mass", "last_scale", "layers"]
     for name, path in paths.items():
         assert path.name == f"{name}.png"
-        check_picture(path)
+        check_picture(path, (254, 254, 254) if palette is LIGHT else (22, 24, 29))
         assert ElementTree.parse(path.with_suffix(".svg")).getroot().tag.endswith("svg")
     assert len(list((tmp_path / "plots").iterdir())) == 2 * len(paths)
 
@@ -63,6 +63,42 @@ def test_figures_say_what_they_show():
     assert {"layer", "On the own scale", "How evenly it is spread"} <= set(said["layers"])
     alone = texts(FIGURES["window_mass"](report_of((1, 2, 4, 8), 1), LIGHT))
     assert "Within k×k of the scale before" not in alone
+
+
+def test_figures_draw_the_figures_of_the_report():
+    report = report_of((1, 2, 4, 8))
+    drawn = FIGURES["scale_mass"](report, LIGHT).axes[0].images[0].get_array()
+    np.testing.assert_allclose(drawn.filled(0), report.scale_mass)
+    assert drawn.mask.tolist() == np.triu(np.ones((4, 4), bool), k=1).tolist()
+
+    own, before, *_ = FIGURES["window_mass"](report, LIGHT).axes
+    for line, scale in zip(own.lines, (1, 2, 3), strict=False):
+        ks, values = line.get_data()
+        np.testing.assert_allclose(values, [report.window_share[k][scale] for k in ks])
+        assert values[-1] == pytest.approx(1)
+        assert line.get_label() == str(report.patch_sizes[scale])
+    for line, scale in zip(before.lines, (1, 2, 3), strict=False):
+        ks, values = line.get_data()
+        projected = [report.window_mass_by_scale[k][scale, scale - 1] / report.scale_mass[scale, scale - 1] for k in ks]
+        np.testing.assert_allclose(values, projected)
+    np.testing.assert_allclose(own.lines[-1].get_data()[1][:4], [1 / 64, 9 / 64, 25 / 64, 49 / 64])
+
+    panels = FIGURES["last_scale"](report, LIGHT).axes
+    for scale in range(4):
+        keys = panels[scale].images[0].get_array()
+        even = 1 / report.patterns[-1].keys_per_query
+        np.testing.assert_allclose(2.0**keys * even, report.last_scale_keys[scale], rtol=1e-6)
+        placed = panels[4 + scale].images[0].get_array()
+        found = 2.0**placed * report.even_displacements(scale)
+        inside = np.abs(placed) < 2  # colours end there
+        np.testing.assert_allclose(found[inside], report.last_scale_displacements[scale][inside], rtol=1e-6)
+
+    own, spread, *_ = FIGURES["layers"](report, LIGHT).axes
+    by_layer = report.scale_mass_by_head.mean(axis=1)
+    np.testing.assert_allclose(own.images[0].get_array(), np.diagonal(by_layer, axis1=1, axis2=2))
+    entropy = report.entropy_by_head.mean(axis=1)[:, 1:] / report.even_entropy[1:]
+    np.testing.assert_allclose(spread.images[0].get_array()[:, 1:], entropy)
+    assert spread.images[0].get_array().mask[:, 0].all()
 
 
 def test_no_text_lies_on_another():
@@ -95,7 +131,6 @@ def test_a_figure_is_the_same_bytes_again_and_leaves_no_settings(tmp_path):
     for name in first:
         assert first[name].with_suffix(".svg").read_bytes() == second[name].with_suffix(".svg").read_bytes()
     assert dict(matplotlib.rcParams) == before
-    check_picture(plot_locality(report, tmp_path / "dark", DARK)["scale_mass"], (22, 24, 29))
 
 
 def test_figures_of_a_page_share_no_ids_and_follow_its_colours(tmp_path):

@@ -87,11 +87,36 @@ def test_the_page_needs_nothing_else_and_shows_everything(mvar, model, tokens, t
         assert title in page, title
     assert "by construction" in page
     assert f"{report['scale_mass'][2][2]:.3f}" in page
+    check_tables(page, report)
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     # Every element that is opened is closed, in order.
     body = page[page.index("<body>") : page.index("</body>") + len("</body>")]
     ElementTree.fromstring(body.replace("&nbsp;", " "))
+
+
+def check_tables(page, report):
+    """Scales, recommendation and savings, cell by cell."""
+    tables = [
+        [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+        for table in re.findall(r"<table>(.*?)</table>", page)
+    ]
+    scales, recommended, saved = tables
+    assert [row[0] for row in scales] == ["scale", "1", "2", "4"]
+    last = dict(zip(*(scales[index] for index in (0, -1)), strict=True))
+    assert last["own"] == f"{report['scale_mass'][2][2]:.3f}"
+    assert last["before"] == f"{report['scale_mass'][2][1]:.3f}"
+    assert last["both"] == f"{report['scale_mass'][2][1] + report['scale_mass'][2][2]:.3f}"
+    assert last["in 3×3 of own"] == f"{report['window_share']['3'][2]:.3f}"
+    best = report["recommended"]
+    for row, window, kept, own in zip(
+        recommended[1:], best["windows"], best["kept_by_scale"], best["own_windows"], strict=True
+    ):
+        assert row[1] == str(window or "whole")
+        assert row[2] == f"{kept:.3f}"
+        assert row[5] == str(own or "whole")
+    assert [row[0].split(",")[0] for row in saved[1:]] == ["attention", "KV cache", "peak memory of sampling"]
+    assert saved[1][3] == f"{report['savings']['attention_gmacs']['part']:.3f}"
 
 
 def test_the_terminal_says_it_shortly(mvar, model, tokens, tmp_path):
@@ -158,15 +183,15 @@ def test_published_files(mvar, golden_mvar, monkeypatch, tmp_path):
     write_token_cache(
         cache, open_images(str(folder)), vqvae.encode, config=config, tokenizer_hash=digest, data=DataConfig()
     )
-    files = ["--tokenizer", golden_mvar.tokenizer, "--num", 3]
-    for source in (["--tokens", cache], []):
-        out = tmp_path / f"out-{len(source)}-{source[:1]}"
-        found = analyze(mvar, golden_mvar.model, out, *files, *source, "--dtype", "float32", "--json").json
-        again = analyze(
-            mvar, tmp_path / "directory", f"{out}-again", "--num", 3, *source, "--dtype", "float32", "--json"
-        ).json
-        assert flat(found["scale_mass"]) == pytest.approx(flat(again["scale_mass"]), abs=1e-6)
-        assert flat(found["layers"]) == pytest.approx(flat(again["layers"]), abs=1e-5)
+    files = ["--tokenizer", golden_mvar.tokenizer]
+    exact = ["--num", 3, "--dtype", "float32", "--json"]
+    found = analyze(mvar, golden_mvar.model, tmp_path / "a", *files, "--tokens", cache, *exact).json
+    again = analyze(mvar, tmp_path / "directory", tmp_path / "b", "--tokens", cache, *exact).json
+    assert flat(found["scale_mass"]) == pytest.approx(flat(again["scale_mass"]), abs=1e-6)
+    assert flat(found["layers"]) == pytest.approx(flat(again["layers"]), abs=1e-5)
+    own = analyze(mvar, golden_mvar.model, tmp_path / "c", *files, *exact).json
+    assert "own samples" in own["source"]
+    assert own["num_images"] == 3
     assert analyze(mvar, golden_mvar.model, tmp_path / "dry", *files, "--dry-run", "--json").json["dry_run"] is True
 
 
@@ -242,3 +267,32 @@ def test_savings_compare_the_model_with_the_recommended_one(mvar, var, tokens, t
         assert saved[key]["model"] == planned[key]
         assert saved[key]["part"] == pytest.approx(saved[key]["recommended"] / planned[key])
     assert saved["attention_gmacs"]["part"] < 1
+
+
+def test_conditions_that_are_not_the_models(mvar, config, model, images, tmp_path):
+    """Images of more classes than the model has; and a model that is conditioned on vectors."""
+    (more := tmp_path / "images").mkdir()
+    for number in range(5):
+        (more / f"c{number}").mkdir()
+        Image.new("RGB", (16, 16)).save(more / f"c{number}" / "0.png")
+    assert "does not exist; the model has classes 0 … 2" in analyze(mvar, model, tmp_path / "a", "--data", more).error
+    path = tmp_path / "vectors"
+    values = config.model.model_dump() | {"conditioning": {"kind": "vector", "dim": 4}}
+    of_vectors = type(config.model).model_validate(values)
+    tokenizer = Pipeline.from_pretrained(model, device="cpu", dtype="float32").tokenizer
+    state = Transformer(of_vectors).state_dict()
+    save_model(path, of_vectors, tokenizer=tokenizer.state_dict(), transformer=state)
+    for source in ([], ["--data", images]):
+        assert "conditioned on vectors" in analyze(mvar, path, tmp_path / "b", *source, "--num", 2).error
+
+
+def test_a_run_whose_settings_cannot_be_read_is_refused_before_anything_is_measured(mvar, model, tokens, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(model, run)
+    (run / "config.yaml").write_text("train: {stpes: 3}\n")
+    error = analyze(mvar, run, tmp_path / "out", "--tokens", tokens, "--write-preset", tmp_path / "p.yaml").error
+    assert "stpes" in error
+    assert not (tmp_path / "p.yaml").exists()
+    assert not (tmp_path / "out").exists()

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_models import GoldenCase
+from live_bytes import LiveBytes
 
 from mvar_core import Pipeline
-from mvar_core.analysis.likelihood import LikelihoodReport, measure_likelihood
+from mvar_core.analysis.likelihood import LikelihoodReport, log_likelihoods, measure_likelihood
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.official import convert
@@ -130,6 +131,17 @@ def test_order_batches_and_micro_batches_change_nothing(pipeline: Pipeline, toke
                 assert value == pytest.approx(whole[name], rel=1e-12)
             else:
                 assert np.allclose(np.asarray(value, float).ravel(), np.asarray(whole[name], float).ravel(), rtol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_classes(pipeline: Pipeline, tokens: torch.Tensor) -> None:
+    quantizer, transformer = pipeline.tokenizer.quantizer, pipeline.transformer
+    peaks = []
+    for candidates in (2, 60):
+        conditions = (torch.arange(candidates) % 10).expand(5, -1)
+        with LiveBytes([*transformer.parameters(), *quantizer.parameters()]) as live:
+            log_likelihoods(transformer, quantizer, tokens, conditions, pairs_at_once=4)
+        peaks.append(live.peak)
+    assert peaks[1] - peaks[0] < 58 * 5 * (8 + 4 * 8 + 8) + 10_000, "labels and scores alone"
 
 
 def test_without_competing_classes_or_labels(pipeline: Pipeline, tokens: torch.Tensor) -> None:

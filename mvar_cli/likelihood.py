@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_cli.console import Console, format_seconds
+from mvar_cli.processes import Processes
 from mvar_cli.selection import parse_classes
-from mvar_core.analysis.likelihood import LikelihoodReport, measure_likelihood
+from mvar_core.analysis.likelihood import LikelihoodReport, Tally, measure_likelihood
 from mvar_core.config import ModelConfig
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.metrics.sharding import shard
 from mvar_core.models import official
 from mvar_core.models.directory import state_hash, tokenizer_hash
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
@@ -62,8 +65,8 @@ class LikelihoodRequest:
         return str(self.tokens or self.data)
 
 
-def score(console: Console, request: LikelihoodRequest, dry_run: bool) -> None:
-    """Score images and print what came out.
+def score(team: Processes, console: Console, request: LikelihoodRequest, dry_run: bool) -> None:
+    """Score images and print what came out; several processes share them and print what one would.
 
     Raises:
         ConfigError: A model that is not conditioned on classes.
@@ -85,6 +88,17 @@ def score(console: Console, request: LikelihoodRequest, dry_run: bool) -> None:
         console.say("Nothing was done (--dry-run).")
         console.finish({"dry_run": True, "num_samples": len(rows), "pairs": len(rows) * each})
         return
+    own = shard(len(rows))
+    rows, count = rows[own.start : own.stop], len(rows)
+    labels = labels[own.start : own.stop] if labels is not None else None
+
+    def gather(tally: Tally) -> list[Tally]:
+        tallies: list[Any] = [tally]
+        if team.count > 1:
+            tallies *= team.count
+            dist.all_gather_object(tallies, tally)
+        return tallies
+
     with console.progress("scoring", "passes") as progress:
         report = measure_likelihood(
             pipeline.transformer,
@@ -93,6 +107,7 @@ def score(console: Console, request: LikelihoodRequest, dry_run: bool) -> None:
             config,
             classes=classes,
             attention=pipeline.attention,
+            gather=gather,
             progress=lambda done: progress(done, len(rows) * each),
         )
     show(console, config, report, classes)
@@ -104,11 +119,12 @@ def score(console: Console, request: LikelihoodRequest, dry_run: bool) -> None:
             "source": request.source,
             "seed": request.seed,
             "device": str(pipeline.device),
+            "processes": team.count,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(pipeline.device),
         }
     )
-    console.note(f"{len(rows)} images under {each} conditions each in {format_seconds(seconds)}")
+    console.note(f"{count} images under {each} conditions each in {format_seconds(seconds)}")
 
 
 def show(console: Console, config: ModelConfig, report: LikelihoodReport, classes: Sequence[int] | None) -> None:

@@ -22,10 +22,22 @@ DEFAULT_OTHER_SAMPLES = 1_000
 RECONSTRUCTION = ("rfid", "psnr", "ssim", "usage_per_scale")
 
 
+def _require_reference(context: typer.Context, value: str | None) -> str | None:
+    """Refuse to measure against nothing; options that were typed are read before those that were not."""
+    if value is None and not context.resilient_parsing and not context.params.get("likelihood"):
+        raise typer.BadParameter("missing; what are the images to be measured against?")
+    return value
+
+
 def run(
     reference: Annotated[
         str | None,
-        typer.Option("--reference", metavar="PATH|digits", help="Folder, npz, ADM npz, digits or digits:test."),
+        typer.Option(
+            "--reference",
+            metavar="PATH|digits",
+            callback=_require_reference,
+            help="Folder, npz, ADM npz, digits or digits:test. Not with --likelihood.",
+        ),
     ] = None,
     samples: Annotated[str | None, typer.Option("--samples", metavar="PATH", help="Folder or npz of images.")] = None,
     checkpoint: options.OptionalCheckpoint = None,
@@ -112,8 +124,7 @@ def run(
         scored |= {"tokens": tokens, "data": data, "batch_size": batch_size}
         _likelihood(checkpoint, loading, scored, device, as_json, dry_run)
         return
-    if reference is None:
-        raise typer.BadParameter("What is to be measured against?", param_hint="'--reference'")
+    assert reference is not None
     if tokens is not None or data is not None or classes:
         raise ConfigError("--tokens, --data and --class belong to --likelihood.", "Add it, or leave them out.")
     _check_flags(samples, checkpoint, reconstruction, per_class, save_samples, overwrite)
@@ -214,9 +225,8 @@ def _likelihood(
     from mvar_cli.processes import processes
 
     with processes() as team:
-        _one_process(team, "--likelihood")
         loading = {**loading, "device": team.device(device)}
-        score(team.console(as_json), LikelihoodRequest(checkpoint, loading, **scored), dry_run)
+        score(team, team.console(as_json), LikelihoodRequest(checkpoint, loading, **scored), dry_run)
 
 
 def _check_flags(

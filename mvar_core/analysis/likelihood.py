@@ -161,6 +161,7 @@ def measure_likelihood(
     classes: Sequence[int] | None = None,
     attention: str = "auto",
     pairs_at_once: int | None = None,
+    gather: Callable[[Tally], Sequence[Tally]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LikelihoodReport:
     """Likelihoods of images under their own class, under no class, and under every class that competes for them.
@@ -175,6 +176,8 @@ def measure_likelihood(
         classes: Classes that compete in zero-shot classification; every label must be among them. None for none.
         attention: Attention backend.
         pairs_at_once: Images times classes in one pass; decides speed and memory, never the result.
+        gather: What several processes have measured, this one's among it, in the order of the images; by default
+            what this process has.
         progress: Called with the number of pairs of image and class that are done.
 
     Raises:
@@ -185,7 +188,7 @@ def measure_likelihood(
         raise ConfigError("Likelihoods per class need a model that is conditioned on classes; this one is on vectors.")
     device, no_class = quantizer.codebook.device, transformer.no_class
     competing = torch.tensor(classes if classes is not None else [], dtype=torch.long)
-    tally = _Tally(config)
+    tally = Tally(config)
     done = 0
 
     def count(pairs: int) -> None:
@@ -213,11 +216,18 @@ def measure_likelihood(
         if labels_B is not None and classes is not None:
             positions = (labels_B.view(-1, 1).cpu() == competing).int().argmax(1).numpy()
         tally.add(scored_BKS, labels_B.cpu().numpy() if labels_B is not None else None, positions)
-    return tally.report(len(classes) if classes is not None else 0)
+    whole = Tally(config)
+    for part in gather(tally) if gather is not None else [tally]:
+        whole.extend(part)
+    return whole.report(len(classes) if classes is not None else 0)
 
 
-class _Tally:
-    """What is held of every image: nats per scale under its own class and under none, and the rank of its class."""
+class Tally:
+    """What is held of every image: nats per scale under its own class and under none, and the rank of its class.
+
+    Args:
+        config: The model.
+    """
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -242,8 +252,20 @@ class _Tally:
             earlier_BK1 = (np.arange(competing_BKS.shape[1]) < positions_B[:, None])[..., None]
             self.ranks.append(((sums_BKS > own_B1S) | ((sums_BKS == own_B1S) & earlier_BK1)).sum(1))
 
+    def extend(self, other: Tally) -> None:
+        """Put the images of another tally behind these."""
+        for name in ("none_nats", "own_nats", "labels", "ranks"):
+            getattr(self, name).extend(getattr(other, name))
+
     def report(self, competing: int) -> LikelihoodReport:
-        """The means."""
+        """The means.
+
+        Args:
+            competing: How many classes competed.
+
+        Raises:
+            DataError: No images, or labels for some alone.
+        """
         if not self.none_nats:
             raise DataError("There are no images to score.")
         if self.labels and len(self.labels) != len(self.none_nats):

@@ -1,5 +1,9 @@
 """`mvar evaluate --likelihood`: a model's own probabilities of held-out images."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +95,15 @@ def test_contradictions(mvar, model, images, tokens, other_tokenizer, tmp_path):
     missing = mvar("evaluate", "--checkpoint", model)
     assert missing.code == 2
     assert "--reference" in missing.err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(model, images, mvar):
+    options = ["--likelihood", "--checkpoint", str(model), "--data", str(images), "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "mvar_cli", "evaluate", *options, "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two, one = json.loads(done.stdout), mvar("evaluate", *options).json
+    assert two.pop("processes") == 2
+    for key in two.keys() - {"seconds", "peak_memory_bytes"}:
+        assert two[key] == one[key], key

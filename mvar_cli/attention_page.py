@@ -187,9 +187,8 @@ def _recommendation(report: LocalityReport, values: Mapping[str, Any]) -> list[s
     train = f"--set attention.scale_prefixes={best.scale_prefixes} --set attention.windows=[{windows}]"
     if preset := values.get("preset"):
         train = f"--preset {preset}"
-    parts.append(
-        f"<pre>mvar finetune-from-var --var-checkpoint MODEL --tokens TOKENS --out RUN {html.escape(train)}</pre>"
-    )
+    command = f"mvar finetune-from-var --var-checkpoint MODEL --tokens TOKENS --out RUN \\\n  {train}"
+    parts.append(f"<pre>{html.escape(command)}</pre>")
     return parts
 
 

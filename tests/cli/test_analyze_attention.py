@@ -88,6 +88,8 @@ def test_the_page_needs_nothing_else_and_shows_everything(mvar, model, tokens, t
     assert "by construction" in page
     assert f"{report['scale_mass'][2][2]:.3f}" in page
     check_tables(page, report)
+    windows = ",".join(map(str, report["recommended"]["windows"]))
+    assert f"--set attention.scale_prefixes=1 --set attention.windows=[{windows}]</pre>" in page
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     # Every element that is opened is closed, in order.

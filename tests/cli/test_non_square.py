@@ -177,6 +177,8 @@ def test_the_whole_path(mvar, run, wide, pictures, tmp_path):
     for name in ("transformer.safetensors", "tokenizer.safetensors"):
         first, second = load_file(model / name), load_file(tmp_path / "back" / name)
         assert all((first[key] == second[key]).all() for key in first), name
+    auto = run("convert", *back[:6], "--kind", "mvar", "--windows", "auto:3", "--out", tmp_path / "auto")
+    assert auto["configuration"]["attention"]["windows"] == [0, 0, 0, 3]
     assert (
         "trained with 4 scales and 67 tokens"
         in mvar("convert", *back[:4], "--pyramid", "1,3,4x3,6x8", "--out", "x").error

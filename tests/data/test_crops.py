@@ -52,6 +52,22 @@ def test_a_crop_shows_between_the_smallest_part_and_the_whole_shorter_side(shape
         np.testing.assert_allclose(parts[:, 0], 2 * parts[:, 1], atol=0.06)  # squares stay squares
 
 
+@pytest.mark.parametrize("shape", [(200, 240), (240, 120), (90, 250)])
+@pytest.mark.parametrize("target", [(32, 64), (64, 32)])
+def test_a_crop_of_another_shape_is_not_stretched(shape, target):
+    """Red grows along the picture's width and green along its height, alike: so they do in the crop."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.uint8)
+    picture = Image.fromarray(np.stack([columns, rows, rows * 0], axis=2))
+    for seed in range(5):
+        crop = random_resized_crop(picture, target, 0.5, np.random.default_rng(seed)).astype(float)
+        assert crop.shape == (*target, 3)
+        inner = crop[4:-4, 4:-4]
+        right = np.diff(inner[..., 0], axis=1).mean()
+        down = np.diff(inner[..., 1], axis=0).mean()
+        assert right == pytest.approx(down, rel=0.08)
+        assert abs(np.diff(inner[..., 0], axis=0).mean()) < 0.02 * right
+
+
 def test_crops_follow_from_seed_step_and_row(class_folders):
     source = open_images(str(class_folders))
     data = DataConfig(crop="random", crop_scale=0.3, flip=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mvar_cli.console import Console
-from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +24,7 @@ class TokenSource:
     Attributes:
         name: What a reader of the report is told.
         total: Images.
-        batches: Pairs of tokens (B, L) and conditions (B,), in the sizes that were asked for.
+        batches: Pairs of tokens (B, L) and conditions, in the sizes that were asked for.
     """
 
     name: str
@@ -60,7 +59,7 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
     """
     import torch
 
-    _require_classes(pipeline, "and images come without them")
+    from mvar_cli.conditions import conditions_of
     from mvar_core.data.images import ImageRows, open_images
     from mvar_core.models.micro_batches import DECODED_AT_ONCE
 
@@ -72,7 +71,8 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
         for rows in _parts(chosen, batch_size):
             pixels, labels = images.batch(rows)
             # The encoder works at full resolution, where an image takes more memory than all of its attention.
-            yield torch.cat([pipeline.encode(part) for part in pixels.split(at_once)]), labels
+            tokens_BL = torch.cat([pipeline.encode(part) for part in pixels.split(at_once)])
+            yield tokens_BL, conditions_of(pipeline, labels.tolist())
 
     return TokenSource(f"images of {data}", len(chosen), batches())
 
@@ -83,17 +83,17 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
     The images are never decoded. Sample i is the one that `mvar sample` draws with this seed, number and class.
 
     Raises:
-        ConfigError: The model is conditioned on something else than classes, or one image does not fit in memory.
+        ConfigError: One image does not fit in memory.
     """
     import torch
 
+    from mvar_cli.conditions import conditions_of
     from mvar_core.sampling.images import ImageSampler
     from mvar_core.sampling.sampler import sample_tokens
 
     config, transformer = pipeline.config, pipeline.transformer
-    _require_classes(pipeline, "so it cannot choose what to sample")
     console.note("No --tokens and no --data: the model's own samples are measured.")
-    labels = spread_classes(num, transformer.no_class)
+    conditions = conditions_of(pipeline, spread_classes(num, transformer.no_class))
     sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
     settings = pipeline.sampling_settings()
     sizes = sampler.micro_batches(num, settings)
@@ -111,7 +111,7 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
             sampled = sample_tokens(
                 transformer,
                 pipeline.quantizer,
-                [labels[index] for index in indices],
+                conditions[indices.start : indices.stop],
                 indices,
                 seed,
                 settings,
@@ -120,16 +120,8 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
                 on_tokens=show,
             )
             parts.append(sampled.tokens_NL)
-    tokens_NL, labels_N = torch.cat(parts), torch.tensor(labels)
-    batches = zip(tokens_NL.split(batch_size), labels_N.split(batch_size), strict=True)
+    batches = zip(torch.cat(parts).split(batch_size), conditions.split(batch_size), strict=True)
     return TokenSource(f"the model's own samples (seed {seed}, cfg {settings.cfg:g})", num, batches)
-
-
-def _require_classes(pipeline: Pipeline, therefore: str) -> None:
-    if pipeline.config.conditioning.kind != "class":
-        raise ConfigError(
-            f"{pipeline.config.name} is conditioned on vectors, {therefore}.", "Give --tokens of a cache with vectors."
-        )
 
 
 def spread_classes(num: int, classes: int) -> list[int]:

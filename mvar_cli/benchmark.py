@@ -66,11 +66,9 @@ class Request(BaseModel):
     seed: int = 0
     breakdown: bool = True
 
-    @property
-    def labels(self) -> list[int]:
-        """Class labels of the batch: all classes in turn."""
-        assert self.config.transformer is not None
-        return [index * 37 % self.config.transformer.num_classes for index in range(self.batch_size)]
+    def conditions(self, transformer: Transformer) -> torch.Tensor:
+        """Conditions of the batch: all classes in turn, or so many different vectors."""
+        return transformer.conditioner.examples(self.batch_size)
 
     @property
     def settings(self) -> SamplingConfig:
@@ -155,10 +153,11 @@ def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Calla
 
     pipeline = Pipeline(request.config, vqvae, transformer, attention=request.attention)
     settings = request.settings
+    conditions = request.conditions(transformer)
 
     def sample(count: int) -> object:
         return pipeline.sample(
-            request.labels[:count],
+            conditions=conditions[:count],
             cfg=settings.cfg,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -318,11 +317,10 @@ def _published_style(
     from mvar_core.sampling.published_style import sample_published_style
 
     random = generator("bench", request.seed, device=device)
+    conditions = request.conditions(transformer)
 
     def sample(count: int) -> object:
-        images = sample_published_style(
-            transformer, vqvae, request.labels[:count], request.settings, random, dtype=dtype
-        )
+        images = sample_published_style(transformer, vqvae, conditions[:count], request.settings, random, dtype=dtype)
         return images.cpu()
 
     return sample

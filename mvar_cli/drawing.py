@@ -47,11 +47,20 @@ Draw = Callable[[Sequence[int], Sequence[int], Callable[[int, int], None]], Iter
 """draw(labels, indices, progress) gives the samples of these labels and global numbers in chunks of any size."""
 
 
-def pipeline_draws(pipeline: Pipeline, **settings: Any) -> Draw:
-    """How a pipeline draws with settings of `Pipeline.stream`."""
+def pipeline_draws(
+    pipeline: Pipeline, conditions_of: Callable[[Sequence[int]], NDArray | None] = lambda _: None, **settings: Any
+) -> Draw:
+    """How a pipeline draws with settings of `Pipeline.stream`.
+
+    Args:
+        pipeline: The model.
+        conditions_of: The vectors of samples of some global numbers; None where labels say what they are.
+        **settings: Of `Pipeline.stream`.
+    """
 
     def draw(labels: Sequence[int], indices: Sequence[int], progress: Callable[[int, int], None]) -> Iterator[Chunk]:
-        for samples in pipeline.stream(labels, indices=indices, progress=progress, **settings):
+        conditions = conditions_of(indices)
+        for samples in pipeline.stream(labels, conditions=conditions, indices=indices, progress=progress, **settings):
             stages = samples.stages.numpy() if samples.stages is not None else None
             yield Chunk(samples.images.numpy(), samples.tokens.numpy(), stages)
 

@@ -58,10 +58,14 @@ class EditRequest(Request):
         return len(self.images) * max(1, len(self.classes))
 
     @cached_property
+    def entries(self) -> NDArray[np.int64]:
+        """Which of `classes` each sample is of (N,); 0 where there are none."""
+        return np.tile(np.repeat(np.arange(max(1, len(self.classes))), self.num), len(self.images))
+
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
         """Class label of each sample (N,)."""
-        classes = np.asarray(self.classes or (self.no_class,), np.int64)
-        return np.tile(np.repeat(classes, self.num), len(self.images))
+        return np.asarray(self.classes or (self.no_class,), np.int64)[self.entries]
 
     @cached_property
     def known(self) -> dict[str, NDArray]:
@@ -78,7 +82,7 @@ class EditRequest(Request):
 
     def file_name(self, index: int) -> str:
         """Name of one sample's PNG: number, image and, where there is one, class."""
-        label = f"_{self.labels[index]}" if self.classes else ""
+        label = f"_{self.condition_name(index)}" if self.classes else ""
         return f"{self.number(index)}_{self.images[self.image_of(index)]}{label}.png"
 
 
@@ -228,7 +232,9 @@ def edit_draws(pipeline: Pipeline, edit: Edit, request: EditRequest, **settings:
             torch.cat([encoded[image].tokens_NL for image in images]),
             torch.cat([encoded[image].kept_NL for image in images]),
         )
-        conditions = labels if request.classes else pipeline.no_class(len(labels))
+        conditions: Any = labels if request.classes else pipeline.no_class(len(labels))
+        if request.vectors is not None:
+            conditions = request.conditions_of(indices)
         done = 0
         for samples in pipeline.stream(conditions, kept=kept, indices=indices, progress=progress, **settings):
             pixels = samples.images.numpy()

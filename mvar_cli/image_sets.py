@@ -98,6 +98,7 @@ class DrawnImages:
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """The samples `start` up to `stop`, uint8 (B, 3, H, W); written as well where that is wanted."""
+        from mvar_cli.conditions import by_labels
         from mvar_cli.outputs import NpzWriter
         from mvar_core.files import atomic_path
 
@@ -112,7 +113,7 @@ class DrawnImages:
                 indices = range(first, min(first + batch_size, stop))
                 labels = self.labels[first : indices.stop]
                 drawn = self.pipeline.sample(
-                    labels.tolist(),
+                    **by_labels(self.pipeline.config, labels.tolist()),
                     cfg=chosen.cfg,
                     top_k=chosen.top_k,
                     top_p=chosen.top_p,

@@ -115,6 +115,14 @@ WeightsAndBiases = Annotated[
     bool | None,
     typer.Option("--wandb/--no-wandb", help="Log to Weights & Biases too.", rich_help_panel=_LOOP),
 ]
+Words = Annotated[
+    list[str] | None,
+    typer.Option("--words", metavar="TEXT", help="A text, for models that take words; repeatable."),
+]
+VectorsFile = Annotated[
+    Path | None,
+    typer.Option("--vectors", metavar="FILE", help="Vectors as .npy, .npz or .safetensors; see docs/conditioning.md."),
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
 Device = Annotated[

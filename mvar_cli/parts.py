@@ -6,12 +6,13 @@ once its file stands under its name, and is the same whoever draws it: a run tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +51,8 @@ class Request:
         dtype: Of the activations.
         attention: The backend, as asked for.
         version: The mvar that draws.
+        names: What files are called by, one name for each of `classes`; None for their labels.
+        vectors: float32 (classes, X) of a model that is conditioned on vectors, one for each of `classes`.
     """
 
     model: str
@@ -67,6 +70,8 @@ class Request:
     dtype: str
     attention: str
     version: str
+    names: tuple[str, ...] | None = field(default=None, kw_only=True)
+    vectors: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     @property
     def groups(self) -> int:
@@ -93,9 +98,18 @@ class Request:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.total))
 
     @cached_property
+    def entries(self) -> NDArray[np.int64]:
+        """Which of `classes` each sample is of (N,)."""
+        return np.repeat(np.arange(len(self.classes)), self.num)
+
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Class label of each sample (N,)."""
-        return np.repeat(np.asarray(self.classes, np.int64), self.num)
+        """Class label of each sample (N,); -1 where a text or vector is no class."""
+        return np.asarray(self.classes, np.int64)[self.entries]
+
+    def conditions_of(self, indices: Sequence[int]) -> NDArray[np.float32] | None:
+        """The vectors of some samples; None where their labels say what they are."""
+        return None if self.vectors is None else self.vectors[self.entries[np.asarray(indices, np.int64)]]
 
     @property
     def known(self) -> dict[str, NDArray]:
@@ -104,7 +118,11 @@ class Request:
 
     def file_name(self, index: int) -> str:
         """Name of one sample's PNG."""
-        return f"{self.number(index)}_{self.labels[index]}.png"
+        return f"{self.number(index)}_{self.condition_name(index)}.png"
+
+    def condition_name(self, index: int) -> str:
+        """What one sample's file is called by: its class, or its text."""
+        return str(self.labels[index]) if self.names is None else self.names[self.entries[index]]
 
     def number(self, index: int) -> str:
         """A sample's global number, with zeros before it."""
@@ -118,6 +136,8 @@ class Request:
     def manifest(self) -> dict[str, Any]:
         """As JSON writes it."""
         values = {"format": "mvar-samples", **asdict(self), "shard_size": self.shard_size}
+        if self.vectors is not None:
+            values["vectors"] = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 

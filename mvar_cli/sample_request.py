@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mvar_cli.conditions import Chosen, chosen
 
 if TYPE_CHECKING:
     from mvar_cli.parts import Request
@@ -94,16 +97,16 @@ class Wanted(NamedTuple):
     save_tokens: bool
     stages: bool
     attention: str
+    words: Sequence[str] = ()
+    vectors: Path | None = None
 
-    def labels(self, config: ModelConfig) -> list[int]:
-        """The classes meant, each once; none where none was named."""
-        from mvar_cli.selection import parse_classes
+    def chosen(self, config: ModelConfig) -> Chosen:
+        """What to draw by: classes, each once, or words, or vectors; nothing where none was named.
 
-        if not self.classes:
-            return []
-        return parse_classes(
-            self.classes, config.transformer.num_classes if config.transformer else 0, config.class_names
-        )
+        Raises:
+            MvarError: Not what the model is conditioned on.
+        """
+        return chosen(config, self.classes, self.words, self.vectors)
 
     def settings(self, config: ModelConfig) -> SamplingConfig:
         """The model's recommended settings with those typed laid over them."""
@@ -126,10 +129,11 @@ class Wanted(NamedTuple):
                 f"{config.name} is a tokenizer without a transformer.", "Train one with `mvar train`."
             )
         settings = self.settings(config)
+        labels, names, vectors = self.chosen(config)
         return Request(
             model=config.name,
             weights=model.fingerprint(),
-            classes=tuple(self.labels(config)),
+            classes=labels,
             num=self.num,
             settings={**settings.model_dump(), "seed": self.seed},
             output=self.output_format,
@@ -142,4 +146,6 @@ class Wanted(NamedTuple):
             dtype=str(model.dtype).removeprefix("torch."),
             attention=self.attention,
             version=__version__,
+            names=names,
+            vectors=vectors,
         )

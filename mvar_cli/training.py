@@ -136,6 +136,7 @@ def train_run(
     Raises:
         MvarError: Tokens, tokenizer, weights or checkpoint do not fit.
     """
+    config = _naming_the_encoder(config, tokens)
     digest = tokenizer_hash(checkpoint)
     for cache in (tokens, validation):
         if cache is not None:
@@ -150,7 +151,7 @@ def train_run(
         return train_transformer(
             transformer,
             tokenizer.quantizer,
-            tokens,
+            tokens.conditioned(config.conditioning),
             config,
             out,
             device=target,
@@ -158,12 +159,21 @@ def train_run(
             attention=attention,
             resume=resume,
             fsdp=fsdp,
-            validation=validation,
+            validation=validation.conditioned(config.conditioning) if validation is not None else None,
             tokenizer_state=tokenizer.state_dict(),
             provenance={"data": tokens.manifest.source, "images": tokens.num_images, **(provenance or {})},
             on_step=step_display(progress),
             on_sample=sample_pictures(config, tokenizer, transformer, out) if config.train.sample_every else None,
         )
+
+
+def _naming_the_encoder(config: RunConfig, tokens: TokenCache) -> RunConfig:
+    """The configuration, which says what made the tokens' vectors, so that one knows what to sample by."""
+    vectors, conditioning = tokens.manifest.vectors, config.conditioning
+    if conditioning.dim is None or vectors is None or conditioning.encoder is not None:
+        return config
+    named = conditioning.model_copy(update={"encoder": vectors.encoder})
+    return config.model_copy(update={"conditioning": named})
 
 
 def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transformer, out: Path) -> OnSample:
@@ -175,10 +185,12 @@ def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transforme
     labels = sorted({round(place) for place in np.linspace(0, classes - 1, _PICTURED_CLASSES)})
 
     def draw(step: int) -> np.ndarray:
+        from mvar_cli.conditions import by_labels
         from mvar_core.data.pictures import make_grid, save_png
         from mvar_core.pipeline import Pipeline
 
-        drawn = Pipeline(config.model, tokenizer, transformer).sample(labels * 2, seed=config.seed)
+        pipeline = Pipeline(config.model, tokenizer, transformer)
+        drawn = pipeline.sample(**by_labels(config, labels * 2), seed=config.seed)
         grid = make_grid(drawn.images, columns=len(labels))
         save_png(grid, out / "samples" / f"step-{step:08d}.png")
         return grid

@@ -51,24 +51,24 @@ class TrainingStep:
         random = generator("training_step", seed)
         shape = (config.train.batch_size, config.pyramid.num_tokens)
         self.tokens_BL = torch.randint(config.tokenizer.codebook_size, shape, generator=random).to(device)
-        assert config.transformer is not None
-        self.labels_B = torch.randint(config.transformer.num_classes, shape[:1], generator=random).to(device)
+        self.conditions = transformer.conditioner.examples(len(self.tokens_BL)).to(device)
 
     def __call__(self) -> None:
         """Take a step."""
         self.optimizer.zero_grad(set_to_none=True)
-        for tokens_BL, labels_B in zip(self.tokens_BL.split(self.rows), self.labels_B.split(self.rows), strict=True):
-            self.backward(self.forward(tokens_BL, labels_B) * (len(labels_B) / len(self.labels_B)))
+        parts = zip(self.tokens_BL.split(self.rows), self.conditions.split(self.rows), strict=True)
+        for tokens_BL, conditions in parts:
+            self.backward(self.forward(tokens_BL, conditions) * (len(tokens_BL) / len(self.tokens_BL)))
         self.update()
 
-    def forward(self, tokens_BL: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens_BL: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """The loss of a micro-batch."""
         with torch.no_grad():
             inputs_BLZ = self.quantizer.teacher_forcing_inputs(tokens_BL)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             losses = self.curriculum.losses(
                 self.transformer,
-                labels_B,
+                conditions,
                 tokens_BL,
                 inputs_BLZ,
                 step=0,

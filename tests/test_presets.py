@@ -14,6 +14,7 @@ from mvar_core.scales import paying_windows
 EXPECTED = {
     "digits",
     "digits-var",
+    "digits-words",
     *(f"{kind}-d{depth}-256" for kind in ("var", "mvar") for depth in (16, 20, 24, 30)),
     *(f"mvar-d{depth}-256-ft" for depth in (16, 20, 24)),
     "var-d36-512",
@@ -78,7 +79,7 @@ def test_preset_builds_with_the_predicted_and_published_parameters(name):
 
 
 def test_published_sizes_hold_for_every_published_model():
-    for name in EXPECTED - {"digits", "digits-var"} - TOKENIZERS:
+    for name in EXPECTED - {"digits", "digits-var", "digits-words"} - TOKENIZERS:
         transformer = load_config(name).transformer
         assert transformer.embed_dim == 64 * transformer.depth
         assert transformer.num_heads == transformer.depth

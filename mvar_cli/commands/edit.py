@@ -42,6 +42,7 @@ def run(
         list[str] | None,
         typer.Option("--class", metavar="IDS|NAME|all", help="Draw this class there, or several; default: no class."),
     ] = None,
+    words: options.Words = None,
     num: Annotated[int, typer.Option("--num", min=1, metavar="N", help="Variants per image and class.")] = 1,
     paste: Annotated[
         bool, typer.Option("--paste", help="Lay the image's own pixels over what stays: bit-equal there.")
@@ -97,18 +98,18 @@ def run(
     region = parse_box(box) if box is not None else None
     budget = options.parse_bytes(memory) if memory is not None else None
     given = {
-        "cfg": cfg if classes else 0.0,  # without a class there is nothing to guide towards
+        "cfg": cfg if classes or words else 0.0,  # without a class there is nothing to guide towards
         "top_k": top_k,
         "top_p": top_p,
         "more_smooth": more_smooth,
-        "cfg_schedule": options.parse_schedule(cfg_schedule) if classes else "linear",
+        "cfg_schedule": options.parse_schedule(cfg_schedule) if classes or words else "linear",
         "cfg_scales": options.parse_scale_range(cfg_scales),
     }
-    wanted = Wanted(classes or [], num, given, seed, output_format, save_tokens, stages, attention)
+    wanted = Wanted(classes or [], num, given, seed, output_format, save_tokens, stages, attention, words or ())
     place = Place(target, out, output_format, overwrite)
     with processes() as team:
         console = team.console(as_json)
-        if cfg and not classes:
+        if cfg and not classes and not words:
             console.note("--cfg guides towards a class; without --class it has no effect.")
         check_place(team, place)
         model = NamedModel(checkpoint, tokenizer, team.device(device), dtype, attention)
@@ -142,7 +143,7 @@ def _show_plan(
 ) -> None:
     from mvar_cli.costs import cost_of, finish_dry_run
 
-    settings, classes = wanted.settings(config), len(wanted.labels(config))
+    settings, classes = wanted.settings(config), len(wanted.chosen(config).labels)
     total = len(edit.paths) * max(1, classes) * wanted.num
     cost = cost_of(config, batch_size=min(batch_size or 1, total), dtype=dtype, guided=settings.guided)
     facts = edit.facts()

@@ -20,12 +20,14 @@ EXAMPLE = "mvar sample --checkpoint runs/quickstart/mvar --class 3,7 --num 8 --o
 
 def run(
     checkpoint: options.Checkpoint,
-    classes: Annotated[
-        list[str],
-        typer.Option("--class", metavar="IDS|NAME|all", help="Labels, a comma list, a name, or all; repeatable."),
-    ],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="A directory, or a file for npz and grid.")],
-    num: Annotated[int, typer.Option("--num", min=1, metavar="N", help="Images per class.")] = 1,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="IDS|NAME|all", help="Labels, a comma list, a name, or all; repeatable."),
+    ] = None,
+    words: options.Words = None,
+    vectors: options.VectorsFile = None,
+    num: Annotated[int, typer.Option("--num", min=1, metavar="N", help="Images per class, text or vector.")] = 1,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance; 0 is none. Default: the model's.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k likeliest codes; 0 keeps all.")] = None,
     top_p: Annotated[
@@ -56,11 +58,14 @@ def run(
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Draw class-conditional images.
+    """Draw images of classes; of texts or vectors, where the model is conditioned on them.
 
-    An image depends on the seed, its number, its class, the settings and the weights alone: not on the batch size, the
-    number of processes, or what was drawn before. The same command again goes on with a run that was stopped.
+    An image depends on the seed, its number, its class, text or vector, the settings and the weights alone: not on the
+    batch size, the number of processes, or what was drawn before. The same command again goes on with a run that was
+    stopped.
     """
+    if not classes and not words and vectors is None:
+        raise typer.BadParameter("say what to draw with --class, --words or --vectors", param_hint="--class")
     from mvar_cli.drawing import pipeline_draws
     from mvar_cli.outputs import choose_format, output_target
     from mvar_cli.sample_run import check_parts, check_place, make
@@ -76,7 +81,9 @@ def run(
         "cfg_schedule": options.parse_schedule(cfg_schedule),
         "cfg_scales": options.parse_scale_range(cfg_scales),
     }
-    wanted = Wanted(classes, num, given, seed, output_format, save_tokens, stages, attention)
+    wanted = Wanted(
+        classes or [], num, given, seed, output_format, save_tokens, stages, attention, words or (), vectors
+    )
     place = Place(target, out, output_format, overwrite)
     with processes() as team:
         console = team.console(as_json)
@@ -91,7 +98,7 @@ def run(
         draw = None
         if len(kept) < len(request.shards):
             batches = {"batch_size": batch_size, "memory": budget}
-            draw = pipeline_draws(model.load(), stages=stages, **request.settings, **batches)
+            draw = pipeline_draws(model.load(), request.conditions_of, stages=stages, **request.settings, **batches)
         make(console, team, parts, draw, place, model.device, batch_size)
 
 
@@ -101,9 +108,9 @@ def _show_plan(
     from mvar_cli.costs import cost_of, finish_dry_run
 
     settings = wanted.settings(config)
-    count = len(wanted.labels(config))
+    count, kind = len(wanted.chosen(config).labels), "classes" if wanted.classes else "texts or vectors"
     total = count * wanted.num
     batch = min(batch_size or 1, total)
     cost = cost_of(config, batch_size=batch, dtype=dtype, guided=settings.guided)
-    steps = [f"draw {total} images: {wanted.num} of each of {count} classes", f"write {target}"]
+    steps = [f"draw {total} images: {wanted.num} of each of {count} {kind}", f"write {target}"]
     finish_dry_run(console, config, steps, cost=cost, images=total)

@@ -12,6 +12,7 @@ from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from mvar_core.config import ConditioningConfig, RunConfig
     from mvar_core.data.tokens import CacheSummary
 
 EXAMPLE = "mvar tokenize --checkpoint runs/tokenizer --data digits --out runs/tokens"
@@ -38,6 +39,13 @@ def run(
         int | None,
         typer.Option("--shard-images", min=1, metavar="N", help="Images in a shard. Default: by their number."),
     ] = None,
+    words: Annotated[
+        bool, typer.Option("--words", help="Also vectors of the classes' names, for models that take words.")
+    ] = False,
+    vectors: options.VectorsFile = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", metavar="NAME", help="What made the vectors of --vectors.")
+    ] = None,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -60,6 +68,7 @@ def run(
     base = {**own, "image_size": tokenizer.image_size, "patch_sizes": tokenizer.patch_sizes}
     flags = {"image_size": options.parse_size(image_size, "--image-size"), "data": {"flip": flip, "crops": crops}}
     run_config = load_config(preset, settings or [], {**flags, **own}, base=base)
+    conditioning = _conditioning(run_config, words, vectors, encoder)
     config = tokenizer
     asked = any(setting.startswith(("image_size", "patch_sizes")) for setting in settings or [])
     if preset is not None or image_size is not None or asked:
@@ -98,6 +107,9 @@ def run(
             overwrite=overwrite,
             skip_bad=skip_bad,
             images_per_shard=shard_images,
+            conditioning=conditioning,
+            vectors_file=vectors,
+            encoder=encoder,
             team=team,
         )
     seconds = time.monotonic() - start
@@ -114,6 +126,30 @@ def run(
             "tokens": str(out),
         }
     )
+
+
+def _conditioning(config: RunConfig, words: bool, vectors: Path | None, encoder: str | None) -> ConditioningConfig:
+    """What the cache's vectors are for.
+
+    Raises:
+        ConfigError: Options that contradict each other or the preset.
+    """
+    from mvar_core.data.words import ENCODER
+    from mvar_core.errors import ConfigError
+
+    asked = config.conditioning
+    if words and vectors is not None:
+        raise ConfigError("--words and --vectors both say what the vectors are.", "Give one of them.")
+    if encoder is not None and vectors is None:
+        raise ConfigError("--encoder says what made the file of --vectors.", "Give --vectors FILE too.")
+    if not words:
+        return asked
+    if asked.dim is None:
+        raise ConfigError(
+            "--words needs the length of a vector.",
+            "Add --preset digits-words, or --set conditioning.kind=vector --set conditioning.dim=64.",
+        )
+    return asked.model_copy(update={"encoder": ENCODER})
 
 
 def _show(console: Console, out: Path, summary: CacheSummary, seconds: float) -> None:

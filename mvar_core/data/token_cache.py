@@ -151,12 +151,16 @@ class TokenCache:
 
     def vectors(self, rows: NDArray[np.int64]) -> Tensor:
         """The vectors of some rows, float32 (B, X); views of the images of a class take its phrasings in turn."""
+        images, views = np.divmod(np.asarray(rows, np.int64), self.num_views)
+        return self.vectors_of(images, views, self.labels[images])
+
+    def vectors_of(self, images: NDArray[np.int64], views: NDArray[np.int64], labels: NDArray[np.int64]) -> Tensor:
+        """The vectors of some views of some images of the whole cache, whose labels these are."""
         entry = self.manifest.vectors
         assert entry is not None
-        images, views = np.divmod(np.asarray(rows, np.int64), self.num_views)
         if entry.of == "class":
             table = self._array(VECTORS, (len(self.class_names), entry.phrasings, entry.dim), entry.dtype)
-            return torch.from_numpy(table[self.labels[images], (images + views) % entry.phrasings].astype(np.float32))
+            return torch.from_numpy(table[labels, (images + views) % entry.phrasings].astype(np.float32))
         vectors = np.empty((len(images), entry.dim), np.float32)
         shards = np.searchsorted(self._starts, images, side="right") - 1
         for number in np.unique(shards):
@@ -269,6 +273,11 @@ class TokenCachePart(TokenCache):
             raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
         images, views = np.divmod(chosen, self.num_views)
         return self.tokens_of(self.images[images], views), torch.from_numpy(self.labels[images])
+
+    def vectors(self, rows: NDArray[np.int64]) -> Tensor:
+        """The vectors of some rows of this part; see `TokenCache.vectors`."""
+        images, views = np.divmod(np.asarray(rows, np.int64), self.num_views)
+        return self.vectors_of(self.images[images], views, self.labels[images])
 
     def item_name(self, row: int) -> str:
         """Path or id of the image that a row was made from."""

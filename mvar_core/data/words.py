@@ -7,6 +7,7 @@ of each, so that what is spelled alike lies near. Sums are of integers and so ex
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from mvar_core.errors import DataError
 ENCODER = "hashed-words"
 """What a configuration's `conditioning.encoder` says where these vectors are meant."""
 
-_WORD, _PIECE, _SMALL = 6, 2, 1
-"""How much a word counts, each piece of it, and a word that says little."""
+_WORD, _PIECES, _SMALL = 12, 400, 3
+"""How much a word counts; the squares of what its pieces do, taken together; and how much a word that says little."""
 _SAYING_LITTLE = frozenset(("a", "an", "the", "of", "this", "that", "is", "my", "please"))
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -100,8 +101,9 @@ def _features(text: str) -> dict[str, int]:
             continue
         count(f"word {word}", _WORD)
         bounded = f"<{word}>"
-        for start in range(len(bounded) - 2):
-            count(f"piece {bounded[start : start + 3]}", _PIECE)
+        pieces = [bounded[start : start + 3] for start in range(len(bounded) - 2)]
+        for piece in pieces:  # so that long words do not drown short ones
+            count(f"piece {piece}", math.isqrt(_PIECES // len(pieces)))
     return counts
 
 

@@ -10,17 +10,19 @@ the rows, guidance asks for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.linear import RowStableLinear
+from mvar_core.runtime import generator
 
 Conditions = Sequence[int] | Sequence[Sequence[float]] | Tensor | np.ndarray
 """Class labels, one for each image, or vectors (images, X)."""
@@ -96,6 +98,19 @@ class Conditioner(nn.Module, ABC):
     def distinct(self, conditions: Tensor) -> tuple[Tensor, Int[Tensor, " B"]]:
         """The different ones among them, U of them, and which of those each row is."""
 
+    @staticmethod
+    @abstractmethod
+    def null_of(state: Mapping[str, Tensor]) -> Float[Tensor, " C"]:
+        """The embedding that stands for no condition in a conditioner's state."""
+
+    @abstractmethod
+    def with_null(self, null_C: Float[Tensor, " C"]) -> dict[str, Tensor]:
+        """This conditioner's state with another embedding that stands for no condition."""
+
+    @abstractmethod
+    def examples(self, count: int) -> Tensor:
+        """So many conditions to measure with, as different from each other as can be."""
+
     @abstractmethod
     def check_data(self, conditions: Tensor) -> None:
         """Refuse what comes with tokens to train on where it is no condition of this model.
@@ -156,6 +171,21 @@ class ClassConditioner(nn.Embedding, Conditioner):
         """The different labels, sorted, and which of them each row has."""
         labels_U, rows_B = conditions.unique(return_inverse=True)
         return labels_U, rows_B
+
+    @staticmethod
+    def null_of(state: Mapping[str, Tensor]) -> Float[Tensor, " C"]:
+        """The table's last row."""
+        return state["weight"][-1]
+
+    def with_null(self, null_C: Float[Tensor, " C"]) -> dict[str, Tensor]:
+        """The table with another last row."""
+        table = self.weight.detach().clone()
+        table[-1] = null_C
+        return {"weight": table}
+
+    def examples(self, count: int) -> Int[Tensor, " B"]:
+        """All classes in turn."""
+        return torch.arange(count) * 37 % self.num_classes
 
     def check_data(self, conditions: Tensor) -> None:
         """Refuse labels above the classes, and what is no label.
@@ -241,6 +271,20 @@ class VectorConditioner(Conditioner):
         bits_UX, rows_B = bits.unique(dim=0, return_inverse=True)
         return bits_UX.view(torch.float32).to(conditions.device), rows_B.to(conditions.device)
 
+    @staticmethod
+    def null_of(state: Mapping[str, Tensor]) -> Float[Tensor, " C"]:
+        """The learned embedding."""
+        return state["no_vector"]
+
+    def with_null(self, null_C: Float[Tensor, " C"]) -> dict[str, Tensor]:
+        """The projection as it is, and another embedding for no vector."""
+        return {**self.state_dict(), "no_vector": null_C.to(self.no_vector)}
+
+    def examples(self, count: int) -> Float[Tensor, "B X"]:
+        """Random vectors of length 1."""
+        vectors_BX = torch.randn(count, self.dim, generator=generator("examples"))
+        return F.normalize(vectors_BX, dim=1)
+
     def check_data(self, conditions: Tensor) -> None:
         """Refuse labels, and vectors of another length.
 
@@ -257,6 +301,9 @@ class VectorConditioner(Conditioner):
     def initialise(self, std: float) -> None:
         """The embedding that stands for no vector starts as the row of a class table does."""
         nn.init.trunc_normal_(self.no_vector, std=std)
+
+
+CONDITIONERS: tuple[type[Conditioner], ...] = (ClassConditioner, VectorConditioner)
 
 
 def build_conditioner(config: ModelConfig) -> Conditioner:

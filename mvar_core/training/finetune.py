@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mvar_core.config import ModelConfig
 from mvar_core.errors import CheckpointError
+from mvar_core.models.conditioning import CONDITIONERS
 from mvar_core.models.transformer import Transformer
 from mvar_core.scales import Grid, ScalePyramid
 
@@ -119,6 +120,8 @@ def check_start(config: ModelConfig, source: ModelConfig, origin: str) -> None:
         name: (getattr(source.tokenizer, name), getattr(config.tokenizer, name))
         for name in ("codebook_size", "latent_channels")
     }
+    if None not in (dims := (source.conditioning.dim, config.conditioning.dim)):
+        pairs["conditioning.dim"] = dims
     if wrong := [f"{name} is {one} there and {two} here" for name, (one, two) in pairs.items() if one != two]:
         raise CheckpointError(
             f"The weights of {origin} do not fit the model: {'; '.join(wrong)}.",
@@ -149,6 +152,9 @@ def load_pretrained(
     * reinit: they start anew.
     * auto: keep where the numbers of classes agree, else reinit.
 
+    Where the source is conditioned on classes and the target on vectors, or the other way round, what makes embeddings
+    of conditions starts anew, but for the embedding that stands for none.
+
     Args:
         transformer: The target, already initialised.
         weights: State dict of the source, under this project's names.
@@ -169,9 +175,9 @@ def load_pretrained(
             f"These weights do not fit the model: {'; '.join(problems)}.",
             "Choose the preset that they were trained with, or set its transformer.* and tokenizer.* to match.",
         )
-    problems = _misfits("lacks", target.keys() - weights.keys()) + _misfits("knows no", weights.keys() - target.keys())
-    loaded: dict[str, Tensor] = {}
-    reports = []
+    loaded, reports, others = _other_conditions(transformer, weights)
+    lacking, unknown = target.keys() - weights.keys() - loaded.keys(), weights.keys() - target.keys() - others
+    problems = _misfits("lacks", lacking) + _misfits("knows no", unknown)
     for name in target.keys() & weights.keys():
         if name == _CLASSES and weights[name].ndim == 2 and weights[name].shape[1] == target[name].shape[1]:
             table, report = _class_table(weights[name], target[name], classes, source_names, target_names)
@@ -190,6 +196,30 @@ def load_pretrained(
     transformer.load_state_dict(loaded)
     order = {name: index for index, name in enumerate(target)}
     return sorted(reports, key=lambda report: order[report.name])
+
+
+def _other_conditions(
+    transformer: Transformer, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[ParameterReport], set[str]]:
+    """Where the weights are of another kind of condition: the target's own values, reports, and the weights' names."""
+    own = transformer.conditioner
+    if any(name.startswith(f"{own.name}.") for name in weights):
+        return {}, [], set()
+    for kind in CONDITIONERS:
+        prefix = f"{kind.name}."
+        state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if state:
+            null_C, before = kind.null_of(state), {f"{own.name}.{name}": x for name, x in own.state_dict().items()}
+            values = {f"{own.name}.{name}": value for name, value in own.with_null(null_C).items()}
+            names = ", ".join(sorted(prefix + name for name in state))
+            notes = {
+                name: f"in the place of {names}"
+                + ("" if value.equal(before[name]) else "; no condition is taken over from there")
+                for name, value in values.items()
+            }
+            reports = [ParameterReport(name, "initialised", note) for name, note in notes.items()]
+            return values, reports, {prefix + name for name in state}
+    return {}, [], set()
 
 
 def _misfits(verb: str, names: set[str]) -> list[str]:

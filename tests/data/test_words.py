@@ -9,8 +9,8 @@ import pytest
 from mvar_core.data.words import class_of_words, class_vectors, embed_words, phrasings
 from mvar_core.errors import DataError
 
-FROZEN = "2b6327b027786e66aa4f1d923caa27190e41f4a5c65e46811a33a14e7351f461"
-FROZEN = "2b6327b027786e66aa4f1d923caa27190e41f4a5c65e46811a33a14e7351f461"
+FROZEN = "ca44cea8ccbe8d4a0a600ed13c45d3531ebfd306c703fe5979c920b9ce0799a7"
+FROZEN = "ca44cea8ccbe8d4a0a600ed13c45d3531ebfd306c703fe5979c920b9ce0799a7"
 DIGITS = [str(digit) for digit in range(10)]
 
 

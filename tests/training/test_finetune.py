@@ -208,3 +208,52 @@ def test_check_start_names_every_size_that_differs(make_config):
     )
     with pytest.raises(CheckpointError, match="tokenizer alone"):
         check_start(make_config().model, make_config().model.model_copy(update={"transformer": None}), "x")
+
+
+VECTOR = ("conditioning.kind=vector", "conditioning.dim=6")
+
+
+def test_classes_start_a_model_of_vectors(transformers):
+    """The projection starts anew and says so; what stands for no class stands for no vector."""
+    weights, pyramid, target = transformers(*VECTOR)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    reports = {report.name: report for report in load_pretrained(target, weights, pyramid)}
+    assert list(reports) == list(before)
+    for name in ("vector_embedding.projection.weight", "vector_embedding.projection.bias"):
+        assert reports[name].action == "initialised"
+        assert "in the place of class_embedding.weight" in reports[name].note
+        assert target.state_dict()[name].equal(before[name])
+    assert reports["vector_embedding.no_vector"].action == "initialised"
+    assert "no condition is taken over" in reports["vector_embedding.no_vector"].note
+    assert target.conditioner.no_vector.equal(weights["class_embedding.weight"][-1])
+    others = [report for name, report in reports.items() if not name.startswith("vector_embedding.")]
+    assert {report.action for report in others} == {"loaded"}
+
+
+def test_vectors_start_a_model_of_classes(make_config, make_models):
+    source, _ = make_models(make_config(*VECTOR))
+    target, _ = make_models(make_config())
+    with torch.no_grad():
+        source.conditioner.no_vector.fill_(3.0)
+    before = target.class_embedding.weight.detach().clone()
+    reports = {r.name: r for r in load_pretrained(target, source.state_dict(), target.pyramid)}
+    assert reports["class_embedding.weight"].action == "initialised"
+    assert (target.class_embedding.weight[-1] == 3).all()
+    assert target.class_embedding.weight[:-1].equal(before[:-1])
+
+
+def test_vectors_start_vectors_of_the_same_length(make_config, make_models):
+    source, _ = make_models(make_config(*VECTOR))
+    target, _ = make_models(make_config(*VECTOR))
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1.0)
+    reports = load_pretrained(target, source.state_dict(), target.pyramid)
+    assert {report.action for report in reports} == {"loaded"}
+    longer, _ = make_models(make_config("conditioning.kind=vector", "conditioning.dim=7"))
+    with pytest.raises(CheckpointError, match=r"vector_embedding.projection.weight is \(32, 6\), expected \(32, 7\)"):
+        load_pretrained(longer, source.state_dict(), longer.pyramid)
+    with pytest.raises(CheckpointError, match=r"conditioning.dim is 6 there and 7 here"):
+        check_start(
+            make_config("conditioning.kind=vector", "conditioning.dim=7"), make_config(*VECTOR).model, "weights"
+        )

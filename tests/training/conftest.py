@@ -70,6 +70,21 @@ class FakeTokens:
         return torch.from_numpy(self.tokens[rows]).long(), torch.from_numpy(self.labels[rows]).long()
 
 
+class FakeVectorTokens(FakeTokens):
+    """The same token maps, which come with a vector for each class."""
+
+    def __init__(self, config: RunConfig, rows: int = 20, seed: int = 0):
+        super().__init__(config, rows, seed)
+        dim = config.conditioning.dim
+        assert dim is not None
+        vectors = torch.randn(3, dim, generator=torch.Generator().manual_seed(0))
+        self.vectors = torch.nn.functional.normalize(vectors, dim=1)
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        tokens, labels = super().batch(rows)
+        return tokens, self.vectors[labels]
+
+
 class FakeImages:
     """Smooth gray random images in [-1, 1]."""
 

@@ -60,6 +60,7 @@ def run(task: dict[str, Any], rank: int, helpers: Any) -> None:
         if task.get("interrupt") == [rank, report.step]:
             raise KeyboardInterrupt
 
+    fake = helpers.FakeTokens if config.conditioning.dim is None else helpers.FakeVectorTokens
     result: Any
     if task.get("tokenizer"):
         result = train_tokenizer(tokenizer, helpers.FakeImages(), config, Path(task["out"]), on_step=on_step)
@@ -68,13 +69,13 @@ def run(task: dict[str, Any], rank: int, helpers: Any) -> None:
     result = train_transformer(
         transformer,
         tokenizer.quantizer,
-        helpers.FakeTokens(config),
+        fake(config),
         config,
         Path(task["out"]),
         tokenizer_state=tokenizer.state_dict(),
         total_steps=task["steps"],
         dtype=getattr(torch, task.get("dtype", "float32")),
-        validation=helpers.FakeTokens(config, rows=9, seed=1),
+        validation=fake(config, rows=9, seed=1),
         fsdp=task.get("fsdp", False),
         on_step=on_step,
     )

@@ -34,6 +34,7 @@ TOKENIZER = (
     "train_tokenizer.revive_every=2",
 )
 INTERLEAVED = (*SETTINGS, "train.curriculum=interleaved", "train.ratio_k=2", "train.accumulate=2")
+VECTORS = (*CURVE, "conditioning.kind=vector", "conditioning.dim=6", "train.activation_checkpointing=true")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -80,6 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             task("curve", steps=50, settings=CURVE),
             task("turns", settings=INTERLEAVED),
+            task("vectors", steps=25, settings=VECTORS),
             task("tokenizer", settings=TOKENIZER, tokenizer=True),
             {
                 **task("2-tokenizer", settings=TOKENIZER, tokenizer=True, interrupt=[0, 6]),
@@ -96,6 +98,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             task("ddp-curve", steps=50, settings=CURVE),
             task("fsdp-curve", steps=50, settings=CURVE, fsdp=True),
             task("ddp-turns", settings=INTERLEAVED),
+            task("ddp-vectors", steps=25, settings=VECTORS),
+            task("fsdp-vectors", steps=25, settings=VECTORS, fsdp=True),
             task("ddp-tokenizer", settings=TOKENIZER, tokenizer=True),
             task("2-tokenizer", settings=TOKENIZER, tokenizer=True),
             task("fsdp-turns", settings=INTERLEAVED, fsdp=True),
@@ -130,6 +134,19 @@ def test_two_processes_follow_the_loss_curve_of_one(runs, kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_steps_that_leave_out_scales_and_micro_batches_are_shared_as_well(runs, kind):
     close(losses(runs / f"{kind}-turns-12.json"), losses(runs / "turns-12.json"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_models_of_vectors_are_trained_alike(runs, kind):
+    expected = losses(runs / "vectors-25.json")
+    assert expected[-1] < expected[0] - 0.3
+    close(losses(runs / f"{kind}-vectors-25.json"), expected, 1e-4)
+    states = [
+        load_transformer(path, read_model_config(path)).conditioner.state_dict()
+        for path in (runs / "vectors", runs / f"{kind}-vectors")
+    ]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=2e-3, rtol=0)
 
 
 def test_a_tokenizer_learns_the_same_in_two_processes(runs):

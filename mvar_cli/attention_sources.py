@@ -55,7 +55,7 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
 
     Raises:
         DataError: There are no such images.
-        ConfigError: The model is conditioned on something else than classes.
+        ConfigError: A label that the model does not have.
     """
     import torch
 
@@ -74,7 +74,7 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
             tokens_BL = torch.cat([pipeline.encode(part) for part in pixels.split(at_once)])
             yield tokens_BL, conditions_of(pipeline, labels.tolist())
 
-    return TokenSource(f"images of {data}", len(chosen), batches())
+    return TokenSource(f"images of {data}{_note(pipeline)}", len(chosen), batches())
 
 
 def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: int, seed: int) -> TokenSource:
@@ -121,12 +121,20 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
             )
             parts.append(sampled.tokens_NL)
     batches = zip(torch.cat(parts).split(batch_size), conditions.split(batch_size), strict=True)
-    return TokenSource(f"the model's own samples (seed {seed}, cfg {settings.cfg:g})", num, batches)
+    name = f"the model's own samples (seed {seed}, cfg {settings.cfg:g}){_note(pipeline)}"
+    return TokenSource(name, num, batches)
 
 
 def spread_classes(num: int, classes: int) -> list[int]:
     """`num` labels in ascending order, every class as often as any other but for one, or evenly spread over them."""
     return [index * classes // num for index in range(num)]
+
+
+def _note(pipeline: Pipeline) -> str:
+    """What a reader must know of conditions that are not there."""
+    from mvar_cli.conditions import without_conditions
+
+    return ", without a condition, for vectors of classes are not known" if without_conditions(pipeline.config) else ""
 
 
 def _chosen(rows: int, num: int, seed: int) -> np.ndarray:

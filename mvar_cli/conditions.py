@@ -62,7 +62,7 @@ def chosen(config: ModelConfig, classes: Sequence[str], words: Sequence[str], ve
         count = config.transformer.num_classes if config.transformer is not None else 0
         labels = parse_classes(classes, count, config.class_names)
         table = class_vectors_of(config)
-        if table is not None and np.isnan(table).any():
+        if without_conditions(config):
             raise ConfigError(
                 f"{config.name} is conditioned on vectors{_by(config)}, and knows none for its classes.",
                 "Give --vectors FILE.",
@@ -103,6 +103,12 @@ def conditions_of(pipeline: Pipeline, labels: Sequence[int]) -> Tensor:
     """What images of these classes are conditioned on, whatever the model is conditioned on; on the CPU."""
     arguments = by_labels(pipeline.config, labels)
     return pipeline.transformer.conditioner.read(arguments.get("conditions", labels))
+
+
+def without_conditions(config: ModelConfig) -> bool:
+    """Whether classes are drawn without a condition, since nobody here knows the vectors of their names."""
+    table = class_vectors_of(config)
+    return table is not None and bool(np.isnan(table).any())
 
 
 def by_labels(config: ModelConfig, labels: Sequence[int]) -> dict[str, Any]:

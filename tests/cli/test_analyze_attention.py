@@ -284,8 +284,9 @@ def test_conditions_that_are_not_the_models(mvar, config, model, images, tmp_pat
     tokenizer = Pipeline.from_pretrained(model, device="cpu", dtype="float32").tokenizer
     state = Transformer(of_vectors).state_dict()
     save_model(path, of_vectors, tokenizer=tokenizer.state_dict(), transformer=state)
-    for source in ([], ["--data", images]):
-        assert "conditioned on vectors" in analyze(mvar, path, tmp_path / "b", *source, "--num", 2).error
+    for name, source in (("b", []), ("c", ["--data", images])):  # by an encoder that nobody named
+        assert analyze(mvar, path, tmp_path / name, *source, "--num", 2).code == 0
+        assert "without a condition" in (tmp_path / name / "report.json").read_text()
 
 
 def test_a_run_whose_settings_cannot_be_read_is_refused_before_anything_is_measured(mvar, model, tokens, tmp_path):

@@ -139,7 +139,7 @@ def test_steps_that_leave_out_scales_and_micro_batches_are_shared_as_well(runs, 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_models_of_vectors_are_trained_alike(runs, kind):
     expected = losses(runs / "vectors-25.json")
-    assert expected[-1] < expected[0] - 0.3
+    assert expected[-1] < expected[0] - 0.05
     close(losses(runs / f"{kind}-vectors-25.json"), expected, 1e-4)
     states = [
         load_transformer(path, read_model_config(path)).conditioner.state_dict()

@@ -67,8 +67,10 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
         entry: Which command.
         arguments: What was typed after its name, for the processes that --nproc starts.
     """
+    from mvar_cli.option_groups import ungrouped
+
     module = load_module(entry)
-    run = module.run
+    run = ungrouped(module.run)
     if entry.shared:
         from mvar_cli.launch import launchable
 

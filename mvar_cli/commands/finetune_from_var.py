@@ -13,6 +13,7 @@ import typer
 
 from mvar_cli import options
 from mvar_cli.commands.train import TrainRequest, execute
+from mvar_cli.option_groups import TrainOptions, TransformerLoopOptions
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ CLASSES = ("auto", "keep", "resize", "reinit")
 
 
 def run(
+    *,
     var_checkpoint: Annotated[
         Path,
         typer.Option("--var-checkpoint", metavar="PATH", help="Model directory or published .pth to start from."),
@@ -31,10 +33,6 @@ def run(
     preset: options.Preset = None,
     checkpoint: options.OptionalTokenizerCheckpoint = None,
     tokenizer: options.TokenizerFile = None,
-    tokens: options.Tokens = None,
-    data: options.OptionalData = None,
-    settings: options.Settings = None,
-    image_size: options.ImageSize = None,
     scale_prefixes: Annotated[
         str | None,
         typer.Option("--scale-prefixes", metavar="1|2|3|all", help="Scales that a token sees. Default: preset, or 1."),
@@ -60,27 +58,8 @@ def run(
         str | None,
         typer.Option("--pyramid", metavar="1,2,3x4…", help="Sizes of a .pth file's scales, if not published ones."),
     ] = None,
-    steps: options.Steps = None,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = None,
-    seed: options.OptionalSeed = None,
-    validation: options.Validation = None,
-    accumulate: options.Accumulate = None,
-    micro_batch: options.MicroBatch = None,
-    activation_checkpointing: options.ActivationCheckpointing = None,
-    compile_blocks: options.Compile = None,
-    ema: options.Ema = None,
-    checkpoint_every: options.CheckpointEvery = None,
-    keep: options.Keep = None,
-    sample_every: options.SampleEvery = None,
-    tensorboard: options.TensorBoard = None,
-    wandb: options.WeightsAndBiases = None,
-    resume: options.Resume = True,
-    overwrite: options.Overwrite = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    attention: options.Attention = "auto",
-    fsdp: options.Fsdp = False,
+    given: TrainOptions,
+    loop: TransformerLoopOptions,
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -93,7 +72,7 @@ def run(
     """
     if classes not in CLASSES:
         raise ConfigError(f"--classes {classes!r} is not known. {nearest(classes, CLASSES)}")
-    if preset is None and any(setting.startswith(("transformer.", "tokenizer.")) for setting in settings or ()):
+    if preset is None and any(setting.startswith(("transformer.", "tokenizer.")) for setting in given.settings or ()):
         raise ConfigError("Without a preset, sizes are read off the weights.", "Leave out --set transformer.*.")
     is_file = var_checkpoint.is_file()
     sizes = options.parse_sizes(pyramid, "--pyramid")
@@ -102,33 +81,8 @@ def run(
             preset=preset,
             checkpoint=checkpoint or start,
             out=out,
-            tokens=tokens,
-            data=data,
-            settings=tuple(settings or ()),
-            image_size=options.parse_size(image_size, "--image-size"),
-            steps=steps,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=seed,
-            validation=validation,
-            resume=resume,
-            overwrite=overwrite,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            loop={
-                "accumulate": accumulate,
-                "micro_batch": micro_batch,
-                "activation_checkpointing": activation_checkpointing,
-                "compile": compile_blocks,
-                "ema": ema,
-                "checkpoint_every": checkpoint_every,
-                "keep": keep,
-                "sample_every": sample_every,
-                "tensorboard": tensorboard,
-                "wandb": wandb,
-            },
-            fsdp=fsdp,
+            given=given,
+            loop=loop,
             start=start,
             start_file=var_checkpoint if is_file else None,
             classes=classes,

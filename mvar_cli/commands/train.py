@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,45 +10,23 @@ import typer
 
 from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
+from mvar_cli.option_groups import TrainOptions, TransformerLoopOptions
 from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mvar_cli.processes import Processes
     from mvar_core.config import RunConfig
-    from mvar_core.scales import PatchSize
 
 EXAMPLE = "mvar train --preset digits --tokens tokens --checkpoint tokenizer --out mvar"
 
 
 def run(
+    *,
     preset: options.RequiredPreset,
     checkpoint: options.TokenizerCheckpoint,
     out: options.Out,
-    tokens: options.Tokens = None,
-    data: options.OptionalData = None,
-    settings: options.Settings = None,
-    image_size: options.ImageSize = None,
-    steps: options.Steps = None,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = None,
-    seed: options.OptionalSeed = None,
-    validation: options.Validation = None,
-    accumulate: options.Accumulate = None,
-    micro_batch: options.MicroBatch = None,
-    activation_checkpointing: options.ActivationCheckpointing = None,
-    compile_blocks: options.Compile = None,
-    ema: options.Ema = None,
-    checkpoint_every: options.CheckpointEvery = None,
-    keep: options.Keep = None,
-    sample_every: options.SampleEvery = None,
-    tensorboard: options.TensorBoard = None,
-    wandb: options.WeightsAndBiases = None,
-    resume: options.Resume = True,
-    overwrite: options.Overwrite = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    attention: options.Attention = "auto",
-    fsdp: options.Fsdp = False,
+    given: TrainOptions,
+    loop: TransformerLoopOptions,
     as_json: options.AsJson = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -58,80 +35,37 @@ def run(
     Running the same command again goes on where it stopped, with any number of processes: under torchrun or --nproc
     they share every batch. The run directory is also a model directory.
     """
-    request = TrainRequest(
-        preset=preset,
-        checkpoint=checkpoint,
-        out=out,
-        tokens=tokens,
-        data=data,
-        settings=tuple(settings or ()),
-        image_size=options.parse_size(image_size, "--image-size"),
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        validation=validation,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        loop={
-            "accumulate": accumulate,
-            "micro_batch": micro_batch,
-            "activation_checkpointing": activation_checkpointing,
-            "compile": compile_blocks,
-            "ema": ema,
-            "checkpoint_every": checkpoint_every,
-            "keep": keep,
-            "sample_every": sample_every,
-            "tensorboard": tensorboard,
-            "wandb": wandb,
-        },
-        fsdp=fsdp,
-    )
+    request = TrainRequest(preset=preset, checkpoint=checkpoint, out=out, given=given, loop=loop)
     execute(as_json, request, dry_run)
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What was asked of a training command; the fields are its options.
+    """What was asked of a training command.
 
     Attributes:
-        loop: Keys of the training section that have flags of their own; None where the flag was not given.
         preset: None only where there is a start to read the configuration off.
+        checkpoint: Model directory with the tokenizer.
+        out: The run directory.
+        given: Data, length and machine.
+        loop: Keys of the training section that have flags of their own.
         start: Model directory that gives the first weights.
         start_file: The published file that it was made from.
         classes: What becomes of the start's class table.
         scale_prefixes: Scales that a token sees, where not as the preset says.
         windows: One for all windowed scales or one per scale, likewise.
-        image_size: Side, or (height, width), where not as the preset says; the pyramid follows.
     """
 
     preset: str | None
     checkpoint: Path
     out: Path
-    tokens: Path | None
-    data: str | None
-    settings: tuple[str, ...]
-    steps: int | None
-    epochs: float | None
-    batch_size: int | None
-    seed: int | None
-    validation: Path | None
-    resume: bool
-    overwrite: bool
-    device: str
-    dtype: str
-    attention: str
-    loop: Mapping[str, Any]
-    fsdp: bool = False
+    given: TrainOptions
+    loop: TransformerLoopOptions
     start: Path | None = None
     start_file: Path | None = None
     classes: str = "auto"
     scale_prefixes: int | str | None = None
     windows: int | list[int] | str | None = None
-    image_size: PatchSize | None = None
 
     def configuration(self) -> RunConfig:
         """Preset, settings and flags, merged.
@@ -141,15 +75,22 @@ class TrainRequest:
         """
         from mvar_core.presets import load_config
 
-        if self.steps is not None and self.epochs is not None:
+        given = self.given
+        if given.steps is not None and given.epochs is not None:
             raise ConfigError("--steps and --epochs both say how long to train.", "Give one of them.")
-        if (self.tokens is None) == (self.data is None):
+        if (given.tokens is None) == (given.data is None):
             raise ConfigError("Training needs tokens or images.", "Give --tokens CACHE or --data IMAGES, one of them.")
+        settings = list(given.settings or ())
         # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
-        settings = [*self.settings, "train.steps=null"] if self.epochs is not None else self.settings
-        train = {"steps": self.steps, "epochs": self.epochs, "batch_size": self.batch_size, **self.loop}
-        attention = {"scale_prefixes": self.scale_prefixes, "windows": self.windows}
-        flags = {"seed": self.seed, "image_size": self.image_size, "train": train, "attention": attention}
+        settings += ["train.steps=null"] if given.epochs is not None else []
+        flags = {
+            "seed": given.seed,
+            "image_size": options.parse_size(given.image_size, "--image-size"),
+            "train": {
+                "steps": given.steps, "epochs": given.epochs, "batch_size": given.batch_size, **self.loop.keys
+            },
+            "attention": {"scale_prefixes": self.scale_prefixes, "windows": self.windows},
+        }  # fmt: skip
         return load_config(self.preset, settings, flags, base=None if self.preset else self._read_off_the_start())
 
     def _read_off_the_start(self) -> dict[str, Any]:
@@ -187,8 +128,10 @@ def execute(as_json: bool, request: TrainRequest, dry_run: bool) -> None:
 
     from mvar_cli.processes import processes
 
-    with processes(request.device) as team:
-        interrupted = _train(team, team.console(as_json), replace(request, device=team.device(request.device)), config)
+    given = request.given
+    with processes(given.device) as team:
+        own = replace(request, given=replace(given, device=team.device(given.device)))
+        interrupted = _train(team, team.console(as_json), own, config)
     if interrupted:
         raise typer.Exit(130)
 
@@ -204,26 +147,27 @@ def _train(team: Processes, console: Console, request: TrainRequest, config: Run
     from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
     from mvar_core.training.trackers import check_trackers
 
+    given = request.given
     tokenizer = read_model_config(request.checkpoint)
-    device = resolve_device(request.device)
+    device = resolve_device(given.device)
     check_trackers(config.train)
-    check_backend(request.attention, config.patterns, device, resolve_dtype(request.dtype, device), needs_grad=True)
-    resume = team.from_first(lambda: prepare_run(request.out, request.resume, request.overwrite))
-    tokens = request.tokens
+    check_backend(given.attention, config.patterns, device, resolve_dtype(given.dtype, device), needs_grad=True)
+    resume = team.from_first(lambda: prepare_run(request.out, given.resume, given.overwrite))
+    tokens = given.tokens
     if tokens is None:
-        assert request.data is not None
+        assert given.data is not None
         tokens = request.out / "tokens"
         tokenize_run(
             console,
             request.checkpoint,
-            fit_to_tokens(config, tokenizer, open_images(request.data).class_names),
-            request.data,
+            fit_to_tokens(config, tokenizer, open_images(given.data).class_names),
+            given.data,
             tokens,
             views=config.data,
             seed=config.seed,
-            device=request.device,
+            device=given.device,
             dtype="auto",
-            overwrite=request.overwrite,
+            overwrite=given.overwrite,
             team=team,
         )
     cache = TokenCache.open(tokens)
@@ -234,12 +178,12 @@ def _train(team: Processes, console: Console, request: TrainRequest, config: Run
         cache,
         request.checkpoint,
         request.out,
-        device=request.device,
-        dtype=request.dtype,
-        attention=request.attention,
-        fsdp=request.fsdp,
+        device=given.device,
+        dtype=given.dtype,
+        attention=given.attention,
+        fsdp=given.fsdp,
         resume=resume,
-        validation=TokenCache.open(request.validation) if request.validation else None,
+        validation=TokenCache.open(given.validation) if given.validation else None,
         start=Start(request.start, request.start_file, request.classes) if request.start else None,
         provenance={"started_from": str(request.start_file or request.start)} if request.start else None,
     )
@@ -283,15 +227,15 @@ def _show_plan(console: Console, request: TrainRequest, config: RunConfig) -> No
     from mvar_cli.costs import finish_dry_run, steps_of
 
     plan = []
-    if request.tokens is not None:
+    if request.given.tokens is not None:
         from mvar_core.data.tokens import TokenCache
 
-        rows = len(TokenCache.open(request.tokens))
+        rows = len(TokenCache.open(request.given.tokens))
     else:
         from mvar_core.data.images import Views, open_images
 
-        assert request.data is not None
-        source = open_images(request.data)
+        assert request.given.data is not None
+        source = open_images(request.given.data)
         views = len(Views(config.data, config.seed))
         rows = len(source) * views
         plan.append(f"encode {len(source)} images in {views} views into {request.out / 'tokens'}")

@@ -9,6 +9,7 @@ import typer
 
 from mvar_cli import options
 from mvar_cli.console import Console, format_bytes, format_seconds
+from mvar_cli.option_groups import LoopOptions
 
 if TYPE_CHECKING:
     from mvar_core.config import RunConfig
@@ -18,6 +19,7 @@ EXAMPLE = "mvar train-tokenizer --preset digits --data digits --out runs/tokeniz
 
 
 def run(
+    *,
     preset: options.RequiredPreset,
     data: options.Data,
     out: options.Out,
@@ -41,13 +43,7 @@ def run(
     lpips_weights: Annotated[
         Path | None, typer.Option("--lpips-weights", metavar="FILE", help="LPIPS' weights, for the perceptual loss.")
     ] = None,
-    accumulate: options.Accumulate = None,
-    micro_batch: options.MicroBatch = None,
-    ema: options.Ema = None,
-    checkpoint_every: options.CheckpointEvery = None,
-    keep: options.Keep = None,
-    tensorboard: options.TensorBoard = None,
-    wandb: options.WeightsAndBiases = None,
+    loop: LoopOptions,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     device: options.Device = "auto",
@@ -65,17 +61,7 @@ def run(
 
     if new_codebook and start is None:
         raise ConfigError("--new-codebook goes with --start.", "Without --start the codebook is new anyway.")
-    train = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "micro_batch": micro_batch,
-        "ema": ema,
-        "checkpoint_every": checkpoint_every,
-        "keep": keep,
-        "tensorboard": tensorboard,
-        "wandb": wandb,
-    }
+    train = {"steps": steps, "batch_size": batch_size, **loop.keys}
     size = options.parse_size(image_size, "--image-size")
     config = load_config(preset, settings or [], {"seed": seed, "image_size": size, "train_tokenizer": train})
     config = config.model_copy(update={"transformer": None})

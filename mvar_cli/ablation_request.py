@@ -9,6 +9,7 @@ from typing import Any
 from mvar_core.analysis.ablation import Ablation, Setting, settings_of
 from mvar_core.config import RunConfig
 from mvar_core.data.manifest import MANIFEST
+from mvar_core.data.words import ENCODER
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.files import read_json, require_new_directory, sha256_of_file
 
@@ -112,8 +113,11 @@ class AblationRequest:
             raise ConfigError("--tokens needs the tokenizer that made them.", "Add --checkpoint TOKENIZER.")
         if self.config.transformer is None:
             raise ConfigError(f"{self.config.name} is a tokenizer's preset; an ablation needs a transformer section.")
-        if self.config.conditioning.kind != "class":
-            raise ConfigError("An ablation draws samples of classes; this model is conditioned on vectors.")
+        if self.config.conditioning.dim is not None and self.config.conditioning.encoder != ENCODER:
+            raise ConfigError(
+                "An ablation draws samples of classes, and knows no vectors of theirs.",
+                f"Only those of conditioning.encoder={ENCODER} follow from the classes' names.",
+            )
         if self.checkpoint is not None and self.out.resolve() == self.checkpoint.resolve():
             raise DataError(f"--out {self.out} is the tokenizer's directory.", "Choose another --out.")
         from mvar_core.data.images import open_images

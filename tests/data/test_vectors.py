@@ -11,6 +11,7 @@ from safetensors.torch import save_file as save_tensors
 
 from mvar_core.config import ConditioningConfig, ModelConfig, TokenizerConfig
 from mvar_core.data.images import ImageSource, open_images
+from mvar_core.data.token_cache import split_off
 from mvar_core.data.tokens import TokenCache, write_token_cache
 from mvar_core.data.vectors import Vectors, file_vectors, read_vectors, word_vectors
 from mvar_core.data.words import embed_words, phrasings
@@ -216,3 +217,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", numbers(4))
     with pytest.raises(DataError, match="4 vectors; expected 7"):
         file_vectors(tmp_path / "b.npy", classes=3, images=7)
+
+
+@pytest.mark.parametrize("of", ["image", "class"])
+def test_parts_of_a_cache_keep_their_vectors(tmp_path: Path, source: ImageSource, of: str) -> None:
+    given = Vectors(numbers(7)[:, None], "image", None, "v.npy")
+    write_cache(tmp_path / "cache", source, given if of == "image" else word_vectors(source.class_names, 8))
+    cache = TokenCache.open(tmp_path / "cache")
+    for part in split_off(cache, 0.4, seed=0):
+        rows = np.arange(len(part))
+        whole = part.images[rows // 3] * 3 + rows % 3
+        tokens, vectors = part.conditioned(VECTOR).batch(rows)
+        assert torch.equal(vectors, cache.vectors(whole))
+        assert torch.equal(tokens, cache.batch(whole)[0])

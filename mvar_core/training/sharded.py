@@ -9,6 +9,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,18 +152,32 @@ def _reader(path: Path) -> Any:
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             with (path / _METADATA).open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
+                metadata = IndexUnpickler(file).load()
             metadata.storage_meta.load_id = self.load_id
             return metadata
 
     return Reader(path)
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
     """Takes the plain classes that an index consists of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """What a name in the index stands for.
+
+        Raises:
+            UnpicklingError: It is no part of a checkpoint.
+        """
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
         raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of a checkpoint")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """A member of an enumeration, in the place of getattr, which would reach anything."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"its index asks {kind!r} for {name!r}, which is no part of a checkpoint")

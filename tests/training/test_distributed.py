@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.directory import load_transformer, read_model_config
@@ -22,6 +24,7 @@ from mvar_core.training import distributed
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
 from mvar_core.training.distributed import choose_strategy
 from mvar_core.training.record import read_metrics
+from mvar_core.training.sharded import IndexUnpickler
 from mvar_core.training.strategy import Strategy
 
 JOB = Path(__file__).with_name("distributed_job.py")
@@ -233,6 +236,27 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused(runs, tmp_path):
     with pytest.raises(CheckpointError, match="no part of a checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "exploded").exists()
+
+
+class Pickled:
+    """Pickles as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def test_an_index_may_name_members_of_enumerations_and_nothing_else_by_getattr():
+    """Python 3.11.0 to 3.11.3 write members so, whichever Python reads them."""
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    written = pickle.dumps(Pickled(getattr, _MEM_FORMAT_ENCODING, member.name))
+    assert b"getattr" in written
+    assert IndexUnpickler(io.BytesIO(written)).load() is member
+    for kind, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro")):
+        with pytest.raises(pickle.UnpicklingError, match="no part of a checkpoint"):
+            IndexUnpickler(io.BytesIO(pickle.dumps(Pickled(getattr, kind, name)))).load()
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch):

@@ -24,7 +24,7 @@ from mvar_core.runtime import generator, resolve_device, resolve_dtype
 from mvar_core.scales import ScalePyramid
 from mvar_core.training.finetune import Classes, describe_reports, load_pretrained
 from mvar_core.training.loop import TrainResult, train_transformer
-from mvar_core.training.objective import OnSample
+from mvar_core.training.objective import PICTURES, OnSample
 from mvar_core.training.record import StepReport
 
 _PICTURED_CLASSES = 8
@@ -192,7 +192,7 @@ def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transforme
         pipeline = Pipeline(config.model, tokenizer, transformer)
         drawn = pipeline.sample(**by_labels(config, labels * 2), seed=config.seed)
         grid = make_grid(drawn.images, columns=len(labels))
-        save_png(grid, out / "samples" / f"step-{step:08d}.png")
+        save_png(grid, out / PICTURES / f"step-{step:08d}.png")
         return grid
 
     return draw

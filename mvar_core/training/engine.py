@@ -30,7 +30,7 @@ from mvar_core.training.checkpoints import (
     remove_checkpoints,
 )
 from mvar_core.training.interrupt import InterruptFlag
-from mvar_core.training.objective import Objective, OnSample, OnStep, Outcome, Plan
+from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan
 from mvar_core.training.optim import load_moments, moments
 from mvar_core.training.order import prefetch
 from mvar_core.training.randomness import random_state, set_random_state
@@ -83,7 +83,8 @@ def optimise(
     session = _Session(module, objective, plan, out, strategy or Strategy(), no_decay)
     session.on_step, session.on_sample = on_step, on_sample
     if session.strategy.first:
-        remove_leftovers(out)
+        for directory in (out, out / PICTURES):
+            remove_leftovers(directory)
         if not plan.resume:
             remove_checkpoints(out)
     if plan.resume:

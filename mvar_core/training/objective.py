@@ -18,6 +18,8 @@ OnStep = Callable[[StepReport], None]
 OnSample = Callable[[int], np.ndarray | None]
 """Called with the steps done, while the module has the weights that its model directory would get, in evaluation mode;
 makes a picture (H, W, 3) uint8 of what it generates."""
+PICTURES = "samples"
+"""The folder of a run directory where such pictures are kept."""
 Batch = TypeVar("Batch")
 
 

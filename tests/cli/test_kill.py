@@ -136,10 +136,15 @@ def expected(digits: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(
-    ("name", "when"), [("checkpoints/step-00000010.pt", "before"), ("transformer.safetensors", "after")]
+    ("name", "when"),
+    [
+        ("checkpoints/step-00000010.pt", "before"),
+        ("samples/step-00000008.png", "before"),
+        ("transformer.safetensors", "after"),
+    ],
 )
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_bits(mvar, digits, expected, tmp_path, name, when):
-    """Before a checkpoint takes its name; and when the final directory has its weights but not yet its config.json."""
+    """Before a checkpoint or a picture takes its name, and when the weights are there but not yet their config.json."""
     out = tmp_path / "out"
     code = [sys.executable, "-c", KILLED_AT_RENAME, str(out / name), when]
     done = subprocess.run([*code, *command(digits, out)], capture_output=True, env=environment(), check=False)

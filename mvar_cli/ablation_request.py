@@ -12,6 +12,7 @@ from mvar_core.data.manifest import MANIFEST
 from mvar_core.data.words import ENCODER
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.files import read_json, require_new_directory, sha256_of_file
+from mvar_core.sections import flattened
 
 EXPERIMENT, SCORING, ROW = "experiment.json", "scoring.json", "row.json"
 TOKENIZER, TOKENS, HELD_OUT_TOKENS = "tokenizer", "tokens", "tokens-held-out"
@@ -191,7 +192,7 @@ class AblationRequest:
 
 def difference(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """How two records differ, key by key with both values; empty where they do not."""
-    before, now = _flatten(found), _flatten(wanted)
+    before, now = flattened(found), flattened(wanted)
     differing = [
         f"{key} is {before.get(key)} there, {now.get(key)} asked"
         for key in sorted(before.keys() | now.keys())
@@ -201,13 +202,3 @@ def difference(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str
         return ""
     more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
     return f"{path} belongs to another experiment: {'; '.join(differing[:8])}{more}."
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -23,8 +23,7 @@ from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.metrics.sharding import shard
-from mvar_core.models import official
-from mvar_core.models.directory import state_hash, tokenizer_hash
+from mvar_core.models.conversion import tokenizer_hash_of
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.pipeline import Pipeline
 from mvar_core.runtime import peak_memory_bytes
@@ -180,7 +179,8 @@ class _Images:
         if request.tokens is not None:
             self.verb = "read the tokens of"
             self.cache = TokenCache.open(request.tokens)
-            self.cache.check(_tokenizer_hash(request), pipeline.config.pyramid)
+            digest = tokenizer_hash_of(request.checkpoint, request.loading["tokenizer"])
+            self.cache.check(digest, pipeline.config.pyramid)
             names, labels = self.cache.class_names, self.cache.labels
         else:
             self.verb = "encode"
@@ -244,11 +244,3 @@ def _model_labels(
         f" {config.transformer.num_classes}.",
         "Name its folders as the model's classes, or put all images into one folder to score them under no class.",
     )
-
-
-def _tokenizer_hash(request: LikelihoodRequest) -> str:
-    """The hash by which a token cache knows its tokenizer; of published files that of what they convert to."""
-    if request.checkpoint.is_dir():
-        return tokenizer_hash(request.checkpoint)
-    tokenizer = request.loading["tokenizer"] or official.tokenizer_beside(request.checkpoint)
-    return state_hash(official.convert(request.checkpoint, tokenizer).tokenizer)

@@ -53,3 +53,14 @@ def _keys(section: type[BaseModel], path: tuple[str, ...]) -> list[str]:
                 current = candidate
                 break
     return list(current.model_fields)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys as `--set` writes them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -125,7 +125,9 @@ def open_source(
 
     asked = {"num": num, "batch_size": batch_size or images_at_once(pipeline.config, pipeline.device), "seed": seed}
     if tokens is not None:
-        return sources.from_cache(pipeline, tokens, _hash(checkpoint, tokenizer), **asked)
+        from mvar_core.models.conversion import tokenizer_hash_of
+
+        return sources.from_cache(pipeline, tokens, tokenizer_hash_of(checkpoint, tokenizer), **asked)
     if data is not None:
         return sources.from_images(pipeline, data, **asked)
     return sources.from_model(console, pipeline, **asked)
@@ -236,16 +238,6 @@ def show_report(console: Console, report: LocalityReport, values: dict[str, Any]
     console.say(recommendation_sentence(report))
     heading, *rows = saving_rows(values["savings"])
     console.table("what that saves", heading, rows)
-
-
-def _hash(checkpoint: Path, tokenizer: Path | None) -> str:
-    """The hash by which a token cache knows its tokenizer; of published files that of what they convert to."""
-    from mvar_core.models import official
-    from mvar_core.models.directory import state_hash, tokenizer_hash
-
-    if checkpoint.is_dir():
-        return tokenizer_hash(checkpoint)
-    return state_hash(official.convert(checkpoint, tokenizer or official.tokenizer_beside(checkpoint)).tokenizer)
 
 
 def _show_plan(

@@ -95,3 +95,19 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         value = state.pop(name)
         cast[name] = value if name.startswith(FLOAT32_PARTS) else value.to(dtype)
     return cast
+
+
+def tokenizer_hash_of(checkpoint: Path, tokenizer: Path | None = None) -> str:
+    """The hash by which a token cache knows a model's tokenizer; of a published file that of what it converts to.
+
+    Args:
+        checkpoint: A model directory or a published file.
+        tokenizer: The published tokenizer, or None for the one beside the file.
+
+    Raises:
+        CheckpointError: Nothing there that can be read.
+    """
+    if checkpoint.is_dir():
+        return directory.tokenizer_hash(checkpoint)
+    converted = official.convert(checkpoint, tokenizer or official.tokenizer_beside(checkpoint))
+    return directory.state_hash(converted.tokenizer)

@@ -17,6 +17,7 @@ import torch
 
 from mvar_core.errors import CheckpointError
 from mvar_core.files import atomic_path
+from mvar_core.sections import flattened
 from mvar_core.training.sharded import UNREADABLE, damaged, load_shards
 
 BEST = "best"
@@ -176,7 +177,7 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         CheckpointError: Some settings differ; names them with both values.
     """
-    before, now = _flatten(found), _flatten(json.loads(json.dumps(wanted)))
+    before, now = flattened(found), flattened(json.loads(json.dumps(wanted)))
     absent = "absent"
     differing = [
         f"{key} (checkpoint {before.get(key, absent)}, now {now.get(key, absent)})"
@@ -204,13 +205,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -28,8 +28,8 @@ RESULT = machine.RESULTS / "attention_report.json"
 def write_model(preset: str, directory: Path) -> None:
     """A model directory of a preset with random weights, in float32."""
     from mvar_core.analysis.random_models import random_tokenizer, random_transformer
+    from mvar_core.config.presets import load_config
     from mvar_core.models.directory import save_model
-    from mvar_core.presets import load_config
 
     config = load_config(preset).model
     tokenizer = random_tokenizer(config).state_dict()

@@ -15,7 +15,7 @@ import torch
 from mvar_core import Pipeline
 from mvar_core.analysis.likelihood import measure_likelihood
 from mvar_core.data.images import ImageRows, open_images
-from mvar_core.pixels import to_uint8
+from mvar_core.io.pixels import to_uint8
 
 COVERAGES = (0.25, 0.5, 0.75, 1.0)
 

@@ -27,7 +27,7 @@ CASES = [  # name, preset, settings, dtype, batches of sampling, batches of trai
 
 def main() -> None:
     from mvar_cli.benchmark import Request, measure_alone
-    from mvar_core.presets import load_config
+    from mvar_core.config.presets import load_config
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=None)

@@ -40,8 +40,8 @@ def measure_speed(dtype: str) -> dict[str, Any]:
 
     from mvar_core.allocator import keep_freed_memory
     from mvar_core.analysis.random_models import random_tokenizer, random_transformer
+    from mvar_core.config.presets import load_config
     from mvar_core.pipeline import Pipeline
-    from mvar_core.presets import load_config
 
     keep_freed_memory()
     kind = getattr(torch, dtype)
@@ -105,8 +105,8 @@ def write_model(directory: Path) -> None:
     import torch
 
     from mvar_core.analysis.random_models import random_tokenizer, random_transformer
+    from mvar_core.config.presets import load_config
     from mvar_core.models.directory import save_model
-    from mvar_core.presets import load_config
 
     config = load_config("mvar-d16-256").model
     tokenizer = random_tokenizer(config, dtype=torch.bfloat16).state_dict()

@@ -21,10 +21,10 @@ def make_model(directory: Path) -> None:
     """A model of the digits preset with random weights."""
     import torch
 
+    from mvar_core.config.presets import load_config
     from mvar_core.models.directory import save_model
     from mvar_core.models.transformer import Transformer
     from mvar_core.models.vqvae import VQVAE
-    from mvar_core.presets import load_config
 
     config = load_config("digits")
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ def write_cache(out: Path) -> None:
     from mvar_core.config import DataConfig
     from mvar_core.data.manifest import MANIFEST, FileEntry, Manifest, Shard
     from mvar_core.data.work import default_shard
-    from mvar_core.files import write_json
+    from mvar_core.io.files import write_json
 
     per_shard = default_shard(VIEWS * TOKENS * 2, IMAGES)
     shards, hashes = [], {}

@@ -18,9 +18,9 @@ import torch
 from mvar_cli.tokenizer_training import ImagesAlone, training_images
 from mvar_cli.training import seeded
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 from mvar_core.training.perceptual import PerceptualLoss
 from mvar_core.training.record import read_metrics
 from mvar_core.training.tokenizer import train_tokenizer

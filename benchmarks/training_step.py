@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from mvar_core.analysis import counts
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.kernels import attend
 from mvar_core.kernels.visibility import visibility_mask
 from mvar_core.models.blocks import MAX_LOG_HEAD_SCALE, AttentionContext, ScaleAttention, normalised_heads
 from mvar_core.models.linear import row_stable_linear
 from mvar_core.models.transformer import Transformer
-from mvar_core.presets import load_config
 from mvar_core.runtime import generator, keeping_freed_memory
 from mvar_core.training.curriculum import build_curriculum
 from mvar_core.training.optim import build_optimizer

@@ -15,7 +15,7 @@ from machine import save
 from mvar_cli.classifier import find_classifier, read_digits
 from mvar_core import Pipeline
 from mvar_core.data.words import embed_words, phrasings
-from mvar_core.metrics.demo import DemoClassifier
+from mvar_core.evaluation.demo import DemoClassifier
 
 TRAINED = {"seven": 0, "a seven": 1, "the digit seven": 2, "7": 3}
 UNSEEN = ("number {}", "my {}", "please draw the {}", "a handwritten {}", "{}s")

@@ -28,7 +28,7 @@ from mvar_cli.training import train_run
 from mvar_core.analysis.ablation import Setting
 from mvar_core.config import RunConfig
 from mvar_core.data.token_cache import TokenCache
-from mvar_core.files import read_json, write_json
+from mvar_core.io.files import read_json, write_json
 from mvar_core.pipeline import Pipeline
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.record import read_metrics

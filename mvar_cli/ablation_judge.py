@@ -16,9 +16,9 @@ from mvar_cli.image_sets import DrawnImages, ImageShape
 from mvar_cli.processes import Processes
 from mvar_core.data.images import split_name
 from mvar_core.errors import DataError, MvarError
-from mvar_core.metrics.features import FeatureExtractor
-from mvar_core.metrics.scores import METRICS, evaluate_features
-from mvar_core.metrics.statistics import FeatureSet
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.scores import METRICS, evaluate_features
+from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.runtime import resolve_device
 
 _PICTURED = 80
@@ -122,7 +122,7 @@ class Judge:
         _save_picture(kept, picture)
         if self._digits is not None:
             from mvar_cli.measures import measure_samples
-            from mvar_core.metrics.demo import DemoExtractor
+            from mvar_core.evaluation.demo import DemoExtractor
 
             assert isinstance(self.extractor, DemoExtractor)
             assert images.labels is not None
@@ -163,7 +163,7 @@ class _Keeping:
 
 
 def _save_picture(kept: _Keeping, path: Path) -> None:
-    from mvar_core.data.pictures import save_grid
+    from mvar_core.io.pictures import save_grid
 
     images = torch.cat(kept.seen)[:_PICTURED].permute(0, 2, 3, 1).contiguous()
     classes = kept.images.pipeline.transformer.no_class

@@ -11,11 +11,11 @@ from typing import Any
 from mvar_cli.ablation_request import ROW, Row
 from mvar_cli.console import Console, format_bytes, format_count, format_number
 from mvar_core.analysis.ablation import Ablation, Setting, over_seeds
-from mvar_core.analysis.ablation_plots import Point, plot_ablations
 from mvar_core.analysis.seed_noise import judge, sentence
 from mvar_core.config import RunConfig
-from mvar_core.files import read_json, write_json, write_text
-from mvar_core.metrics.scores import METRICS
+from mvar_core.evaluation.scores import METRICS
+from mvar_core.io.files import read_json, write_json, write_text
+from mvar_core.reports.ablation_plots import Point, plot_ablations
 
 JSON_FILE, MARKDOWN_FILE = "ablation.json", "ablation.md"
 PICTURES = ("ablation.png", "ablation.svg")

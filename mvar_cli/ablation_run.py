@@ -30,14 +30,14 @@ from mvar_cli.tokenizer_training import train_tokenizer_run
 from mvar_cli.training import fit_to_tokens, held_out
 from mvar_core.analysis.ablation import settings_of
 from mvar_core.config import RunConfig
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images, split_name
 from mvar_core.data.token_cache import TokenCache, split_off
 from mvar_core.errors import CheckpointError
-from mvar_core.files import read_json, write_json
+from mvar_core.io.files import read_json, write_json
 from mvar_core.kernels import check_backend
 from mvar_core.models.directory import read_model_config
 from mvar_core.runtime import resolve_device, resolve_dtype
-from mvar_core.train_config import DataConfig
 from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.order import planned_steps
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvar_cli.console import format_bytes
-from mvar_core.analysis.attention_plots import plot_lines
-from mvar_core.analysis.figure_style import colour_rules, page_svg
 from mvar_core.analysis.reading import neighbourhood, read_attention
+from mvar_core.reports.attention_plots import plot_lines
+from mvar_core.reports.figure_style import colour_rules, page_svg
 
 if TYPE_CHECKING:
     from mvar_core.analysis.locality_report import LocalityReport
@@ -69,7 +69,7 @@ def write_attention_page(
         values: What report.json holds: source, savings and preset among it.
         plots: The figures' PNG files; their SVG files lie beside them.
     """
-    from mvar_core.files import write_text
+    from mvar_core.io.files import write_text
 
     lines = plot_lines(report)
     reading = read_attention(report)

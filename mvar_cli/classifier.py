@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mvar_core.data.evaluation_images import open_evaluation_images
-from mvar_core.metrics.demo import DemoClassifier, default_demo_path, train_classifier
+from mvar_core.evaluation.demo import DemoClassifier, default_demo_path, train_classifier
 
 FILE = "classifier.safetensors"
 

@@ -43,8 +43,8 @@ def cost_of(
     """
     from mvar_core.analysis.cost import plan
     from mvar_core.config import RunConfig
+    from mvar_core.config.training import TrainConfig
     from mvar_core.errors import ConfigError, nearest
-    from mvar_core.train_config import TrainConfig
 
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"--dtype {dtype!r} is not known. {nearest(dtype, DTYPE_BYTES)}")

@@ -18,11 +18,11 @@ from mvar_core.config import ModelConfig
 from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.folders import find_images
 from mvar_core.data.masks import Mask, box_mask, crop_kept, read_mask
-from mvar_core.data.transforms import Pixels, resize_and_crop
+from mvar_core.data.transforms import resize_and_crop
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.files import fingerprint
+from mvar_core.io.files import fingerprint
+from mvar_core.io.pixels import Pixels, from_uint8
 from mvar_core.pipeline import Pipeline
-from mvar_core.pixels import from_uint8
 from mvar_core.sampling.editing import KeptTokens, kept_pixels, kept_tokens
 
 Box = tuple[int, int, int, int]

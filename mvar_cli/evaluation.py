@@ -17,11 +17,11 @@ from mvar_cli.processes import Processes
 from mvar_core import __version__
 from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.metrics.cache import FeatureCache, feature_key
-from mvar_core.metrics.features import FeatureExtractor
-from mvar_core.metrics.references import ReferenceRecord, check_reference, load_reference
-from mvar_core.metrics.sharding import merge_features, shard
-from mvar_core.metrics.statistics import FeatureSet, collect, read_statistics
+from mvar_core.evaluation.cache import FeatureCache, feature_key
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.references import ReferenceRecord, check_reference, load_reference
+from mvar_core.evaluation.sharding import merge_features, shard
+from mvar_core.evaluation.statistics import FeatureSet, collect, read_statistics
 
 DEFAULT_BATCH = 64
 OWN_FEATURES = ("inception", "demo")
@@ -230,7 +230,7 @@ def feature_kind(features: str, reference: str) -> str:
         return "demo" if reference.rpartition(":")[0] == "digits" or reference == "digits" else "inception"
     if features in OWN_FEATURES or features.lower().endswith(".pt2"):
         return features
-    from mvar_core.metrics.custom import registered_names
+    from mvar_core.evaluation.custom import registered_names
 
     names = registered_names()
     if features not in names:
@@ -249,7 +249,7 @@ def inception_file(named: Path | None, download: bool, console: Console, team: P
     Raises:
         DataError: They are absent, or are other weights.
     """
-    from mvar_core.metrics import features
+    from mvar_core.evaluation import features
 
     def find() -> Path:
         try:
@@ -279,15 +279,15 @@ def make_extractor(
     """
     if kind == "demo":
         from mvar_cli.classifier import find_classifier
-        from mvar_core.metrics.demo import DemoExtractor
+        from mvar_core.evaluation.demo import DemoExtractor
 
         return DemoExtractor(find_classifier(demo_classifier, list(nearby), image_shape), "cpu")
     device = torch.device("cpu") if device.type == "mps" else device  # float64 is unknown there
     if kind == "inception":
-        from mvar_core.metrics import features
+        from mvar_core.evaluation import features
 
         return features.load_inception(weights, device)
-    from mvar_core.metrics.custom import ExportedExtractor, RegisteredExtractor
+    from mvar_core.evaluation.custom import ExportedExtractor, RegisteredExtractor
 
     if kind.lower().endswith(".pt2"):
         return ExportedExtractor(Path(kind).expanduser(), device)

@@ -15,8 +15,8 @@ from mvar_cli.console import Console, format_number, format_seconds
 from mvar_cli.evaluation import Reference
 from mvar_cli.image_sets import DrawnImages, ReconstructedImages, StoredImages
 from mvar_core.errors import DataError, nearest
-from mvar_core.metrics.features import FeatureExtractor
-from mvar_core.metrics.statistics import FeatureSet
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.statistics import FeatureSet
 
 HEADINGS = {
     "fid": "FID",
@@ -88,7 +88,7 @@ class Report:
         )
 
     def _generation(self, console: Console, asked: tuple[str, ...], kid_subset: int | None) -> dict[str, Any]:
-        from mvar_core.metrics.scores import evaluate_features
+        from mvar_core.evaluation.scores import evaluate_features
 
         scores = evaluate_features(
             self.sample_set, self.reference_set, asked, seed=self.seed, kid_subset_size=kid_subset
@@ -111,7 +111,7 @@ class Report:
         return {**scores, "classifier_accuracy": accuracy}
 
     def _reconstruction(self, console: Console, judged: ReconstructedImages) -> dict[str, Any]:
-        from mvar_core.metrics.scores import evaluate_features
+        from mvar_core.evaluation.scores import evaluate_features
 
         scores = evaluate_features(self.sample_set, self.reference_set, ("fid",), seed=self.seed)
         measured = judged.meter.result()
@@ -132,7 +132,7 @@ class Report:
     def _per_class(self, console: Console) -> list[dict[str, Any]]:
         from dataclasses import asdict
 
-        from mvar_core.metrics.per_class import per_class
+        from mvar_core.evaluation.per_class import per_class
 
         assert self.judged.labels is not None
         assert self.known.labels is not None
@@ -157,7 +157,7 @@ class Report:
 
     def _published_rows(self) -> list[tuple[Any, ...]]:
         """Rows of papers that measured the same data at the same size: so far ImageNet at 256×256."""
-        from mvar_core.metrics.published import IMAGENET_256
+        from mvar_core.evaluation.published import IMAGENET_256
 
         same_data = "imagenet" in Path(self.known.name).name.lower()
         if self.extractor.name != "inception" or self.judged.image_shape != (256, 256) or not same_data:
@@ -168,7 +168,7 @@ class Report:
         ]
 
     def _comparability(self) -> tuple[bool, list[str]]:
-        from mvar_core.metrics.published import comparability
+        from mvar_core.evaluation.published import comparability
 
         smooth = isinstance(self.judged, DrawnImages) and self.judged.settings.more_smooth
         # Reconstructions are compared with their originals, in papers too.
@@ -178,7 +178,7 @@ class Report:
         return not why_not, why_not
 
     def _warnings(self) -> list[str]:
-        from mvar_core.metrics.published import PAPER_SAMPLES
+        from mvar_core.evaluation.published import PAPER_SAMPLES
 
         found = []
         count, width = self.judged.count, self.extractor.dim

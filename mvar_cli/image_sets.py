@@ -100,7 +100,7 @@ class DrawnImages:
         """The samples `start` up to `stop`, uint8 (B, 3, H, W); written as well where that is wanted."""
         from mvar_cli.conditions import by_labels
         from mvar_cli.outputs import NpzWriter
-        from mvar_core.files import atomic_path
+        from mvar_core.io.files import atomic_path
 
         assert self.labels is not None
         chosen = self.settings
@@ -140,7 +140,7 @@ class DrawnImages:
     def join(self, blocks: Sequence[tuple[int, int]]) -> None:
         """Put the parts that several processes wrote into one file, in order."""
         from mvar_cli.outputs import NpzWriter
-        from mvar_core.files import atomic_path
+        from mvar_core.io.files import atomic_path
 
         assert self.save_to is not None
         assert self.labels is not None
@@ -166,7 +166,7 @@ class ReconstructedImages:
     verb = "encode and decode"
 
     def __init__(self, name: str, pipeline: Pipeline, originals: StoredImages):
-        from mvar_core.metrics.reconstruction import ReconstructionMeter
+        from mvar_core.evaluation.reconstruction import ReconstructionMeter
 
         self.name = name
         self.pipeline = pipeline
@@ -180,7 +180,7 @@ class ReconstructedImages:
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """The reconstructions `start` up to `stop`, uint8 (B, 3, H, W)."""
-        from mvar_core.pixels import from_uint8, to_uint8
+        from mvar_core.io.pixels import from_uint8, to_uint8
 
         # On a CPU one by one: there convolutions choose their algorithm, and so their rounding, by the batch they see.
         size = 1 if self.pipeline.device.type == "cpu" else batch_size
@@ -198,8 +198,8 @@ class ReconstructedImages:
 
 def open_stored(text: str, limit: int | None = None, image_shape: ImageShape | None = None) -> StoredImages:
     """Images to be judged, as they are; digits, which have no size of their own, as the preset shows them."""
+    from mvar_core.config.presets import load_config
     from mvar_core.data.images import split_name
-    from mvar_core.presets import load_config
 
     if image_shape is None and split_name(text)[0] == "digits":
         image_shape = load_config("digits").image_shape

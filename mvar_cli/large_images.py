@@ -9,7 +9,7 @@ from typing import Any
 
 from mvar_cli.console import format_bytes, format_count
 from mvar_core.analysis.cost import plan
-from mvar_core.presets import load_config
+from mvar_core.config.presets import load_config
 
 BEGIN, END = "<!-- costs -->\n", "<!-- /costs -->\n"
 VAR: Mapping[str, Any] = {"attention": {"scale_prefixes": "all", "windows": []}}

@@ -22,7 +22,7 @@ from mvar_core.config import ModelConfig
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.metrics.sharding import shard
+from mvar_core.evaluation.sharding import shard
 from mvar_core.models.conversion import tokenizer_hash_of
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.pipeline import Pipeline

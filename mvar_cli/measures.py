@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvar_core.metrics.demo import DemoClassifier, DemoExtractor
-from mvar_core.metrics.pixels import class_mean_images, nearest_neighbour_distance, pixel_diversity
-from mvar_core.metrics.scores import frechet_distance
-from mvar_core.metrics.statistics import Statistics, collect
+from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor
+from mvar_core.evaluation.pixels import class_mean_images, nearest_neighbour_distance, pixel_diversity
+from mvar_core.evaluation.scores import frechet_distance
+from mvar_core.evaluation.statistics import Statistics, collect
 from mvar_core.runtime import generator
 
 

@@ -11,12 +11,12 @@ from mvar_cli.console import Console
 from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mvar_core.scales import PatchSize
+    from mvar_core.pyramid import PatchSize
 
 
 def complete_preset(incomplete: str) -> list[str]:
     """Names of presets for shell completion."""
-    from mvar_core.presets import preset_names
+    from mvar_core.config.presets import preset_names
 
     return [name for name in preset_names() if name.startswith(incomplete)]
 
@@ -245,7 +245,7 @@ def parse_size(text: str | None, option: str) -> PatchSize | None:
     """
     if text is None:
         return None
-    from mvar_core.scales import read_size
+    from mvar_core.pyramid import read_size
 
     try:
         return read_size(text)
@@ -261,7 +261,7 @@ def parse_sizes(text: str | None, option: str) -> list[PatchSize] | None:
     """
     if text is None:
         return None
-    from mvar_core.scales import read_sizes
+    from mvar_core.pyramid import read_sizes
 
     try:
         return read_sizes(text)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mvar_cli.parts import PUBLISHING, Parts, parts_directory, remove, strip
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.files import read_json, require_new_directory, write_json
+from mvar_core.io.files import read_json, require_new_directory, write_json
 
 FORMATS = ("png", "npz", "grid")
 TOKENS_FILE = "tokens.npz"
@@ -201,7 +201,7 @@ def npz_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtyp
 
 def _write_grid(parts: Parts, path: Path) -> None:
     """One PNG of all samples; with stages, one row per sample that shows it after each scale."""
-    from mvar_core.data.pictures import save_grid
+    from mvar_core.io.pictures import save_grid
 
     request = parts.request
     name = "stages" if request.stages else "arr_0"

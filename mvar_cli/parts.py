@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvar_core.errors import DataError
-from mvar_core.files import atomic_path, read_json, write_json
+from mvar_core.io.files import atomic_path, read_json, write_json
 
 MANIFEST = "manifest.json"
 PUBLISHING = "publishing.json"

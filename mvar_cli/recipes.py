@@ -9,7 +9,7 @@ from mvar_cli.console import format_bytes, format_count
 from mvar_core.analysis.cost import Plan, plan
 from mvar_core.analysis.counts import decoder_macs, quantizer_macs, tokenizer_parameters
 from mvar_core.config import RunConfig
-from mvar_core.presets import load_config, preset_names
+from mvar_core.config.presets import load_config, preset_names
 
 DEVICES = ("24GB", "80GB", "141GB")
 DTYPE_BYTES = 2

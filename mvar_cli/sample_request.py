@@ -69,7 +69,7 @@ class NamedModel:
             CheckpointError: A file is missing.
         """
         from mvar_core.errors import CheckpointError
-        from mvar_core.files import fingerprint
+        from mvar_core.io.files import fingerprint
         from mvar_core.models import directory, official
 
         if self.checkpoint.is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 from mvar_cli.console import Console
 from mvar_cli.processes import Processes
 from mvar_core.config import ConditioningConfig, ModelConfig
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, open_images
 from mvar_core.data.manifest import MANIFEST, Manifest
 from mvar_core.data.tokens import CacheSummary, CacheWriter
@@ -15,7 +16,6 @@ from mvar_core.data.words import ENCODER
 from mvar_core.errors import DataError
 from mvar_core.models.directory import load_tokenizer, tokenizer_hash
 from mvar_core.runtime import resolve_device, resolve_dtype
-from mvar_core.train_config import DataConfig
 
 ALONE = Processes()
 

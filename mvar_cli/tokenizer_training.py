@@ -15,7 +15,7 @@ from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.crops import RandomCrops
 from mvar_core.data.images import ImageRows, ImageSource, Views, open_images
 from mvar_core.errors import ConfigError
-from mvar_core.files import sha256_of_file
+from mvar_core.io.files import sha256_of_file
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype

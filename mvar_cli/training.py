@@ -16,12 +16,12 @@ from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.files import require_new_directory, write_json
+from mvar_core.io.files import require_new_directory, write_json
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.runtime import generator, resolve_device, resolve_dtype
-from mvar_core.scales import ScalePyramid
 from mvar_core.training.finetune import Classes, describe_reports, load_pretrained
 from mvar_core.training.loop import TrainResult, train_transformer
 from mvar_core.training.objective import PICTURES, OnSample
@@ -186,7 +186,7 @@ def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transforme
 
     def draw(step: int) -> np.ndarray:
         from mvar_cli.conditions import by_labels
-        from mvar_core.data.pictures import make_grid, save_png
+        from mvar_core.io.pictures import make_grid, save_png
         from mvar_core.pipeline import Pipeline
 
         pipeline = Pipeline(config.model, tokenizer, transformer)

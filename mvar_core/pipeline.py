@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from mvar_core.analysis.likelihood import log_likelihoods, read_candidates
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
+from mvar_core.io.pixels import to_uint8
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
 from mvar_core.models import official
@@ -26,7 +27,6 @@ from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.pixels import to_uint8
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.budget import DECODED_AT_ONCE
 from mvar_core.sampling.editing import KeptTokens, checked_mask, kept_pixels, kept_tokens, pasted

@@ -10,11 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mvar_core import Pipeline
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.models import blocks
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 from mvar_core.training.loop import train_transformer
 from mvar_core.training.record import read_metrics
 

@@ -6,7 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from mvar_core.presets import preset_names
+from mvar_core.config.presets import preset_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def test_a_wheel_holds_code_and_presets(tmp_path: Path) -> None:
     entry_points = (tmp_path / "site" / "mvar-0.1.0.dist-info" / "entry_points.txt").read_text()
     assert "mvar = mvar_cli.app:main" in entry_points
     code = (
-        "import mvar_core, mvar_core.presets as presets; print(mvar_core.__file__);"
+        "import mvar_core, mvar_core.config.presets as presets; print(mvar_core.__file__);"
         "print(','.join(presets.preset_names())); print(presets.load_config('mvar-d16-256').windows[-1])"
     )
     found = subprocess.run(

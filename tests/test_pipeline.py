@@ -6,11 +6,11 @@ import torch
 
 from mvar_core import Pipeline
 from mvar_core.config import ModelConfig
+from mvar_core.config.presets import load_config
 from mvar_core.errors import BackendError, CheckpointError, ConfigError, DataError
 from mvar_core.models import official
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mvar_core.errors import ConfigError
 if TYPE_CHECKING:
     from mvar_cli.ablation_request import AblationRequest
     from mvar_core.analysis.ablation import WindowEntry
-    from mvar_core.scales import ScalePrefixes
+    from mvar_core.pyramid import ScalePrefixes
 
 EXAMPLE = "mvar ablate --preset digits --data digits --windows 3,5,whole --out ablation"
 
@@ -102,7 +102,7 @@ def run(
     """
     from mvar_cli.ablation_request import AblationRequest, Scoring
     from mvar_core.analysis.ablation import plan_ablations
-    from mvar_core.presets import load_config
+    from mvar_core.config.presets import load_config
 
     if steps is not None and epochs is not None:
         raise ConfigError("--steps and --epochs both say how long to train.", "Give one of them.")

@@ -65,7 +65,7 @@ def run(
         raise ConfigError(f"--keep is {keep}; expected a part of the attention, for example 0.95.")
     check_preset_path(write_preset, overwrite)
 
-    from mvar_core.files import require_new_directory
+    from mvar_core.io.files import require_new_directory
     from mvar_core.pipeline import Pipeline
 
     require_new_directory(out, overwrite)
@@ -156,10 +156,10 @@ def write_report(
 ) -> dict[str, Any]:
     """report.json, the figures and the page; returns what report.json holds."""
     from mvar_cli.attention_page import write_attention_page
-    from mvar_core.analysis.attention_plots import plot_locality
     from mvar_core.analysis.reading import read_attention
     from mvar_core.analysis.recommendation import savings
-    from mvar_core.files import write_json
+    from mvar_core.io.files import write_json
+    from mvar_core.reports.attention_plots import plot_locality
 
     out.mkdir(parents=True, exist_ok=True)
     plots = plot_locality(report, out)
@@ -188,7 +188,7 @@ def run_settings(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: The run's config.yaml cannot be read.
     """
-    from mvar_core.presets import load_config, read_preset
+    from mvar_core.config.presets import load_config, read_preset
 
     recorded = checkpoint / "config.yaml"
     if not recorded.is_file():
@@ -209,8 +209,8 @@ def write_recommended_preset(
     import yaml
 
     from mvar_core.analysis.recommendation import preset_values
-    from mvar_core.files import write_text
-    from mvar_core.presets import load_config
+    from mvar_core.config.presets import load_config
+    from mvar_core.io.files import write_text
 
     values = preset_values(config, report.recommended, training)
     load_config(None, base=values)

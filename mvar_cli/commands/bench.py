@@ -16,7 +16,7 @@ from mvar_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from mvar_core.config import RunConfig
-    from mvar_core.scales import PatchSize
+    from mvar_core.pyramid import PatchSize
 
 EXAMPLE = "mvar bench --preset mvar-d16-256 --batch-size 1,4,8 --dtype bfloat16"
 WHAT = ("sample", "train", "attention")
@@ -119,7 +119,7 @@ def run(
         _check(common)
         rows = _compare(console, common, batches, published_style and what == "sample")
     if plot is not None:
-        from mvar_core.analysis.bench_plots import plot_attention, plot_batches
+        from mvar_core.reports.bench_plots import plot_attention, plot_batches
 
         if what == "attention":
             plot_attention(rows, plot)
@@ -136,7 +136,7 @@ def _configuration(
 ) -> RunConfig:
     from mvar_cli.commands.plan import resolve
     from mvar_core.config import RunConfig
-    from mvar_core.sections import validate
+    from mvar_core.config.section import validate
 
     if preset is None and checkpoint is None:
         raise ConfigError(
@@ -171,7 +171,7 @@ def _check(request: Any) -> None:
 def twins(config: RunConfig) -> list[tuple[str, RunConfig]]:
     """The models to compare, by label, VAR first: same sizes, other attention."""
     from mvar_core.config import AttentionConfig
-    from mvar_core.scales import spread_window
+    from mvar_core.pyramid import spread_window
 
     var = config.model_copy(update={"attention": AttentionConfig(scale_prefixes="all")})
     if config.attention.scale_prefixes != "all":

@@ -88,7 +88,7 @@ def _import(
     overwrite: bool,
     dry_run: bool,
 ) -> None:
-    from mvar_core.files import atomic_directory, require_new_directory
+    from mvar_core.io.files import atomic_directory, require_new_directory
     from mvar_core.models import official
     from mvar_core.models.conversion import import_official
     from mvar_core.runtime import DTYPES as TORCH_DTYPES
@@ -109,7 +109,7 @@ def _import(
 
 
 def _export(console: Console, model: Path | None, kind: Any, out: Path, overwrite: bool, dry_run: bool) -> None:
-    from mvar_core.files import atomic_directory, require_new_directory
+    from mvar_core.io.files import atomic_directory, require_new_directory
     from mvar_core.models.conversion import export_official
     from mvar_core.models.directory import read_model_config
 

@@ -114,7 +114,7 @@ def _natten() -> Finding:
 
 
 def _torch_fidelity() -> Finding:
-    from mvar_core.metrics.fidelity import fidelity_module
+    from mvar_core.evaluation.fidelity import fidelity_module
 
     try:
         version = importlib.metadata.version("torch-fidelity")
@@ -127,7 +127,7 @@ def _torch_fidelity() -> Finding:
 
 
 def _inception() -> Finding:
-    from mvar_core.metrics.features import find_inception_weights
+    from mvar_core.evaluation.features import find_inception_weights
 
     try:
         return Finding("inception weights", True, str(find_inception_weights()))
@@ -145,7 +145,7 @@ def _perceptual() -> Finding:
 
 
 def _cache() -> Finding:
-    from mvar_core.metrics.demo import default_demo_path
+    from mvar_core.evaluation.demo import default_demo_path
 
     directory = default_demo_path().parent
     existing = next(parent for parent in (directory, *directory.parents) if parent.exists())

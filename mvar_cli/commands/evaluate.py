@@ -129,7 +129,7 @@ def run(
         raise ConfigError("--tokens, --data and --class belong to --likelihood.", "Add it, or leave them out.")
     _check_flags(samples, checkpoint, reconstruction, per_class, save_samples, overwrite)
     from mvar_cli.processes import processes
-    from mvar_core.metrics.scores import METRICS, check_counts, check_metrics
+    from mvar_core.evaluation.scores import METRICS, check_counts, check_metrics
 
     asked = METRICS if metrics == "all" else check_metrics([name.strip() for name in metrics.split(",")])
     if reconstruction:

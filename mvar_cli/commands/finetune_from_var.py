@@ -17,7 +17,7 @@ from mvar_cli.option_groups import TrainOptions, TransformerLoopOptions
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 
 if TYPE_CHECKING:
-    from mvar_core.scales import PatchSize
+    from mvar_core.pyramid import PatchSize
 
 EXAMPLE = "mvar finetune-from-var --var-checkpoint var_d16.pth --tokens T --out ft"
 CLASSES = ("auto", "keep", "resize", "reinit")
@@ -112,7 +112,7 @@ def start_directory(
         yield checkpoint
         return
     from mvar_cli.launch import Worker
-    from mvar_core.files import atomic_directory
+    from mvar_core.io.files import atomic_directory
     from mvar_core.models import official
     from mvar_core.models.conversion import import_official
     from mvar_core.models.directory import read_model_config

@@ -54,7 +54,7 @@ def run(
     from mvar_cli.image_sets import open_stored
     from mvar_cli.processes import processes
     from mvar_core import __version__
-    from mvar_core.metrics.references import ReferenceRecord, save_reference
+    from mvar_core.evaluation.references import ReferenceRecord, save_reference
     from mvar_core.runtime import resolve_device
 
     start = time.monotonic()

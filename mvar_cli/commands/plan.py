@@ -68,8 +68,8 @@ def resolve(
     preset: str | None, checkpoint: Path | None, settings: list[str], image_size: str | None = None
 ) -> ModelConfig:
     """The configuration of a preset, or of a model directory."""
+    from mvar_core.config.presets import load_config
     from mvar_core.errors import ConfigError
-    from mvar_core.presets import load_config
 
     if checkpoint is None:
         return load_config(preset, settings, {"image_size": options.parse_size(image_size, "--image-size")})
@@ -84,7 +84,7 @@ def resolve(
 
 def _list_presets(console: Console) -> None:
     from mvar_cli.costs import cost_of
-    from mvar_core.presets import load_config, preset_names
+    from mvar_core.config.presets import load_config, preset_names
 
     rows, entries = [], []
     for name in preset_names():

@@ -65,7 +65,7 @@ def configuration(minutes: float, seed: int, settings: list[str]) -> RunConfig:
     Raises:
         ConfigError: No time, or settings that cannot be used.
     """
-    from mvar_core.presets import load_config
+    from mvar_core.config.presets import load_config
 
     if minutes <= 0:
         raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0, for example 2.")
@@ -104,7 +104,7 @@ class Story:
         Raises:
             DataError: `out` is neither empty nor a quickstart's.
         """
-        from mvar_core.files import require_new_directory
+        from mvar_core.io.files import require_new_directory
 
         if not self.overwrite and not (self.out / "classifier.safetensors").is_file():
             require_new_directory(self.out, overwrite=False)
@@ -120,7 +120,7 @@ class Story:
         from mvar_cli.tokenizer_training import train_tokenizer_run
         from mvar_cli.training import fit_to_tokens, train_run
         from mvar_core.data.tokens import TokenCache
-        from mvar_core.metrics.demo import DemoClassifier
+        from mvar_core.evaluation.demo import DemoClassifier
         from mvar_core.models.directory import read_model_config
         from mvar_core.pipeline import Pipeline
 
@@ -189,8 +189,8 @@ class Story:
         import numpy as np
         import torch
 
-        from mvar_core.data.pictures import save_grid
-        from mvar_core.files import atomic_path
+        from mvar_core.io.files import atomic_path
+        from mvar_core.io.pictures import save_grid
 
         labels = [label for label in range(pipeline.transformer.no_class) for _ in range(num)]
         with self.console.progress("sampling") as progress:

@@ -59,9 +59,9 @@ def run(
     Under torchrun the processes share the work.
     """
     from mvar_core.config import ModelConfig
+    from mvar_core.config.presets import load_config
+    from mvar_core.config.section import validate
     from mvar_core.models.directory import read_model_config
-    from mvar_core.presets import load_config
-    from mvar_core.sections import validate
 
     tokenizer = read_model_config(checkpoint)
     own = {"tokenizer": tokenizer.tokenizer.model_dump()}

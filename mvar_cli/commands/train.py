@@ -73,7 +73,7 @@ class TrainRequest:
         Raises:
             ConfigError: A key or value that cannot be used, or flags that contradict each other.
         """
-        from mvar_core.presets import load_config
+        from mvar_core.config.presets import load_config
 
         given = self.given
         if given.steps is not None and given.epochs is not None:
@@ -96,7 +96,7 @@ class TrainRequest:
     def _read_off_the_start(self) -> dict[str, Any]:
         """The start's model with MVAR's attention, and the published settings of fine-tuning."""
         from mvar_core.models.directory import read_model_config
-        from mvar_core.scales import mvar_windows
+        from mvar_core.pyramid import mvar_windows
 
         assert self.start is not None
         source = read_model_config(self.start)

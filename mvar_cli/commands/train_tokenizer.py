@@ -56,8 +56,8 @@ def run(
     Running the same command again goes on where it stopped. The run directory is also a model directory. Under torchrun
     or --nproc the processes share every batch.
     """
+    from mvar_core.config.presets import load_config
     from mvar_core.errors import ConfigError
-    from mvar_core.presets import load_config
 
     if new_codebook and start is None:
         raise ConfigError("--new-codebook goes with --start.", "Without --start the codebook is new anyway.")

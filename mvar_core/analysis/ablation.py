@@ -14,7 +14,7 @@ import numpy as np
 
 from mvar_core.config import RunConfig
 from mvar_core.errors import ConfigError
-from mvar_core.scales import ScalePrefixes, ScalePyramid, auto_windows, check_attention, spread_window
+from mvar_core.pyramid import ScalePrefixes, ScalePyramid, auto_windows, check_attention, spread_window
 
 WHOLE = "whole"
 WindowEntry = int | str | tuple[int, ...]

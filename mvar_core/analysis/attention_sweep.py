@@ -20,8 +20,8 @@ from mvar_core.errors import BackendError
 from mvar_core.kernels import attend
 from mvar_core.kernels.backend import AttentionCall
 from mvar_core.kernels.select import select_backend
+from mvar_core.pyramid import AttentionPattern, Grid
 from mvar_core.runtime import generator
-from mvar_core.scales import AttentionPattern, Grid
 
 SECONDS_AT_ONCE = 0.005
 """Short calls are repeated until they take this long together, so that the clock's own grain does not count."""

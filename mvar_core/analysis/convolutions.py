@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mvar_core.config import TokenizerConfig
-from mvar_core.scales import Grid
+from mvar_core.pyramid import Grid
 
 
 class Layer(NamedTuple):

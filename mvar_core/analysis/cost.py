@@ -13,11 +13,11 @@ from mvar_core.analysis import counts
 from mvar_core.analysis import memory as memory_model
 from mvar_core.analysis.training_memory import train_peak_bytes
 from mvar_core.config import ModelConfig
+from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError, nearest
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE, MicroBatches
-from mvar_core.train_config import TrainConfig
 
 GIGA = 1e9
 

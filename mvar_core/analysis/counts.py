@@ -14,7 +14,7 @@ from mvar_core.analysis.convolutions import (
     total_parameters,
 )
 from mvar_core.config import ModelConfig, TransformerConfig
-from mvar_core.scales import Grid
+from mvar_core.pyramid import Grid
 
 
 def transformer_parameters(config: ModelConfig) -> int:

@@ -25,7 +25,7 @@ from mvar_core.errors import DataError
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 CHUNK_NUMBERS = 1 << 21
 """Attention probabilities that are held at once."""

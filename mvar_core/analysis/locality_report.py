@@ -13,7 +13,7 @@ import torch
 
 from mvar_core.analysis.neighbourhoods import displacement_counts, displacement_grid, displacements
 from mvar_core.analysis.recommendation import WINDOWS, Recommendation, part_of
-from mvar_core.scales import AttentionPattern, ScalePrefixes, ScalePyramid
+from mvar_core.pyramid import AttentionPattern, ScalePrefixes, ScalePyramid
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The matching position of the query (y, x) of a scale of h_s×w_s tokens in a scale of h_t×w_t is that which holds the
 query's centre: (floor((y + 1/2)·h_t/h_s), floor((x + 1/2)·w_t/w_s)). In its own scale that is the query itself.
-Windows are those of mvar_core.scales around the matching position: shifted inward at the borders, so that all have k×k
+Windows are those of mvar_core.pyramid around the matching position: shifted inward at the borders, so that all have k×k
 tokens; a window longer than an axis covers that axis whole.
 """
 
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvar_core.scales import Grid, window_start
+from mvar_core.pyramid import Grid, window_start
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from mvar_core.analysis.cost import plan
 from mvar_core.config import AttentionConfig, ModelConfig
 from mvar_core.errors import DataError
-from mvar_core.scales import Grid, ScalePrefixes
+from mvar_core.pyramid import Grid, ScalePrefixes
 
 WINDOWS = (1, 3, 5, 7, 9, 11, 13, 15)
 """Sides k of the windows whose mass is measured."""

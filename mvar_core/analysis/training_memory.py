@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from mvar_core.analysis.counts import block_parameters, head_parameters, transformer_parameters
 from mvar_core.config import ModelConfig, TransformerConfig
+from mvar_core.config.training import TrainConfig
 from mvar_core.models.footprint import FLOAT32, INT64, PADDED_ROWS
-from mvar_core.train_config import TrainConfig
 
 IMAGE_BY_IMAGE = 1 << 16
 """Numbers per image in the stream from which blocks on a CPU train image by image, which keeps less."""

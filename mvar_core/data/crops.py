@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mvar_core.config.training import DataConfig
 from mvar_core.data.sources import ImageSource, reading_threads
-from mvar_core.data.transforms import Pixels
-from mvar_core.pixels import from_uint8
-from mvar_core.train_config import DataConfig
+from mvar_core.io.pixels import Pixels, from_uint8
 
 
 class RandomCrops:

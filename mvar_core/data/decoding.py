@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mvar_core.errors import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "ICO",
+    "TGA",
+    "PCX",
+    "SGI",
+)
+"""What Pillow may recognise in a file's content, whatever its name says: raster formats that it decodes itself.
+
+Left to itself it would also open EPS, which it hands to Ghostscript: a program from a stranger's file would run.
+"""
 
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
@@ -65,15 +88,24 @@ def check_stored(opener: Opener, where: str) -> tuple[int, int]:
     return height, width
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextmanager
 def _opened(opener: Opener, where: str) -> Iterator[tuple[Image.Image, IO[bytes]]]:
     try:
-        with opener() as file, Image.open(file) as image:
+        with opener() as file, Image.open(file, formats=_formats()) as image:
             yield image, file
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{where} is not an image, whatever its name says.", "Remove or replace it.") from None
+        raise DataError(
+            f"{where} is not an image in a format that mvar reads, whatever its name says.", "Remove or replace it."
+        ) from None
     except FileNotFoundError:
         raise DataError(f"{where} does not exist.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything when given damaged bytes.

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from mvar_core.data.sources import ImageSource
-from mvar_core.data.transforms import Pixels
 from mvar_core.errors import DataError, nearest
+from mvar_core.io.pixels import Pixels
 
 SPLITS = ("train", "test")
 TEST_IMAGES = 360

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, StoredSource, reading_threads
-from mvar_core.data.transforms import Pixels, resize_and_crop
+from mvar_core.data.transforms import resize_and_crop
 from mvar_core.errors import DataError
-from mvar_core.files import sha256_of_file
+from mvar_core.io.files import sha256_of_file
+from mvar_core.io.pixels import Pixels
 
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")

@@ -16,13 +16,13 @@ from torch import Tensor
 from mvar_core.data.digits import DigitsSource
 from mvar_core.data.folders import SPLIT_FOLDERS, FolderSource, read_rgb
 from mvar_core.data.photographs import PhotographsSource
-from mvar_core.data.pictures import make_grid, save_grid, save_png
 from mvar_core.data.shards import find_shards
 from mvar_core.data.sources import ImageSource, Progress, reading_threads
 from mvar_core.data.tar import TarSource
-from mvar_core.data.transforms import Pixels, Views, resize_and_crop
+from mvar_core.data.transforms import Views, resize_and_crop
 from mvar_core.errors import DataError
-from mvar_core.pixels import from_uint8
+from mvar_core.io.pictures import make_grid, save_grid, save_png
+from mvar_core.io.pixels import Pixels, from_uint8
 
 __all__ = [
     "DigitsSource",

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mvar_core.config.training import DataConfig
 from mvar_core.errors import DataError
-from mvar_core.files import read_json, sha256_of_file
-from mvar_core.scales import PatchSize
-from mvar_core.train_config import DataConfig
+from mvar_core.io.files import read_json, sha256_of_file
+from mvar_core.pyramid import PatchSize
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"

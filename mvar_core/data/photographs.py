@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image
 
 from mvar_core.data.sources import ImageSource
-from mvar_core.data.transforms import Pixels, cut, resize_and_crop
+from mvar_core.data.transforms import cut, resize_and_crop
 from mvar_core.errors import DataError, nearest
+from mvar_core.io.pixels import Pixels
 
 SPLITS = ("train", "test")
 CLASS_NAMES = ("china", "flower")

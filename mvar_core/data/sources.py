@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvar_core.data.decoding import check_stored, decode_rgb
-from mvar_core.data.transforms import Pixels, cut, random_resized_crop, resize_and_crop
+from mvar_core.data.transforms import cut, random_resized_crop, resize_and_crop
+from mvar_core.io.pixels import Pixels
 
 CHECKED_AT_ONCE = 4096
 """Images whose checks wait in line at a time: a thread pool keeps something for each of them."""

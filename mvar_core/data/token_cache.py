@@ -13,7 +13,7 @@ from torch import Tensor
 from mvar_core.config import ConditioningConfig
 from mvar_core.data.manifest import ITEMS, MANIFEST, PARTIAL, RECEIPTS, VECTORS, Manifest, Shard
 from mvar_core.errors import DataError
-from mvar_core.scales import ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 
 
 class TokenCache:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core.config import ModelConfig
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import row_batches
 from mvar_core.data.manifest import (
     MANIFEST,
@@ -40,9 +41,8 @@ from mvar_core.data.transforms import Views
 from mvar_core.data.vectors import Vectors
 from mvar_core.data.work import CacheSummary, Tally, Work, default_shard
 from mvar_core.errors import DataError
-from mvar_core.files import atomic_path, require_new_directory, write_json
-from mvar_core.pixels import from_uint8
-from mvar_core.train_config import DataConfig
+from mvar_core.io.files import atomic_path, require_new_directory, write_json
+from mvar_core.io.pixels import from_uint8
 
 __all__ = ["CacheSummary", "CacheWriter", "Encode", "TokenCache", "Work", "write_token_cache"]
 

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from mvar_core.train_config import DataConfig
-
-Pixels = NDArray[np.uint8]
+from mvar_core.config.training import DataConfig
+from mvar_core.io.pixels import Pixels
 
 _CROPS = 0xC0  # sets the stream of random crops apart from that of the affine changes
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from mvar_core.data.manifest import VectorsEntry
 from mvar_core.data.words import ENCODER, class_vectors
 from mvar_core.errors import DataError
-from mvar_core.vectors import pool_sequence
+from mvar_core.models.vectors import pool_sequence
 
 _FILES = "Write one as .npy, .npz or .safetensors."
 _AT_ONCE = 65_536
@@ -88,7 +88,7 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
     """Vectors (rows, X) of a file, float16 or float32, and what made them where the file says so.
 
     A .npy is mapped, not read. In a .npz or .safetensors they are called `vectors`; beside them may stand a `mask`
-    (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.vectors.pool_sequence). What made them
+    (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.models.vectors). What made them
     is the array `encoder` of an .npz, or the metadata `encoder` of a .safetensors.
 
     Raises:

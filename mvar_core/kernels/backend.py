@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
 from mvar_core.kernels.strips import WORTHWHILE_NUMBERS, attend_strips
 from mvar_core.kernels.visibility import axis_visibility, visibility_mask
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 __all__ = ["BACKEND", "attend_dense", "axis_visibility", "visibility_mask"]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from mvar_core.kernels.backend import AttentionCall, Backend
 from mvar_core.kernels.recompute import differentiable
 from mvar_core.kernels.visibility import axis_visibility
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 BLOCK = 128
 """Queries and keys of a block, the size for which FlexAttention's own kernels are made."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend
 from mvar_core.kernels.recompute import differentiable
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 
 def attend_natten(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.tiled import attend_tiled
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 ForwardOnly = Callable[[Tensor, Tensor, Tensor, AttentionPattern, float], Tensor]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
-from mvar_core.scales import AttentionPattern
+from mvar_core.pyramid import AttentionPattern
 
 QUERIES_AT_ONCE = 64
 """Queries whose gathered keys are held at a time; every query has a copy of its keys."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from mvar_core.errors import BackendError, nearest
 from mvar_core.kernels import dense, flex, natten, reference, tiled
 from mvar_core.kernels.backend import AttentionCall, Backend
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 BACKENDS: tuple[Backend, ...] = (natten.BACKEND, flex.BACKEND, tiled.BACKEND, dense.BACKEND, reference.BACKEND)
 """All backends, in the order in which "auto" considers them."""

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.visibility import visibility_mask
-from mvar_core.scales import AttentionPattern, window_start
+from mvar_core.pyramid import AttentionPattern, window_start
 
 STRIP_ROWS = 4
 """Rows of queries in a strip: fewer compute fewer masked scores, and start more kernels."""

@@ -38,7 +38,7 @@ from mvar_core.kernels.tiling import (
     tile_mask,
     tiled_cost,
 )
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 PIECE_ELEMENTS = 1 << 20
 """Numbers copied and computed at a time: bounds the memory beyond inputs and output, and fits a processor's cache."""

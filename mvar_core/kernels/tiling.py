@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.strips import STRIP_ROWS
-from mvar_core.scales import AttentionPattern, Grid, window_start
+from mvar_core.pyramid import AttentionPattern, Grid, window_start
 
 # Shape suffixes: T tiles of a strip, q queries of a tile, k keys of a tile.
 

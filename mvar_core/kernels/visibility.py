@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
-from mvar_core.scales import AttentionPattern, window_start
+from mvar_core.pyramid import AttentionPattern, window_start
 
 
 # A model has a handful of windowed scales; the largest published mask (64×64 tokens and prefixes) takes 39 MB.

@@ -19,7 +19,7 @@ from mvar_core.kernels import attend
 from mvar_core.models import training_ops
 from mvar_core.models.linear import RowStableLinear, linear_gelu, row_stable_linear
 from mvar_core.models.training_ops import token_slices
-from mvar_core.scales import AttentionPattern, ScalePyramid
+from mvar_core.pyramid import AttentionPattern, ScalePyramid
 
 AttentionProbe = Callable[[int, int, Tensor, Tensor, AttentionPattern, float], None]
 """Called as probe(layer, scale, q_BHQD, k_BHKD, pattern, softmax_scale) before each scale's attention."""

@@ -248,7 +248,7 @@ class VectorConditioner(Conditioner):
         if vectors_BX.ndim != 2 or vectors_BX.shape[1] != self.dim or not vectors_BX.is_floating_point():
             raise ConfigError(
                 f"The model is conditioned on vectors (images, {self.dim}); found {_described(vectors_BX)}.",
-                "Pool sequences with mvar_core.vectors.pool_sequence." if vectors_BX.ndim == 3 else None,
+                "Pool sequences with mvar_core.models.vectors.pool_sequence." if vectors_BX.ndim == 3 else None,
             )
         vectors_BX = vectors_BX.detach().cpu().float()
         usable_B = vectors_BX.isfinite().all(1) | vectors_BX.isnan().all(1)

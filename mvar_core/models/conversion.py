@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mvar_core.config import ModelConfig
 from mvar_core.models import directory, official
-from mvar_core.scales import ScalePrefixes
+from mvar_core.pyramid import ScalePrefixes
 
 FLOAT32_PARTS = ("quantizer.", "head.", "head_modulation.")
 """Parts whose results need float32 in any case, and which are therefore stored in it."""

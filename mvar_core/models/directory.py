@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvar_core.config import ConditioningConfig, ModelConfig
+from mvar_core.config.section import validate
 from mvar_core.errors import CheckpointError, ConfigError, nearest
-from mvar_core.files import atomic_path, read_json, write_json, write_text
+from mvar_core.io.files import atomic_path, read_json, write_json, write_text
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.sections import validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mvar_core.config import ModelConfig, TokenizerConfig, TransformerConfig
-from mvar_core.scales import Grid
+from mvar_core.pyramid import Grid
 
 FLOAT32 = 4
 FLOAT64 = INT64 = 8

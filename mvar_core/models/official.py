@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
+from mvar_core.config.presets import presets_directory
 from mvar_core.errors import CheckpointError, ConfigError
-from mvar_core.files import atomic_path
+from mvar_core.io.files import atomic_path
 from mvar_core.models.directory import check_state
 from mvar_core.models.official_names import tokenizer_names, transformer_names
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import presets_directory
-from mvar_core.scales import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, auto_windows, mvar_windows, spread_window
+from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, auto_windows, mvar_windows, spread_window
 
 Kind = Literal["var", "mvar"]
 State = dict[str, Tensor]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import TokenizerConfig
-from mvar_core.scales import Grid, ScalePyramid
+from mvar_core.pyramid import Grid, ScalePyramid
 
 
 class QuantizerOutput(NamedTuple):

@@ -1,6 +1,6 @@
 """The next-scale transformer: VAR, MVAR and everything between are this class and two settings.
 
-Which tokens a token sees follows from `attention.scale_prefixes` and `attention.windows` (mvar_core.scales). Training
+Which tokens a token sees follows from `attention.scale_prefixes` and `attention.windows` (mvar_core.pyramid). Training
 runs all scales in one packed pass; sampling runs them one after the other, with a cache of keys and values only where
 a later scale sees an earlier one.
 """

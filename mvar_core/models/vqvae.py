@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mvar_core.config import TokenizerConfig
 from mvar_core.models.quantizer import MultiScaleQuantizer
-from mvar_core.scales import ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 
 
 class TokenizerOutput(NamedTuple):

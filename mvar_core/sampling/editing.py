@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.scales import Grid, ScalePyramid
+from mvar_core.pyramid import Grid, ScalePyramid
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mvar_core.config import SamplingConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.linear import row_stable_linear
-from mvar_core.scales import ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 
 
 def guidance_strengths(settings: SamplingConfig, pyramid: ScalePyramid) -> tuple[float, ...]:

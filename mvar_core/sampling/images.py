@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.io.pixels import to_uint8
 from mvar_core.models.compilation import is_compiled, room_for_shapes
 from mvar_core.models.micro_batches import PROCESS_BYTES
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.pixels import to_uint8
 from mvar_core.sampling.budget import PART_OF_FREE_MEMORY, MicroBatches, choose_micro_batches, free_memory
 from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.sampler import sample_tokens

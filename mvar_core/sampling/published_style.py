@@ -15,11 +15,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from mvar_core.config import SamplingConfig
+from mvar_core.io.pixels import to_uint8
 from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.conditioning import Conditions
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.pixels import to_uint8
 from mvar_core.sampling.guidance import guide, keep_top_k, keep_top_p
 
 

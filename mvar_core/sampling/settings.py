@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing_extensions import TypedDict
 
 from mvar_core.config import GuidanceSchedule, ModelConfig, SamplingConfig
+from mvar_core.config.section import validate
 from mvar_core.errors import ConfigError
 from mvar_core.sampling.sampler import check_settings
-from mvar_core.sections import validate
 
 
 class GivenSettings(TypedDict, total=False):

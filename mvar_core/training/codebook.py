@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mvar_core.models.quantizer import MultiScaleQuantizer
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.runtime import generator
-from mvar_core.scales import ScalePyramid
 
 _VECTORS_PER_CODE = 256  # more do not move k-means' centres noticeably
 _REFINEMENTS = 2  # rounds of k-means after the first one that has seen every scale

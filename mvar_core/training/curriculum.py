@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mvar_core.config.training import TrainConfig
 from mvar_core.models.transformer import Transformer
+from mvar_core.pyramid import AttentionPattern, ScalePyramid
 from mvar_core.runtime import RowDraws
-from mvar_core.scales import AttentionPattern, ScalePyramid
-from mvar_core.train_config import TrainConfig
 from mvar_core.training.cross_entropy import cross_entropy
 
 

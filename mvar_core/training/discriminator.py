@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mvar_core.config.training import AdversarialConfig
 from mvar_core.errors import ConfigError
 from mvar_core.runtime import generator
-from mvar_core.train_config import AdversarialConfig
 from mvar_core.training.optim import build_optimizer, learning_rate
 
 _MEANS = ("discriminator", "logit_real", "logit_fake")

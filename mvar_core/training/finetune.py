@@ -23,7 +23,7 @@ from mvar_core.config import ModelConfig
 from mvar_core.errors import CheckpointError
 from mvar_core.models.conditioning import CONDITIONERS
 from mvar_core.models.transformer import Transformer
-from mvar_core.scales import Grid, ScalePyramid
+from mvar_core.pyramid import Grid, ScalePyramid
 
 Action = Literal["loaded", "resized", "interpolated", "initialised", "ignored"]
 Classes = Literal["auto", "keep", "resize", "reinit"]

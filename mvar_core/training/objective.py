@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
-from mvar_core.train_config import LoopConfig
+from mvar_core.config.training import LoopConfig
 from mvar_core.training.record import StepReport
 
 OnStep = Callable[[StepReport], None]

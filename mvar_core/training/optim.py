@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mvar_core.train_config import OptimizerConfig
+from mvar_core.config.training import OptimizerConfig
 
 _CONSTANT_PART = 0.05  # of the steps after the warm-up, in the published "lin0"
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.train_config import TrainConfig
 
 Fetched = TypeVar("Fetched")
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mvar_core.errors import CheckpointError, DataError
-from mvar_core.files import sha256_of_file
+from mvar_core.io.files import sha256_of_file
 
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Positions of VGG16's convolutions in torchvision's `features`, by resolution; pooling stands between the stages."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar_core.files import write_text
+from mvar_core.io.files import write_text
 
 
 @dataclass(frozen=True)

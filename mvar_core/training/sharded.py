@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mvar_core.errors import CheckpointError
-from mvar_core.files import atomic_path, sync_directory
+from mvar_core.io.files import atomic_path, sync_directory
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
+from mvar_core.config.training import TokenizerTrainConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
-from mvar_core.train_config import TokenizerTrainConfig
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
 from mvar_core.training.distributed import choose_strategy

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mvar_core.config.training import LoopConfig
 from mvar_core.errors import ConfigError
-from mvar_core.files import write_text
-from mvar_core.train_config import LoopConfig
+from mvar_core.io.files import write_text
 
 
 class Tracker(Protocol):

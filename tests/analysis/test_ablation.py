@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mvar_core.analysis.ablation import Setting, Spread, over_seeds, plan_ablations, settings_of
-from mvar_core.analysis.ablation_plots import Point, plot_ablations
+from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.presets import load_config
+from mvar_core.reports.ablation_plots import Point, plot_ablations
 
 DIGITS = load_config("digits")  # sides 1 2 4 8, a window on the last
 

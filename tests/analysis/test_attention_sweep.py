@@ -13,7 +13,7 @@ from mvar_core.analysis.attention_sweep import sweep
 from mvar_core.kernels import attend
 from mvar_core.kernels.backend import AttentionCall
 from mvar_core.kernels.select import select_backend
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 SIZES = {"heads": 2, "head_dim": 8, "batch": 1, "repeats": 1}
 

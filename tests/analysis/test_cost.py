@@ -11,12 +11,12 @@ from mvar_core.analysis import counts, memory
 from mvar_core.analysis.cost import attention_gmacs, plan
 from mvar_core.analysis.training_memory import train_peak_bytes
 from mvar_core.config import ModelConfig
+from mvar_core.config.presets import load_config
+from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models.footprint import Setting
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
-from mvar_core.train_config import TrainConfig
 
 
 def small_config(patch_sizes=(1, 2, 4), prefixes="all", windows=(), **transformer):
@@ -251,7 +251,7 @@ def test_to_dict_has_the_promised_keys():
 
 def test_planning_loads_no_torch():
     code = (
-        "import sys; from mvar_core.analysis.cost import plan; from mvar_core.presets import load_config;"
+        "import sys; from mvar_core.analysis.cost import plan; from mvar_core.config.presets import load_config;"
         "plan(load_config('digits')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

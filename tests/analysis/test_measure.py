@@ -8,7 +8,7 @@ from torch import nn
 
 from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
 from mvar_core.analysis.random_models import random_quantizer, random_tokenizer, random_transformer
-from mvar_core.presets import load_config
+from mvar_core.config.presets import load_config
 
 CPU = torch.device("cpu")
 

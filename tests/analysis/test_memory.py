@@ -7,10 +7,10 @@ from mvar_core.analysis import memory
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import SamplingConfig
+from mvar_core.config.presets import load_config
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
 from mvar_core.models.micro_batches import choose
-from mvar_core.presets import load_config
 from mvar_core.sampling.images import ImageSampler
 
 MIDDLING = ("transformer.embed_dim=256", "transformer.num_heads=4", "transformer.depth=2", "transformer.num_classes=40")

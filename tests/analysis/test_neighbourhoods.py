@@ -14,7 +14,7 @@ from mvar_core.analysis.neighbourhoods import (
     matching_positions,
     needed_windows,
 )
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 GRIDS = [Grid(1, 1), Grid(2, 2), Grid(5, 5), Grid(8, 8), Grid(3, 6), Grid(7, 4)]
 

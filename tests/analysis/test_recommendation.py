@@ -15,9 +15,9 @@ from mvar_core.analysis.recommendation import (
     savings,
 )
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.errors import DataError
-from mvar_core.presets import load_config
-from mvar_core.scales import Grid
+from mvar_core.pyramid import Grid
 
 GRIDS = (Grid(1, 1), Grid(2, 2), Grid(10, 10))
 

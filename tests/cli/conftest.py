@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from mvar_cli.app import app
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.data.tokens import write_token_cache
 from mvar_core.models.directory import save_model, tokenizer_hash
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 
 CLASSES = ("cat", "dog", "golden retriever")
 TINY: dict[str, Any] = {
@@ -156,7 +156,7 @@ def tokens(images: Path, model: Path, config: RunConfig, tmp_path_factory: pytes
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo classifier with random weights."""
-    from mvar_core.metrics.demo import DemoClassifier
+    from mvar_core.evaluation.demo import DemoClassifier
 
     path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
     network = DemoClassifier(3, (16, 16))

@@ -13,9 +13,9 @@ from PIL import Image
 
 from mvar_cli.attention_sources import spread_classes
 from mvar_core import Pipeline
+from mvar_core.config.presets import load_config
 from mvar_core.models.directory import read_model_config, save_model, state_hash, tokenizer_hash
 from mvar_core.models.transformer import Transformer
-from mvar_core.presets import load_config
 
 FIGURES = ["scale_mass", "window_mass", "last_scale", "layers"]
 KEYS = {
@@ -162,12 +162,12 @@ def test_classes_are_evenly_spread():
 
 def test_published_files(mvar, golden_mvar, monkeypatch, tmp_path):
     """A pair of .pth files is measured as the directory that it converts to, on a cache of that directory too."""
+    from mvar_core.config.training import DataConfig
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import write_token_cache
     from mvar_core.models import official
     from mvar_core.models.conversion import import_official
     from mvar_core.models.directory import load_tokenizer
-    from mvar_core.train_config import DataConfig
 
     # Published files do not hold their pyramid; the golden ones have another than the published.
     sides = tuple(golden_mvar.spec["patch_nums"])

@@ -9,8 +9,8 @@ from mvar_cli import benchmark
 from mvar_cli.benchmark import MEASUREMENTS, Request, measure_alone, measure_memory, measure_sampling
 from mvar_cli.commands.bench import twins
 from mvar_core.analysis.counts import kv_cache_bytes
+from mvar_core.config.presets import load_config
 from mvar_core.errors import MvarError
-from mvar_core.presets import load_config
 
 KEYS = {"name", "seconds", "images_per_second", "peak_memory_bytes", "kv_cache_bytes", "batch_size"}
 

@@ -5,7 +5,7 @@ import torch
 
 from mvar_cli import classifier as demo
 from mvar_core.errors import CheckpointError
-from mvar_core.metrics.demo import DemoClassifier, default_demo_path
+from mvar_core.evaluation.demo import DemoClassifier, default_demo_path
 
 
 def keep(path, seed):

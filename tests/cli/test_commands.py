@@ -245,7 +245,7 @@ def test_evaluate_a_checkpoint_draws_the_same_samples(mvar, model, images, class
 
 def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_path):
     """With an Inception network's place taken by a small one: the real weights are not at hand in tests."""
-    from mvar_core.metrics import features
+    from mvar_core.evaluation import features
 
     class Small:
         name, dim, comparable_to_papers, weights_hash = "inception", 4, True, "hash"

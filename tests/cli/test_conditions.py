@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from mvar_cli.parts import Parts
 from mvar_cli.sample_request import NamedModel, Wanted
+from mvar_core.config.presets import load_config
 from mvar_core.data.tokens import TokenCache
 from mvar_core.data.words import embed_words
 from mvar_core.models.directory import read_model_config
 from mvar_core.pipeline import Pipeline
-from mvar_core.presets import load_config
 
 DIM = 12
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from mvar_core import Pipeline
 from mvar_core.data.transforms import resize_and_crop
-from mvar_core.pixels import from_uint8
+from mvar_core.io.pixels import from_uint8
 
 
 def read(path):

@@ -100,7 +100,7 @@ def test_the_result_says_all_that_repeats_it(mvar, samples, demo):
 
 
 def test_the_cache_gives_the_same_figures_without_measuring(mvar, samples, pixels, demo, tmp_path, monkeypatch):
-    from mvar_core.metrics.demo import DemoExtractor
+    from mvar_core.evaluation.demo import DemoExtractor
 
     options = ["--samples", samples, "--cache", tmp_path / "cache", *demo]
     expected = mvar("evaluate", *options).json
@@ -152,7 +152,7 @@ def test_a_reference_that_was_made_before_gives_the_same_figures(mvar, samples, 
 
 
 def test_a_reference_of_another_network_is_refused(mvar, samples, images, classifier, tmp_path):
-    from mvar_core.metrics.demo import DemoClassifier
+    from mvar_core.evaluation.demo import DemoClassifier
 
     other = tmp_path / "other.safetensors"
     network = DemoClassifier(3, (16, 16))

@@ -27,7 +27,7 @@ class Small:
     name, dim, comparable_to_papers, weights_hash = "inception", 12, True, "hash"
 
     def __call__(self, batch: torch.Tensor) -> Any:
-        from mvar_core.metrics.features import Features
+        from mvar_core.evaluation.features import Features
 
         pool = batch.float().mean(dim=3)[:, :, :4].flatten(1) / 255
         return Features(pool, pool, pool)
@@ -35,7 +35,7 @@ class Small:
 
 @pytest.fixture
 def inception(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvar_core.metrics import features
+    from mvar_core.evaluation import features
 
     monkeypatch.setattr(features, "find_inception_weights", lambda path: path)
     monkeypatch.setattr(features, "load_inception", lambda path, device: Small())
@@ -111,7 +111,7 @@ def test_published_rows_stand_only_beside_the_same_data_at_the_same_size(mvar, s
 
 def test_weights_are_fetched_only_where_that_is_asked_for(mvar, samples, images, monkeypatch, tmp_path):
     from mvar_core.errors import DataError
-    from mvar_core.metrics import features
+    from mvar_core.evaluation import features
 
     fetched: list[Path] = []
 

@@ -14,7 +14,7 @@ from mvar_core.config import RunConfig
 from mvar_core.data.tokens import write_token_cache
 from mvar_core.models.conversion import import_official
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
-from mvar_core.scales import ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 
 
 @pytest.fixture(scope="module", params=["var_small", "var_shared_adaln"])

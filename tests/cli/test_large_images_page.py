@@ -7,8 +7,8 @@ import pytest
 
 from mvar_cli.large_images import ROWS, costs, with_costs
 from mvar_core.analysis.cost import plan
-from mvar_core.presets import load_config
-from mvar_core.scales import ScalePyramid
+from mvar_core.config.presets import load_config
+from mvar_core.pyramid import ScalePyramid
 
 FILE = Path(__file__).parents[2] / "docs" / "large-images.md"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mvar_core.data.transforms import resize_and_crop
-from mvar_core.metrics.demo import DemoClassifier
+from mvar_core.evaluation.demo import DemoClassifier
 
 SIZES = [1, [2, 3], [3, 4], [6, 8]]
 SETTINGS = {

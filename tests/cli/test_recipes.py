@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mvar_cli.recipes import recipes
-from mvar_core.presets import load_config, preset_names
+from mvar_core.config.presets import load_config, preset_names
 from mvar_core.training.curriculum import build_curriculum
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mvar_core.config.training import DataConfig
 from mvar_core.data.crops import RandomCrops
 from mvar_core.data.images import open_images
 from mvar_core.data.transforms import random_resized_crop
-from mvar_core.pixels import to_uint8
-from mvar_core.train_config import DataConfig
+from mvar_core.io.pixels import to_uint8
 
 
 def coordinates(height: int, width: int) -> Image.Image:

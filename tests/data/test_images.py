@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mvar_core.config.training import DataConfig
 from mvar_core.data import images as images_module
+from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.images import (
     ImageRows,
     Views,
@@ -22,8 +24,7 @@ from mvar_core.data.images import (
     split_name,
 )
 from mvar_core.errors import DataError
-from mvar_core.pixels import from_uint8, to_uint8
-from mvar_core.train_config import DataConfig
+from mvar_core.io.pixels import from_uint8, to_uint8
 
 
 def test_pixels_are_truncated_as_published():
@@ -153,3 +154,20 @@ def test_importing_loads_no_optional_library():
     code = "import sys, mvar_core.data.images, mvar_core.data.tokens, mvar_core.data.evaluation_images as e;"
     code += "sys.exit(any(name in sys.modules for name in ('sklearn', 'torch_fidelity', 'torchvision', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("header", [b"%!PS-Adobe-3.0 EPSF-3.0", b"\xc5\xd0\xd3\xc6"])
+def test_an_eps_file_named_png_starts_no_program(tmp_path, monkeypatch, header):
+    """Pillow recognises EPS by content and would hand it to Ghostscript, which runs what is in it."""
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}:/usr/bin:/bin")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", str(ghostscript))
+    eps = tmp_path / "1.png"
+    eps.write_bytes(header + b"\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_rgb, check_image):
+        with pytest.raises(DataError, match="1.png"):
+            read(eps)
+    assert not (tmp_path / "started").exists()

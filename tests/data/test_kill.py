@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, {tests!r})
 from test_tokens import HASH, MeanTokenizer, TokenCache, contents, small_config
-from mvar_core.train_config import DataConfig
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images
 from mvar_core.data.manifest import MANIFEST, Shard
 from mvar_core.data.tokens import CacheWriter

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from mvar_core.config import ModelConfig, TokenizerConfig
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, Views, open_images
 from mvar_core.data.tokens import CacheSummary, CacheWriter, TokenCache, write_token_cache
 from mvar_core.data.work import default_shard
 from mvar_core.errors import DataError
-from mvar_core.pixels import from_uint8
-from mvar_core.scales import ScalePyramid
-from mvar_core.train_config import DataConfig
+from mvar_core.io.pixels import from_uint8
+from mvar_core.pyramid import ScalePyramid
 
 HASH = "a" * 64
 OTHER_HASH = "b" * 64

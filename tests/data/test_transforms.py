@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mvar_core.config.training import DataConfig
 from mvar_core.data.transforms import Views, affine, resize_and_crop
-from mvar_core.train_config import DataConfig
 
 
 def test_a_photograph_is_halved_then_resized_then_cropped(photographs):

@@ -10,13 +10,13 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
 from mvar_core.config import ConditioningConfig, ModelConfig, TokenizerConfig
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, open_images
 from mvar_core.data.token_cache import split_off
 from mvar_core.data.tokens import TokenCache, write_token_cache
 from mvar_core.data.vectors import Vectors, file_vectors, read_vectors, word_vectors
 from mvar_core.data.words import embed_words, phrasings
 from mvar_core.errors import DataError
-from mvar_core.train_config import DataConfig
 
 SIZES = TokenizerConfig(
     codebook_size=64, latent_channels=8, base_channels=8, channel_multipliers=(1, 1, 1), norm_groups=4

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mvar_core.kernels import BACKEND_NAMES, attend, available_backends, natten, tiled
 from mvar_core.kernels.tiling import cut
-from mvar_core.scales import AttentionPattern, Grid, ScalePyramid
+from mvar_core.pyramid import AttentionPattern, Grid, ScalePyramid
 
 SIDES = (*range(1, 18), 24, 32)
 WINDOWS = (1, 3, 5, 7, 9)

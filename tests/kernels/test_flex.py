@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from mvar_core.kernels import attend, check_backend, flex, natten, select
 from mvar_core.kernels.backend import AttentionCall
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PATTERNS = (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mvar_core.kernels import natten, select
 from mvar_core.kernels.backend import AttentionCall
 from mvar_core.kernels.reference import attend_reference
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 
 class Kernels:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mvar_core.kernels import attend
-from mvar_core.scales import AttentionPattern, Grid, ScalePyramid
+from mvar_core.pyramid import AttentionPattern, Grid, ScalePyramid
 
 
 def nearest_positions(position, side, window):

@@ -11,7 +11,7 @@ import torch
 from mvar_core.errors import BackendError
 from mvar_core.kernels import BACKEND_NAMES, attend, available_backends, check_backend, natten, select
 from mvar_core.kernels.backend import AttentionCall
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WHOLE = AttentionPattern(Grid(32, 32))

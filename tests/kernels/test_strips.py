@@ -5,7 +5,7 @@ import torch
 
 from mvar_core.kernels import attend, strips
 from mvar_core.kernels.reference import attend_reference
-from mvar_core.scales import AttentionPattern, Grid
+from mvar_core.pyramid import AttentionPattern, Grid
 
 PATTERNS = [
     AttentionPattern(Grid(1, 1)),

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from mvar_core.analysis.counts import transformer_parameters
 from mvar_core.analysis.random_models import random_transformer
 from mvar_core.config import ModelConfig
+from mvar_core.config.presets import load_config
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.conditioning import ClassConditioner, VectorConditioner
 from mvar_core.models.directory import read_model_config
 from mvar_core.models.official_names import transformer_names
 from mvar_core.models.transformer import Transformer
-from mvar_core.presets import load_config
 from mvar_core.runtime import generator
 
 DIM = 6

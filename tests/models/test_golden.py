@@ -8,11 +8,11 @@ import torch
 from golden_models import FOLDER, GoldenCase, relative_error, shapes_of
 
 from mvar_core import Pipeline
+from mvar_core.config.presets import load_config
 from mvar_core.models import official
 from mvar_core.models.directory import save_model
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from golden_models import GoldenCase
 
+from mvar_core.config.presets import load_config
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models import official
 from mvar_core.models.transformer import Transformer
-from mvar_core.presets import load_config
 
 
 class Explosive:

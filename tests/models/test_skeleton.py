@@ -2,10 +2,10 @@
 
 import torch
 
+from mvar_core.config.presets import load_config
 from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 
 
 def test_a_skeleton_has_the_tensors_of_a_model_and_no_values():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvar_core.config.presets import load_config
 from mvar_core.models import blocks, training_ops
 from mvar_core.models.transformer import Transformer
-from mvar_core.presets import load_config
 from mvar_core.runtime import generator
 
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 3e-2}

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from mvar_core.config import ModelConfig
+from mvar_core.config.presets import load_config
 from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.transformer import Transformer
-from mvar_core.presets import load_config
 from mvar_core.runtime import generator
 
 SETTINGS = [

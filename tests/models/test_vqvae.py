@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from mvar_core.config import TokenizerConfig
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.scales import ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 
 CONFIG = TokenizerConfig(
     codebook_size=32,

@@ -3,9 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError
 from mvar_core.models import footprint
-from mvar_core.presets import load_config
 from mvar_core.sampling.budget import TOKENS_AT_ONCE, MicroBatches, choose_micro_batches, free_memory
 
 CPU = torch.device("cpu")

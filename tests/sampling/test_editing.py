@@ -7,14 +7,14 @@ from golden_models import GoldenCase
 
 from mvar_core import Pipeline
 from mvar_core.config import ModelConfig
+from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.io.pixels import from_uint8, to_uint8
 from mvar_core.models.official import convert
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.pixels import from_uint8, to_uint8
-from mvar_core.presets import load_config
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.sampling.editing import KeptTokens, kept_pixels, kept_tokens
-from mvar_core.scales import ScalePyramid
 
 SETTINGS = {"cfg": 1.5, "top_k": 30, "top_p": 0.96, "seed": 5}
 LABELS = [3, 1, 4]

@@ -3,6 +3,7 @@ import torch
 
 from mvar_core.config import SamplingConfig
 from mvar_core.errors import ConfigError
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.sampling.guidance import (
     draw,
     draw_most_likely,
@@ -13,7 +14,6 @@ from mvar_core.sampling.guidance import (
     soft_embeddings,
     unconditional_scales,
 )
-from mvar_core.scales import ScalePyramid
 
 
 @pytest.fixture

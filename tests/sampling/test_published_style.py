@@ -3,8 +3,8 @@ import torch
 
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import SamplingConfig
-from mvar_core.pixels import to_uint8
-from mvar_core.presets import load_config
+from mvar_core.config.presets import load_config
+from mvar_core.io.pixels import to_uint8
 from mvar_core.sampling.published_style import sample_published_style
 from mvar_core.sampling.sampler import sample_tokens
 

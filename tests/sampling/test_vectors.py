@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import SamplingConfig
+from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError
 from mvar_core.pipeline import Pipeline
-from mvar_core.presets import load_config
 from mvar_core.sampling.published_style import sample_published_style
 from mvar_core.sampling.sampler import sample_tokens
 

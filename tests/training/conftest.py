@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -120,7 +120,7 @@ def make_config() -> Callable[..., RunConfig]:
 
 
 def _with(values: dict[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
-    from mvar_core.presets import merge, parse_setting
+    from mvar_core.config.presets import merge, parse_setting
 
     for setting in settings:
         path, value = parse_setting(setting)

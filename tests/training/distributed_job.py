@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from mvar_cli.processes import processes
 from mvar_core.config import RunConfig
+from mvar_core.config.presets import load_config
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
 from mvar_core.training.loop import train_transformer
 from mvar_core.training.record import StepReport
 from mvar_core.training.tokenizer import train_tokenizer

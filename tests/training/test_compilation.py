@@ -113,7 +113,7 @@ setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.presets import load_config
+from mvar_core.config.presets import load_config
 from mvar_core.training.loop import train_transformer
 torch.set_num_threads(1)
 out, recompute = Path(sys.argv[2]), sys.argv[3]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mvar_core.config.presets import load_config
+from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError
-from mvar_core.presets import load_config
-from mvar_core.scales import PUBLISHED_PYRAMIDS, ScalePyramid
-from mvar_core.train_config import TrainConfig
+from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePyramid
 from mvar_core.training.curriculum import (
     InterleavedCurriculum,
     build_curriculum,

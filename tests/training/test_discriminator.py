@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from mvar_core.config.training import AdversarialConfig
 from mvar_core.errors import ConfigError
-from mvar_core.train_config import AdversarialConfig
 from mvar_core.training.discriminator import (
     Adversary,
     PatchDiscriminator,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvar_core.errors import CheckpointError
-from mvar_core.scales import ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.training.finetune import (
     check_start,
     describe_reports,

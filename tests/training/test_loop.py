@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from mvar_core.config import RunConfig
+from mvar_core.config.section import validate
 from mvar_core.errors import CheckpointError, DataError, MvarError
 from mvar_core.models.directory import load_transformer, read_model_config
-from mvar_core.sections import validate
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
 from mvar_core.training.loop import train_transformer
 from mvar_core.training.order import batch_rows
@@ -124,7 +124,7 @@ spec = importlib.util.spec_from_file_location("conftest_of_training", {str(Path(
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
 import torch
-from mvar_core.presets import load_config
+from mvar_core.config.presets import load_config
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.training.loop import train_transformer

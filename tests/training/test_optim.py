@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvar_core.train_config import OptimizerConfig
+from mvar_core.config.training import OptimizerConfig
 from mvar_core.training.optim import build_optimizer, learning_rate, parameter_groups
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.train_config import TrainConfig
 from mvar_core.training.order import batch_rows, planned_steps, prefetch
 
 

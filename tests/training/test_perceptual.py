@@ -56,7 +56,7 @@ def pictures(seed: int) -> torch.Tensor:
 
 def librarys_lpips(published) -> nn.Module:
     """torch-fidelity's class with the same weights; its constructor would fetch others."""
-    from mvar_core.metrics.fidelity import fidelity_module
+    from mvar_core.evaluation.fidelity import fidelity_module
 
     library = fidelity_module("sample_similarity_lpips")
     vgg, lpips = published

@@ -1,0 +1,206 @@
+"""Presets, and how they merge with settings and flags into a configuration.
+
+Defaults ← preset ← `--set a.b=c` ← flags: later wins. Where an image size is changed and no pyramid is given with it,
+the pyramid follows (`ScalePyramid.for_image`), and so do windows that were listed for the pyramid before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mvar_core.config.model import ModelConfig, RunConfig, TokenizerConfig
+from mvar_core.config.section import validate
+from mvar_core.errors import ConfigError, nearest
+from mvar_core.pyramid import ScalePyramid, auto_windows, read_size, read_sizes, spread_window
+
+
+def presets_directory() -> Path:
+    """The folder of presets: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    packaged = package / "preset_files"
+    return packaged if packaged.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes, sorted."""
+    return sorted(path.stem for path in presets_directory().glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The mapping of a preset, by name or by path of a YAML file, with the presets it `extends` merged in.
+
+    Raises:
+        ConfigError: No such preset or file, or not a YAML mapping.
+    """
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else presets_directory() / f"{name}.yaml"
+    if not path.is_file():
+        if is_path:
+            raise ConfigError(f"{path} does not exist.", "`--preset` takes a preset's name or a YAML file.")
+        raise ConfigError(f"There is no preset {name!r}. {nearest(name, preset_names())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}; expected a mapping of settings.")
+    parent = values.pop("extends", None)
+    return _lay_over(read_preset(parent), values) if parent else values
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping; anything else is replaced whole."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
+    """Split `a.b=c` into its path and its value, read as YAML.
+
+    Raises:
+        ConfigError: There is no "=", or the value is not YAML.
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {text!r} has no value; write --set key.name=value.")
+    try:
+        return tuple(path.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value.") from None
+
+
+def load_config(
+    preset: str | None = None,
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Merge defaults, a preset, `--set` settings and flags, in this order, and check the result.
+
+    Args:
+        preset: Name of a preset or path of a YAML file.
+        base: What to start from where there is no preset.
+        settings: Texts of the form `a.b=c`.
+        overrides: A mapping laid over everything else; None values are left out.
+
+    Raises:
+        ConfigError: An unknown preset or key (with the nearest names), or a value that does not fit.
+    """
+    values = read_preset(preset) if preset else dict(base or {})
+    if preset:
+        values.setdefault("name", Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset)
+    changes = [_as_mapping(*parse_setting(setting)) for setting in settings]
+    asked: dict[str, Any] = {}
+    listed = None
+    for change in [*changes, _without_none(overrides or {})]:
+        asked = merge(asked, change)
+        given = change.get("attention")
+        if isinstance(given, Mapping) and "windows" in given and not _is_number(given["windows"]):
+            listed = given["windows"] or []
+    # One number goes to the scales that have windows before it: it waits until they and the pyramid are known.
+    number = _windows(asked)
+    if listed is not None:
+        asked = merge(asked, {"attention": {"windows": listed}})
+    elif _is_number(number):
+        asked["attention"].pop("windows")
+    values = _with_windows(_with_pyramid(_lay_over(values, asked), preset), number if _is_number(number) else None)
+    return validate(RunConfig, values, preset or "configuration")
+
+
+def _lay_over(values: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` over `values`. Another image size takes away a pyramid that was made for the one before.
+
+    Windows that were listed for another pyramid become `auto`, with the widest of them.
+    """
+    merged = merge(values, change)
+    windows = _windows(merged)
+    if "image_size" in change and "patch_sizes" not in change and not _same_size(change, values):
+        merged.pop("patch_sizes", None)
+        fits = False
+    else:
+        sizes = change.get("patch_sizes")
+        fits = not isinstance(sizes, str | list | tuple) or _count(sizes) == len(windows or ())
+    if not fits and _windows(change) is None and isinstance(windows, list | tuple):
+        widest = max(windows, default=0)
+        merged = merge(merged, {"attention": {"windows": f"auto:{widest}" if widest else []}})
+    return merged
+
+
+def _same_size(change: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    try:
+        return read_size(change["image_size"]) == read_size(values.get("image_size"))
+    except ValueError:
+        return False
+
+
+def _with_pyramid(values: dict[str, Any], source: str | None) -> dict[str, Any]:
+    """The pyramid that follows from the image size, where there is none."""
+    if "image_size" not in values or "patch_sizes" in values:
+        return values
+    tokenizer = validate(TokenizerConfig, values.get("tokenizer") or {}, source or "tokenizer")
+    try:
+        size = read_size(values["image_size"])
+    except ValueError:
+        return values  # which the validation reports
+    height, width = (size, size) if isinstance(size, int) else size
+    return {**values, "patch_sizes": list(ScalePyramid.for_image(height, width, tokenizer.downsample).patch_sizes)}
+
+
+def _with_windows(values: dict[str, Any], asked: int | None) -> dict[str, Any]:
+    """`attention.windows` as a list: what `auto` chooses, and one number spread over the scales that have windows."""
+    windows = _windows(values)
+    if asked is None and not isinstance(windows, str) and not _is_number(windows):
+        return values
+    try:
+        patch_sizes = read_sizes(values.get("patch_sizes", ModelConfig.model_fields["patch_sizes"].default))
+        pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
+    except (ValueError, TypeError):
+        return values  # which the validation reports
+    if isinstance(windows, str):
+        windows = auto_windows(windows, pyramid)
+    elif _is_number(windows):
+        windows = spread_window(windows, (0,) * pyramid.num_scales)
+    if asked is not None:
+        windows = spread_window(asked, windows or (0,) * pyramid.num_scales)
+    return merge(values, {"attention": {"windows": list(windows)}})
+
+
+def _windows(values: Mapping[str, Any]) -> Any:
+    attention = values.get("attention")
+    return attention.get("windows") if isinstance(attention, Mapping) else None
+
+
+def _count(sizes: str | Sequence[Any]) -> int:
+    return len(sizes.split(",")) if isinstance(sizes, str) else len(sizes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            if inner := _without_none(value):
+                kept[key] = inner
+        elif value is not None:
+            kept[key] = value
+    return kept
+
+
+def _as_mapping(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)

@@ -1,0 +1,284 @@
+"""A small classifier, trained on the spot, whose features stand in for Inception's on small bundled images.
+
+Its figures say whether a demonstration works; they are never comparable to published ones.
+
+Letters: B batch, H, W height and width in pixels, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mvar_core.errors import CheckpointError, DataError
+from mvar_core.evaluation.features import Features, check_images
+from mvar_core.io.files import atomic_path
+from mvar_core.runtime import generator
+
+FORMAT = "mvar-demo-classifier-1"
+CHANNELS = (16, 32, 64)
+FEATURES = 64
+POOLED_SIDE = 4
+BATCH = 64
+PEAK_RATE = 4e-3
+WEIGHT_DECAY = 0.01
+LARGEST_SHIFT = 2
+
+
+class DemoClassifier(nn.Module):
+    """Three strided convolutions and a hidden layer; the hidden layer's outputs are the demo features.
+
+    Args:
+        num_classes: Number of classes, K.
+        image_shape: Height and width of the images it is for.
+        class_names: One name per class; None numbers them.
+        measured_accuracy: Share of held-out images that it classifies right, where that was measured.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: tuple[int, int],
+        class_names: Sequence[str] | None = None,
+        measured_accuracy: float | None = None,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.image_shape = image_shape
+        self.class_names = tuple(class_names) if class_names is not None else tuple(map(str, range(num_classes)))
+        self.measured_accuracy = measured_accuracy
+        if len(self.class_names) != num_classes:
+            raise DataError(f"The classifier has {num_classes} classes but {len(self.class_names)} class names.")
+        # Layers are made without values: their usual ones come from the global generator.
+        channels = (3, *CHANNELS)
+        self.convolutions = nn.ModuleList(
+            nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, stride=2, padding=1)
+            for inputs, outputs in pairwise(channels)
+        )
+        self.hidden = nn.utils.skip_init(nn.Linear, CHANNELS[-1] * POOLED_SIDE**2, FEATURES)
+        self.head = nn.utils.skip_init(nn.Linear, FEATURES, num_classes)
+
+    def initialise(self, source: torch.Generator) -> None:
+        """Draw the weights, scaled for rectified units (He et al. 2015)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=source)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """The hidden layer's outputs.
+
+        Raises:
+            DataError: Not uint8 images of the classifier's size.
+        """
+        check_images(images)
+        if tuple(images.shape[2:]) != self.image_shape:
+            raise DataError(
+                f"The demo classifier is for {_size(self.image_shape)} images, found {_size(tuple(images.shape[2:]))}.",
+                "Train one on images of this size, or use --features inception.",
+            )
+        x = images.to(self.head.weight.dtype) / 127.5 - 1
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        x = F.adaptive_avg_pool2d(x, POOLED_SIDE)
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+        """Logits of the classes."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    @torch.inference_mode()
+    def accuracy(self, images: UInt8[Tensor, "B 3 H W"], labels: Int64[Tensor, " B"]) -> float:
+        """Share of the images that are classified as their labels say."""
+        _check_labels(images, labels, self.num_classes)
+        predictions = [self(batch.to(self.head.weight.device)).argmax(dim=1).cpu() for batch in images.split(512)]
+        return (torch.cat(predictions) == labels.cpu()).double().mean().item()
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of names, shapes and values of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write weights and description to a safetensors file, whole or not at all."""
+        description = {
+            "num_classes": self.num_classes,
+            "image_shape": self.image_shape,
+            "class_names": self.class_names,
+            "accuracy": self.measured_accuracy,
+            "weights_hash": self.weights_hash,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
+
+    @classmethod
+    def load(cls, path: Path) -> DemoClassifier:
+        """Read a classifier that `save` wrote.
+
+        Raises:
+            CheckpointError: No such file, another kind of file, or weights that are not those that were saved.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"There is no demo classifier at {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.", "Delete it to have it trained again.") from None
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is not a demo classifier of this version: its format is {metadata.get('format')!r},"
+                f" expected {FORMAT!r}.",
+                "Delete it to have it trained again.",
+            )
+        try:
+            description: dict[str, Any] = json.loads(metadata["description"])
+            classifier = cls(
+                description["num_classes"],
+                tuple(description["image_shape"]),
+                description["class_names"],
+                description["accuracy"],
+            )
+            classifier.load_state_dict(tensors)
+            intact = classifier.weights_hash == description["weights_hash"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{path} is damaged: {reason[:200]}.", "Delete it to have it trained again."
+            ) from None
+        if not intact:
+            raise CheckpointError(
+                f"{path} is damaged: its weights are not those that were saved.", "Delete it to have it trained again."
+            )
+        return classifier.eval()
+
+
+class DemoExtractor:
+    """Features of a demo classifier; its classes take the place of Inception's in the inception score.
+
+    Args:
+        classifier: The network; it can be asked for again as `classifier`.
+        device: Where it runs.
+    """
+
+    name = "demo"
+    comparable_to_papers = False
+
+    def __init__(self, classifier: DemoClassifier, device: torch.device | str = "cpu"):
+        self._device = torch.device(device)
+        self.classifier = classifier.to(self._device).eval()
+        self.weights_hash = classifier.weights_hash
+        self.dim = FEATURES
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
+        """Features of a batch of images.
+
+        Raises:
+            DataError: Not uint8 images of the classifier's size.
+        """
+        pool = self.classifier.features(images.to(self._device))
+        return Features(pool.cpu(), self.classifier.head(pool).cpu())
+
+
+def train_classifier(
+    images: UInt8[Tensor, "B 3 H W"],
+    labels: Int64[Tensor, " B"],
+    num_classes: int,
+    seed: int = 0,
+    *,
+    steps: int = 400,
+    class_names: Sequence[str] | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DemoClassifier:
+    """Train a classifier on the CPU in seconds; on one machine, equal seeds give equal weights.
+
+    Args:
+        images: Training images, of one size.
+        labels: Their classes.
+        num_classes: Number of classes, K.
+        seed: Decides first weights, order and shifts.
+        steps: Steps of 64 images, each shifted by up to two pixels.
+        class_names: One name per class.
+        test: Held-out images and labels, on which the accuracy is measured and recorded.
+        progress: Called with the steps done and their total.
+
+    Raises:
+        DataError: No images, images of the wrong kind, or labels that do not fit.
+    """
+    _check_labels(images, labels, num_classes)
+    height, width = images.shape[2:]
+    source = generator("demo-classifier", seed)
+    classifier = DemoClassifier(num_classes, (height, width), class_names)
+    classifier.initialise(source)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.1)
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(steps):
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(images), generator=source)])
+        rows, order = order[:BATCH], order[BATCH:]
+        with torch.enable_grad():
+            loss = F.cross_entropy(classifier(_shifted(images[rows], source)), labels[rows], label_smoothing=0.05)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if progress:
+            progress(step + 1, steps)
+    classifier.eval()
+    if test is not None:
+        classifier.measured_accuracy = classifier.accuracy(*test)
+    return classifier
+
+
+def default_demo_path(image_shape: tuple[int, int] = (32, 32)) -> Path:
+    """Where the classifier of the bundled digits is kept: ${MVAR_CACHE or ~/.cache/mvar}/demo-digits-32.safetensors."""
+    cache = os.environ.get("MVAR_CACHE")
+    directory = Path(cache).expanduser() if cache else Path.home() / ".cache" / "mvar"
+    height, width = image_shape
+    return directory / f"demo-digits-{height if height == width else f'{height}x{width}'}.safetensors"
+
+
+def _shifted(images: Tensor, source: torch.Generator) -> Tensor:
+    """Each image moved by its own few pixels; the border's pixels are repeated."""
+    count, _, height, width = images.shape
+    shifts = torch.randint(-LARGEST_SHIFT, LARGEST_SHIFT + 1, (2, count, 1), generator=source)
+    rows = (torch.arange(height) + shifts[0]).clamp(0, height - 1)
+    columns = (torch.arange(width) + shifts[1]).clamp(0, width - 1)
+    index = torch.arange(count)
+    return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    check_images(images)
+    if len(images) == 0 or len(images) != len(labels):
+        raise DataError(f"Found {len(images)} images and {len(labels)} labels; expected one label per image, and some.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"Labels run from {low} to {high}; expected 0 to {num_classes - 1}.")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

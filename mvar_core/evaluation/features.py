@@ -1,0 +1,297 @@
+"""What images are compared by: the features of a network, one pass per image.
+
+Letters: B batch, H, W height and width in pixels, F features, K classes of the network, P spatial features.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import pickle
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mvar_core.errors import CheckpointError, DataError
+from mvar_core.evaluation.fidelity import fidelity_module
+from mvar_core.io.files import atomic_path, sha256_of_file
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_BYTES = 95_628_359
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+"""Names under which torch-fidelity and pytorch-fid leave the same file in torch's cache."""
+
+INCEPTION_VARIABLE = "MVAR_INCEPTION_WEIGHTS"
+
+SPATIAL_CHANNELS = 7
+
+DOWNLOAD_BLOCK = 1 << 18
+DOWNLOAD_TIMEOUT_SECONDS = 30
+
+
+class Features(NamedTuple):
+    """What an extractor says of a batch of images; on the CPU, in float32.
+
+    Attributes:
+        pool: (B, F), compared by FID, precision, recall and KID.
+        logits: (B, K), read by the inception score; None where the network does not classify.
+        spatial: (B, P), compared by sFID; None where the network has no such features.
+    """
+
+    pool: Float[Tensor, "B F"]
+    logits: Float[Tensor, "B K"] | None = None
+    spatial: Float[Tensor, "B P"] | None = None
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """A network that turns images into features.
+
+    Attributes:
+        name: What tables call the features.
+        dim: Number of features, F.
+        comparable_to_papers: Whether published figures were measured with these very features.
+        weights_hash: SHA-256 that identifies the network's weights.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+
+    @property
+    def comparable_to_papers(self) -> bool: ...  # noqa: D102
+
+    @property
+    def weights_hash(self) -> str: ...  # noqa: D102
+
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features: ...  # noqa: D102
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is not a batch of uint8 RGB images.
+
+    Raises:
+        DataError: Another dtype or shape.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(
+            f"Features are measured on uint8 images (B, 3, H, W), found {str(images.dtype).removeprefix('torch.')}"
+            f" {tuple(images.shape)}."
+        )
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Measure in float32 proper: no TensorFloat-32 in CUDA's matrix products and convolutions inside the block.
+
+    TensorFloat-32 moves features by more than other machines' rounding does. Settings from outside are restored.
+    """
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    # torch has two sets of names for these settings, and raises on reading the older where the newer contradict them.
+    try:
+        matmul, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:
+        matmul, convolutions = None, None
+    try:
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+            cudnn.allow_tf32 = False
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+            cudnn.allow_tf32 = convolutions
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+class InceptionExtractor:
+    """The Inception network of 2015-12-05 that FID was defined with, as torch-fidelity's inception-v3-compat.
+
+    uint8 images, TensorFlow 1's bilinear resize to 299×299, (x - 128) / 128; pool3 (2048), pool3·W without bias (1008),
+    and the first 7 channels of mixed_6/conv (Mixed_6d.branch1x1), 17×17×7 = 2023 numbers in N, H, W, C order, as in the
+    ADM evaluator.
+
+    Args:
+        state_dict: The network's weights; `load_inception` reads and checks the published file.
+        weights_hash: SHA-256 of the file they came from.
+        device: Where it runs.
+
+    Raises:
+        CheckpointError: The weights do not fit the network.
+    """
+
+    name = "inception"
+    dim = 2048
+
+    def __init__(self, state_dict: Mapping[str, Tensor], weights_hash: str, device: torch.device | str = "cpu"):
+        module = fidelity_module("feature_extractor_inceptionv3")
+        self.weights_hash = weights_hash
+        self.comparable_to_papers = weights_hash == INCEPTION_SHA256
+        self._device = torch.device(device)
+        # The class reads weights only from a file, and then without torch's protection against pickled code; so it
+        # is handed tensors that are already in memory, in a file that was written here.
+        file = io.BytesIO()
+        torch.save(dict(state_dict), file)
+        file.seek(0)
+        try:
+            with torch.random.fork_rng(devices=[]):  # building the layers draws from the global generator
+                network = module.FeatureExtractorInceptionV3(
+                    "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
+                )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"These weights do not fit the Inception network: {reason[:300]}.") from error
+        self._network: torch.nn.Module = network.to(self._device)
+        self._spatial: Tensor | None = None
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, _module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
+        """Features of a batch of images.
+
+        Raises:
+            DataError: Not uint8 images.
+        """
+        check_images(images)
+        with exact_matmul():
+            pool, logits = self._network(images.to(self._device))
+        spatial, self._spatial = self._spatial, None
+        assert spatial is not None
+        return Features(pool.cpu(), logits.cpu(), spatial.cpu())
+
+
+def find_inception_weights(path: Path | str | None = None) -> Path:
+    """The verified file of Inception weights: `path`, or $MVAR_INCEPTION_WEIGHTS, or torch's cache of downloads.
+
+    Args:
+        path: Where the user says it is.
+
+    Raises:
+        DataError: No such file, or a file of another size or SHA-256; says where to get it and where to put it.
+    """
+    named = str(path) if path is not None else os.environ.get(INCEPTION_VARIABLE)
+    if named:
+        source = "--inception-weights" if path is not None else f"${INCEPTION_VARIABLE}"
+        candidate = Path(named).expanduser()
+        if not candidate.is_file():
+            raise DataError(f"{source}: {candidate} does not exist.", _how_to_get_weights())
+        _verify(candidate)
+        return candidate
+    for name in INCEPTION_FILES:
+        candidate = _download_cache() / name
+        if candidate.is_file():
+            _verify(candidate)
+            return candidate
+    raise DataError("The Inception weights are not on this machine.", _how_to_get_weights())
+
+
+def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
+    """Fetch the Inception weights into torch's cache of downloads, unless the verified file is there already.
+
+    Args:
+        progress: Called with the bytes that have arrived and their total.
+
+    Returns:
+        The file, which `find_inception_weights` finds; its size and SHA-256 were checked before it took its name.
+
+    Raises:
+        DataError: The network or the disk failed, or other bytes arrived; says where to get the file by hand.
+    """
+    for name in INCEPTION_FILES:
+        try:
+            _verify(_download_cache() / name)
+        except (DataError, OSError):
+            continue
+        return _download_cache() / name
+    target = _download_cache() / INCEPTION_FILES[0]
+    try:
+        with atomic_path(target) as temporary:
+            with (
+                urllib.request.urlopen(INCEPTION_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer,
+                temporary.open("wb") as file,
+            ):
+                done = 0
+                while block := answer.read(DOWNLOAD_BLOCK):
+                    file.write(block)
+                    done += len(block)
+                    if progress:
+                        progress(done, INCEPTION_BYTES)
+            wrong = _difference(temporary)
+            if wrong:
+                raise DataError(f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.")
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"The Inception weights cannot be fetched: {reason}.", _how_to_get_weights()) from error
+    except DataError as error:
+        raise DataError(error.message, _how_to_get_weights()) from None
+    return target
+
+
+def load_inception(path: Path | str | None = None, device: torch.device | str = "cpu") -> InceptionExtractor:
+    """The extractor that published figures were measured with, from the verified file of weights.
+
+    Args:
+        path: The file; None looks where `find_inception_weights` looks.
+        device: Where it runs.
+
+    Raises:
+        DataError: The file is absent or is another file.
+        CheckpointError: The file cannot be read.
+    """
+    file = find_inception_weights(path)
+    try:
+        state_dict = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} cannot be read as weights: {reason[:300]}.") from error
+    return InceptionExtractor(state_dict, INCEPTION_SHA256, device)
+
+
+def _download_cache() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _how_to_get_weights() -> str:
+    return (
+        f"Download {INCEPTION_URL} ({INCEPTION_BYTES:,} bytes, SHA-256 {INCEPTION_SHA256}) to"
+        f" {_download_cache() / INCEPTION_FILES[0]}, or name the file with --inception-weights or"
+        f" ${INCEPTION_VARIABLE}."
+    )
+
+
+def _verify(path: Path) -> None:
+    wrong = _difference(path)
+    if wrong:
+        raise DataError(
+            f"{path} is not the Inception weights: {wrong}.",
+            f"Delete it or name another file. {_how_to_get_weights()}",
+        )
+
+
+def _difference(path: Path) -> str | None:
+    """What tells a file from the published one; None for the published one."""
+    size = path.stat().st_size
+    if size != INCEPTION_BYTES:
+        return f"it has {size:,} bytes, expected {INCEPTION_BYTES:,}"
+    found = sha256_of_file(path)
+    return None if found == INCEPTION_SHA256 else f"its SHA-256 is {found}, expected {INCEPTION_SHA256}"

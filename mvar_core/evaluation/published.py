@@ -1,0 +1,88 @@
+"""Published results on ImageNet at 256×256, and what it takes to be comparable with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from mvar_core.evaluation.statistics import FeatureSet
+
+PAPER_SAMPLES = 50_000
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """What a paper, or its code's README, reports of a model; None where it reports nothing.
+
+    Attributes:
+        model: The model's name.
+        kind: What generates.
+        fid: Fréchet inception distance.
+        inception_score: Inception score.
+        precision: Precision.
+        recall: Recall.
+        parameters: Number of parameters, as printed.
+    """
+
+    model: str
+    kind: str
+    fid: float
+    inception_score: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    parameters: str | None = None
+
+
+IMAGENET_256 = (
+    PublishedRow("StyleGAN-XL", "GAN", 2.30, 265.1, 0.78, 0.53, "166M"),
+    PublishedRow("DiT-XL/2", "diffusion", 2.27, 278.2, 0.83, 0.57, "675M"),
+    PublishedRow("MaskGIT", "masked tokens", 6.18, 182.1, 0.80, 0.51, "227M"),
+    PublishedRow("VQGAN-re", "token AR", 5.20, 280.3, parameters="1.4B"),
+    PublishedRow("VAR-d16", "scale AR", 3.55, 280.4, 0.84, 0.51, "310M"),
+    PublishedRow("VAR-d20", "scale AR", 2.95, 302.6, 0.83, 0.56, "600M"),
+    PublishedRow("VAR-d24", "scale AR", 2.33, 312.9, 0.82, 0.59, "1.0B"),
+    PublishedRow("VAR-d30", "scale AR", 1.97, parameters="2.0B"),
+    PublishedRow("MVAR-d16", "scale AR", 3.09, 285.5, 0.85, 0.51, "310M"),
+    PublishedRow("MVAR-d16 (fine-tuned)", "scale AR", 3.40, 297.2, 0.86, 0.48),
+    PublishedRow("MVAR-d20 (fine-tuned)", "scale AR", 2.87, 295.3, 0.86, 0.52),
+    PublishedRow("MVAR-d24 (fine-tuned)", "scale AR", 2.23, 300.1, 0.85, 0.56),
+)
+"""Rows of the VAR and MVAR papers' tables, as printed; VAR-d30's is from its README."""
+
+
+@runtime_checkable
+class _Comparable(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def comparable_to_papers(self) -> bool: ...
+
+
+def comparability(
+    extractor: _Comparable, num_samples: int, reference: FeatureSet | None = None, *, more_smooth: bool = False
+) -> tuple[bool, list[str]]:
+    """Whether figures may stand beside published ones, and every reason why not.
+
+    Papers measure 50,000 samples, with the Inception network of 2015-12-05, against statistics of the whole training
+    set from the ADM evaluator's reference file.
+
+    Args:
+        extractor: What measured the images.
+        num_samples: How many images were judged.
+        reference: What they were judged by; None for the inception score alone, which has no reference.
+        more_smooth: Whether the samples are mixtures of codes, made for looks.
+    """
+    why_not = []
+    if not extractor.comparable_to_papers:
+        network = {"demo": "a small classifier's", "inception": "other weights'"}.get(
+            extractor.name, "another network's"
+        )
+        why_not.append(f"{extractor.name} features are {network}, not those of the Inception network of 2015-12-05")
+    if num_samples < PAPER_SAMPLES:
+        why_not.append(f"{num_samples:,} samples, papers measure {PAPER_SAMPLES:,}")
+    if reference is not None and reference.source is None:
+        why_not.append("the reference is a set of images, not the ADM file's statistics of the whole training set")
+    if more_smooth:
+        why_not.append("more-smooth samples are made for looks and change the measures")
+    return not why_not, why_not

@@ -1,0 +1,134 @@
+"""How well a tokenizer gives images back: PSNR, SSIM, and how much of its codebook it uses.
+
+Letters: B batch, H, W height and width in pixels, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float64, Int64, UInt8
+from torch import Tensor
+
+from mvar_core.errors import DataError
+from mvar_core.evaluation.features import check_images
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+PEAK = 255.0
+
+
+def ssim(originals: UInt8[Tensor, "B 3 H W"], reconstructions: UInt8[Tensor, "B 3 H W"]) -> Float64[Tensor, " B"]:
+    """Structural similarity of each pair of images, 1 where they are equal (Wang et al. 2004, equation 13).
+
+    Gaussian window of 11×11 pixels, standard deviation 1.5, only where it lies whole within the image; K1 = 0.01,
+    K2 = 0.03, range 255; population (not sample) variances; the mean over positions and the three channels, each
+    compared by itself, in float64. Implementations that pad the border, or compare luminance only, differ.
+
+    Raises:
+        DataError: Not uint8 RGB images of one shape, or images smaller than the window.
+    """
+    _check_pair(originals, reconstructions)
+    if min(originals.shape[2:]) < SSIM_WINDOW:
+        raise DataError(
+            f"SSIM needs images of at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels, found {tuple(originals.shape[2:])}."
+        )
+    x, y = originals.double(), reconstructions.double()
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
+    weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    weights = weights / weights.sum()
+
+    def blur(images: Tensor) -> Tensor:
+        flat = images.flatten(0, 1)[:, None]
+        return F.conv2d(F.conv2d(flat, weights[None, None, :, None]), weights[None, None, None, :])
+
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (SSIM_K1 * PEAK) ** 2, (SSIM_K2 * PEAK) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    )
+    return similarity.flatten(1).mean(dim=1).unflatten(0, (len(originals), 3)).mean(dim=1)
+
+
+class ReconstructionMeter:
+    """PSNR, SSIM and codebook usage of images that arrive in batches; nothing but sums and counts is kept.
+
+    Args:
+        spans: Where each scale's tokens stand in the sequence of L tokens.
+        codebook_size: Number of codes.
+    """
+
+    def __init__(self, spans: Sequence[slice], codebook_size: int):
+        self._spans = tuple(spans)
+        self._used = torch.zeros(len(self._spans), codebook_size, dtype=torch.bool)
+        self._ratios: list[Tensor] = []
+        self._similarities: list[Tensor] = []
+
+    def update(
+        self,
+        originals: UInt8[Tensor, "B 3 H W"],
+        reconstructions: UInt8[Tensor, "B 3 H W"],
+        tokens: Int64[Tensor, "B L"],
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            originals: The images.
+            reconstructions: What the tokenizer makes of them.
+            tokens: The codes between the two.
+
+        Raises:
+            DataError: Images that do not match, or tokens that do not fit the pyramid or the codebook.
+        """
+        _check_pair(originals, reconstructions)
+        length = self._spans[-1].stop
+        if tokens.shape != (len(originals), length):
+            raise DataError(f"Tokens have shape {tuple(tokens.shape)}; expected {(len(originals), length)}.")
+        codes = self._used.shape[1]
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < codes:
+            raise DataError(f"Tokens run from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {codes - 1}.")
+        error = (originals.double() - reconstructions.double()).square().flatten(1).mean(dim=1)
+        self._ratios.append((10 * torch.log10(PEAK**2 / error)).cpu())
+        self._similarities.append(ssim(originals, reconstructions).cpu())
+        for used, span in zip(self._used, self._spans, strict=True):
+            used[tokens[:, span].unique().cpu()] = True
+
+    def result(self) -> dict[str, Any]:
+        """What was measured of all images so far.
+
+        Returns:
+            psnr: Mean over the images of each image's own ratio in dB, which is more than the ratio of the mean error;
+                infinite where an image is given back without an error.
+            ssim: Mean over the images.
+            usage_per_scale: Part of the codebook that each scale uses.
+            code_usage: Part of the codebook that some scale uses.
+            images: Number of images.
+
+        Raises:
+            DataError: There were no images.
+        """
+        ratios = torch.cat(self._ratios) if self._ratios else torch.empty(0)
+        if len(ratios) == 0:
+            raise DataError("There are no images to reconstruct.")
+        return {
+            "psnr": float(ratios.mean()),
+            "ssim": float(torch.cat(self._similarities).mean()),
+            "usage_per_scale": self._used.double().mean(dim=1).tolist(),
+            "code_usage": float(self._used.any(dim=0).double().mean()),
+            "images": len(ratios),
+        }
+
+
+def _check_pair(originals: Tensor, reconstructions: Tensor) -> None:
+    check_images(originals)
+    check_images(reconstructions)
+    if originals.shape != reconstructions.shape:
+        raise DataError(
+            f"Images are compared pair by pair, found {tuple(originals.shape)} and {tuple(reconstructions.shape)}."
+        )

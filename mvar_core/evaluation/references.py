@@ -1,0 +1,225 @@
+"""Features and statistics in a file: references that were measured once, and say what they were measured with."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, is_zipfile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mvar_core.errors import DataError
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.statistics import FeatureSet, Statistics
+from mvar_core.io.files import atomic_path
+
+FORMAT = "mvar-reference-1"
+"""Version of the layout, in references and in caches of features."""
+
+RECORD_ARRAY = "record"
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """What a reference was measured with and of.
+
+    Attributes:
+        extractor: Name of the features.
+        weights_hash: SHA-256 of the network's weights.
+        count: Number of images.
+        image_shape: Height and width at which they were measured, in pixels.
+        resized: Whether some were resized or cropped to that size.
+        source: What the images were called.
+        mvar_version: Version that measured them.
+        class_names: One name per class; None where unknown.
+    """
+
+    extractor: str
+    weights_hash: str
+    count: int
+    image_shape: tuple[int, int]
+    resized: bool
+    source: str
+    mvar_version: str
+    class_names: tuple[str, ...] | None = None
+
+
+def save_reference(path: Path, features: FeatureSet, record: ReferenceRecord) -> None:
+    """Write a reference, whole or not at all: statistics, features and labels where known, and the record.
+
+    Args:
+        path: An npz file; its `mu`, `sigma` (`mu_s`, `sigma_s`) are laid out as in the ADM evaluator's files.
+        features: What was measured.
+        record: What it was measured with.
+
+    Raises:
+        DataError: The path does not end in .npz, the record does not describe the features, or there are too few
+            images for statistics.
+    """
+    if path.suffix.lower() != ".npz":
+        raise DataError(f"{path} does not end in .npz.", "Choose another --out.")
+    if features.statistics is None:
+        raise DataError(f"A reference needs at least 2 images, found {features.num_images}.")
+    if (features.extractor, features.weights_hash, features.count) != (
+        record.extractor,
+        record.weights_hash,
+        record.count,
+    ):
+        raise DataError(
+            f"The record says {record.count} images with {record.extractor} features, but there are"
+            f" {features.count} with {features.extractor} features."
+        )
+    write_features(path, features, {"kind": FORMAT, **asdict(record)})
+
+
+def load_reference(path: Path) -> tuple[FeatureSet, ReferenceRecord] | None:
+    """Read a reference that `save_reference` wrote.
+
+    Returns:
+        The features and the record; None for an npz file that is not one of ours.
+
+    Raises:
+        DataError: No such file, not an npz file, or one of ours that is damaged.
+    """
+    try:
+        content = read_features(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except (OSError, EOFError, BadZipFile, zlib.error, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an npz file: {reason}.") from error
+    if content is None:
+        return None
+    features, description = content
+    if not isinstance(description, dict) or description.pop("kind", None) != FORMAT:
+        return None
+    try:
+        description["image_shape"] = tuple(description["image_shape"])
+        if description.get("class_names") is not None:
+            description["class_names"] = tuple(description["class_names"])
+        record = ReferenceRecord(**description)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: its record is damaged: {error}.", "Make the reference again.") from error
+    if features.statistics is None or features.count != record.count or features.weights_hash != record.weights_hash:
+        raise DataError(f"{path} is damaged: its arrays are not those of its record.", "Make the reference again.")
+    return features, record
+
+
+def check_reference(
+    record: ReferenceRecord, extractor: FeatureExtractor, path: Path, features: FeatureSet | None = None
+) -> None:
+    """Refuse a reference that was measured with another network.
+
+    Args:
+        record: What the reference says of itself.
+        extractor: What the images are going to be measured with.
+        path: The reference's file, for the message.
+        features: The reference's features, whose width must be the extractor's.
+
+    Raises:
+        DataError: Names both extractors, hashes or widths.
+    """
+    if (record.extractor, record.weights_hash) != (extractor.name, extractor.weights_hash):
+        raise DataError(
+            f"{path} was measured with {record.extractor} features (weights {record.weights_hash[:12]}), but the"
+            f" images are to be measured with {extractor.name} features (weights {extractor.weights_hash[:12]}).",
+            "Choose the --features that it was made with, or make it again: mvar evaluate make-reference.",
+        )
+    if features is not None and features.width is not None and features.width != extractor.dim:
+        raise DataError(
+            f"{path} holds {features.width} features per image, but {extractor.name} features are {extractor.dim}.",
+            "Make it again: mvar evaluate make-reference.",
+        )
+
+
+def write_features(path: Path, features: FeatureSet, description: Mapping[str, Any]) -> None:
+    """Write a set of features and a description of it to an npz file, whole or not at all.
+
+    Arrays: mu, sigma, mu_s, sigma_s in float64; features (N, F) and logits (N, K) in float32; labels and
+    content_keys (N,) int64; each where known; and `record`, a JSON text.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for statistics, suffix in ((features.statistics, ""), (features.spatial, "_s")):
+        if statistics is not None:
+            arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = statistics["mu"], statistics["sigma"]
+    if features.features is not None:
+        arrays["features"] = features.features.float().numpy()
+    if features.logits is not None:
+        arrays["logits"] = features.logits.float().numpy()
+    if features.content_keys is not None:
+        arrays["content_keys"] = features.content_keys.numpy()
+    if features.labels is not None:
+        arrays["labels"] = features.labels.astype(np.int64)
+    text = {
+        "format": FORMAT,
+        "set": {"extractor": features.extractor, "weights_hash": features.weights_hash, "count": features.count},
+        "description": dict(description),
+    }
+    arrays[RECORD_ARRAY] = np.array(json.dumps(text))
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_features(path: Path) -> tuple[FeatureSet, Any] | None:
+    """Read what `write_features` wrote: the features and the description; None for another npz file.
+
+    Raises:
+        OSError, EOFError, BadZipFile, zlib.error, ValueError: The file is absent, damaged or not an npz file.
+    """
+    if not is_zipfile(path):
+        path.stat()  # where there is no file at all, that is the error
+        raise ValueError("it is not a zip archive, or not a whole one")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        if RECORD_ARRAY not in archive.files or archive[RECORD_ARRAY].dtype.kind != "U":
+            return None
+        try:
+            text = json.loads(str(archive[RECORD_ARRAY]))
+        except ValueError:
+            return None
+        if not isinstance(text, dict) or text.get("format") != FORMAT:
+            return None
+        try:
+            return _feature_set(archive, text["set"]), text["description"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"its record is incomplete: {error}") from error
+
+
+def _feature_set(archive: np.lib.npyio.NpzFile, known: Mapping[str, Any]) -> FeatureSet:
+    def statistics(suffix: str) -> Statistics | None:
+        if f"mu{suffix}" not in archive.files:
+            return None
+        mu, sigma = archive[f"mu{suffix}"], archive[f"sigma{suffix}"]
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ValueError(f"mu{suffix} has shape {mu.shape} and sigma{suffix} {sigma.shape}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(f"mu{suffix} or sigma{suffix} holds numbers that are not finite")
+        return Statistics(mu=mu, sigma=sigma)
+
+    count = known["count"]
+
+    def rows(name: str) -> NDArray[Any] | None:
+        if name not in archive.files:
+            return None
+        array = archive[name]
+        if len(array) != count:
+            raise ValueError(f"{name} has {len(array)} rows, expected {count}")
+        return array
+
+    features, logits, keys = rows("features"), rows("logits"), rows("content_keys")
+    return FeatureSet(
+        extractor=known["extractor"],
+        weights_hash=known["weights_hash"],
+        count=count,
+        statistics=statistics(""),
+        spatial=statistics("_s"),
+        features=None if features is None else torch.from_numpy(features),
+        logits=None if logits is None else torch.from_numpy(logits),
+        labels=rows("labels"),
+        content_keys=None if keys is None else torch.from_numpy(keys),
+    )

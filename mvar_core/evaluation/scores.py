@@ -1,0 +1,287 @@
+"""Scores of a set of images against a reference, from features: FID, sFID, inception score, precision, recall, KID.
+
+The formulas are torch-fidelity's, on float64 features. Letters: N, M images of the two sets, F features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from mvar_core.errors import ConfigError, DataError, nearest
+from mvar_core.evaluation.fidelity import fidelity_module
+from mvar_core.evaluation.statistics import FeatureSet, Statistics
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+
+INCEPTION_SPLITS = 10
+NEIGHBOURHOOD = 3
+NEIGHBOURHOOD_BLOCK = 256
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+
+
+def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """The metrics asked for, each once, in the usual order.
+
+    Raises:
+        ConfigError: A name that is not a metric.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(f"There is no metric {name!r}. {nearest(name, METRICS)}")
+    return tuple(metric for metric in METRICS if metric in names)
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """‖μ₁-μ₂‖² + tr(Σ₁+Σ₂-2(Σ₁Σ₂)^½), the FID of two Gaussians (Heusel et al. 2017, equation 6).
+
+    Equal Gaussians give 0 up to rounding, of either sign: some 1e-5 where there are fewer images than features.
+
+    Raises:
+        DataError: Statistics of different numbers of features.
+    """
+    if first["mu"].shape != second["mu"].shape:
+        raise DataError(
+            f"The two sets have {len(first['mu'])} and {len(second['mu'])} features; they were measured differently.",
+            "Measure both with the same --features.",
+        )
+    metric = fidelity_module("metric_fid")
+    first, second = (
+        Statistics(mu=np.asarray(gaussian["mu"], np.float64), sigma=np.asarray(gaussian["sigma"], np.float64))
+        for gaussian in (first, second)
+    )
+    return float(metric.fid_statistics_to_metric(first, second, verbose=False)[metric.KEY_METRIC_FID])
+
+
+def inception_score(
+    logits: Float[Tensor, "N K"], *, seed: int = 0, splits: int = INCEPTION_SPLITS
+) -> tuple[float, float]:
+    """exp(E KL(p(y|x) ‖ p(y))), mean and standard deviation over the splits (Salimans et al. 2016).
+
+    The images are shuffled first: unshuffled, images in the order of their classes leave few classes in a split.
+
+    Args:
+        logits: What the images are classified as.
+        seed: Decides the shuffle.
+        splits: Number of parts that are scored one by one.
+
+    Raises:
+        DataError: Fewer images than splits.
+    """
+    if len(logits) < splits or splits < 1:
+        raise DataError(f"The inception score in {splits} splits needs at least as many images, found {len(logits)}.")
+    metric = fidelity_module("metric_isc")
+    result = metric.isc_features_to_metric(logits.double(), splits=splits, shuffle=True, rng_seed=seed)
+    return float(result[metric.KEY_METRIC_ISC_MEAN]), float(result[metric.KEY_METRIC_ISC_STD])
+
+
+def precision_recall(
+    samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"], *, neighbourhood: int = NEIGHBOURHOOD
+) -> tuple[float, float]:
+    """Precision and recall of the k-nearest-neighbour manifolds (Kynkäänniemi et al. 2019).
+
+    Raises:
+        DataError: A set has no more than k images.
+    """
+    if min(len(samples), len(reference)) <= neighbourhood:
+        raise DataError(
+            f"Precision and recall need more than {neighbourhood} images in both sets,"
+            f" found {len(samples)} and {len(reference)}."
+        )
+    metric = fidelity_module("metric_prc")
+    result = metric.prc_features_to_metric(
+        samples.double(),
+        reference.double(),
+        prc_neighborhood=neighbourhood,
+        prc_batch_size=NEIGHBOURHOOD_BLOCK,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return float(result[metric.KEY_METRIC_PRECISION]), float(result[metric.KEY_METRIC_RECALL])
+
+
+def check_counts(
+    metrics: Sequence[str], num_samples: int, num_reference: int | None, kid_subset_size: int | None = None
+) -> None:
+    """Refuse, before anything is measured, metrics that sets of these sizes do not have.
+
+    Args:
+        metrics: Names out of METRICS that must be computed.
+        num_samples: Images that are judged.
+        num_reference: Images they are judged by; None where that is not known.
+        kid_subset_size: Images per subset of KID, where the user chose it.
+
+    Raises:
+        DataError: Too few images; says how many are needed.
+    """
+    needs = {"fid": 2, "sfid": 2, "precision": NEIGHBOURHOOD + 1, "recall": NEIGHBOURHOOD + 1, "kid": 2}
+    if kid_subset_size is not None:
+        needs["kid"] = kid_subset_size
+    for what, count in (("samples", num_samples), ("reference images", num_reference)):
+        lacking = {name: needs[name] for name in metrics if name in needs and count is not None and count < needs[name]}
+        if what == "samples" and "inception_score" in metrics and num_samples < INCEPTION_SPLITS:
+            lacking["inception_score"] = INCEPTION_SPLITS
+        if lacking:
+            wanted = ", ".join(f"{name} needs {least}" for name, least in lacking.items())
+            raise DataError(f"There are {count} {what}: {wanted}.", "Give more images, or leave out those --metrics.")
+
+
+def kid_subsets(num_samples: int, num_reference: int, subset_size: int | None = None) -> tuple[int, int]:
+    """Number and size of the subsets that KID is averaged over, for sets of these sizes."""
+    size = min(subset_size or KID_SUBSET_SIZE, num_samples, num_reference)
+    return (1 if num_samples == num_reference == size else KID_SUBSETS), size
+
+
+def kernel_distance(
+    samples: Float[Tensor, "N F"],
+    reference: Float[Tensor, "M F"],
+    *,
+    seed: int = 0,
+    subset_size: int | None = None,
+) -> tuple[float, float]:
+    """KID: unbiased squared maximum mean discrepancy, kernel (xᵀy/F + 1)³ (Bińkowski et al. 2018).
+
+    Args:
+        samples: The images that are judged.
+        reference: What they are judged by.
+        seed: Decides the subsets.
+        subset_size: Images per subset, at most what the sets have; None for 1000.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+
+    Raises:
+        DataError: A set has fewer than two images.
+    """
+    subsets, size = kid_subsets(len(samples), len(reference), subset_size)
+    if size < 2:
+        raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
+    metric = fidelity_module("metric_kid")
+    result = metric.kid_features_to_metric(
+        samples.double(),
+        reference.double(),
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    return float(result[metric.KEY_METRIC_KID_MEAN]), float(result[metric.KEY_METRIC_KID_STD])
+
+
+def evaluate_features(
+    samples: FeatureSet,
+    reference: FeatureSet,
+    metrics: Sequence[str] = METRICS,
+    *,
+    seed: int = 0,
+    splits: int = INCEPTION_SPLITS,
+    kid_subset_size: int | None = None,
+) -> dict[str, Any]:
+    """All scores that can be computed of these two sets; what cannot is None, with the reason.
+
+    Args:
+        samples: The images that are judged.
+        reference: What they are judged by.
+        metrics: Names out of METRICS.
+        seed: Decides the shuffle of the inception score and the subsets of KID, which are drawn from the images in the
+            order of their content: the order in which they were measured changes no score.
+        splits: Splits of the inception score.
+        kid_subset_size: Images per subset of KID; None for 1000, or what there is.
+
+    Returns:
+        fid, sfid, inception_score, inception_score_std, precision, recall, kid, kid_std; `reasons`, why a score is
+        None; and `settings`, the seed and sizes that were used.
+
+    Raises:
+        ConfigError: A name that is not a metric.
+        DataError: Two sets that were measured with different networks.
+    """
+    asked = check_metrics(metrics)
+    _check_same_features(samples, reference)
+    scores: dict[str, Any] = dict.fromkeys((*METRICS, "inception_score_std", "kid_std"))
+    reasons = {metric: "not asked for" for metric in METRICS if metric not in asked}
+    settings = {"seed": seed, "splits": splits, "neighbourhood": NEIGHBOURHOOD}
+
+    def fill(names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
+        """Fill in `names`; where `compute` cannot, say why."""
+        try:
+            scores.update(zip(names, compute(), strict=True))
+        except DataError as error:
+            reasons.update({name: error.message for name in names if name in METRICS})
+
+    if "fid" in asked:
+        fill(["fid"], lambda: [frechet_distance(_statistics("sample", samples), _statistics("reference", reference))])
+    if "sfid" in asked:
+        fill(["sfid"], lambda: [frechet_distance(_spatial("sample", samples), _spatial("reference", reference))])
+    if "inception_score" in asked:
+        fill(
+            ["inception_score", "inception_score_std"],
+            lambda: inception_score(_logits(samples), seed=seed, splits=splits),
+        )
+    if "precision" in asked or "recall" in asked:
+        fill(
+            ["precision", "recall"],
+            lambda: precision_recall(_features("sample", samples), _features("reference", reference)),
+        )
+        for metric in ("precision", "recall"):
+            if metric not in asked:
+                scores[metric], reasons[metric] = None, "not asked for"
+    if "kid" in asked:
+        fill(
+            ["kid", "kid_std"],
+            lambda: kernel_distance(
+                _features("sample", samples), _features("reference", reference), seed=seed, subset_size=kid_subset_size
+            ),
+        )
+        if scores["kid"] is not None:
+            sizes = len(_features("sample", samples)), len(_features("reference", reference))
+            settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(*sizes, kid_subset_size)
+    return {**scores, "reasons": reasons, "settings": settings}
+
+
+def _statistics(role: str, images: FeatureSet) -> Statistics:
+    if images.statistics is None:
+        raise DataError(f"The {role} set has fewer than 2 images.")
+    return images.statistics
+
+
+def _spatial(role: str, images: FeatureSet) -> Statistics:
+    if images.spatial is not None:
+        return images.spatial
+    if images.source is not None:
+        raise DataError(f"{images.source} has no mu_s and sigma_s.")
+    if images.extractor != "inception":
+        raise DataError(f"The {images.extractor} features have no spatial part.")
+    raise DataError(f"The {role} set has fewer than 2 images.")
+
+
+def _logits(images: FeatureSet) -> Tensor:
+    if images.logits is None:
+        raise DataError(f"The {images.extractor} features have no classes.")
+    return _by_content(images, images.logits)
+
+
+def _features(role: str, images: FeatureSet) -> Tensor:
+    if images.features is None:
+        raise DataError(f"The {role} set is known by its mean and covariance only, not by its images.")
+    return _by_content(images, images.features)
+
+
+def _by_content(images: FeatureSet, rows: Tensor) -> Tensor:
+    """Rows in an order that follows from the images alone, so that splits and subsets do too."""
+    return rows if images.content_keys is None else rows[images.content_keys.argsort(stable=True)]
+
+
+def _check_same_features(samples: FeatureSet, reference: FeatureSet) -> None:
+    same_network = samples.weights_hash == reference.weights_hash or reference.weights_hash is None
+    if samples.extractor != reference.extractor or not same_network:
+        raise DataError(
+            f"The samples were measured with {samples.extractor} features ({(samples.weights_hash or '?')[:12]}), the"
+            f" reference with {reference.extractor} features ({(reference.weights_hash or '?')[:12]}).",
+            "Measure both with the same --features.",
+        )

@@ -1,0 +1,49 @@
+"""Images as bytes and as the numbers that models read, and the one rule that leads from one to the other."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+"""An image as bytes (H, W, 3)."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels of decoded images: clamp, then truncation of (x+1)/2·255, the published convention.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        uint8 (B, H, W, 3) on the same device.
+    """
+    scaled = images.float().clamp(-1, 1).add(1).mul(0.5).mul(255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def from_uint8(pixels: Tensor | np.ndarray) -> Tensor:
+    """Pixels as the models read them: float32 (B, 3, H, W) in [-1, 1] from uint8 (B, H, W, 3).
+
+    `to_uint8` gives back exactly these pixels.
+    """
+    if isinstance(pixels, np.ndarray):
+        pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    planes = pixels.permute(0, 3, 1, 2).contiguous()
+    return _levels().to(planes.device).index_select(0, planes.flatten().int()).view(planes.shape)
+
+
+@cache
+def _levels() -> Tensor:
+    """The number in [-1, 1] for each of the 256 levels, lifted by an ulp where truncation would lose the level."""
+    levels = torch.arange(256)
+    numbers = (levels.double() / 127.5 - 1).float()
+    while True:
+        lost = to_uint8(numbers.view(1, 1, 1, 256)).flatten() != levels
+        if not lost.any():
+            return numbers
+        numbers = torch.where(lost, torch.nextafter(numbers, torch.ones(())), numbers)

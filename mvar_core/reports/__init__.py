@@ -1,0 +1,1 @@
+"""Figures and pages: what a run, a measurement or an analysis shows."""

@@ -1,0 +1,62 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from mvar_core.errors import DataError
+from mvar_core.io.files import (
+    atomic_directory,
+    atomic_path,
+    read_json,
+    require_new_directory,
+    sha256_of_file,
+    write_json,
+)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    with pytest.raises(KeyError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert list(target.parent.iterdir()) == []
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "folder") as folder:
+        (folder / "a").write_text("half")
+        raise KeyError
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(KeyError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert read_json(target) == {"a": 1}
+
+
+def test_a_directory_is_replaced(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with atomic_directory(tmp_path / "folder") as folder:
+            (folder / content).write_text(content)
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_hash(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc" * 1000)
+    assert sha256_of_file(tmp_path / "x") == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("not json")
+    with pytest.raises(DataError, match="not a JSON file"):
+        read_json(tmp_path / "x")
+    with pytest.raises(DataError, match="does not exist"):
+        read_json(tmp_path / "y")
+    with pytest.raises(DataError, match="is not empty.*--overwrite"):
+        require_new_directory(tmp_path, overwrite=False)
+    with pytest.raises(DataError, match="is a file"):
+        require_new_directory(tmp_path / "x", overwrite=True)
+    require_new_directory(tmp_path, overwrite=True)
+    require_new_directory(tmp_path / "new", overwrite=False)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from attention_reports import report_of
+from PIL import Image
+
+from mvar_core.reports.attention_plots import FIGURES, plot_lines, plot_locality
+from mvar_core.reports.figure_style import DARK, LIGHT, colour_rules, page_svg
+
+
+def check_picture(path, background):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+        pixels = np.asarray(image.convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    # Nothing is cut off at the borders.
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == background).all()
+
+
+@pytest.mark.parametrize(
+    ("patch_sizes", "prefixes", "windows", "palette"),
+    [
+        ((1,), "all", (), LIGHT),
+        ((1, 2, 4, 8), 1, (0, 0, 0, 3), LIGHT),
+        ((1, (2, 3), (4, 6)), 2, (), DARK),
+    ],
+)
+def test_figures_of_a_report(tmp_path, patch_sizes, prefixes, windows, palette):
+    paths = plot_locality(report_of(patch_sizes, prefixes, windows), tmp_path / "plots", palette)
+    assert list(paths) == ["scale_mass", "window_mass", "last_scale", "layers"]
+    for name, path in paths.items():
+        assert path.name == f"{name}.png"
+        check_picture(path, (254, 254, 254) if palette is LIGHT else (22, 24, 29))
+        assert ElementTree.parse(path.with_suffix(".svg")).getroot().tag.endswith("svg")
+    assert len(list((tmp_path / "plots").iterdir())) == 2 * len(paths)
+
+
+def texts(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_figures_say_what_they_show():
+    report = report_of((1, 2, 4, 8))
+    said = {name: texts(draw(report, LIGHT)) for name, draw in FIGURES.items()}
+    for row in range(4):
+        for column in range(row + 1):
+            value = report.scale_mass[row, column]
+            assert (f"{value:.2f}".removeprefix("0") if value < 0.995 else "1") in said["scale_mass"]
+    assert {"Within k×k of the own scale", "Within k×k of the scale before", "8, even spread"} <= set(
+        said["window_mass"]
+    )
+    for scale, grid in enumerate(("1×1", "2×2", "4×4", "8×8")):
+        value = f"{report.scale_mass[-1, scale]:.2f}".removeprefix("0")
+        assert f"{grid}\n{value}" in said["last_scale"]
+    assert {"layer", "On the own scale", "How evenly it is spread"} <= set(said["layers"])
+    alone = texts(FIGURES["window_mass"](report_of((1, 2, 4, 8), 1), LIGHT))
+    assert "Within k×k of the scale before" not in alone
+
+
+def test_figures_draw_the_figures_of_the_report():
+    report = report_of((1, 2, 4, 8))
+    drawn = FIGURES["scale_mass"](report, LIGHT).axes[0].images[0].get_array()
+    np.testing.assert_allclose(drawn.filled(0), report.scale_mass)
+    assert drawn.mask.tolist() == np.triu(np.ones((4, 4), bool), k=1).tolist()
+
+    own, before, *_ = FIGURES["window_mass"](report, LIGHT).axes
+    for line, scale in zip(own.lines, (1, 2, 3), strict=False):
+        ks, values = line.get_data()
+        np.testing.assert_allclose(values, [report.window_share[k][scale] for k in ks])
+        assert values[-1] == pytest.approx(1)
+        assert line.get_label() == str(report.patch_sizes[scale])
+    for line, scale in zip(before.lines, (1, 2, 3), strict=False):
+        ks, values = line.get_data()
+        projected = [report.window_mass_by_scale[k][scale, scale - 1] / report.scale_mass[scale, scale - 1] for k in ks]
+        np.testing.assert_allclose(values, projected)
+    np.testing.assert_allclose(own.lines[-1].get_data()[1][:4], [1 / 64, 9 / 64, 25 / 64, 49 / 64])
+
+    panels = FIGURES["last_scale"](report, LIGHT).axes
+    for scale in range(4):
+        keys = panels[scale].images[0].get_array()
+        even = 1 / report.patterns[-1].keys_per_query
+        np.testing.assert_allclose(2.0**keys * even, report.last_scale_keys[scale], rtol=1e-6)
+        placed = panels[4 + scale].images[0].get_array()
+        found = 2.0**placed * report.even_displacements(scale)
+        inside = np.abs(placed) < 2  # colours end there
+        np.testing.assert_allclose(found[inside], report.last_scale_displacements[scale][inside], rtol=1e-6)
+
+    own, spread, *_ = FIGURES["layers"](report, LIGHT).axes
+    by_layer = report.scale_mass_by_head.mean(axis=1)
+    np.testing.assert_allclose(own.images[0].get_array(), np.diagonal(by_layer, axis1=1, axis2=2))
+    entropy = report.entropy_by_head.mean(axis=1)[:, 1:] / report.even_entropy[1:]
+    np.testing.assert_allclose(spread.images[0].get_array()[:, 1:], entropy)
+    assert spread.images[0].get_array().mask[:, 0].all()
+
+
+def test_no_text_lies_on_another():
+    """Of each figure at the published pyramid, no two labels overlap."""
+    from matplotlib.text import Text
+
+    report = report_of((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16)
+    for name, draw in FIGURES.items():
+        figure = draw(report, LIGHT)
+        figure.canvas.draw()
+        boxes = [
+            (text.get_text(), text.get_window_extent())
+            for text in figure.findobj(Text)
+            if text.get_text().strip() and text.get_visible()
+        ]
+        assert len(boxes) > 8
+        for index, (first, box) in enumerate(boxes):
+            for second, other in boxes[index + 1 :]:
+                width = min(box.x1, other.x1) - max(box.x0, other.x0)
+                height = min(box.y1, other.y1) - max(box.y0, other.y0)
+                assert min(width, height) < 2 or first == second, (name, first, second)
+
+
+def test_a_figure_is_the_same_bytes_again_and_leaves_no_settings(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    report = report_of((1, 2, 4))
+    first, second = plot_locality(report, tmp_path / "a"), plot_locality(report, tmp_path / "b")
+    for name in first:
+        assert first[name].with_suffix(".svg").read_bytes() == second[name].with_suffix(".svg").read_bytes()
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_figures_of_a_page_share_no_ids_and_follow_its_colours(tmp_path):
+    report = report_of((1, 2, 4))
+    lines = plot_lines(report)
+    assert lines == 2
+    page = ""
+    for name, path in plot_locality(report, tmp_path).items():
+        shown = lines if name == "window_mass" else 0
+        svg = page_svg(path.with_suffix(".svg").read_text(), name, f"about {name}", shown)
+        assert ElementTree.fromstring(svg).attrib["aria-label"] == f"about {name}"
+        assert "var(--ink)" in svg
+        assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", svg)
+        page += svg
+    for colour in (LIGHT.ink, LIGHT.faint, LIGHT.background):
+        assert colour not in page
+    assert {"var(--line-0)", "var(--line-1)"} <= set(re.findall(r"var\(--line-\d\)", page))
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for reference in re.findall(r'(?:url\(|href=")#([^")]+)', page):
+        assert reference in ids
+    rules = colour_rules(lines)
+    assert rules.count("--line-1:") == 2
+    assert LIGHT.ink in rules.partition("@media")[0]
+    assert DARK.ink in rules.partition("@media")[2]

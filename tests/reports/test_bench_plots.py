@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvar_core.errors import DataError
+from mvar_core.reports.bench_plots import plot_attention, plot_batches
+
+
+def batch_rows(batches, names=("VAR, published style", "VAR", "MVAR", "3 scale prefixes")):
+    return [
+        {
+            "name": name,
+            "batch_size": batch,
+            "seconds": None if name == "VAR" and batch == 64 else 1.0,
+            "images_per_second": batch / (1 + order),
+            "peak_memory_bytes": 2**30 * (1 + batch * (4 - order)),
+        }
+        for batch in batches
+        for order, name in enumerate(names)
+    ]
+
+
+def attention_rows(sides, windows):
+    return [
+        {
+            "side": side,
+            "tokens": side**2 if isinstance(side, int) else side[0] * side[1],
+            "window": window,
+            "backend": backend,
+            "batch": 1,
+            "seconds": 1e-4 * order if window or order < 3 else None,
+            "dtype": "float32",
+            "device": "cpu",
+        }
+        for side in sides
+        for window in windows
+        for order, backend in enumerate(("dense", "tiled", "flex"), start=1)
+    ]
+
+
+def check_picture(path):
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == 255).all()
+
+
+@pytest.mark.parametrize("batches", [(4,), (1, 2, 8, 64)])
+def test_memory_and_speed_against_the_batch(tmp_path, batches):
+    plot_batches(batch_rows(batches), tmp_path / "bench.png", title="MVAR-d16: sampling")
+    check_picture(tmp_path / "bench.png")
+    plot_batches(batch_rows(batches), tmp_path / "bench.svg", title="MVAR-d16: sampling")
+    text = (tmp_path / "bench.svg").read_text()
+    assert text.startswith("<?xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "bench.svg"]
+
+
+@pytest.mark.parametrize(("sides", "windows"), [((16,), (7,)), ((8, [16, 24], 32, 64), (0, 3, 7))])
+def test_attention_against_the_side(tmp_path, sides, windows):
+    plot_attention(attention_rows(sides, windows), tmp_path / "sweep.png")
+    check_picture(tmp_path / "sweep.png")
+
+
+def test_rows_without_figures_are_refused(tmp_path):
+    unmeasured = [{**row, "seconds": None} for row in batch_rows((1, 2))]
+    with pytest.raises(DataError, match="nothing to draw"):
+        plot_batches(unmeasured, tmp_path / "bench.png", title="none")
+    with pytest.raises(DataError, match="nothing to draw"):
+        plot_attention([], tmp_path / "bench.png")
+    assert list(tmp_path.iterdir()) == []

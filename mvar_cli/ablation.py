@@ -21,9 +21,9 @@ import torch
 from mvar_cli.ablation_judge import Judge
 from mvar_cli.ablation_request import ROW, Row
 from mvar_cli.benchmark import Request, measure_alone
-from mvar_cli.console import Console, Progress, format_number, format_seconds, plain
 from mvar_cli.costs import cost_of
 from mvar_cli.image_sets import DrawnImages
+from mvar_cli.old_console import Console, Progress, format_number, format_seconds, plain
 from mvar_cli.training import train_run
 from mvar_core.analysis.ablation import Setting
 from mvar_core.config import RunConfig

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mvar_cli import evaluation
 from mvar_cli.ablation_request import Scoring
-from mvar_cli.console import Console
 from mvar_cli.image_sets import DrawnImages, ImageShape
+from mvar_cli.old_console import Console
 from mvar_cli.processes import Processes
 from mvar_core.data.images import split_name
 from mvar_core.errors import DataError, MvarError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvar_cli.ablation_request import ROW, Row
-from mvar_cli.console import Console, format_bytes, format_count, format_number
+from mvar_cli.old_console import Console, format_bytes, format_count, format_number
 from mvar_core.analysis.ablation import Ablation, Setting, over_seeds
 from mvar_core.analysis.seed_noise import judge, sentence
 from mvar_core.config import RunConfig

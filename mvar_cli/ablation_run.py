@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from mvar_cli import options
+from mvar_cli import old_options as options
 from mvar_cli.ablation import Experiment
 from mvar_cli.ablation_judge import Judge
 from mvar_cli.ablation_report import JSON_FILE, MARKDOWN_FILE, PICTURES, Report
@@ -23,8 +23,8 @@ from mvar_cli.ablation_request import (
     difference,
 )
 from mvar_cli.classifier import FILE as CLASSIFIER
-from mvar_cli.console import Console, format_seconds
 from mvar_cli.machine import describe_machine
+from mvar_cli.old_console import Console, format_seconds
 from mvar_cli.tokenization import tokenize_run
 from mvar_cli.tokenizer_training import train_tokenizer_run
 from mvar_cli.training import fit_to_tokens, held_out

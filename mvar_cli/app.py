@@ -1,17 +1,19 @@
 """The `mvar` application: a table of commands loaded when used, and the boundary where errors become one line."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os
+import sys
 import traceback
-from collections.abc import Collection, Sequence
+import typing
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
+from mvar_cli import console, options
+from mvar_cli.groups import flattened, with_signature
 from mvar_core import __version__
 from mvar_core.errors import ConfigError, MvarError, nearest
 
@@ -28,10 +30,8 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS = (
-    CommandEntry(
-        "quickstart", "quickstart", "From bundled images to samples, measures and a report, in minutes.", "Start"
-    ),
-    CommandEntry("doctor", "doctor", "What this machine has, what mvar will use, and what mends the rest.", "Start"),
+    CommandEntry("quickstart", "quickstart", "From images to a model, samples, metrics and a report.", "Start"),
+    CommandEntry("doctor", "doctor", "What this machine has, what mvar will use, and how to fix the rest.", "Start"),
     CommandEntry("plan", "plan", "Parameters, operations, KV cache and memory of a model; lists the presets.", "Start"),
     CommandEntry("train-tokenizer", "train_tokenizer", "Train a multi-scale residual VQVAE on images.", "Train", True),
     CommandEntry("tokenize", "tokenize", "Turn images into a cache of token indices.", "Train", True),
@@ -39,8 +39,8 @@ COMMANDS = (
     CommandEntry(
         "finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train", True
     ),
-    CommandEntry("sample", "sample", "Draw class-conditional images.", "Use", True),
-    CommandEntry("edit", "edit", "Draw a part of given images anew: in-painting, out-painting, classes.", "Use", True),
+    CommandEntry("sample", "sample", "Generate class-conditional images.", "Use", True),
+    CommandEntry("edit", "edit", "In-painting, out-painting and class editing of given images.", "Use", True),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
     CommandEntry("analyze-attention", "analyze_attention", "Where attention goes, per scale and neighbourhood.", "Use"),
     CommandEntry("ablate", "ablate", "What scale prefixes and windows cost in quality, over seeds.", "Use"),
@@ -54,36 +54,83 @@ SUBCOMMANDS = (
 )
 """Commands that are words behind another command."""
 
-
-def load_module(entry: CommandEntry) -> Any:
-    """A command's module."""
-    return importlib.import_module(f"mvar_cli.commands.{entry.module}")
+MOVED: dict[str, dict[str, str]] = {}
+"""Options of earlier versions, by command, and what to type now."""
 
 
 def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
-    """Import a command's module and build its command from the module's `run` and `EXAMPLE`.
+    """Import a command's module and build its command from the function of the module's name.
 
     Args:
         entry: Which command.
         arguments: What was typed after its name, for the processes that --nproc starts.
     """
-    from mvar_cli.option_groups import ungrouped
-
-    module = load_module(entry)
-    run = ungrouped(module.run)
+    module = importlib.import_module(f"mvar_cli.commands.{entry.module}")
+    function = getattr(module, entry.module, None)
+    if function is None:  # written in the old way
+        run = importlib.import_module("mvar_cli.old_groups").ungrouped(module.run)
+        function, example = module.run, module.EXAMPLE
+    else:
+        run, example = with_json(flattened(function)), function.example
     if entry.shared:
-        from mvar_cli.launch import launchable
-
         run = launchable(entry.name, run, arguments)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
     # Typer keeps the line breaks of a docstring, which fit the source and not the terminal.
-    paragraphs = inspect.cleandoc(module.run.__doc__).split("\n\n")
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
     single.command(
         entry.name,
         help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
-        epilog=f"[bold]Example[/bold]\n\n{module.EXAMPLE}",
+        epilog=f"[bold]Example[/bold]\n\n{example}",
     )(run)
     return typer.main.get_command(single)
+
+
+def with_json(run: Callable[..., None]) -> Callable[..., None]:
+    """A command's function with the option `--json`."""
+
+    def with_output(*, as_json: bool = False, **values: Any) -> None:
+        console.output.as_json = as_json
+        run(**values)
+
+    option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=options.AsJson)
+    return with_signature(with_output, [*inspect.signature(run).parameters.values(), option])
+
+
+def launchable(name: str, run: Callable[..., None], arguments: Sequence[str]) -> Callable[..., None]:
+    """A command's function with the option `--nproc`, which runs it in processes of their own.
+
+    Args:
+        name: The command's name.
+        run: Its function.
+        arguments: What was typed after the name; the processes get the same.
+    """
+    typed = [*name.split(), *arguments]  # now: the parser takes its list apart
+
+    def launched(*, nproc: int = 1, **values: Any) -> None:
+        inside = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        if inside and nproc not in (1, int(os.environ.get("LOCAL_WORLD_SIZE", nproc))):
+            raise ConfigError(
+                f"--nproc {nproc} inside torchrun, which has started {os.environ['LOCAL_WORLD_SIZE']} processes here.",
+                "Leave out --nproc: torchrun's --nproc-per-node says how many.",
+            )
+        if nproc > 1 and not inside:
+            code, text = distributed().launch(typed, nproc, str(values.get("device", "auto")))
+            if text:
+                typer.echo(text, err=True)
+            raise typer.Exit(code)
+        run(**values)
+
+    option = inspect.Parameter("nproc", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=options.NumProcesses)
+    hints = typing.get_type_hints(run, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name]) for parameter in inspect.signature(run).parameters.values()
+    ]
+    return with_signature(launched, [*own, option])
+
+
+def distributed() -> Any:
+    """`mvar_core.distributed`, and torch with it, loaded when it is needed."""
+    return importlib.import_module("mvar_core.distributed")
 
 
 def without_bare_options(args: list[str], names: Collection[str]) -> list[str]:
@@ -103,42 +150,57 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The real command in place of its stub; an unknown name fails with the nearest ones."""
         below = next((entry for entry in SUBCOMMANDS if entry.name.split() == args[:2]), None)
-        if below is not None:
-            _require_one_process(below)
-            return below.name, load_command(below, args[2:]), args[2:]
-        entry = next((entry for entry in COMMANDS if entry.name == args[0]), None)
-        if entry is not None:
-            bare = getattr(load_module(entry), "BARE_OPTIONS", ())
-            _require_one_process(entry)
-            arguments = without_bare_options(args[1:], bare)
-            return entry.name, load_command(entry, arguments), arguments
-        if not ctx.resilient_parsing and not args[0].startswith("-"):
-            ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
-        return super().resolve_command(ctx, args)
+        entry = below or next((entry for entry in COMMANDS if entry.name == args[0]), None)
+        if entry is None:
+            if not ctx.resilient_parsing and not args[0].startswith("-"):
+                ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
+            return super().resolve_command(ctx, args)
+        _require_one_process(entry)
+        rest = args[len(entry.name.split()) :]
+        for option, instead in MOVED.get(entry.name, {}).items():
+            if any(argument.split("=")[0] == option for argument in rest):
+                ctx.fail(f"{option} is no longer an option of `mvar {entry.name}`. {instead}")
+        if entry.name == "plan":
+            rest = without_bare_options(rest, ("--preset",))
+        return entry.name, load_command(entry, rest), rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command inside the error boundary."""
+        console.output.as_json = False
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             code = 130
+        except typer.Exit as exit_:
+            if exit_.exit_code != 130:
+                raise
+            code = 131  # 130, reported already
         except Exception as error:
             line = error_line(error)
             if line is None:
                 raise
-            from mvar_cli.launch import ElsewhereError, lost_connection, report
-
             if os.environ.get("MVAR_DEBUG") == "1":
                 traceback.print_exc()
-            elsewhere = isinstance(error, ElsewhereError)
-            report(line, consequence=elsewhere or lost_connection(error), silent=elsewhere)
+            remote = isinstance(error, distributed().RemoteError)
+            distributed().report_failure(
+                line, consequence=remote or distributed().lost_connection(error), silent=remote
+            )
             code = 1
+        finally:
+            console.end_progress()
         # Out here the error is gone, and with it what its frames held open, such as files under temporary names.
-        from mvar_cli.launch import Worker, leave
-
-        if code == 130 and Worker.here().rank == 0:
+        if code == 130 and not console.output.silent:
             typer.echo("interrupted", err=True)
-        raise leave(code)
+        raise leave(min(code, 130))
+
+
+def leave(code: int) -> typer.Exit:
+    """What to raise to end with this code; a process of several ends here, for its exit could wait for the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return typer.Exit(code)
 
 
 def error_line(error: Exception) -> str | None:
@@ -152,12 +214,10 @@ def error_line(error: Exception) -> str | None:
         return f"error: out of memory: {text} Use a smaller --batch-size; `mvar plan` predicts what fits."
     if isinstance(error, OSError):
         return f"error: {text}"
-    from mvar_cli.launch import lost_connection
-
-    if lost_connection(error):
+    if distributed().lost_connection(error):
         return (
             f"error: the connection to another process of this job is lost: {text} "
-            "Run the same command again: what can be resumed goes on from where it was last saved."
+            "Run the same command again: what can be resumed continues from where it was last saved."
         )
     return (
         f"error: unexpected {type(error).__name__}: {text} "
@@ -199,11 +259,8 @@ def _main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    from mvar_cli.console import log_to_stderr
-    from mvar_core.allocator import keep_freed_memory
-
-    keep_freed_memory()
-    log_to_stderr()
+    importlib.import_module("mvar_core.allocator").keep_freed_memory()
+    console.log_to_stderr()
 
 
 def _register_stubs() -> None:

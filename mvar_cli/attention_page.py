@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvar_cli.console import format_bytes
+from mvar_cli.old_console import format_bytes
 from mvar_core.analysis.reading import neighbourhood, read_attention
 from mvar_core.reports.attention_plots import plot_lines
 from mvar_core.reports.figure_style import colour_rules, page_svg

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvar_cli.console import Console
+from mvar_cli.old_console import Console
 
 if TYPE_CHECKING:
     from torch import Tensor

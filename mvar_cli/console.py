@@ -1,19 +1,47 @@
-"""Results on stdout, everything else on stderr; one JSON object where it is asked for."""
-
-from __future__ import annotations
+"""What a command prints: results on stdout, everything else on stderr; one JSON object where it is asked for."""
 
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+from rich import box
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
 SECONDS_BETWEEN_PLAIN_LINES = 30.0
 WIDTH_WITHOUT_TERMINAL = 140
+
+
+class Output:
+    """Where this process prints, and how; there is one, `output`.
+
+    Attributes:
+        as_json: Tables and lines are left out, and `show` prints one JSON object.
+    """
+
+    def __init__(self) -> None:
+        self.as_json = False
+        self.bar: bars.Progress | None = None
+        self.stage = ""
+        self.task = bars.TaskID(0)
+        self.began = (0.0, 0)
+        self.last_line = 0.0
+
+    @property
+    def silent(self) -> bool:
+        """Whether another process of this job prints."""
+        return os.environ.get("RANK", "0") != "0"
+
+
+output = Output()
 
 
 class StderrHandler(logging.Handler):
@@ -26,7 +54,7 @@ class StderrHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Show what the core logs; calling it again changes nothing."""
+    """Show what the library logs; calling it again changes nothing."""
     logger = logging.getLogger("mvar")
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())
@@ -34,102 +62,102 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
-class Console:
-    """What a command prints.
+def say(text: str = "") -> None:
+    """A line of the result, on stdout."""
+    if not output.as_json and not output.silent:
+        print(text)
 
-    Args:
-        as_json: Tables and lines are left out and `finish` prints one JSON object.
-    """
 
-    def __init__(self, as_json: bool = False):
-        self.as_json = as_json
-
-    def say(self, text: str = "") -> None:
-        """A line of the result, on stdout."""
-        if not self.as_json:
-            print(text)
-
-    def note(self, text: str) -> None:
-        """A line for the person watching, on stderr."""
+def note(text: str) -> None:
+    """A line for the person watching, on stderr."""
+    if not output.silent:
         print(text, file=sys.stderr)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table of results on stdout; numbers stand to the right."""
-        if self.as_json:
-            return
-        from rich import box
-        from rich.console import Console as RichConsole
-        from rich.table import Table
 
-        rich_console = RichConsole()
-        if not rich_console.is_terminal:
-            rich_console.width = WIDTH_WITHOUT_TERMINAL
-        table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        for position, column in enumerate(columns):
-            numbers = all(isinstance(row[position], (int, float, type(None))) for row in rows)
-            table.add_column(column, justify="right" if numbers and rows else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(format_cell(value) for value in row))
-        rich_console.print(table, markup=False)
-
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """End of the command: the JSON object, where it was asked for."""
-        if self.as_json:
-            print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False))
-
-    @contextmanager
-    def progress(self, title: str, unit: str = "images") -> Iterator[Progress]:
-        """A progress bar on stderr for as long as the block runs; without a terminal, a line now and then."""
-        from rich import progress as bars
-        from rich.console import Console as RichConsole
-
-        rich_console = RichConsole(stderr=True)
-        if not rich_console.is_terminal:
-            yield Progress(title, unit, None)
-            return
-        with bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[rate]}"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[note]}"),
-            console=rich_console,
-            transient=True,
-        ) as bar:
-            task = bar.add_task(title, total=None, rate="", note="")
-
-            def show(done: int, total: int, rate: str, note: str) -> None:
-                bar.update(task, completed=done, total=total, rate=rate, note=note)
-
-            yield Progress(title, unit, show)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table of results on stdout; numbers are aligned right."""
+    if output.as_json or output.silent:
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    grid = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        numbers = all(isinstance(row[position], (int, float, type(None))) for row in rows)
+        grid.add_column(column, justify="right" if numbers and rows else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(format_cell(value) for value in row))
+    console.print(grid, markup=False)
 
 
-class Progress:
-    """Counts work and shows how fast it goes; call it with (done, total) and, where there is one, a note."""
+def show(
+    result: Any, columns: Sequence[str] = (), *, title: str = "", headings: Mapping[str, str] | None = None
+) -> None:
+    """End of a command: some of the result's fields as a table of one row, or all of them as one JSON object.
 
-    def __init__(self, title: str, unit: str, show: Callable[[int, int, str, str], None] | None):
-        self.title = title
-        self.unit = unit
-        self._show = show
-        self._start: tuple[float, int] | None = None
-        self._last_line = time.monotonic()
+    Args:
+        result: From a function of `mvar_core`.
+        columns: Names of the fields that the table shows; those that are None are left out.
+        title: Of the table.
+        headings: Headings in place of the fields' names.
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Report that `done` of `total` units are finished."""
-        now = time.monotonic()
-        if self._start is None:
-            # The first report starts the clock, so that loading and a resumed part do not count as speed.
-            self._start = (now, done)
-        began, first = self._start
-        speed = (done - first) / (now - began) if now > began else 0.0
-        rate = f"{speed:.3g} {self.unit}/s" if speed else ""
-        if self._show is not None:
-            self._show(done, total, rate, note)
-        elif now - self._last_line >= SECONDS_BETWEEN_PLAIN_LINES:
-            self._last_line = now
-            left = f", {format_seconds((total - done) / speed)} left" if speed else ""
-            print(f"{self.title}: {done}/{total} {rate}{left} {note}".rstrip(), file=sys.stderr)
+    Raises:
+        typer.Exit: The work was interrupted (130).
+    """
+    end_progress()
+    values = result.to_dict()
+    if output.as_json:
+        if not output.silent:
+            print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
+    else:
+        shown = [name for name in columns if values.get(name) is not None]
+        if shown:
+            names = [(headings or {}).get(name, heading(name)) for name in shown]
+            table(title, names, [[format_field(name, values[name]) for name in shown]])
+    if values.get("interrupted"):
+        note("Interrupted; what was finished is saved. The same command resumes from here.")
+        raise typer.Exit(130)
+
+
+def progress(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
+    """A progress bar on stderr, one stage at a time; without a terminal, a line now and then."""
+    if output.silent:
+        return
+    now = time.monotonic()
+    if stage != output.stage:
+        end_progress()
+        # The first report starts the clock, so that loading and a resumed part do not count as speed.
+        output.stage, output.began, output.last_line = stage, (now, done), now
+        console = Console(stderr=True)
+        if console.is_terminal:
+            output.bar = bars.Progress(
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("{task.fields[rate]}"),
+                bars.TimeRemainingColumn(),
+                bars.TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
+            output.bar.start()
+            output.task = output.bar.add_task(stage, total=total, rate="", note="")
+    began, first = output.began
+    speed = (done - first) / (now - began) if now > began else 0.0
+    rate = f"{speed:.3g} {unit}/s" if speed else ""
+    if output.bar is not None:
+        output.bar.update(output.task, completed=done, total=total, rate=rate, note=note)
+    elif now - output.last_line >= SECONDS_BETWEEN_PLAIN_LINES:
+        output.last_line = now
+        left = f", {format_seconds((total - done) / speed)} left" if speed else ""
+        print(f"{stage}: {done}/{total} {rate}{left} {note}".rstrip(), file=sys.stderr)
+
+
+def end_progress() -> None:
+    """Take the progress bar away."""
+    if output.bar is not None:
+        output.bar.stop()
+    output.bar, output.stage = None, ""
 
 
 def plain(value: Any) -> Any:
@@ -144,6 +172,20 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    return value
+
+
+def heading(name: str) -> str:
+    """A field's name as a table shows it."""
+    return name.removesuffix("_bytes").replace("images_per_second", "images/s").replace("_", " ")
+
+
+def format_field(name: str, value: Any) -> Any:
+    """A field's value as a table shows it: by its unit, which the name ends with."""
+    if name.endswith("seconds"):
+        return format_seconds(value)
+    if name.endswith("bytes"):
+        return format_bytes(value)
     return value
 
 

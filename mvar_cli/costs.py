@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvar_cli.console import Console, format_bytes, format_count
+from mvar_cli.old_console import Console, format_bytes, format_count
 
 if TYPE_CHECKING:
     from mvar_core.analysis.cost import Plan

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from mvar_cli.console import Progress
+from mvar_cli.old_console import Progress
 from mvar_cli.parts import Parts
 from mvar_cli.processes import Processes
 from mvar_cli.writers import WriterPool

@@ -208,7 +208,7 @@ def parse_box(text: str) -> Box:
     Raises:
         ConfigError: Something else.
     """
-    from mvar_cli.options import parse_numbers
+    from mvar_cli.old_options import parse_numbers
 
     numbers = parse_numbers(text, "--box")
     if len(numbers) != 4:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mvar_cli.console import Console
 from mvar_cli.image_sets import DrawnImages, ImageSet, ImageShape, StoredImages
+from mvar_cli.old_console import Console
 from mvar_cli.processes import Processes
 from mvar_core import __version__
 from mvar_core.data.evaluation_images import open_evaluation_images

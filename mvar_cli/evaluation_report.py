@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar_cli.console import Console, format_number, format_seconds
 from mvar_cli.evaluation import Reference
 from mvar_cli.image_sets import DrawnImages, ReconstructedImages, StoredImages
+from mvar_cli.old_console import Console, format_number, format_seconds
 from mvar_core.errors import DataError, nearest
 from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.statistics import FeatureSet

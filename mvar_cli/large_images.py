@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvar_cli.console import format_bytes, format_count
+from mvar_cli.old_console import format_bytes, format_count
 from mvar_core.analysis.cost import plan
 from mvar_core.config.presets import load_config
 

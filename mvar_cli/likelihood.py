@@ -14,7 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvar_cli.console import Console, format_seconds
+from mvar_cli.old_console import Console, format_seconds
 from mvar_cli.processes import Processes
 from mvar_cli.selection import parse_classes
 from mvar_core.analysis.likelihood import LikelihoodReport, Tally, measure_likelihood

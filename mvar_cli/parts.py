@@ -190,7 +190,7 @@ class Parts:
         Raises:
             DataError: Names what is free and what is needed.
         """
-        from mvar_cli.console import format_bytes
+        from mvar_cli.old_console import format_bytes
 
         total, each = self.request.total, self.request.raw_bytes()
         # PNG files of photographs take half of their pixels or more; an npz is put together while its shards lie there.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mvar_cli.console import Console, Progress
-from mvar_cli.launch import ElsewhereError, Worker
-from mvar_core.errors import MvarError
+from mvar_cli.old_console import Console, Progress
 
 Value = TypeVar("Value")
 
@@ -73,58 +70,15 @@ class Processes:
         Raises:
             MvarError: What `compute` raised, in all of them, so that none waits for one that has failed.
         """
-        if self.count == 1:
-            return compute()
-        import torch.distributed as dist
+        from mvar_core import distributed
 
-        values: list[Any] = [None, None]
-        failed: MvarError | None = None
-        if self.first:
-            try:
-                values[0] = compute()
-            except MvarError as error:
-                failed, values[1] = error, str(error)
-        dist.broadcast_object_list(values, src=0)
-        if failed is not None:
-            raise failed
-        if values[1] is not None:
-            raise ElsewhereError(values[1])
-        value: Value = values[0]
-        return value
+        return distributed.world().run_on_rank_zero(compute)
 
 
 @contextmanager
 def processes(device: str = "cpu") -> Iterator[Processes]:
-    """The processes that torchrun started, connected for as long as the block runs; without torchrun, this one alone.
+    """The processes that torchrun started, connected for as long as the block runs."""
+    from mvar_core import distributed
 
-    A process that dies without closing its connections (its machine is gone) ends the others within a minute.
-
-    Args:
-        device: As the user named it. Tensors on a GPU travel between GPUs (NCCL); results travel between processors'
-            memories (gloo), whatever device computes them.
-    """
-    worker = Worker.here()
-    if worker.count == 1:
-        yield Processes()
-        return
-    import logging
-
-    import torch
-    import torch.distributed as dist
-
-    from mvar_cli.heartbeat import Heartbeat
-
-    team = Processes(worker.rank, worker.count, int(os.environ.get("LOCAL_RANK", "0")))
-    if not team.first:
-        logging.getLogger("mvar").setLevel(logging.ERROR)
-    own = team.device(device)
-    if own.startswith("cuda") and dist.is_nccl_available():
-        torch.cuda.set_device(own)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    with Heartbeat(worker.rank, worker.count):
-        yield team
-        dist.all_reduce(torch.zeros(()))  # until all are done: the first process may hold the store
-    # Not where an error ends the block: the others may be waiting for what this process will not send.
-    dist.destroy_process_group()
+    with distributed.connect(device) as world:
+        yield Processes(world.rank, world.world_size, world.local_rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mvar_cli.console import format_bytes, format_count
+from mvar_cli.old_console import format_bytes, format_count
 from mvar_core.analysis.cost import Plan, plan
 from mvar_core.analysis.counts import decoder_macs, quantizer_macs, tokenizer_parameters
 from mvar_core.config import RunConfig
@@ -77,7 +77,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _row(config: RunConfig) -> list[str]:
-    from mvar_cli.options import parse_bytes
+    from mvar_cli.old_options import parse_bytes
 
     costs = [_cost(config, parse_bytes(device)) for device in DEVICES]
     result = config.result

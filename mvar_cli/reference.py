@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mvar_cli.app import COMMANDS, SUBCOMMANDS, CommandEntry, load_command, load_module
+from mvar_cli.app import COMMANDS, SUBCOMMANDS, CommandEntry, load_command
 
 INTRODUCTION = """# Commands
 
@@ -28,7 +28,7 @@ def reference() -> str:
 def _command(entry: CommandEntry) -> str:
     command = load_command(entry)
     lines = [f"## mvar {entry.name}", "", command.help or "", ""]
-    lines += ["```bash", load_module(entry).EXAMPLE, "```", ""]
+    lines += ["```bash", str(command.epilog).split("\n\n", 1)[1], "```", ""]
     lines += ["| option | what it says | default |", "|---|---|---|"]
     lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
     return "\n".join([*lines, ""])

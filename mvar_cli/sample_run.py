@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mvar_cli.console import Console, format_bytes, format_seconds
 from mvar_cli.drawing import Draw, Progressing, agreed, draw_shards, termination_interrupts
 from mvar_cli.launch import leave
+from mvar_cli.old_console import Console, format_bytes, format_seconds
 from mvar_cli.outputs import is_published, outputs_of, publish, put_together, require_free
 from mvar_cli.parts import MANIFEST, Parts, Request, parts_directory
 from mvar_cli.processes import Processes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mvar_cli.console import format_count, format_number, format_seconds
+from mvar_cli.old_console import format_count, format_number, format_seconds
 from mvar_cli.report import Picture, Section, page
 from mvar_cli.story import Results, next_commands
 from mvar_core.data.images import Pixels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mvar_cli.console import Console
+from mvar_cli.old_console import Console
 from mvar_cli.processes import Processes
 from mvar_core.config import ConditioningConfig, ModelConfig
 from mvar_core.config.training import DataConfig

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mvar_cli.console import Console
+from mvar_cli.old_console import Console
 from mvar_cli.training import held_out, seeded, step_display
 from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.crops import RandomCrops

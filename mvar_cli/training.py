@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mvar_cli.console import Console, Progress, format_bytes, format_count
 from mvar_cli.launch import Worker
+from mvar_cli.old_console import Console, Progress, format_bytes, format_count
 from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.data.tokens import TokenCache

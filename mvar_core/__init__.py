@@ -1,20 +1,60 @@
-"""The library under the `mvar` command line: next-scale visual autoregressive models (VAR, MVAR)."""
+"""Train, fine-tune, sample, measure and understand next-scale visual autoregressive models (VAR, MVAR).
 
-from __future__ import annotations
+Everything that the command line does is one function here, with the command's names; docs/python.md shows how they go
+together. Names are resolved on first use, so that `import mvar_core` loads nothing.
+"""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mvar_core.pipeline import Pipeline
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from mvar_core.config import Machine as Machine
+    from mvar_core.config import ModelConfig as ModelConfig
+    from mvar_core.config import RunConfig as RunConfig
+    from mvar_core.config import SamplingConfig as SamplingConfig
+    from mvar_core.config.presets import preset_names as preset_names
+    from mvar_core.errors import BackendError as BackendError
+    from mvar_core.errors import CheckpointError as CheckpointError
+    from mvar_core.errors import ConfigError as ConfigError
+    from mvar_core.errors import DataError as DataError
+    from mvar_core.errors import MvarError as MvarError
+    from mvar_core.pipeline import Pipeline as Pipeline
+    from mvar_core.progress import Progress as Progress
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+
+_MODULES = {
+    "mvar_core.errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "MvarError"),
+    "mvar_core.config": ("Machine", "ModelConfig", "RunConfig", "SamplingConfig"),
+    "mvar_core.config.presets": ("preset_names",),
+    "mvar_core.pipeline": ("Pipeline",),
+    "mvar_core.progress": ("Progress",),
+    "mvar_core.workflows.ablate": ("ablate",),
+    "mvar_core.workflows.attention": ("analyze_attention",),
+    "mvar_core.workflows.bench": ("bench",),
+    "mvar_core.workflows.convert": ("convert",),
+    "mvar_core.workflows.edit": ("edit",),
+    "mvar_core.workflows.evaluate": ("evaluate", "make_reference"),
+    "mvar_core.workflows.likelihood": ("evaluate_likelihood",),
+    "mvar_core.workflows.plan": ("plan",),
+    "mvar_core.workflows.quickstart": ("quickstart",),
+    "mvar_core.workflows.reconstruction": ("evaluate_reconstruction",),
+    "mvar_core.workflows.sample": ("sample_to",),
+    "mvar_core.workflows.tokenize": ("tokenize",),
+    "mvar_core.workflows.train": ("finetune_from_var", "train"),
+    "mvar_core.workflows.train_tokenizer": ("train_tokenizer",),
+}
+_SOURCE = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_SOURCE)]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the pipeline, and torch with it, only when it is asked for."""
-    if name == "Pipeline":
-        from mvar_core.pipeline import Pipeline
+    """A public name, from the module that defines it (PEP 562)."""
+    if name not in _SOURCE:
+        raise AttributeError(f"module 'mvar_core' has no attribute {name!r}")
+    return getattr(import_module(_SOURCE[name]), name)
 
-        return Pipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,24 +8,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"allocator", "errors", "pyramid", "config", "runtime", "io"}
+FLOORS = (
+    ("errors", "allocator", "progress", "results"),
+    ("pyramid",),
+    ("config",),
+    ("runtime",),
+    ("distributed", "io"),
+    ("kernels",),
+    ("models",),
+    ("data",),
+    ("sampling",),
+    ("training",),
+    ("evaluation",),
+    ("analysis",),
+    ("reports",),
+    ("pipeline",),
+    ("workflows",),
+    ("__init__",),
+)
+"""A room may import rooms of lower floors alone."""
 MAY_IMPORT = {
-    "allocator": set(),
-    "errors": set(),
-    "pyramid": {"errors"},
-    "config": {"errors", "pyramid"},
-    "runtime": {"errors"},
-    "io": {"errors"},
-    "kernels": FOUNDATION,
-    "models": FOUNDATION | {"kernels"},
-    "data": FOUNDATION | {"models"},
-    "evaluation": FOUNDATION,
-    "training": FOUNDATION | {"kernels", "models"},
-    "sampling": FOUNDATION | {"kernels", "models"},
-    "analysis": FOUNDATION | {"kernels", "models"},
-    "reports": FOUNDATION | {"analysis", "training"},
-    "pipeline": FOUNDATION | {"kernels", "models", "sampling", "analysis"},
-    "__init__": {"pipeline"},
+    room: {below for rooms in FLOORS[:number] for below in rooms}
+    for number, floor in enumerate(FLOORS)
+    for room in floor
 }
 FILES = sorted((ROOT / "mvar_core").rglob("*.py"))
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mvar_cli import options
-from mvar_cli.console import Console, format_bytes, format_seconds
+from mvar_cli import old_options as options
 from mvar_cli.costs import side_name
+from mvar_cli.old_console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mvar_cli import options
-from mvar_cli.console import Console, format_count
+from mvar_cli import old_options as options
+from mvar_cli.old_console import Console, format_count
 from mvar_core.errors import ConfigError
 
 if TYPE_CHECKING:

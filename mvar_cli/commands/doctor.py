@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvar_cli import options
-from mvar_cli.console import Console, format_bytes
+from mvar_cli import old_options as options
+from mvar_cli.old_console import Console, format_bytes
 from mvar_core.errors import MvarError
 
 EXAMPLE = "mvar doctor"

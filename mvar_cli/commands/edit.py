@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mvar_cli import options
+from mvar_cli import old_options as options
 from mvar_cli.processes import processes
 from mvar_cli.sample_request import NamedModel, Place, Wanted
 from mvar_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from mvar_cli.console import Console
     from mvar_cli.edit_request import Edit
+    from mvar_cli.old_console import Console
     from mvar_core.config import ModelConfig
 
 EXAMPLE = "mvar edit --checkpoint var-d16 --image a.png --box 64,64,192,192 --out out"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mvar_cli import options
+from mvar_cli import old_options as options
 from mvar_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mvar_cli import options
+from mvar_cli import old_options as options
 from mvar_cli.commands.train import TrainRequest, execute
-from mvar_cli.option_groups import TrainOptions, TransformerLoopOptions
+from mvar_cli.old_groups import TrainOptions, TransformerLoopOptions
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 
 if TYPE_CHECKING:

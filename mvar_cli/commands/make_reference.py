@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mvar_cli import options
-from mvar_cli.console import format_seconds
+from mvar_cli import old_options as options
+from mvar_cli.old_console import format_seconds
 from mvar_core.errors import ConfigError, DataError
 
 EXAMPLE = "mvar evaluate make-reference --data digits --out digits-reference.npz"

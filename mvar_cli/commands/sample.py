@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mvar_cli import options
-from mvar_cli.console import Console
+from mvar_cli import old_options as options
+from mvar_cli.old_console import Console
 from mvar_cli.processes import processes
 from mvar_cli.sample_request import NamedModel, Place, Wanted
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mvar_cli import options
-from mvar_cli.console import Console, format_bytes, format_seconds
+from mvar_cli import old_options as options
+from mvar_cli.old_console import Console, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from mvar_core.config import ConditioningConfig, RunConfig

@@ -1,21 +1,22 @@
 """Configuration: one frozen class for each thing that can be set, the presets, and how they merge."""
 
+from mvar_core.config.machine import Machine
 from mvar_core.config.model import (
     AttentionConfig,
     ConditioningConfig,
-    GuidanceSchedule,
     ModelConfig,
     PublishedResult,
     RunConfig,
-    SamplingConfig,
     TokenizerConfig,
     TransformerConfig,
 )
+from mvar_core.config.sampling import GuidanceSchedule, SamplingConfig
 
 __all__ = [
     "AttentionConfig",
     "ConditioningConfig",
     "GuidanceSchedule",
+    "Machine",
     "ModelConfig",
     "PublishedResult",
     "RunConfig",

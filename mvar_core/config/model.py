@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mvar_core.config.sampling import SamplingConfig
 from mvar_core.config.section import Section
 from mvar_core.config.training import DataConfig, TokenizerTrainConfig, TrainConfig
 from mvar_core.pyramid import (
@@ -118,39 +119,6 @@ class AttentionConfig(Section):
     @classmethod
     def _empty_when_none(cls, value: Any) -> Any:
         return () if value is None else value
-
-
-GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
-
-
-class SamplingConfig(Section):
-    """Recommended sampling settings of a model; `mvar sample` uses them unless told otherwise."""
-
-    cfg: float = Field(1.5, ge=0, description="guidance at the last scale; 0 is unguided")
-    top_k: int = Field(900, ge=0, description="keep the k most likely codes; 0 keeps all")
-    top_p: float = Field(
-        0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
-    )
-    cfg_schedule: GuidanceSchedule = Field(
-        "linear", description="how cfg grows over the scales: linear, constant, cosine, or one number per scale"
-    )
-    cfg_scales: tuple[int, int] | None = Field(None, description="first and last guided scale, from 0; null guides all")
-    more_smooth: bool = Field(False, description="Gumbel-softmax mixtures of codes: for looks, never for metrics")
-
-    @model_validator(mode="after")
-    def _check_guidance(self) -> SamplingConfig:
-        if not isinstance(self.cfg_schedule, str) and any(strength < 0 for strength in self.cfg_schedule):
-            raise ValueError(f"cfg_schedule {self.cfg_schedule} holds a negative number")
-        if self.cfg_scales is not None and not 0 <= self.cfg_scales[0] <= self.cfg_scales[1]:
-            raise ValueError(f"cfg_scales {self.cfg_scales} is not a first and a last scale, counted from 0")
-        return self
-
-    @property
-    def guided(self) -> bool:
-        """Whether any scale may be guided."""
-        if isinstance(self.cfg_schedule, str):
-            return self.cfg > 0
-        return any(strength > 0 for strength in self.cfg_schedule)
 
 
 class ModelConfig(Section):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from mvar_core.errors import ConfigError, nearest
 
@@ -14,6 +15,16 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, values cannot be changed after the merge."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """As the constructor.
+
+        Raises:
+            ConfigError: An unknown key or a value that does not fit, in one line.
+        """
+        built: Self = validate(cls, values, cls.__name__)
+        return built
 
 
 def validate(section: type[Section], values: Mapping[str, Any], source: str) -> Any:
@@ -53,14 +64,3 @@ def _keys(section: type[BaseModel], path: tuple[str, ...]) -> list[str]:
                 current = candidate
                 break
     return list(current.model_fields)
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys as `--set` writes them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flattened(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from mvar_core.config.section import flattened
 from mvar_core.errors import CheckpointError
 from mvar_core.io.files import atomic_path
+from mvar_core.io.resumable import flattened
 from mvar_core.training.sharded import UNREADABLE, damaged, load_shards
 
 BEST = "best"

@@ -19,6 +19,7 @@ from torch import nn
 
 from mvar_core.allocator import keeping_all_freed_memory
 from mvar_core.config import RunConfig
+from mvar_core.distributed import InterruptFlag
 from mvar_core.errors import DataError
 from mvar_core.io.files import remove_leftovers, write_text
 from mvar_core.models.compilation import uncompiled
@@ -29,7 +30,6 @@ from mvar_core.training.checkpoints import (
     remove_checkpoints,
 )
 from mvar_core.training.ema import WeightAverage
-from mvar_core.training.interrupt import InterruptFlag
 from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan
 from mvar_core.training.optim import load_moments, moments
 from mvar_core.training.order import prefetch

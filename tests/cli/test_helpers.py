@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvar_cli.console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
-from mvar_cli.options import parse_bytes, parse_numbers
+from mvar_cli.old_console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
+from mvar_cli.old_options import parse_bytes, parse_numbers
 from mvar_cli.report import Picture, Section, page
 from mvar_cli.selection import parse_classes
 from mvar_core.errors import ConfigError, DataError
@@ -94,7 +94,7 @@ def test_cells():
 
 def test_progress_without_a_terminal_speaks_now_and_then(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 40.0])
-    monkeypatch.setattr("mvar_cli.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("mvar_cli.old_console.time.monotonic", lambda: next(clock))
     progress = Progress("work", "images", None)
     for done in (0, 10, 40):
         progress(done, 100)

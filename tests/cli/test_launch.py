@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from mvar_cli.app import COMMANDS, SUBCOMMANDS, load_command
-from mvar_cli.heartbeat import Heartbeat
-from mvar_cli.launch import lost_connection, verdict
 from mvar_core.data.tokens import TokenCache
+from mvar_core.distributed import Heartbeat, first_failure, lost_connection
 from mvar_core.training.record import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -117,7 +116,7 @@ class Failure:
     ],
 )
 def test_the_first_cause_is_what_is_told(failures, code, text):
-    found_code, found = verdict(failures, 2)
+    found_code, found = first_failure(failures, 2)
     assert found_code == code
     assert text in found
     assert text or not found

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from mvar_cli.app import COMMANDS, load_command
-from mvar_cli.option_groups import LoopOptions, TransformerLoopOptions, ungrouped
+from mvar_cli.old_groups import LoopOptions, TransformerLoopOptions, ungrouped
 from mvar_core.config import RunConfig
 
 

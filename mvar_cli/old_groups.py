@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
-from mvar_cli import options
+from mvar_cli import old_options as options
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mvar_core.training.interrupt import InterruptFlag
+from mvar_core.distributed import InterruptFlag
 
 
 def test_first_interrupt_sets_the_flag_and_second_one_raises():

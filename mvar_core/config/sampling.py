@@ -1,0 +1,71 @@
+"""How to sample: guidance and filters."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mvar_core.config.section import Section
+
+GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
+
+
+class SamplingConfig(Section):
+    """Sampling settings: those that a model recommends, or those that a caller asks for.
+
+    Where a caller gives one, fields that are not set are as the model recommends (`over`).
+    """
+
+    cfg: float = Field(1.5, ge=0, description="guidance at the last scale; 0 is unguided")
+    top_k: int = Field(900, ge=0, description="keep the k most likely codes; 0 keeps all")
+    top_p: float = Field(
+        0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
+    )
+    cfg_schedule: GuidanceSchedule = Field(
+        "linear", description="how cfg grows over the scales: linear, constant, cosine, or one number per scale"
+    )
+    cfg_scales: tuple[int, int] | None = Field(None, description="first and last guided scale, from 0; null guides all")
+    more_smooth: bool = Field(False, description="Gumbel-softmax mixtures of codes: for looks, never for metrics")
+
+    @field_validator("cfg_schedule", mode="before")
+    @classmethod
+    def _read_schedule(cls, value: Any) -> Any:
+        """One number per scale also as text: 1,1,2."""
+        if not isinstance(value, str) or value in ("linear", "constant", "cosine"):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            raise ValueError(f"{value!r} is not linear, constant, cosine, or a comma list of numbers") from None
+
+    @field_validator("cfg_scales", mode="before")
+    @classmethod
+    def _read_scales(cls, value: Any) -> Any:
+        """First and last scale also as text: 4-9, or 9."""
+        if not isinstance(value, str):
+            return value
+        first, dash, last = value.partition("-")
+        try:
+            return int(first), int(last if dash else first)
+        except ValueError:
+            raise ValueError(f"{value!r} is not a range of scales such as 4-9") from None
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> SamplingConfig:
+        if not isinstance(self.cfg_schedule, str) and any(strength < 0 for strength in self.cfg_schedule):
+            raise ValueError(f"cfg_schedule {self.cfg_schedule} holds a negative number")
+        if self.cfg_scales is not None and not 0 <= self.cfg_scales[0] <= self.cfg_scales[1]:
+            raise ValueError(f"cfg_scales {self.cfg_scales} is not a first and a last scale, counted from 0")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale may be guided."""
+        if isinstance(self.cfg_schedule, str):
+            return self.cfg > 0
+        return any(strength > 0 for strength in self.cfg_schedule)
+
+    def over(self, recommended: SamplingConfig) -> SamplingConfig:
+        """These settings, with what is not set here as recommended."""
+        return recommended.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})

@@ -1,0 +1,432 @@
+"""The processes of one job: who does what, what they tell each other, how they are started and how they end.
+
+torchrun, or `launch`, starts them; `connect` joins them for as long as a block runs and gives the one object through
+which everything else speaks to the others. A single process is the same object with a world of one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mvar_core.errors import ConfigError, MvarError
+
+Value = TypeVar("Value")
+
+SECONDS_TO_SAVE = 600
+"""How long interrupted processes may take to finish a step and write a checkpoint."""
+SECONDS_BETWEEN_BEATS = 3.0
+SECONDS_OF_SILENCE = 30.0
+LAUNCHED = "MVAR_LAUNCHED"
+"""Set for processes that `launch` started: the launching process speaks for them all."""
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_ENDED = "mvar/ended"
+_RESUME = "Run the same command again: what can be resumed continues from where it was last saved."
+
+
+class RemoteError(MvarError):
+    """A problem that another process has found and reports."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share one job.
+
+    Attributes:
+        rank: This process's number.
+        world_size: How many there are.
+        local_rank: This process's number on its machine, which is also the number of its GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this is the process that reads and writes what exists once."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device of this process where `name` leaves the choice: one GPU each."""
+        if self.world_size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank}"
+        return name
+
+    def share(self, items: Sequence[Value]) -> Sequence[Value]:
+        """This process's share of some pieces of work, in turns."""
+        return items[self.rank :: self.world_size]
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.any_rank(False)
+
+    def broadcast_object(self, value: Value) -> Value:
+        """Rank 0's value, in all processes."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        return cast("Value", values[0])
+
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Give a tensor rank 0's values, in all processes, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor.detach(), src=0)
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum of all processes' values."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set in some process; all processes ask together."""
+        if self.world_size == 1:
+            return flag
+        raised = torch.tensor(int(flag))  # between processors: it must not wait for a GPU
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return bool(raised)
+
+    def run_on_rank_zero(self, compute: Callable[[], Value]) -> Value:
+        """What `compute` returns in rank 0, in all processes; the others wait for it.
+
+        Raises:
+            MvarError: What `compute` raised; in the other processes a RemoteError, so that none waits for one that
+                has failed.
+            OSError: Likewise.
+        """
+        if self.world_size == 1:
+            return compute()
+        value: Any = None
+        failed: Exception | None = None
+        if self.is_rank_zero:
+            try:
+                value = compute()
+            except (MvarError, OSError) as error:
+                failed = error
+        value, problem = self.broadcast_object((value, None if failed is None else str(failed)))
+        if failed is not None:
+            raise failed
+        if problem is not None:
+            raise RemoteError(problem)
+        return cast("Value", value)
+
+
+def environment() -> World:
+    """This process as torchrun's environment describes it; alone where torchrun did not start it."""
+    if "RANK" not in os.environ:
+        return World()
+    return World(
+        int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    )
+
+
+def world() -> World:
+    """The processes that are connected now; outside `connect`, this one alone."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    return World()
+
+
+@contextmanager
+def connect(device: str = "cpu") -> Iterator[World]:
+    """The processes that torchrun started, connected for as long as the block runs; without torchrun, this one alone.
+
+    Inside another `connect` it gives the world that is connected already. A process that dies without closing its
+    connections (its machine is gone) ends the others within a minute.
+
+    Args:
+        device: As the user named it. Tensors on a GPU travel between GPUs (NCCL), results between processors (gloo).
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield world()
+        return
+    here = environment()
+    if here.world_size == 1:
+        yield World()
+        return
+    if not here.is_rank_zero:
+        logging.getLogger("mvar").setLevel(logging.ERROR)
+    own = here.device(device)
+    if own.startswith("cuda") and dist.is_nccl_available():
+        torch.cuda.set_device(own)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    with Heartbeat(here.rank, here.world_size):
+        yield here
+        dist.all_reduce(torch.zeros(()))  # until all are done: rank 0 may hold the store
+    # Not where an error ends the block: the others may be waiting for what this process will not send.
+    dist.destroy_process_group()
+
+
+class Heartbeat:
+    """A thread that shows, while entered, that this process lives, and ends it when another process does not.
+
+    A process that fails closes its connections, and the others notice at once. One whose machine loses power or
+    network does not, and the collectives' own timeout must be long: writing a checkpoint may take many minutes. Rank 0
+    watches all others, and all others watch rank 0.
+
+    Args:
+        rank: This process's number.
+        world_size: How many there are.
+        between: Seconds between two signs of life.
+        silence: Seconds without any after which a process counts as dead.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        between: float = SECONDS_BETWEEN_BEATS,
+        silence: float = SECONDS_OF_SILENCE,
+    ):
+        self.rank = rank
+        self.watched = range(1, world_size) if rank == 0 else range(1)
+        self.world_size = world_size
+        self.between = between
+        self.silence = silence
+        self._beats = 0
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._stopped = threading.Event()
+        # Not a daemon: one that is inside the store when the interpreter ends would abort the process.
+        self._thread = threading.Thread(target=self._run, name="mvar-heartbeat")
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def problem(self, store: Any, now: float) -> str | None:
+        """Give a sign of life and look for the others'; what is wrong, if anything is.
+
+        Args:
+            store: The store that all processes share.
+            now: Seconds on any clock that does not jump.
+        """
+        self._beats += 1
+        store.set(f"mvar/beat/{self.rank}", str(self._beats))
+        if store.check([_ENDED]):
+            return store.get(_ENDED).decode()
+        for rank in self.watched:
+            key = f"mvar/beat/{rank}"
+            beat = store.get(key) if store.check([key]) else b""
+            known, since = self._seen.get(rank, (None, now))
+            if beat != known:
+                self._seen[rank] = (beat, now)
+            elif beat != b"done" and now - since > self.silence:
+                text = f"process {rank + 1} of {self.world_size} has not been heard from for {now - since:.0f} s"
+                store.set(_ENDED, text)
+                return text
+        return None
+
+    def _run(self) -> None:
+        # A connection of its own: on a shared one, what the main thread waits for would hold up the signs of life.
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=self.silence),
+        )
+        while True:
+            try:
+                problem = self.problem(store, time.monotonic())
+            except (RuntimeError, ConnectionError) as error:
+                problem = f"the first machine of the job cannot be reached: {' '.join(str(error).split())[:200]}"
+            if problem is not None and not self._stopped.is_set():
+                # From this thread: the main one may be waiting inside a collective, where nothing reaches it.
+                report_failure(f"error: {problem}. {_RESUME}", consequence=True)
+                sys.stderr.flush()
+                os._exit(1)
+            if self._stopped.wait(self.between):
+                with suppress(RuntimeError, ConnectionError):
+                    store.set(f"mvar/beat/{self.rank}", "done")
+                return
+
+
+class InterruptFlag:
+    """While entered, the first Ctrl-C or SIGTERM sets `raised` and lets the current step finish.
+
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: launchers and batch systems send several. Outside
+    the main thread, where handlers cannot be set, it changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> InterruptFlag:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM, with which batch systems and launchers end processes, raises KeyboardInterrupt in the main thread."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[int, str]:
+    """Run `python -m mvar_cli` with these arguments in `nproc` processes through torchrun's own launcher.
+
+    Signals are passed on, and the processes may finish what they are doing. The first one that fails ends the others.
+
+    Returns:
+        The exit code, and what the process that failed first has to say; empty where nothing is left to say.
+
+    Raises:
+        ConfigError: More processes than GPUs.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    _check_devices(device, nproc)
+    # Its warnings repeat, in several lines, what is reported in one.
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.addHandler(logging.NullHandler())
+    elastic.propagate = os.environ.get("MVAR_DEBUG") == "1"
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // nproc)))
+    further: dict[str, Any] = {}
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # older ones wait 30 s and cannot be told otherwise
+        further["shutdown_timeout"] = SECONDS_TO_SAVE
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+        **further,
+    )
+    try:
+        launch_agent(config, sys.executable, ["-u", "-m", "mvar_cli", *arguments])
+    except ChildFailedError as error:
+        return first_failure(error.failures, nproc)
+    except SignalException as error:
+        return 128 + int(error.sigval), ""
+    finally:
+        del os.environ[LAUNCHED]
+    return 0, ""
+
+
+def first_failure(failures: Mapping[int, Any], nproc: int) -> tuple[int, str]:
+    """Exit code and line for processes that failed: the first cause counts, what followed from it does not."""
+
+    def reported(failure: Any) -> dict[str, Any]:
+        data = failure.error_file_data
+        return data if isinstance(data, dict) else {}
+
+    def order(item: tuple[int, Any]) -> tuple[bool, int, int]:
+        rank, failure = item
+        # SIGTERM is how the launcher ends the others.
+        followed = bool(reported(failure).get("consequence")) or failure.exitcode == -signal.SIGTERM
+        return followed, failure.timestamp, rank
+
+    rank, failure = min(failures.items(), key=order)
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        return 1, f"error: process {rank + 1} of {nproc} was ended by {name}, and the others with it. {_RESUME}"
+    if "line" not in reported(failure) and failure.exitcode == 1:
+        return 1, f"error: process {rank + 1} of {nproc} ended with exit code 1 without saying why."
+    return failure.exitcode, str(reported(failure).get("line", ""))
+
+
+def report_failure(line: str, *, consequence: bool = False, silent: bool = False) -> None:
+    """Say why this process fails: on stderr, or to the process that launched it.
+
+    Args:
+        line: What went wrong.
+        consequence: Another process has failed, and this one because of it.
+        silent: Another process says the same.
+    """
+    path = os.environ.get(_ERROR_FILE)
+    if path is not None:
+        # torchrun's own layout, so that its summary shows the line as well.
+        content = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(
+            json.dumps({"message": content, "line": line, "consequence": consequence}), encoding="utf-8"
+        )
+    if not silent and LAUNCHED not in os.environ:
+        print(line, file=sys.stderr)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error says no more than that another process has gone."""
+    if environment().world_size == 1:
+        return False
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo", "tcpstore")
+    return type(error).__name__.startswith("Dist") or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    )
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_devices(device: str, nproc: int) -> None:
+    """Refuse more processes than GPUs, where GPUs are what the processes would use."""
+    available = torch.cuda.device_count()
+    if device.startswith("cuda:"):
+        raise ConfigError(f"--device {device} is one GPU, and --nproc {nproc} needs {nproc}.", "Use --device cuda.")
+    if device in ("auto", "cuda") and 0 < available < nproc:
+        raise ConfigError(
+            f"--nproc {nproc}: this machine has {available} GPUs, and each process uses one.",
+            f"Use --nproc {available}, or --device cpu.",
+        )

@@ -1,0 +1,216 @@
+"""Work that survives interruptions: a record of what is made, and numbered pieces that are each whole or absent.
+
+A job lives in a directory. Its record says everything that the result depends on; a directory whose record differs
+belongs to other work. Pieces are files, written whole or not at all, whose presence says that they are done; the same
+command after a stop makes what is missing. One process (or one job of several) works in the directory at a time.
+
+Token caches, samples, ablations and training checkpoints all resume by this protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mvar_core.errors import DataError
+from mvar_core.io.files import read_json, remove_leftovers, write_json
+
+LOCK_FILE = ".lock"
+LONGEST_VALUE = 60
+MOST_DIFFERENCES = 8
+
+
+class Resumable:
+    """A directory of numbered pieces.
+
+    Args:
+        directory: Where the pieces are.
+        record: JSON values: everything that the result depends on.
+        pieces: How many there are.
+        record_file: Name of the record's file.
+        piece_name: Name of a piece's file, with a place for its number.
+        ignore: Keys of the record that may differ.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        record: Mapping[str, Any],
+        pieces: int,
+        *,
+        record_file: str = "manifest.json",
+        piece_name: str = "piece-{:06d}.json",
+        ignore: Collection[str] = (),
+    ):
+        self.directory = directory
+        self.record = as_json(record)
+        self.pieces = range(pieces)
+        self.record_path = directory / record_file
+        self.piece_name = piece_name
+        self.ignore = frozenset(ignore)
+        self._lock: FileLock | None = None
+
+    def piece(self, number: int) -> Path:
+        """The file whose presence says that a piece is done."""
+        return self.directory / self.piece_name.format(number)
+
+    def is_whole(self, number: int) -> bool:
+        """Whether a piece that is there can be used; a machine that lost its power may leave others."""
+        return True
+
+    def present(self) -> set[int]:
+        """Pieces whose file is there."""
+        return {number for number in self.pieces if self.piece(number).is_file()}
+
+    def done(self) -> set[int]:
+        """Pieces that are there and whole, if the directory holds this work; otherwise none."""
+        if not self.begun or self.difference():
+            return set()
+        return {number for number in self.present() if self.is_whole(number)}
+
+    @property
+    def begun(self) -> bool:
+        """Whether the directory has a record, of this or of other work."""
+        return self.record_path.is_file()
+
+    def difference(self) -> str:
+        """How the work that was begun here differs from this, in words; empty where it does not, or nothing was."""
+        if not self.begun:
+            return ""
+        found = read_json(self.record_path)
+        if not isinstance(found, dict):
+            return f"{self.record_path} is not a record of it"
+        return differences(found, self.record, self.ignore)
+
+    def require_same(self, hint: str = "Use those settings to resume it, or add --overwrite to start over.") -> None:
+        """Refuse to continue other work.
+
+        Raises:
+            DataError: Names what differs, with both values.
+        """
+        if difference := self.difference():
+            raise DataError(f"{self.directory} holds unfinished work with other settings: {difference}.", hint)
+
+    def begin(self) -> set[int]:
+        """Lock the directory and prepare it; returns the pieces that are done.
+
+        What belongs to other work, is not whole, or was left by killed writers is removed.
+
+        Raises:
+            DataError: Another process works here.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.acquire()
+        if self.difference() or not self.begun:
+            self.clear()
+            write_json(self.record_path, self.record)
+        remove_leftovers(self.directory)
+        done = self.done()
+        for number in self.present() - done:
+            self.piece(number).unlink(missing_ok=True)
+        return done
+
+    def clear(self) -> None:
+        """Remove everything in the directory but its lock."""
+        for path in self.directory.iterdir():
+            if path.name != LOCK_FILE:
+                remove(path)
+
+    def acquire(self) -> None:
+        """Let no other process work here; where the file system has no locks, nothing is locked.
+
+        Raises:
+            DataError: Another process works here.
+        """
+        self._lock = lock_directory(self.directory)
+
+    def release(self) -> None:
+        """Let other processes work here."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def discard(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.release()
+
+
+def lock_directory(directory: Path) -> FileLock | None:
+    """A lock that is held until it is released; None where the file system has none.
+
+    Raises:
+        DataError: Another process holds it.
+    """
+    lock = FileLock(directory / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(
+            f"Another process is at work in {directory}.",
+            "Wait for it, or choose another --out; several processes share the work under --nproc or torchrun.",
+        ) from None
+    except (OSError, NotImplementedError):
+        return None
+    return lock
+
+
+def differences(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    ignore: Collection[str] = (),
+    *,
+    describe: Callable[[str, str, str], str] = "{} is {} there, {} asked".format,
+) -> str:
+    """How two records differ, key by key and by dotted names; empty where they are equal.
+
+    Args:
+        found: What is there.
+        wanted: What is asked for.
+        ignore: Top-level keys that do not count.
+        describe: Makes a phrase of a key and both values.
+    """
+    before = flattened({key: value for key, value in as_json(found).items() if key not in ignore})
+    now = flattened({key: value for key, value in as_json(wanted).items() if key not in ignore})
+    phrases = [
+        describe(key, _short(before.get(key, "absent")), _short(now.get(key, "absent")))
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key, "absent") != now.get(key, "absent")
+    ]
+    more = len(phrases) - MOST_DIFFERENCES
+    return "; ".join(phrases[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys as `--set` writes them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they are when they have been written as JSON and read again."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"

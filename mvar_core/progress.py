@@ -1,0 +1,36 @@
+"""How long work reports how far it is: one callback, the same for every function of the public face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called whenever some work is done; an exception that it raises ends the work."""
+
+    def __call__(self, stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
+        """Report progress.
+
+        Args:
+            stage: What is being done, for example "tokenizing".
+            done: Units finished, those of an earlier, interrupted run included.
+            total: Units in all.
+            unit: What is counted.
+            note: Further figures to show, for example the loss.
+        """
+        ...
+
+
+def silent(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
+    """Report to nobody."""
+
+
+def stage(progress: Progress | None, name: str, unit: str = "images") -> Callable[[int, int], None]:
+    """A callback (done, total) that reports as one stage of `progress`."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(name, done, total, unit=unit)
+
+    return report

@@ -1,0 +1,68 @@
+"""What the functions of the public face return: frozen records whose fields are the keys of `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a function would do.
+
+    Attributes:
+        configuration: Every setting, resolved.
+        steps: What would happen, in order.
+        cost: The predicted cost as `mvar plan --json` prints it; None where there is none.
+        facts: Further keys of the JSON object.
+    """
+
+    configuration: Mapping[str, Any]
+    steps: tuple[str, ...]
+    cost: Any = None
+    facts: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of a dry run."""
+        cost = self.cost.to_dict() if hasattr(self.cost, "to_dict") else self.cost
+        return {
+            "dry_run": True,
+            "configuration": dict(self.configuration),
+            "cost": cost,
+            "plan": list(self.steps),
+            **self.facts,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is common to all results.
+
+    Attributes:
+        dry_run: What would have been done, where `dry_run=True` was asked for; nothing was done then, and the other
+            fields hold what is known before.
+    """
+
+    dry_run: DryRun | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as `--json` prints them: paths are text; fields that are marked hidden are left out."""
+        if self.dry_run is not None:
+            return self.dry_run.to_dict()
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in fields(self)
+            if field.name != "dry_run" and not field.metadata.get("hidden")
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

@@ -28,7 +28,7 @@ def write_inputs(folder: Path) -> None:
     """
     import numpy as np
 
-    from mvar_cli.classifier import read_digits, train_digits_classifier
+    from mvar_core.evaluation.demo import read_digits, train_digits_classifier
 
     train_digits_classifier(folder / "classifier.safetensors", (32, 32))
     digits, _ = read_digits("train", (32, 32))

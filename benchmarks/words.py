@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from machine import save
 
-from mvar_cli.classifier import find_classifier, read_digits
 from mvar_core import Pipeline
 from mvar_core.data.words import embed_words, phrasings
-from mvar_core.evaluation.demo import DemoClassifier
+from mvar_core.evaluation.demo import DemoClassifier, find_classifier, read_digits
 
 TRAINED = {"seven": 0, "a seven": 1, "the digit seven": 2, "7": 3}
 UNSEEN = ("number {}", "my {}", "please draw the {}", "a handwritten {}", "{}s")

@@ -83,7 +83,7 @@ class Judge:
             return cls(console, why_not=str(error))
         judge = cls(console, known, extractor)
         if kind == "demo" and split_name(reference) == ("digits", "train"):
-            from mvar_cli.classifier import read_digits
+            from mvar_core.evaluation.demo import read_digits
 
             judge._digits = (read_digits("train", shape), read_digits("test", shape))
         return judge
@@ -180,14 +180,14 @@ def _draw_picture(images: DrawnImages, path: Path) -> None:
 
 def _classifier(reference: str, shape: ImageShape, out: Path, nearby: list[Path]) -> Path:
     """The demo classifier beside the model, else the experiment's own, trained where it is absent."""
-    from mvar_cli.classifier import FILE, train_digits_classifier
+    from mvar_core.evaluation.demo import CLASSIFIER_FILE, train_digits_classifier
 
     if split_name(reference)[0] != "digits":
         raise DataError(
             "Demo features of other images than digits need a classifier.", "Name its file with --demo-classifier."
         )
     for directory in (out, *nearby):
-        if (directory / FILE).is_file():
-            return directory / FILE
-    train_digits_classifier(out / FILE, shape)
-    return out / FILE
+        if (directory / CLASSIFIER_FILE).is_file():
+            return directory / CLASSIFIER_FILE
+    train_digits_classifier(out / CLASSIFIER_FILE, shape)
+    return out / CLASSIFIER_FILE

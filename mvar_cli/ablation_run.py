@@ -22,7 +22,6 @@ from mvar_cli.ablation_request import (
     AblationRequest,
     difference,
 )
-from mvar_cli.classifier import FILE as CLASSIFIER
 from mvar_cli.machine import describe_machine
 from mvar_cli.old_console import Console, format_seconds
 from mvar_cli.tokenization import tokenize_run
@@ -34,6 +33,7 @@ from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images, split_name
 from mvar_core.data.token_cache import TokenCache, split_off
 from mvar_core.errors import CheckpointError
+from mvar_core.evaluation.demo import CLASSIFIER_FILE as CLASSIFIER
 from mvar_core.io.files import read_json, write_json
 from mvar_core.kernels import check_backend
 from mvar_core.models.directory import read_model_config

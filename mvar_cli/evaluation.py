@@ -278,8 +278,7 @@ def make_extractor(
         MvarError: Its file cannot be used.
     """
     if kind == "demo":
-        from mvar_cli.classifier import find_classifier
-        from mvar_core.evaluation.demo import DemoExtractor
+        from mvar_core.evaluation.demo import DemoExtractor, find_classifier
 
         return DemoExtractor(find_classifier(demo_classifier, list(nearby), image_shape), "cpu")
     device = torch.device("cpu") if device.type == "mps" else device  # float64 is unknown there

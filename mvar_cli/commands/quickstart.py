@@ -113,14 +113,13 @@ class Story:
 
     def tell(self, num: int) -> Results:
         """Train, draw, measure, write the page."""
-        from mvar_cli import classifier as demo
         from mvar_cli.measures import measure_samples
         from mvar_cli.story import Results
         from mvar_cli.tokenization import tokenize_run
         from mvar_cli.tokenizer_training import train_tokenizer_run
         from mvar_cli.training import fit_to_tokens, train_run
         from mvar_core.data.tokens import TokenCache
-        from mvar_core.evaluation.demo import DemoClassifier
+        from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
         from mvar_core.models.directory import read_model_config
         from mvar_core.pipeline import Pipeline
 
@@ -130,10 +129,10 @@ class Story:
         resume = not self.overwrite
 
         def classify() -> Any:
-            path = self.out / demo.FILE
+            path = self.out / CLASSIFIER_FILE
             if path.is_file() and resume:
                 return DemoClassifier.load(path)
-            return demo.train_digits_classifier(path, shape, config.seed)
+            return train_digits_classifier(path, shape, config.seed)
 
         def tokenize(split: str) -> TokenCache:
             path = self.out / f"tokens-{split}"
@@ -167,7 +166,7 @@ class Story:
         _stop_if(trained.interrupted, self.console)
         pipeline = Pipeline.from_pretrained(model_dir, **machine)
         samples = self.stage("samples", lambda: self.draw(pipeline, num))
-        train, test = demo.read_digits("train", shape), demo.read_digits("test", shape)
+        train, test = read_digits("train", shape), read_digits("test", shape)
         measures = self.stage("measures", lambda: measure_samples(classifier, samples, train, test))
         report = self.out / "index.html"
         results = Results(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,12 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.errors import CheckpointError, DataError
 from mvar_core.evaluation.features import Features, check_images
 from mvar_core.io.files import atomic_path
 from mvar_core.runtime import generator
 
 FORMAT = "mvar-demo-classifier-1"
+CLASSIFIER_FILE = "classifier.safetensors"
+"""Name of a classifier next to a model."""
 CHANNELS = (16, 32, 64)
 FEATURES = 64
 POOLED_SIDE = 4
@@ -35,6 +39,8 @@ BATCH = 64
 PEAK_RATE = 4e-3
 WEIGHT_DECAY = 0.01
 LARGEST_SHIFT = 2
+
+logger = logging.getLogger("mvar")
 
 
 class DemoClassifier(nn.Module):
@@ -282,3 +288,40 @@ def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
 
 def _size(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
+
+
+def read_digits(split: str, image_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bundled digits: uint8 (N, 3, H, W) and labels (N,)."""
+    images = open_evaluation_images(f"digits:{split}", image_shape)
+    assert images.labels is not None
+    return torch.cat(list(images.batches(512))), torch.from_numpy(images.labels)
+
+
+def train_digits_classifier(path: Path, image_shape: tuple[int, int], seed: int = 0) -> DemoClassifier:
+    """Train a classifier on the bundled digits and save it."""
+    images, labels = read_digits("train", image_shape)
+    test = read_digits("test", image_shape)
+    classifier = train_classifier(images, labels, int(labels.max()) + 1, seed, test=test)
+    classifier.save(path)
+    accuracy = 100 * (classifier.measured_accuracy or 0)
+    logger.info("Trained the demo classifier of the bundled digits: %.1f %% of test digits are classified correctly;"
+                " saved as %s.", accuracy, path)  # fmt: skip
+    return classifier
+
+
+def find_classifier(named: Path | None, nearby: Sequence[Path], image_shape: tuple[int, int]) -> DemoClassifier:
+    """The classifier that was named, else one near the model, else the cached one, trained where it is absent.
+
+    Args:
+        named: What the user asked for.
+        nearby: Directories to look into.
+        image_shape: Height and width of the images.
+
+    Raises:
+        CheckpointError: A file that is not a classifier.
+    """
+    if named is not None:
+        return DemoClassifier.load(named)
+    candidates = [*(directory / CLASSIFIER_FILE for directory in nearby), default_demo_path(image_shape)]
+    found = next((path for path in candidates if path.is_file()), None)
+    return train_digits_classifier(candidates[-1], image_shape) if found is None else DemoClassifier.load(found)

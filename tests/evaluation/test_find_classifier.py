@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mvar_cli import classifier as demo
 from mvar_core.errors import CheckpointError
+from mvar_core.evaluation import demo
 from mvar_core.evaluation.demo import DemoClassifier, default_demo_path
 
 
@@ -30,7 +30,7 @@ def test_named_before_near_before_cached_before_trained(tmp_path, monkeypatch):
     assert trained == [(default_demo_path((16, 16)), (16, 16))]
     assert demo.find_classifier(None, [near], (16, 16)).weights_hash == first
     assert len(trained) == 1
-    beside = keep(near / demo.FILE, 2)
+    beside = keep(near / demo.CLASSIFIER_FILE, 2)
     assert demo.find_classifier(None, [near], (16, 16)).weights_hash == beside
     named = keep(tmp_path / "named.safetensors", 3)
     assert demo.find_classifier(tmp_path / "named.safetensors", [near], (16, 16)).weights_hash == named

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mvar_cli.training_step import TrainingStep
     from mvar_core.models.blocks import KeyValueCache
     from mvar_core.models.transformer import Transformer
     from mvar_core.models.vqvae import VQVAE
+    from mvar_core.training.measured_step import TrainingStep
 
 KILLED = "the process was ended by the system, which is what happens when memory is short"
 
@@ -242,8 +242,8 @@ def measure_memory(request: Request) -> dict[str, Any]:
 def _training_step(request: Request, device: torch.device) -> TrainingStep:
     import torch
 
-    from mvar_cli.training_step import TrainingStep
     from mvar_core.runtime import resolve_dtype
+    from mvar_core.training.measured_step import TrainingStep
 
     train = request.config.train.model_copy(update={"batch_size": request.batch_size})
     return TrainingStep(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mvar_core.analysis.random_models import random_quantizer
 from mvar_core.config import RunConfig
+from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import generator
 from mvar_core.training.curriculum import build_curriculum
@@ -42,8 +42,9 @@ class TrainingStep:
         self.dtype = dtype
         self.attention = attention
         self.seed = seed
-        # Its values change neither time nor memory.
-        self.quantizer = random_quantizer(config, device, seed)
+        with torch.random.fork_rng(devices=[]):  # its values change neither time nor memory
+            quantizer = MultiScaleQuantizer(config.tokenizer, config.pyramid)
+        self.quantizer = quantizer.to(device).eval().requires_grad_(False)
         joint = config.train.model_copy(update={"curriculum": "joint"})
         self.curriculum = build_curriculum(joint, config.pyramid, config.patterns)
         self.optimizer = build_optimizer(transformer, config.train.optimizer, transformer.no_decay_names(), device)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "allocator", "progress", "results"),
+    ("errors", "allocator", "formatting", "progress", "results"),
     ("pyramid",),
     ("config",),
     ("runtime",),

@@ -54,7 +54,9 @@ SUBCOMMANDS = (
 )
 """Commands that are words behind another command."""
 
-MOVED: dict[str, dict[str, str]] = {}
+MOVED: dict[str, dict[str, str]] = {
+    "tokenize": {"--shard-images": "Leave it out: the size of a shard follows from the number of images."},
+}
 """Options of earlier versions, by command, and what to type now."""
 
 

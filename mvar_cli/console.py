@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 from rich import box
 from rich import progress as bars
 from rich.console import Console
@@ -114,6 +115,8 @@ def show(
     if output.as_json:
         if not output.silent:
             print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
+    elif values.get("dry_run"):
+        show_dry_run(values)
     else:
         shown = [name for name in columns if values.get(name) is not None]
         if shown:
@@ -122,6 +125,14 @@ def show(
     if values.get("interrupted"):
         note("Interrupted; what was finished is saved. The same command resumes from here.")
         raise typer.Exit(130)
+
+
+def show_dry_run(values: Mapping[str, Any]) -> None:
+    """What a command would do: configuration and steps."""
+    say(yaml.safe_dump(plain(values["configuration"]), sort_keys=False, allow_unicode=True).rstrip())
+    for number, step in enumerate(values["plan"], 1):
+        say(f"{number}. {step}")
+    say("Nothing was done (--dry-run).")
 
 
 def progress(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:

@@ -1,7 +1,8 @@
 """Options that several commands share, so that a name means the same everywhere, and the groups of them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -95,8 +96,8 @@ NumProcesses = Annotated[
 ]  # fmt: skip
 
 
-class MachineOptions(Group):
-    """Where and how to compute."""
+class DeviceOptions(Group):
+    """Where to compute."""
 
     builds = "Machine"
 
@@ -107,6 +108,11 @@ class MachineOptions(Group):
         str,
         typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.", rich_help_panel=MACHINE),
     ] = "auto"
+
+
+class MachineOptions(DeviceOptions):
+    """Where and how to compute with a transformer."""
+
     attention: Annotated[
         str,
         typer.Option("--attention", metavar="NAME", rich_help_panel=MACHINE,
@@ -151,14 +157,19 @@ class SamplingOptions(Group):
 
 
 if TYPE_CHECKING:  # what a command's function receives
+    Device = mvar.Machine
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
     Sampling = mvar.SamplingConfig
 else:
-    Machine, SamplingMachine, Sampling = MachineOptions, SamplingMachineOptions, SamplingOptions
+    Device, Machine, SamplingMachine = DeviceOptions, MachineOptions, SamplingMachineOptions
+    Sampling = SamplingOptions
 
 
-def command(*, example: str, **extras: Any) -> Any:
+CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
+
+
+def command(*, example: str, **extras: Any) -> Callable[[CommandFunction], CommandFunction]:
     """Mark a command's function with what its help ends with.
 
     Args:
@@ -166,9 +177,8 @@ def command(*, example: str, **extras: Any) -> Any:
         **extras: Further facts for the application: `bare_options`, names that may be typed without a value.
     """
 
-    def mark(function: Any) -> Any:
-        function.example = example
-        function.extras = extras
+    def mark(function: CommandFunction) -> CommandFunction:
+        vars(function).update(example=example, extras=extras)
         return function
 
     return mark

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.errors import MvarError as MvarError
     from mvar_core.pipeline import Pipeline as Pipeline
     from mvar_core.progress import Progress as Progress
+    from mvar_core.workflows.tokenize import tokenize as tokenize
 
 __version__ = "0.1.0"
 

@@ -142,6 +142,7 @@ class Manifest(_Record):
         source: Name and split of the images, as typed.
         fingerprint: SHA-256 over names, labels and sizes of all images.
         images_per_shard: Images of the source in every shard but the last.
+        tokenizer: The tokenizer's directory, as it was given; None in caches of earlier versions.
         vectors: What the vectors are, where there are any.
         shards: The files, in order.
     """
@@ -163,6 +164,7 @@ class Manifest(_Record):
     source: str
     fingerprint: str
     images_per_shard: int
+    tokenizer: str | None = None
     vectors: VectorsEntry | None = None
     shards: tuple[Shard, ...] = ()
 
@@ -208,7 +210,7 @@ class Manifest(_Record):
         return "; ".join(
             f"{key} is {_short(there[key])} there, {_short(here[key])} asked"
             for key in there
-            if key not in ("shards", "source", "version", "skipped") and there[key] != here[key]
+            if key not in ("shards", "source", "tokenizer", "version", "skipped") and there[key] != here[key]
         )
 
 

@@ -64,6 +64,7 @@ class CacheWriter:
         encode: The tokenizer.
         config: The model, for its pyramid, codebook and image size.
         tokenizer_hash: SHA-256 of the tokenizer's weights.
+        tokenizer: Its directory, for the manifest.
         data: Which views.
         seed: Seed of random crops and augmented views.
         batch_size: Views per call of `encode`. No batch spans two shards.
@@ -87,12 +88,14 @@ class CacheWriter:
         images_per_shard: int | None = None,
         skip_bad: bool = False,
         vectors: Vectors | None = None,
+        tokenizer: str | None = None,
     ):
         self.out = out
         self.source = source
         self.encode = encode
         self.config = config
         self.tokenizer_hash = tokenizer_hash
+        self.tokenizer = tokenizer
         self.data = data
         self.seed = seed
         self.batch_size = batch_size
@@ -232,6 +235,7 @@ class CacheWriter:
             version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
             vectors=self._vectors_entry,
             tokenizer_hash=self.tokenizer_hash,
+            tokenizer=self.tokenizer,
             patch_sizes=self.config.pyramid.patch_sizes,
             codebook_size=self.config.tokenizer.codebook_size,
             image_size=self.config.image_size,

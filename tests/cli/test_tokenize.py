@@ -37,7 +37,7 @@ def start(arguments: list[Any], **environment: str) -> subprocess.Popen[str]:
 
 
 def test_two_processes_write_the_cache_of_one(mvar, model, tmp_path):
-    options = ["--checkpoint", model, "--data", "digits:test", "--flip", "--shard-images", 50]
+    options = ["--checkpoint", model, "--data", "digits:test", "--flip"]
     alone = mvar("tokenize", *options, "--out", tmp_path / "one", "--json").json
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ def test_bad_images_stop_the_command_or_are_left_out(mvar, model, images, tmp_pa
 
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_bytes_of_an_uninterrupted_run(model, tmp_path):
-    options = ["--checkpoint", model, "--data", "digits", "--flip", "--shard-images", 32, "--batch-size", 4]
+    options = ["--checkpoint", model, "--data", "digits", "--flip", "--batch-size", 4]
     options += ["--set", "data.augmented_views=10", "--json"]
     whole = start([*options, "--out", tmp_path / "whole"])
     began = time.monotonic()

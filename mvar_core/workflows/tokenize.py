@@ -1,0 +1,282 @@
+"""Images to a token cache: what training reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvar_core.config import Machine, ModelConfig, RunConfig
+from mvar_core.config.presets import load_config
+from mvar_core.data.images import ImageSource, open_images
+from mvar_core.data.manifest import MANIFEST, Manifest, smallest_unsigned
+from mvar_core.data.tokens import CacheSummary, CacheWriter
+from mvar_core.data.transforms import Views
+from mvar_core.data.vectors import Vectors, file_vectors, word_vectors
+from mvar_core.data.words import ENCODER
+from mvar_core.distributed import connect
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
+from mvar_core.progress import Progress, stage
+from mvar_core.pyramid import PatchSize
+from mvar_core.results import DryRun, Result
+from mvar_core.runtime import resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeResult(Result):
+    """What `tokenize` leaves behind.
+
+    Attributes:
+        images: Images in the cache.
+        views: Views of each image.
+        bytes: Size of its tokens and labels.
+        bytes_per_view: Size of one view's tokens, with its share of labels and headers.
+        seconds: What this call took.
+        encoded: Images that this call encoded; the others were there already.
+        skipped: Names of images that could not be read and were left out.
+        path: The cache's directory.
+        tokens: The same.
+    """
+
+    images: int
+    views: int
+    bytes: int
+    bytes_per_view: float
+    seconds: float
+    encoded: int
+    skipped: tuple[str, ...]
+    path: Path
+    tokens: Path
+
+
+def tokenize(
+    *,
+    tokenizer: Path | str,
+    data: Path | str,
+    out: Path | str,
+    preset: str | None = None,
+    settings: Sequence[str] = (),
+    image_size: PatchSize | str | None = None,
+    flip: bool | None = None,
+    crops: int | None = None,
+    batch_size: int = 64,
+    seed: int | None = None,
+    skip_bad: bool = False,
+    words: bool = False,
+    vectors: Path | str | None = None,
+    encoder: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    machine: Machine = Machine(),
+    progress: Progress | None = None,
+) -> TokenizeResult:
+    """Turn images into a cache of token indices.
+
+    The same call again resumes where it was interrupted. Under torchrun the processes share the work.
+
+        cache = mvar.tokenize(tokenizer="runs/tokenizer", data="digits", out="runs/tokens", flip=True)
+
+    Args:
+        tokenizer: Model directory with the tokenizer; image size and pyramid are its own unless a preset, `settings`
+            or `image_size` give others.
+        data: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files; `:test` chooses a
+            split.
+        out: The cache's directory.
+        preset: Name of a preset or a YAML file, for its image size and its `data.*`.
+        settings: Changes to it, as `data.augmented_views=4`.
+        image_size: Side, or (height, width), also as "256x384"; the pyramid follows.
+        flip: Also encode a mirrored view of every image.
+        crops: Crops of every image: its centre, and `crops` - 1 random ones.
+        batch_size: Views encoded together.
+        seed: Of random crops and augmented views; by default the preset's.
+        skip_bad: Leave out images that cannot be read, and list them.
+        words: Store vectors of the classes' names too, for models that are conditioned on words.
+        vectors: Store the vectors of this file (.npy, .npz, .safetensors), one for each class or image.
+        encoder: Name of what made `vectors`; by default what the file says.
+        overwrite: Replace what is in `out`.
+        dry_run: Only report what would be done.
+        machine: Device and dtype; dtype auto is float32, since a code may hang on the last bits.
+        progress: Called with the images that are checked, then encoded.
+
+    Raises:
+        MvarError: Images, tokenizer, preset or cache do not fit.
+    """
+    config = _configuration(Path(tokenizer), preset, settings, image_size, flip, crops, seed)
+    config = _with_words(config, words, vectors, encoder)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "skip_bad": skip_bad,
+        "vectors": Path(vectors) if vectors is not None else None,
+        "encoder": encoder,
+        "overwrite": overwrite,
+    }
+    if dry_run:
+        return _plan(config, str(data), Path(out))
+    return write_tokens(
+        Path(out),
+        data=str(data),
+        tokenizer=Path(tokenizer),
+        config=config,
+        machine=machine,
+        progress=progress,
+        **options,
+    )
+
+
+def write_tokens(
+    out: Path,
+    *,
+    data: str,
+    tokenizer: Path,
+    config: RunConfig,
+    batch_size: int = 64,
+    images_per_shard: int | None = None,
+    skip_bad: bool = False,
+    vectors: Path | None = None,
+    encoder: str | None = None,
+    overwrite: bool = False,
+    machine: Machine = Machine(),
+    progress: Progress | None = None,
+) -> TokenizeResult:
+    """As `tokenize`, for a configuration that is ready: its image size, pyramid, `data`, `seed` and `conditioning`.
+
+    Args:
+        out: The cache's directory.
+        data: Names the images.
+        tokenizer: Model directory with the tokenizer.
+        config: The configuration; its `tokenizer` section must be that of the directory.
+        batch_size: Views encoded together.
+        images_per_shard: Images in a shard; by default what suits their number.
+        skip_bad: Leave out images that cannot be read.
+        vectors: File of vectors; those of words are made where `config.conditioning` asks for them.
+        encoder: Name of what made the file.
+        overwrite: Replace what is in `out`.
+        machine: Device and dtype.
+        progress: Called with the images that are checked, then encoded.
+
+    Raises:
+        MvarError: Images, tokenizer or cache do not fit.
+    """
+    start = time.monotonic()
+    with connect(machine.device) as world:
+        source = open_images(data)
+        device = resolve_device(world.device(machine.device))
+        dtype = resolve_dtype("float32" if machine.dtype == "auto" else machine.dtype, device)
+        model = load_tokenizer(tokenizer, config, device, dtype)
+        writer = CacheWriter(
+            out,
+            source,
+            lambda images: model.encode(images.to(device)),
+            config=config,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            tokenizer=str(tokenizer),
+            data=config.data,
+            seed=config.seed,
+            batch_size=batch_size,
+            images_per_shard=images_per_shard,
+            skip_bad=skip_bad,
+            vectors=_vectors(source, config, vectors, encoder),
+        )
+        work = world.run_on_rank_zero(lambda: writer.prepare(overwrite))
+        writer.check(work, world.rank, world.world_size, stage(progress, "checking images"))
+        writer.write(work, world.rank, world.world_size, stage(progress, "tokenizing"))
+        if world.is_rank_zero:
+            summary = writer.finish(work)
+        else:
+            writer.wait()
+            summary = CacheSummary.of(Manifest.read(out / MANIFEST), work.images)
+    return TokenizeResult(
+        images=summary.images,
+        views=summary.views,
+        bytes=summary.bytes,
+        bytes_per_view=summary.bytes_per_view,
+        seconds=time.monotonic() - start,
+        encoded=summary.encoded,
+        skipped=summary.skipped,
+        path=out,
+        tokens=out,
+    )
+
+
+def _configuration(
+    directory: Path,
+    preset: str | None,
+    settings: Sequence[str],
+    image_size: PatchSize | str | None,
+    flip: bool | None,
+    crops: int | None,
+    seed: int | None,
+) -> RunConfig:
+    """The directory's image size and pyramid, or the preset's; the directory's tokenizer in any case."""
+    own = read_model_config(directory)
+    tokenizer = {"tokenizer": own.tokenizer.model_dump()}
+    base = {"name": own.name, "image_size": own.image_size, "patch_sizes": own.patch_sizes}
+    flags = {"image_size": image_size, "data": {"flip": flip, "crops": crops}, "seed": seed}
+    config = load_config(preset, settings, {**flags, **tokenizer}, base={**base, **tokenizer})
+    return config.model_copy(update={"transformer": None})
+
+
+def _with_words(config: RunConfig, words: bool, vectors: Path | str | None, encoder: str | None) -> RunConfig:
+    """The configuration with vectors of words, where `words` asks for them.
+
+    Raises:
+        ConfigError: Arguments that contradict each other or the preset.
+    """
+    if words and vectors is not None:
+        raise ConfigError("--words and --vectors both specify vectors.", "Use one of them.")
+    if encoder is not None and vectors is None:
+        raise ConfigError("--encoder names what made the file of --vectors.", "Add --vectors FILE.")
+    if not words:
+        return config
+    if config.conditioning.dim is None:
+        raise ConfigError(
+            "--words needs the length of a vector.",
+            "Add --preset digits-words, or --set conditioning.kind=vector --set conditioning.dim=64.",
+        )
+    conditioning = config.conditioning.model_copy(update={"encoder": ENCODER})
+    return config.model_copy(update={"conditioning": conditioning})
+
+
+def _vectors(source: ImageSource, config: RunConfig, file: Path | None, encoder: str | None) -> Vectors | None:
+    """The vectors to store with the images: those of a file, those of the classes' names, or none."""
+    dim = config.conditioning.dim
+    if file is not None:
+        found = file_vectors(file, classes=len(source.class_names), images=len(source), encoder=encoder)
+        length = found.values.shape[-1]
+        if dim not in (None, length):
+            raise DataError(
+                f"{file} holds vectors of {length} values; conditioning.dim is {dim}.",
+                f"Set conditioning.dim={length}.",
+            )
+        return found
+    if dim is not None and config.conditioning.encoder == ENCODER:
+        return word_vectors(source.class_names, dim)
+    return None
+
+
+def _plan(config: RunConfig, data: str, out: Path) -> TokenizeResult:
+    """What would be done."""
+    source = open_images(data)
+    images, views = len(source), len(Views(config.data))
+    tokens = images * views * config.pyramid.num_tokens
+    size = tokens * smallest_unsigned(config.tokenizer.codebook_size - 1).itemsize
+    plan = DryRun(
+        configuration=config.model_dump(mode="json", include={*ModelConfig.model_fields, "data", "seed"}),
+        steps=(f"encode {images:,} images in {views} views", f"write {tokens:,} tokens ({size:,} bytes) to {out}"),
+        facts={"images": images, "views": views, "bytes": size},
+    )
+    return TokenizeResult(
+        images=images,
+        views=views,
+        bytes=size,
+        bytes_per_view=size / (images * views),
+        seconds=0.0,
+        encoded=0,
+        skipped=(),
+        path=out,
+        tokens=out,
+        dry_run=plan,
+    )

@@ -68,6 +68,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_bfloat16_unit() -> bool:
+    """Whether this CPU computes products and convolutions in bfloat16 (oneDNN, on x86 from AVX-512 on)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _seed_of(parts: Sequence[int | str]) -> int:
     """A 63-bit seed from several numbers and names; equal parts give equal seeds, on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

@@ -2,7 +2,8 @@
 
 The prediction counts what torch's allocators give out and what lives together: weights, KV cache, activations of the
 widest moment, scratch space of kernels. It leaves out what the device's libraries and allocators hold for themselves.
-Sampling is predicted by the formulas that the sampler itself chooses its micro-batches from.
+Sampling is predicted by the formulas that the sampler itself chooses its micro-batches from. In bfloat16 on a CPU, it
+holds where the CPU computes in bfloat16; others need up to three times as much for the decoder.
 """
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ class Setting:
         top_p: Probability that it then keeps; 0 or 1 for all.
         device: cpu, cuda or mps.
         keep_stages: f̂ is kept after every scale, and decoded.
+        bfloat16_unit: Whether a CPU computes in bfloat16 (mvar_core.runtime.has_bfloat16_unit), as those with AVX-512
+            do. Others compute GELU after the product, and convolve through a matrix of all neighbourhoods.
     """
 
     dtype_bytes: int = 4
@@ -44,6 +46,7 @@ class Setting:
     top_p: float = 0.0
     device: str = "cpu"
     keep_stages: bool = False
+    bfloat16_unit: bool = True
 
 
 def image_bytes(config: ModelConfig, keep_stages: bool = False) -> int:
@@ -159,8 +162,8 @@ def _mlp_bytes(sizes: TransformerConfig, rows: int, setting: Setting) -> int:
     width, hidden = sizes.embed_dim, sizes.hidden_dim
     # The stream before and after attention, attention's branch, and the modulated norm.
     entered = 4 * width
-    # On a CPU in a half type, GELU is computed inside the product.
-    fused = setting.device == "cpu" and setting.dtype_bytes == 2
+    # On a CPU that computes in bfloat16, GELU is computed inside the product.
+    fused = setting.device == "cpu" and setting.dtype_bytes == 2 and setting.bfloat16_unit
     return rows * setting.dtype_bytes * (entered + hidden + max(width, 0 if fused else hidden))
 
 
@@ -266,6 +269,7 @@ def _convolution_scratch(
     """Scratch space of a convolution of one image."""
     if setting.device != "cpu":
         return 0
-    if bytes_each == FLOAT32 and inputs * grid.tokens <= DIRECT_CONVOLUTION:
-        return kernel * kernel * inputs * grid.tokens * FLOAT32 if kernel > 1 else 0
+    through_matrix = inputs * grid.tokens <= DIRECT_CONVOLUTION if bytes_each == FLOAT32 else not setting.bfloat16_unit
+    if through_matrix:
+        return kernel * kernel * inputs * grid.tokens * bytes_each if kernel > 1 else 0
     return kernel * kernel * inputs * outputs * bytes_each  # the weights in the kernel's order

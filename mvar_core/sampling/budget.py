@@ -15,6 +15,7 @@ from mvar_core.models.micro_batches import (
     MicroBatches,
     choose,
 )
+from mvar_core.runtime import has_bfloat16_unit
 
 __all__ = [
     "DECODED_AT_ONCE",
@@ -76,5 +77,5 @@ def choose_micro_batches(
     Raises:
         ConfigError: Not even one image fits; says how much one takes.
     """
-    setting = Setting(dtype_bytes, guided, top_k, top_p, device.type, keep_stages)
+    setting = Setting(dtype_bytes, guided, top_k, top_p, device.type, keep_stages, has_bfloat16_unit())
     return choose(config, images, setting, budget=budget, batch_size=batch_size)

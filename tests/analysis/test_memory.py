@@ -11,6 +11,7 @@ from mvar_core.config.presets import load_config
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
 from mvar_core.models.micro_batches import choose
+from mvar_core.runtime import has_bfloat16_unit
 from mvar_core.sampling.images import ImageSampler
 
 MIDDLING = ("transformer.embed_dim=256", "transformer.num_heads=4", "transformer.depth=2", "transformer.num_classes=40")
@@ -22,7 +23,9 @@ def sample(config, settings, images, dtype, *, memory_budget=None, stages=False)
     """Measured and predicted peak beside the weights."""
     transformer, tokenizer = random_transformer(config, dtype=dtype), random_tokenizer(config, dtype=dtype)
     sampler = ImageSampler(config, transformer, tokenizer)
-    setting = Setting(dtype.itemsize, settings.guided, settings.top_k, settings.top_p, "cpu", stages)
+    setting = Setting(
+        dtype.itemsize, settings.guided, settings.top_k, settings.top_p, "cpu", stages, has_bfloat16_unit()
+    )
     sizes = choose(config, images, setting, budget=memory_budget, batch_size=images)
     labels = torch.arange(images) % config.transformer.num_classes
     list(sampler.stream(labels[:1], range(1), 0, settings, sizes))  # what is made once is made now
@@ -74,9 +77,15 @@ def test_stages_are_counted():
     assert predicted == pytest.approx(measured, rel=PROMISED)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "bfloat16_unit"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)]
+)
 @pytest.mark.parametrize("attention", [True, False])
-def test_decoder_peak_is_what_is_allocated(attention, dtype):
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of the flags, which set what they do not change
+def test_decoder_peak_is_what_is_allocated(attention, dtype, bfloat16_unit):
+    """On both kinds of CPU: one that computes in bfloat16 can also be told not to."""
+    if bfloat16_unit and dtype is torch.bfloat16 and not has_bfloat16_unit():
+        pytest.skip("this CPU does not compute in bfloat16")
     config = load_config(
         "digits",
         ["tokenizer.base_channels=48", "tokenizer.decoder_blocks=2", "tokenizer.middle_blocks=2",
@@ -84,9 +93,10 @@ def test_decoder_peak_is_what_is_allocated(attention, dtype):
     )  # fmt: skip
     tokenizer = random_tokenizer(config, dtype=dtype, encoder=False)
     fhat = torch.randn(1, 8, 8, 8)
-    with torch.no_grad(), allocation_peak() as live:
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=bfloat16_unit), allocation_peak() as live:
         tokenizer.decode_features(fhat)
-    assert footprint.decoder_bytes(config, Setting(dtype.itemsize)) == pytest.approx(live.peak_bytes, rel=PROMISED)
+    setting = Setting(dtype.itemsize, bfloat16_unit=bfloat16_unit)
+    assert footprint.decoder_bytes(config, setting) == pytest.approx(live.peak_bytes, rel=PROMISED)
 
 
 def test_weights_are_as_many_bytes_as_the_modules_hold():

@@ -5,8 +5,10 @@ import torch
 
 from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError
-from mvar_core.models import footprint
-from mvar_core.sampling.budget import TOKENS_AT_ONCE, MicroBatches, choose_micro_batches, free_memory
+from mvar_core.models import footprint, micro_batches
+from mvar_core.models.footprint import Setting
+from mvar_core.models.micro_batches import TOKENS_AT_ONCE, MicroBatches
+from mvar_core.sampling.budget import free_memory
 
 CPU = torch.device("cpu")
 D16 = load_config("mvar-d16-256").model
@@ -14,9 +16,8 @@ VAR = load_config("var-d16-256").model
 
 
 def choose(config=D16, images=64, budget=None, **options) -> MicroBatches:
-    return choose_micro_batches(
-        config, images, device=CPU, dtype_bytes=2, guided=True, top_k=900, budget=budget, **options
-    )
+    setting = Setting(dtype_bytes=2, guided=True, top_k=900, device="cpu")
+    return micro_batches.choose(config, images, setting, budget=budget, **options)
 
 
 def test_every_scale_has_about_as_many_rows():

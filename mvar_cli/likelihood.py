@@ -23,8 +23,8 @@ from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.sharding import shard
-from mvar_core.models.conversion import tokenizer_hash_of
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
+from mvar_core.models.official import tokenizer_hash_of
 from mvar_core.pipeline import Pipeline
 from mvar_core.runtime import peak_memory_bytes
 

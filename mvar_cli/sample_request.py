@@ -73,7 +73,7 @@ class NamedModel:
         from mvar_core.models import directory, official
 
         if self.checkpoint.is_file():
-            return fingerprint([self.checkpoint, self.tokenizer or official.tokenizer_beside(self.checkpoint)])
+            return fingerprint([self.checkpoint, self.tokenizer or official.tokenizer_next_to(self.checkpoint)])
         files = [
             self.checkpoint / name
             for name in (directory.CONFIG_FILE, directory.TRANSFORMER_FILE, directory.TOKENIZER_FILE)

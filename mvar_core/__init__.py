@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.pipeline import Pipeline as Pipeline
     from mvar_core.progress import Progress as Progress
     from mvar_core.workflows.tokenize import tokenize as tokenize
+    from mvar_core.workflows.convert import convert as convert
+    from mvar_core.workflows.doctor import doctor as doctor
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ _MODULES = {
     "mvar_core.workflows.attention": ("analyze_attention",),
     "mvar_core.workflows.bench": ("bench",),
     "mvar_core.workflows.convert": ("convert",),
+    "mvar_core.workflows.doctor": ("doctor",),
     "mvar_core.workflows.edit": ("edit",),
     "mvar_core.workflows.evaluate": ("evaluate", "make_reference"),
     "mvar_core.workflows.likelihood": ("evaluate_likelihood",),

@@ -23,8 +23,8 @@ from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.compilation import check_compiler, compile_for_sampling
 from mvar_core.models.conditioning import Conditions
+from mvar_core.models.meta import meta_device
 from mvar_core.models.quantizer import MultiScaleQuantizer
-from mvar_core.models.skeleton import skeleton
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype
@@ -115,9 +115,9 @@ class Pipeline:
     def _from_official(
         cls, path: Path, tokenizer: str | Path | None, device: torch.device, dtype: torch.dtype, attention: str
     ) -> Pipeline:
-        tokenizer_path = Path(tokenizer) if tokenizer else official.tokenizer_beside(path)
+        tokenizer_path = Path(tokenizer) if tokenizer else official.tokenizer_next_to(path)
         converted = official.convert(path, tokenizer_path)
-        with skeleton():
+        with meta_device():
             vqvae = VQVAE(converted.config.tokenizer, converted.config.pyramid)
             transformer = Transformer(converted.config)
         vqvae.load_state_dict(converted.tokenizer, assign=True)

@@ -125,7 +125,7 @@ def open_source(
 
     asked = {"num": num, "batch_size": batch_size or images_at_once(pipeline.config, pipeline.device), "seed": seed}
     if tokens is not None:
-        from mvar_core.models.conversion import tokenizer_hash_of
+        from mvar_core.models.official import tokenizer_hash_of
 
         return sources.from_cache(pipeline, tokens, tokenizer_hash_of(checkpoint, tokenizer), **asked)
     if data is not None:
@@ -249,7 +249,7 @@ def _show_plan(
 
     config: ModelConfig
     if checkpoint.is_file():
-        config = official.convert(checkpoint, tokenizer or official.tokenizer_beside(checkpoint)).config
+        config = official.convert(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
     else:
         config = read_model_config(checkpoint)
     plan = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]

@@ -114,10 +114,10 @@ def start_directory(
     from mvar_cli.launch import Worker
     from mvar_core.io.files import atomic_directory
     from mvar_core.models import official
-    from mvar_core.models.conversion import import_official
     from mvar_core.models.directory import read_model_config
+    from mvar_core.models.official import import_official
 
-    tokenizer = tokenizer or official.tokenizer_beside(checkpoint)
+    tokenizer = tokenizer or official.tokenizer_next_to(checkpoint)
     with TemporaryDirectory() as scratch:
         directory = out.parent / f"{out.name}-start" if kept else Path(scratch) / "start"
         first = Worker.here().rank == 0 or not kept

@@ -19,7 +19,7 @@ from mvar_core.config import ConditioningConfig, ModelConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 from mvar_core.io.files import atomic_path, read_json, write_json, write_text
-from mvar_core.models.skeleton import skeleton
+from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 
@@ -111,7 +111,7 @@ def load_transformer(
             f"{directory} holds a tokenizer but no transformer ({TRANSFORMER_FILE}).",
             "Train one with `mvar train --checkpoint` on it, or give the model's directory.",
         )
-    with skeleton():
+    with meta_device():
         model = Transformer(config).to_compute_dtype(dtype)
     _load(model, directory / TRANSFORMER_FILE, device)
     return model.eval().requires_grad_(False)
@@ -137,7 +137,7 @@ def load_tokenizer(
     Raises:
         CheckpointError: The file is missing, damaged, or does not fit the configuration.
     """
-    with skeleton():
+    with meta_device():
         model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
         whole = model.state_dict()
         if not encoder:

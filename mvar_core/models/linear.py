@@ -1,8 +1,8 @@
 """Linear layers whose rows do not depend on how many rows there are.
 
 On a CPU, matrix products of fewer than 8 rows (other than 4) run through kernels that add in another order, so that a
-sample drawn alone would differ in its last bits from the same sample in a batch. Padding to a few more rows avoids them
-and costs nothing that can be measured: so few rows are bound by reading the weights.
+sample generated alone would differ in its last bits from the same sample in a batch. Padding to a few more rows avoids
+them and costs nothing that can be measured: so few rows are bound by reading the weights.
 """
 
 from __future__ import annotations

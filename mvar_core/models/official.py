@@ -1,8 +1,8 @@
-"""Published checkpoint files: reading, mapping both ways, writing.
+"""Published checkpoint files: reading, mapping both ways, writing; the only place that knows their names.
 
-The map of names is mvar_core.models.official_names. Masks and scale numbers that such files carry as buffers are
-never loaded: what a token sees follows from the configuration. (A VAR file carries VAR's mask, which would turn an MVAR
-into a VAR.) On export they are made from the configuration.
+Masks and scale numbers that such files carry as buffers are never loaded: what a token sees follows from the
+configuration. (A VAR file carries VAR's mask, which would turn an MVAR into a VAR.) On export they are made from the
+configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, Token
 from mvar_core.config.presets import presets_directory
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.io.files import atomic_path
-from mvar_core.models.directory import check_state
-from mvar_core.models.official_names import tokenizer_names, transformer_names
-from mvar_core.models.skeleton import skeleton
+from mvar_core.models import directory
+from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, auto_windows, mvar_windows, spread_window
@@ -30,10 +29,23 @@ from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, a
 Kind = Literal["var", "mvar"]
 State = dict[str, Tensor]
 
+
+class Overrides(TypedDict):
+    """What a published file does not tell, or what is wanted instead; see `infer_config`."""
+
+    kind: Kind | None
+    patch_sizes: Sequence[int | tuple[int, int]] | None
+    windows: Sequence[int] | int | str | None
+    scale_prefixes: ScalePrefixes | None
+
+
 BUFFERS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
 """Last parts of the names of published buffers, which follow from the configuration."""
 
 IMAGENET_CLASSES = 1000
+
+FLOAT32_PARTS = ("quantizer.", "head.", "head_modulation.")
+"""Parts whose results need float32 in any case, and which are therefore stored in it."""
 
 PUBLISHED_SAMPLING: dict[tuple[Kind, int], SamplingConfig] = {
     ("mvar", 16): SamplingConfig(cfg=2.7, top_k=1200, top_p=0.99),
@@ -119,8 +131,8 @@ def convert(
     )
 
 
-def tokenizer_beside(model: Path) -> Path:
-    """The published tokenizer that lies beside a published transformer.
+def tokenizer_next_to(model: Path) -> Path:
+    """The published tokenizer that lies next to a published transformer.
 
     Raises:
         CheckpointError: There is none, or more than one.
@@ -129,10 +141,95 @@ def tokenizer_beside(model: Path) -> Path:
     if len(found) != 1:
         what = f"{len(found)} of them lie" if found else "none lies"
         raise CheckpointError(
-            f"{model} is a transformer and needs its tokenizer (vae*.pth), but {what} beside it.",
+            f"{model} is a transformer and needs its tokenizer (vae*.pth), but {what} next to it.",
             "Name it with --tokenizer, or convert both once with `mvar convert`.",
         )
     return found[0]
+
+
+def import_official(
+    model: Path | None,
+    tokenizer: Path,
+    out: Path,
+    *,
+    kind: Kind | None = None,
+    patch_sizes: Sequence[int | tuple[int, int]] | None = None,
+    windows: Sequence[int] | int | str | None = None,
+    scale_prefixes: ScalePrefixes | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ModelConfig:
+    """Write a model directory from published files.
+
+    Args:
+        model: Published transformer, or None for a tokenizer alone.
+        tokenizer: Published VQVAE.
+        out: The directory.
+        kind: See `infer_config`, as for the next three.
+        patch_sizes: The pyramid.
+        windows: One per scale, one for the last two, or auto (auto:K) for the scales where it pays.
+        scale_prefixes: How many scales a token sees.
+        dtype: Of the weights; quantizer and head stay in float32.
+
+    Raises:
+        CheckpointError: A file cannot be read or does not fit.
+        ConfigError: A pyramid, windows or prefixes that do not fit.
+    """
+    # Maps the files and reads nothing of their tensors but the shapes.
+    config = convert(
+        model, tokenizer, kind=kind, patch_sizes=patch_sizes, windows=windows, scale_prefixes=scale_prefixes
+    ).config
+    # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
+    mapped = dtype == torch.float32
+    state = tokenizer_from_official(read_official(tokenizer, mapped=mapped), config, tokenizer)
+    directory.save_tokenizer(out, _cast(state, dtype))
+    del state
+    if model is not None:
+        state = transformer_from_official(read_official(model, mapped=mapped), config, model)
+        directory.save_transformer(out, _cast(state, dtype))
+    directory.save_config(out, config)
+    return config
+
+
+def export_official(source: Path, out: Path, *, kind: Kind | None = None) -> list[Path]:
+    """Write the published files of a model directory: vae.pth and, with a transformer, KIND_dNN.pth.
+
+    Args:
+        source: The model directory.
+        out: The folder.
+        kind: Names the file and, for mvar, nests the state as published; by default as the scale prefixes say.
+
+    Raises:
+        CheckpointError: The directory cannot be read.
+    """
+    config = directory.read_model_config(source)
+    tokenizer_path = out / "vae.pth"
+    tokenizer = directory.load_tokenizer(source, config).state_dict()
+    save_official(tokenizer_to_official(tokenizer, config), tokenizer_path)
+    del tokenizer
+    if config.transformer is None:
+        return [tokenizer_path]
+    kind = kind or ("var" if config.attention.scale_prefixes == "all" else "mvar")
+    model_path = out / f"{kind}_d{config.transformer.depth}.pth"
+    transformer = directory.load_transformer(source, config).state_dict()
+    state = transformer_to_official(transformer, config)
+    save_official(state, model_path, wrapper="mvar_wo_ddp" if kind == "mvar" else None)
+    return [tokenizer_path, model_path]
+
+
+def tokenizer_hash_of(checkpoint: Path, tokenizer: Path | None = None) -> str:
+    """The hash by which a token cache knows a model's tokenizer; of a published file that of what it converts to.
+
+    Args:
+        checkpoint: A model directory or a published file.
+        tokenizer: The published tokenizer, or None for the one next to the file.
+
+    Raises:
+        CheckpointError: Nothing there that can be read.
+    """
+    if checkpoint.is_dir():
+        return directory.tokenizer_hash(checkpoint)
+    converted = convert(checkpoint, tokenizer or tokenizer_next_to(checkpoint))
+    return directory.state_hash(converted.tokenizer)
 
 
 def infer_config(
@@ -211,7 +308,7 @@ def transformer_from_official(state: Mapping[str, Tensor], config: ModelConfig, 
     Raises:
         CheckpointError: Names the missing, extra and misshaped keys.
     """
-    with skeleton():
+    with meta_device():
         ours = Transformer(config).state_dict()
     return _from_official(state, ours, transformer_names(config), source)
 
@@ -239,7 +336,7 @@ def tokenizer_from_official(state: Mapping[str, Tensor], config: ModelConfig, so
     Raises:
         CheckpointError: Names the missing, extra and misshaped keys.
     """
-    with skeleton():
+    with meta_device():
         ours = VQVAE(config.tokenizer, config.pyramid).state_dict()
     return _from_official(state, ours, tokenizer_names(config.tokenizer), source)
 
@@ -371,7 +468,7 @@ def _from_official(
 ) -> State:
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_buffer(name)}
     expected = {names[name]: published_shape(names[name], tensor) for name, tensor in ours.items()}
-    check_state(found, expected, source)
+    directory.check_state(found, expected, source)
     return {name: state[names[name]].reshape(tensor.shape) for name, tensor in ours.items()}
 
 
@@ -385,3 +482,92 @@ def _to_official(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State
 def published_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     """The published shape of a tensor of ours: only the scale per head has axes of its own."""
     return (1, tensor.numel(), 1, 1) if name.endswith("scale_mul_1H11") else tuple(tensor.shape)
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state in another dtype; empties the given one on the way."""
+    cast = {}
+    for name in list(state):
+        value = state.pop(name)
+        cast[name] = value if name.startswith(FLOAT32_PARTS) else value.to(dtype)
+    return cast
+
+
+def transformer_names(config: ModelConfig) -> dict[str, str]:
+    """Published names by our names, for every parameter of the transformer.
+
+    Raises:
+        CheckpointError: The model is conditioned on vectors, which no published format knows.
+    """
+    assert config.transformer is not None
+    if config.conditioning.dim is not None:
+        raise CheckpointError(
+            f"{config.name} is conditioned on vectors; published files know class labels alone.",
+            "Keep it as a model directory, or train a model with conditioning.kind=class.",
+        )
+    names = {
+        "class_embedding.weight": "class_emb.weight",
+        "start_position": "pos_start",
+        "position_embedding": "pos_1LC",
+        "scale_embedding.weight": "lvl_embed.weight",
+    }
+    layers = {"input_projection": "word_embed", "head_modulation": "head_nm.ada_lin.1", "head": "head"}
+    if config.transformer.shared_adaln:
+        layers["shared_modulation"] = "shared_ada_lin.1"
+    for index in range(config.transformer.depth):
+        ours, published = f"blocks.{index}", f"blocks.{index}"
+        names[f"{ours}.attention.qkv.weight"] = f"{published}.attn.mat_qkv.weight"
+        names[f"{ours}.attention.query_bias"] = f"{published}.attn.q_bias"
+        names[f"{ours}.attention.value_bias"] = f"{published}.attn.v_bias"
+        if config.transformer.l2_attention:
+            names[f"{ours}.attention.log_head_scale"] = f"{published}.attn.scale_mul_1H11"
+        layers[f"{ours}.attention.projection"] = f"{published}.attn.proj"
+        layers[f"{ours}.mlp.up"] = f"{published}.ffn.fc1"
+        layers[f"{ours}.mlp.down"] = f"{published}.ffn.fc2"
+        if config.transformer.shared_adaln:
+            names[f"{ours}.modulation_offset"] = f"{published}.ada_gss"
+        else:
+            layers[f"{ours}.modulation"] = f"{published}.ada_lin.1"
+    return {**names, **_with_weight_and_bias(layers)}
+
+
+def tokenizer_names(config: TokenizerConfig) -> dict[str, str]:
+    """Published names by our names, for every parameter of the VQVAE."""
+    layers = {"quantizer_conv": "quant_conv", "decoder_conv": "post_quant_conv"}
+    levels = len(config.channel_multipliers)
+    for side in ("encoder", "decoder"):
+        layers[f"{side}.input_conv"] = f"{side}.conv_in"
+        layers[f"{side}.output_norm"] = f"{side}.norm_out"
+        layers[f"{side}.output_conv"] = f"{side}.conv_out"
+        for index in range(config.middle_blocks):
+            layers |= _block_names(f"{side}.middle.blocks.{index}", f"{side}.mid.block_{index + 1}")
+            layers |= _attention_names(f"{side}.middle.attentions.{index}", f"{side}.mid.attn_{index + 1}")
+        for level in range(levels):
+            # Published decoders number their levels from the finest, ours from the first that runs.
+            published = f"encoder.down.{level}" if side == "encoder" else f"decoder.up.{levels - 1 - level}"
+            resample = "downsample" if side == "encoder" else "upsample"
+            layers[f"{side}.levels.{level}.resample.conv"] = f"{published}.{resample}.conv"
+            for index in range(max(config.encoder_blocks, config.decoder_blocks)):
+                layers |= _block_names(f"{side}.levels.{level}.blocks.{index}", f"{published}.block.{index}")
+                layers |= _attention_names(f"{side}.levels.{level}.attentions.{index}", f"{published}.attn.{index}")
+    names = _with_weight_and_bias(layers)
+    names["quantizer.codebook"] = "quantize.embedding.weight"
+    for index in range(config.residual_convs):
+        names |= _with_weight_and_bias(
+            {f"quantizer.residual_convs.{index}.conv": f"quantize.quant_resi.qresi_ls.{index}"}
+        )
+    return names
+
+
+def _block_names(ours: str, published: str) -> dict[str, str]:
+    parts = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "shortcut": "nin_shortcut"}
+    return {f"{ours}.{part}": f"{published}.{name}" for part, name in parts.items()}
+
+
+def _attention_names(ours: str, published: str) -> dict[str, str]:
+    parts = {"norm": "norm", "qkv": "qkv", "projection": "proj_out"}
+    return {f"{ours}.{part}": f"{published}.{name}" for part, name in parts.items()}
+
+
+def _with_weight_and_bias(layers: Mapping[str, str]) -> dict[str, str]:
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in ("weight", "bias")}

@@ -166,8 +166,8 @@ def test_published_files(mvar, golden_mvar, monkeypatch, tmp_path):
     from mvar_core.data.images import open_images
     from mvar_core.data.tokens import write_token_cache
     from mvar_core.models import official
-    from mvar_core.models.conversion import import_official
     from mvar_core.models.directory import load_tokenizer
+    from mvar_core.models.official import import_official
 
     # Published files do not hold their pyramid; the golden ones have another than the published.
     sides = tuple(golden_mvar.spec["patch_nums"])

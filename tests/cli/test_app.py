@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import mvar_core
 from mvar_cli.app import COMMANDS, error_line, load_command
 from mvar_cli.reference import reference
 from mvar_core import __version__
@@ -95,12 +96,10 @@ def test_errors_become_one_line():
 
 
 def test_interruption_exits_with_130(mvar, monkeypatch):
-    from mvar_cli.commands import doctor
-
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "CHECKS", (interrupt,))
+    monkeypatch.setattr(mvar_core, "doctor", interrupt, raising=False)
     outcome = mvar("doctor")
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
@@ -114,12 +113,10 @@ def test_a_traceback_is_shown_only_where_asked_for(mvar, monkeypatch, debug):
     assert ("Traceback" in outcome.err) == (debug == "1")
 
 
-def test_doctor_names_what_there_is(mvar):
-    findings = {finding["name"]: finding for finding in mvar("doctor", "--json").json["findings"]}
-    assert {"python", "torch", "device", "natten", "torch-fidelity", "inception weights", "cache"} <= findings.keys()
-    assert findings["torch"]["ok"]
+def test_doctor_prints_its_findings(mvar):
+    findings = mvar("doctor", "--json").json["findings"]
     text = mvar("doctor").out
-    assert "auto means" in text
+    assert all(finding["name"] in text for finding in findings)
 
 
 def test_the_command_reference_is_not_stale():

@@ -81,15 +81,6 @@ def test_a_missing_perceptual_file_is_said_before_anything_slow(train, monkeypat
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_doctor_names_the_perceptual_files(mvar, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.delenv("MVAR_VGG_WEIGHTS", raising=False)
-    findings = {finding["name"]: finding for finding in mvar("doctor", "--json").json["findings"]}
-    finding = findings["perceptual weights"]
-    assert finding["ok"] is False
-    assert "vgg16-397923af.pth" in finding["mend"]
-
-
 def test_an_adversarial_run_with_all_options_ends_in_a_model_directory(train, tmp_path):
     settings = ["adversarial.weight=0.5", "adversarial.channels=4", "adversarial.layers=2", "adversarial.start=1"]
     settings += ["scale_dropout=0.5", "ema=0.9", "micro_batch=2"]

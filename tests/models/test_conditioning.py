@@ -12,7 +12,7 @@ from mvar_core.config.presets import load_config
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.conditioning import ClassConditioner, VectorConditioner
 from mvar_core.models.directory import read_model_config
-from mvar_core.models.official_names import transformer_names
+from mvar_core.models.official import transformer_names
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import generator
 

@@ -121,14 +121,14 @@ def test_published_shapes_tell_the_configuration(preset: str) -> None:
     )
 
 
-def test_the_tokenizer_beside_a_model(golden_mvar: GoldenCase, tmp_path: Path) -> None:
-    assert official.tokenizer_beside(golden_mvar.model) == golden_mvar.tokenizer
-    with pytest.raises(CheckpointError, match="none lies beside it"):
-        official.tokenizer_beside(tmp_path / "model.pth")
+def test_the_tokenizer_next_to_a_model(golden_mvar: GoldenCase, tmp_path: Path) -> None:
+    assert official.tokenizer_next_to(golden_mvar.model) == golden_mvar.tokenizer
+    with pytest.raises(CheckpointError, match="none lies next to it"):
+        official.tokenizer_next_to(tmp_path / "model.pth")
     for name in ("vae_a.pth", "vqvae_b.pth"):
         (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match="2 of them lie beside it"):
-        official.tokenizer_beside(tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="2 of them lie next to it"):
+        official.tokenizer_next_to(tmp_path / "model.pth")
 
 
 def test_export_and_back(golden: GoldenCase, tmp_path: Path) -> None:

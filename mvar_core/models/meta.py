@@ -14,8 +14,8 @@ _INITIALISERS = frozenset(
 )
 
 
-class _NoValues(TorchFunctionMode):
-    """Leaves out what would draw or scale initial values of tensors that have none."""
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips what would initialise or scale initial values of tensors that have none."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -27,10 +27,10 @@ class _NoValues(TorchFunctionMode):
 
 
 @contextmanager
-def skeleton() -> Iterator[None]:
-    """Modules made inside have shapes and dtypes but no values (the meta device), and draw no initial ones.
+def meta_device() -> Iterator[None]:
+    """Modules made inside have shapes and dtypes but no values (the meta device); no random numbers are consumed.
 
-    To draw on the meta device, torch would import its compiler and sympy: more seconds than a first image takes.
+    To initialise on the meta device, torch would import its compiler and sympy: more seconds than a first image takes.
     """
-    with torch.device("meta"), _NoValues():
+    with torch.device("meta"), _WithoutInitialisation():
         yield

@@ -3,15 +3,15 @@
 import torch
 
 from mvar_core.config.presets import load_config
-from mvar_core.models.skeleton import skeleton
+from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 
 
-def test_a_skeleton_has_the_tensors_of_a_model_and_no_values():
+def test_a_model_on_the_meta_device_has_the_tensors_of_a_model_and_no_values():
     config = load_config("digits").model
     before = torch.get_rng_state()
-    with skeleton():
+    with meta_device():
         bare = [Transformer(config), VQVAE(config.tokenizer, config.pyramid)]
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,170 @@
+"""Published .pth files to a model directory, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from mvar_core.config import ModelConfig
+from mvar_core.errors import ConfigError
+from mvar_core.io.files import atomic_directory, require_new_directory
+from mvar_core.models import official
+from mvar_core.models.directory import read_model_config
+from mvar_core.models.meta import meta_device
+from mvar_core.models.transformer import Transformer
+from mvar_core.pyramid import ScalePrefixes, read_sizes
+from mvar_core.results import DryRun, Result
+from mvar_core.runtime import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertResult(Result):
+    """What was converted.
+
+    Attributes:
+        model: The model directory that was written, or read.
+        outputs: The files or the directory that were written.
+        kind: Whose attention the model has: var or mvar.
+        parameters: Parameters of the transformer; 0 for a tokenizer alone.
+        configuration: The model's configuration without its class names, as config.json holds it.
+        config: The same as an object.
+    """
+
+    model: Path
+    outputs: tuple[Path, ...]
+    kind: str
+    parameters: int
+    configuration: Mapping[str, Any]
+    config: ModelConfig = field(metadata={"hidden": True})
+
+
+def convert(
+    *,
+    out: Path | str,
+    model: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+    kind: str | None = None,
+    pyramid: str | Sequence[int | tuple[int, int]] | None = None,
+    windows: str | int | Sequence[int] | None = None,
+    scale_prefixes: str | int | None = None,
+    to: str = "directory",
+    dtype: str = "float32",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> ConvertResult:
+    """Turn published .pth files into a model directory, or a model directory into such files.
+
+    Sizes are read off the file. Attention masks in it are never used: which token sees which follows from kind,
+    windows and scale prefixes.
+
+        convert(model="var_d16.pth", tokenizer="vae.pth", out="var-d16")
+
+    Args:
+        out: The directory to write.
+        model: A published transformer; with `to="official"` a model directory.
+        tokenizer: The published VQVAE; None for the one next to the transformer.
+        kind: var or mvar; None as the file says.
+        pyramid: Sizes of the scales, also as text such as "1,2,3x4"; None for a published pyramid.
+        windows: Of each scale, one number for the last two, or auto (auto:K) for those where windows pay.
+        scale_prefixes: Scales that a token sees, its own included, or all.
+        to: What to write.
+        dtype: Of the weights in the directory: float32, bfloat16 or float16. Quantizer and head stay in float32.
+        overwrite: Replace an `out` that exists.
+        dry_run: Only report what would be written.
+
+    Raises:
+        CheckpointError: A file cannot be read or does not fit.
+        ConfigError: A value that is not known, or does not fit the file.
+    """
+    out = Path(out)
+    for name, value, known in (
+        ("to", to, ("directory", "official")),
+        ("kind", kind, (None, "var", "mvar")),
+        ("dtype", dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            raise ConfigError(f"--{name} {value!r} is not known.", f"Use {', '.join(filter(None, known))}.")
+    if model is None and (tokenizer is None or to == "official"):
+        raise ConfigError("There is nothing to convert.", "Pass --model and --tokenizer, or --tokenizer alone.")
+    if to == "official":
+        if any(value is not None for value in (pyramid, windows, scale_prefixes, tokenizer)):
+            raise ConfigError(
+                "--to official writes a model directory as it is.", "Pass the directory as --model, and --out."
+            )
+        return _export(Path(model or ""), out, kind, overwrite, dry_run)
+    overrides: official.Overrides = {
+        "kind": cast("official.Kind | None", kind),
+        "patch_sizes": _sizes(pyramid),
+        "windows": _windows(windows),
+        "scale_prefixes": _prefixes(scale_prefixes),
+    }
+    require_new_directory(out, overwrite)
+    model_path = None if model is None else Path(model)
+    tokenizer_path = official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer)
+    if dry_run:
+        config = official.convert(model_path, tokenizer_path, **overrides).config
+        steps = (f"read {model_path or tokenizer_path}", f"write {out} in {dtype}")
+        return _result(config, out, (out,), kind, steps)
+    with atomic_directory(out) as temporary:
+        config = official.import_official(model_path, tokenizer_path, temporary, dtype=DTYPES[dtype], **overrides)
+    return _result(config, out, (out,), kind)
+
+
+def _export(model: Path, out: Path, kind: str | None, overwrite: bool, dry_run: bool) -> ConvertResult:
+    config = read_model_config(model)
+    require_new_directory(out, overwrite)
+    if dry_run:
+        return _result(config, model, (), kind, (f"write published files to {out}",))
+    with atomic_directory(out) as temporary:
+        written = official.export_official(model, temporary, kind=cast("official.Kind | None", kind))
+    return _result(config, model, tuple(out / path.name for path in written), kind)
+
+
+def _result(
+    config: ModelConfig, model: Path, outputs: tuple[Path, ...], kind: str | None, steps: tuple[str, ...] = ()
+) -> ConvertResult:
+    parameters = 0
+    if config.transformer is not None:
+        with meta_device():
+            parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
+    return ConvertResult(
+        model=model,
+        outputs=outputs,
+        kind=kind or ("var" if config.attention.scale_prefixes == "all" else "mvar"),
+        parameters=parameters,
+        configuration=values,
+        config=config,
+        dry_run=DryRun(configuration=values, steps=steps, facts={"parameters": parameters}) if steps else None,
+    )
+
+
+def _sizes(pyramid: str | Sequence[int | tuple[int, int]] | None) -> list[int | tuple[int, int]] | None:
+    try:
+        return None if pyramid is None else read_sizes(pyramid)
+    except ValueError as error:
+        raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
+
+
+def _windows(windows: str | int | Sequence[int] | None) -> str | int | Sequence[int] | None:
+    if not isinstance(windows, str) or windows.startswith("auto"):
+        return windows
+    values = [_integers(part, "windows") for part in windows.split(",")]
+    return values[0] if len(values) == 1 else values
+
+
+def _prefixes(scale_prefixes: str | int | None) -> ScalePrefixes | None:
+    if scale_prefixes is None or scale_prefixes == "all":
+        return cast("ScalePrefixes | None", scale_prefixes)
+    return _integers(scale_prefixes, "scale-prefixes")
+
+
+def _integers(text: str | int, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"--{name} {text!r} is not made of whole numbers.", "Write for example 7 or 0,0,3,5."
+        ) from None

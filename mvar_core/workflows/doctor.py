@@ -1,0 +1,177 @@
+"""What this machine has, what mvar will use, and how to fix the rest."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvar_core.errors import MvarError
+from mvar_core.evaluation.demo import default_demo_path
+from mvar_core.evaluation.features import find_inception_weights
+from mvar_core.evaluation.fidelity import fidelity_module
+from mvar_core.kernels import available_backends
+from mvar_core.results import Result
+from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.training.perceptual import LPIPS, VGG16, find_weights
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine.
+
+    Attributes:
+        name: What it is about.
+        ok: Whether mvar can use it.
+        found: What was found.
+        fix: What to do about it, usually a command.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorResult(Result):
+    """What `doctor` found.
+
+    Attributes:
+        findings: In the order in which they are of interest.
+    """
+
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as dictionaries."""
+        return {"findings": [asdict(finding) for finding in self.findings]}
+
+
+def doctor() -> DoctorResult:
+    """Examine this machine: Python, torch, the device, memory, attention backends, and what is optional.
+
+    Nothing is downloaded or computed.
+
+        for finding in doctor().findings:
+            print(finding.name, finding.found, finding.fix or "")
+    """
+    checks = (
+        _python, _torch, _device, _threads, _memory, _disk, _attention, _natten, _torch_fidelity, _inception,
+        _perceptual, _cache,
+    )  # fmt: skip
+    return DoctorResult(findings=tuple(check() for check in checks))
+
+
+def _python() -> Finding:
+    supported = (3, 10) <= sys.version_info[:2] < (3, 14)
+    fix = None if supported else "Use Python 3.10 … 3.13, for example: make install PYTHON=python3.12"
+    return Finding("python", supported, f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix)
+
+
+def _torch() -> Finding:
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    return Finding("torch", True, f"{torch.__version__}, built for {built_for}")
+
+
+def _device() -> Finding:
+    device = resolve_device("auto")
+    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        return Finding("device", True, f"{name}, {_gib(free)} of {_gib(total)} free; auto means {device} in {dtype}")
+    fix = None
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        fix = "There is an NVIDIA driver, but torch is built for the CPU: pip install --force-reinstall torch"
+    elif torch.version.cuda is not None:
+        fix = "torch is built for CUDA but sees no GPU; see what nvidia-smi says."
+    return Finding("device", fix is None, f"auto means {device.type} in {dtype}", fix)
+
+
+def _threads() -> Finding:
+    return Finding("threads", True, f"torch computes with {torch.get_num_threads()} of {os.cpu_count()} cores")
+
+
+def _memory() -> Finding:
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, available = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    except (AttributeError, OSError, ValueError):
+        return Finding("memory", True, "unknown")
+    return Finding("memory", True, f"{_gib(available)} of {_gib(total)} free")
+
+
+def _disk() -> Finding:
+    return Finding("disk", True, f"{_gib(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}")
+
+
+def _attention() -> Finding:
+    device = resolve_device("auto")
+    backends = available_backends(device, resolve_dtype("auto", device))
+    can = [name for name, reason in backends if reason is None]
+    cannot = [f"{name} cannot: {reason}" for name, reason in backends if reason is not None]
+    return Finding("attention", True, "; ".join([f"{', '.join(can)} run on {device.type}", *cannot]))
+
+
+def _natten() -> Finding:
+    fix = (
+        "pip install setuptools wheel && pip install --no-build-isolation natten   (optional; others do the same work)"
+    )
+    try:
+        version = importlib.metadata.version("natten")
+        importlib.import_module("natten")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("natten", False, "not installed", fix)
+    except Exception as error:  # a build for another torch fails in many ways
+        return Finding("natten", False, f"{version} does not import: {_one_line(error)}", fix)
+    return Finding("natten", True, version)
+
+
+def _torch_fidelity() -> Finding:
+    try:
+        version = importlib.metadata.version("torch-fidelity")
+        fidelity_module()
+        torchvision = importlib.metadata.version("torchvision")
+    except Exception as error:
+        fix = "pip install --force-reinstall torch-fidelity torchvision"
+        return Finding("torch-fidelity", False, _one_line(error), fix)
+    return Finding("torch-fidelity", True, f"{version}, torchvision {torchvision}")
+
+
+def _inception() -> Finding:
+    try:
+        return Finding("inception weights", True, str(find_inception_weights()))
+    except MvarError as error:
+        return Finding("inception weights", False, error.message, error.hint)
+
+
+def _perceptual() -> Finding:
+    try:
+        return Finding("perceptual weights", True, ", ".join(str(find_weights(file)) for file in (VGG16, LPIPS)))
+    except MvarError as error:
+        return Finding("perceptual weights", False, f"{error.message} (only for tokenizers)", error.hint)
+
+
+def _cache() -> Finding:
+    directory = default_demo_path().parent
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("cache", False, f"{directory} cannot be written", "export MVAR_CACHE=/a/folder/you/own")
+    return Finding("cache", True, f"{directory}, {_gib(shutil.disk_usage(existing).free)} free on its disk")
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

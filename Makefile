@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format docs clean
+.PHONY: help install quickstart test test-slow lint mutation format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: lint  ## lint, types, and all quick tests
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+mutation: $(STAMP)  ## faults put into the code, and whether the tests notice; ARGS="--only 3,17"
+	$(BIN)/python benchmarks/mutation.py $(ARGS)
 
 format: $(STAMP)  ## bring the code into shape
 	$(BIN)/ruff check --fix .

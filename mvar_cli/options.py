@@ -9,7 +9,6 @@ import typer
 import mvar_core as mvar
 from mvar_cli.groups import Group
 
-Run = TypeVar("Run", bound=Callable[..., None])
 MACHINE, LOOP, OUTPUT = "Machine", "Training loop", "Output"
 
 
@@ -167,14 +166,10 @@ else:
     Sampling = SamplingOptions
 
 
-<<<<<<< HEAD
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 
 
 def command(*, example: str, **extras: Any) -> Callable[[CommandFunction], CommandFunction]:
-=======
-def command(*, example: str, **extras: Any) -> Callable[[Run], Run]:
->>>>>>> 74605ba (convert and doctor are functions of the library; published files are read and written in one module)
     """Mark a command's function with what its help ends with.
 
     Args:
@@ -182,11 +177,7 @@ def command(*, example: str, **extras: Any) -> Callable[[Run], Run]:
         **extras: Further facts for the application: `bare_options`, names that may be typed without a value.
     """
 
-<<<<<<< HEAD
     def mark(function: CommandFunction) -> CommandFunction:
-=======
-    def mark(function: Run) -> Run:
->>>>>>> 74605ba (convert and doctor are functions of the library; published files are read and written in one module)
         vars(function).update(example=example, extras=extras)
         return function
 

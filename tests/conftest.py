@@ -13,6 +13,7 @@ HOOKED += [f"mvar_core.models.{path.stem}" for path in sorted(MODELS.glob("*.py"
 _hook = install_import_hook(HOOKED, "typecheck.checked")
 
 import golden_models  # noqa: E402  (the hook must stand before the rooms are imported)
+from tiny import classifier, config, images, model, other_tokenizer, preset, tokens  # noqa: E402, F401 (fixtures)
 
 from mvar_core.models.directory import save_model  # noqa: E402
 from mvar_core.models.official import convert  # noqa: E402

@@ -27,7 +27,7 @@ def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, An
     from mvar_cli.drawing import Chunk, Progressing, draw_shards
     from mvar_cli.outputs import put_together
     from mvar_cli.parts import Parts, Request
-    from mvar_cli.writers import WriterPool
+    from mvar_core.sampling.writers import WriterPool
 
     smooth = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     tokens = np.zeros((BATCH, TOKENS), np.int64)

@@ -59,7 +59,6 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
     """
     import torch
 
-    from mvar_cli.conditions import conditions_of
     from mvar_core.data.images import ImageRows, open_images
     from mvar_core.models.micro_batches import DECODED_AT_ONCE
 
@@ -72,7 +71,7 @@ def from_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, see
             pixels, labels = images.batch(rows)
             # The encoder works at full resolution, where an image takes more memory than all of its attention.
             tokens_BL = torch.cat([pipeline.encode(part) for part in pixels.split(at_once)])
-            yield tokens_BL, conditions_of(pipeline, labels.tolist())
+            yield tokens_BL, pipeline.conditions_of(labels.tolist())
 
     return TokenSource(f"images of {data}{_note(pipeline)}", len(chosen), batches())
 
@@ -87,13 +86,12 @@ def from_model(console: Console, pipeline: Pipeline, *, num: int, batch_size: in
     """
     import torch
 
-    from mvar_cli.conditions import conditions_of
     from mvar_core.sampling.images import ImageSampler
     from mvar_core.sampling.sampler import sample_tokens
 
     config, transformer = pipeline.config, pipeline.transformer
     console.note("No --tokens and no --data: the model's own samples are measured.")
-    conditions = conditions_of(pipeline, spread_classes(num, transformer.no_class))
+    conditions = pipeline.conditions_of(spread_classes(num, transformer.no_class))
     sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
     settings = pipeline.sampling_settings()
     sizes = sampler.micro_batches(num, settings)
@@ -132,7 +130,7 @@ def spread_classes(num: int, classes: int) -> list[int]:
 
 def _note(pipeline: Pipeline) -> str:
     """What a reader must know of conditions that are not there."""
-    from mvar_cli.conditions import without_conditions
+    from mvar_core.sampling.conditions import without_conditions
 
     return ", without a condition, for vectors of classes are not known" if without_conditions(pipeline.config) else ""
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mvar_cli.old_console import Progress
 from mvar_cli.parts import Parts
 from mvar_cli.processes import Processes
-from mvar_cli.writers import WriterPool
 from mvar_core.errors import DataError, MvarError
+from mvar_core.sampling.writers import WriterPool
 
 if TYPE_CHECKING:
     from mvar_core.pipeline import Pipeline

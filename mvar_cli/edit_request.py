@@ -232,7 +232,7 @@ def edit_draws(pipeline: Pipeline, edit: Edit, request: EditRequest, **settings:
             torch.cat([encoded[image].tokens_NL for image in images]),
             torch.cat([encoded[image].kept_NL for image in images]),
         )
-        conditions: Any = labels if request.classes else pipeline.no_class(len(labels))
+        conditions: Any = labels if request.classes else pipeline.null_conditions(len(labels))
         if request.vectors is not None:
             conditions = request.conditions_of(indices)
         done = 0

@@ -98,9 +98,9 @@ class DrawnImages:
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """The samples `start` up to `stop`, uint8 (B, 3, H, W); written as well where that is wanted."""
-        from mvar_cli.conditions import by_labels
-        from mvar_cli.outputs import NpzWriter
         from mvar_core.io.files import atomic_path
+        from mvar_core.io.npz import NpzWriter
+        from mvar_core.sampling.conditions import by_labels
 
         assert self.labels is not None
         chosen = self.settings
@@ -139,8 +139,8 @@ class DrawnImages:
 
     def join(self, blocks: Sequence[tuple[int, int]]) -> None:
         """Put the parts that several processes wrote into one file, in order."""
-        from mvar_cli.outputs import NpzWriter
         from mvar_core.io.files import atomic_path
+        from mvar_core.io.npz import NpzWriter
 
         assert self.save_to is not None
         assert self.labels is not None

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mvar_cli.old_console import Console, format_seconds
 from mvar_cli.processes import Processes
-from mvar_cli.selection import parse_classes
 from mvar_core.analysis.likelihood import LikelihoodReport, Tally, measure_likelihood
 from mvar_core.config import ModelConfig
 from mvar_core.data.images import ImageRows, open_images
@@ -27,6 +26,7 @@ from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.models.official import tokenizer_hash_of
 from mvar_core.pipeline import Pipeline
 from mvar_core.runtime import peak_memory_bytes
+from mvar_core.sampling.conditions import parse_classes
 
 IMAGES_AT_ONCE = 16
 """Images whose inputs are held together; what goes through the model at once is smaller."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mvar_cli.conditions import Chosen, chosen
+from mvar_core.sampling.conditions import ChosenConditions as Chosen
+from mvar_core.sampling.conditions import choose_conditions as chosen
 
 if TYPE_CHECKING:
     from mvar_cli.parts import Request
@@ -110,9 +111,9 @@ class Wanted(NamedTuple):
 
     def settings(self, config: ModelConfig) -> SamplingConfig:
         """The model's recommended settings with those typed laid over them."""
-        from mvar_core.sampling.settings import sampling_settings
+        from mvar_core.sampling.sampler import resolve_settings
 
-        return sampling_settings(config, **self.given)
+        return resolve_settings(config, **self.given)
 
     def request(self, config: ModelConfig, model: NamedModel) -> Request:
         """Everything that the output depends on.
@@ -129,7 +130,8 @@ class Wanted(NamedTuple):
                 f"{config.name} is a tokenizer without a transformer.", "Train one with `mvar train`."
             )
         settings = self.settings(config)
-        labels, names, vectors = self.chosen(config)
+        picked = self.chosen(config)
+        labels, names, vectors = picked.labels, picked.names, picked.vectors
         return Request(
             model=config.name,
             weights=model.fingerprint(),

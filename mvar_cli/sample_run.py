@@ -15,10 +15,10 @@ from mvar_cli.outputs import is_published, outputs_of, publish, put_together, re
 from mvar_cli.parts import MANIFEST, Parts, Request, parts_directory
 from mvar_cli.processes import Processes
 from mvar_cli.sample_request import Place
-from mvar_cli.writers import WriterPool
 from mvar_core.errors import DataError
 from mvar_core.runtime import peak_memory_bytes
 from mvar_core.sampling.budget import IMAGES_AT_ONCE
+from mvar_core.sampling.writers import WriterPool
 
 
 def check_place(team: Processes, place: Place) -> None:

@@ -185,9 +185,9 @@ def sample_pictures(config: RunConfig, tokenizer: VQVAE, transformer: Transforme
     labels = sorted({round(place) for place in np.linspace(0, classes - 1, _PICTURED_CLASSES)})
 
     def draw(step: int) -> np.ndarray:
-        from mvar_cli.conditions import by_labels
         from mvar_core.io.pictures import make_grid, save_png
         from mvar_core.pipeline import Pipeline
+        from mvar_core.sampling.conditions import by_labels
 
         pipeline = Pipeline(config.model, tokenizer, transformer)
         drawn = pipeline.sample(**by_labels(config, labels * 2), seed=config.seed)

@@ -1,4 +1,4 @@
-"""The library's front door: load a model, encode, decode, score and sample."""
+"""A model and its tokenizer as one object: load, encode, decode, score, sample and edit."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
-from typing_extensions import Unpack
 
 from mvar_core.analysis.likelihood import log_likelihoods, read_candidates
-from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.config import Machine, ModelConfig, SamplingConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.io.pixels import to_uint8
 from mvar_core.kernels import check_backend
@@ -24,14 +23,15 @@ from mvar_core.models import official
 from mvar_core.models.compilation import check_compiler, compile_for_sampling
 from mvar_core.models.conditioning import Conditions
 from mvar_core.models.meta import meta_device
+from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import resolve_device, resolve_dtype
-from mvar_core.sampling.budget import DECODED_AT_ONCE
-from mvar_core.sampling.editing import KeptTokens, checked_mask, kept_pixels, kept_tokens, pasted
+from mvar_core.sampling.conditions import by_labels
+from mvar_core.sampling.editing import UNGUIDED, KeptTokens, checked_mask, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import ImageSampler, Samples, join_samples
-from mvar_core.sampling.settings import DrawOptions, GivenSettings, sampling_settings
+from mvar_core.sampling.sampler import resolve_settings
 
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
 
@@ -43,13 +43,20 @@ class Pipeline:
         config: What the model is.
         device: Where both are.
         attention: The attention backend, or "auto".
+        memory: Bytes that sampling may use where a call does not say; None is half of what is free.
 
     Raises:
         BackendError: No such backend, or one that cannot run this model here.
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: VQVAE, transformer: Transformer | None = None, *, attention: str = "auto"
+        self,
+        config: ModelConfig,
+        tokenizer: VQVAE,
+        transformer: Transformer | None = None,
+        *,
+        attention: str = "auto",
+        memory: int | None = None,
     ):
         self.config = config
         self._tokenizer = tokenizer.eval()
@@ -57,6 +64,7 @@ class Pipeline:
         self._transformer = transformer.eval() if transformer is not None else None
         self.device = tokenizer.quantizer.codebook.device
         self.attention = attention
+        self.memory = memory
         if transformer is not None:
             dtype = transformer.input_projection.weight.dtype
             check_backend(attention, config.patterns, self.device, dtype)
@@ -71,70 +79,68 @@ class Pipeline:
         dtype: str = "auto",
         attention: str = "auto",
         compile: bool = False,  # noqa: A002
+        machine: Machine | None = None,
     ) -> Pipeline:
         """Load a model directory, a run directory, or a published .pth file with its tokenizer.
 
         Args:
             path: The directory or file.
-            tokenizer: The tokenizer's .pth, where `path` is one; by default the one vae*.pth that lies beside it.
+            tokenizer: The tokenizer's .pth, where `path` is one; by default the one vae*.pth next to it.
             device: auto, cpu, cuda, cuda:N or mps.
-            dtype: auto, float32, bfloat16 or float16: of the weights and activations. Logits, draws and f̂ are
+            dtype: auto, float32, bfloat16 or float16: of the weights and activations. Logits, sampling and f̂ are
                 float32 in any case.
             attention: Attention backend.
             compile: Compile the transformer's blocks for sampling: the first images wait for it, later ones do not.
+            machine: These four, and the memory that sampling may use, in place of the keywords.
 
         Raises:
             CheckpointError: Nothing there that can be loaded.
-            BackendError: An attention backend or device that is not to be had.
+            BackendError: An attention backend or device that is not available.
         """
         path = Path(path)
-        target = resolve_device(device)
-        kind = resolve_dtype(dtype, target)
-        if compile:
+        machine = machine or Machine.of(device=device, dtype=dtype, attention=attention, compile=compile)
+        target = resolve_device(machine.device)
+        kind = resolve_dtype(machine.dtype, target)
+        options: dict[str, Any] = {"attention": machine.attention, "memory": machine.memory_bytes}
+        if machine.compile:
             check_compiler(target)
         if path.is_file():
-            pipeline = cls._from_official(path, tokenizer, target, kind, attention)
+            converted = official.convert(path, Path(tokenizer) if tokenizer else official.tokenizer_next_to(path))
+            assert converted.transformer is not None
+            with meta_device():
+                vqvae = VQVAE(converted.config.tokenizer, converted.config.pyramid)
+                transformer = Transformer(converted.config)
+            vqvae.load_state_dict(converted.tokenizer, assign=True)
+            transformer.load_state_dict(converted.transformer, assign=True)
+            modules = (
+                module.requires_grad_(False).to_compute_dtype(kind).to(target) for module in (vqvae, transformer)
+            )
+            pipeline = cls(converted.config, *modules, **options)
         else:
-            pipeline = cls._from_directory(path, target, kind, attention)
-        if compile:
+            config = model_directory.read_model_config(path)
+            load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
+            loaded = None
+            if config.transformer is not None:
+                loaded = model_directory.load_transformer(path, config, target, kind)
+            pipeline = cls(config, load_tokenizer(encoder=loaded is None), loaded, **options)
+            pipeline._load_tokenizer = load_tokenizer
+        if machine.compile:
             compile_for_sampling(pipeline.transformer, target)
         return pipeline
 
-    @classmethod
-    def _from_directory(cls, path: Path, target: torch.device, kind: torch.dtype, attention: str) -> Pipeline:
-        config = model_directory.read_model_config(path)
-        load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
-        transformer = None
-        if config.transformer is not None:
-            transformer = model_directory.load_transformer(path, config, target, kind)
-        pipeline = cls(config, load_tokenizer(encoder=transformer is None), transformer, attention=attention)
-        pipeline._load_tokenizer = load_tokenizer
-        return pipeline
-
-    @classmethod
-    def _from_official(
-        cls, path: Path, tokenizer: str | Path | None, device: torch.device, dtype: torch.dtype, attention: str
-    ) -> Pipeline:
-        tokenizer_path = Path(tokenizer) if tokenizer else official.tokenizer_next_to(path)
-        converted = official.convert(path, tokenizer_path)
-        with meta_device():
-            vqvae = VQVAE(converted.config.tokenizer, converted.config.pyramid)
-            transformer = Transformer(converted.config)
-        vqvae.load_state_dict(converted.tokenizer, assign=True)
-        assert converted.transformer is not None
-        transformer.load_state_dict(converted.transformer, assign=True)
-        return cls(
-            converted.config,
-            vqvae.requires_grad_(False).to_compute_dtype(dtype).to(device),
-            transformer.requires_grad_(False).to_compute_dtype(dtype).to(device),
-            attention=attention,
-        )
-
     @property
     def tokenizer(self) -> VQVAE:
-        """The VQVAE. Its encoder, which sampling has no use for, is loaded when it is first asked for."""
+        """The VQVAE. Its encoder, which sampling does not need, is loaded on first use.
+
+        Raises:
+            CheckpointError: The pipeline was made of a VQVAE without its encoder, so that there is none to load.
+        """
         if not self._tokenizer.has_encoder:
-            assert self._load_tokenizer is not None
+            if self._load_tokenizer is None:
+                raise CheckpointError(
+                    f"The tokenizer of {self.config.name} has no encoder, which encoding and saving need.",
+                    "Build the Pipeline from a VQVAE with its encoder, or load it with Pipeline.from_pretrained.",
+                )
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
 
@@ -172,7 +178,7 @@ class Pipeline:
         """
         if tuple(images.shape[-2:]) != self.config.image_shape:
             raise DataError(
-                f"images are {images.shape[-2]}×{images.shape[-1]} pixels; {self.config.name} takes"
+                f"images are {images.shape[-2]}×{images.shape[-1]} pixels; {self.config.name} expects"
                 f" {self.config.image_shape[0]}×{self.config.image_shape[1]}."
             )
         return self.tokenizer.encode(images.to(self.device))
@@ -222,57 +228,114 @@ class Pipeline:
         )
         return scored_BKS if several else scored_BKS.squeeze(1)
 
-    def sampling_settings(self, **given: Unpack[GivenSettings]) -> SamplingConfig:
-        """The model's recommended settings with the given ones laid over them; see `sample` for what they are.
+    def sampling_settings(self, settings: SamplingConfig | None = None, **shorthand: Any) -> SamplingConfig:
+        """The settings that `sample` uses for the same arguments: what is not set is as the model recommends.
 
         Raises:
             ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
         """
-        return sampling_settings(self.config, **given)
+        return resolve_settings(self.config, settings, **shorthand)
 
     def sample(
         self,
         labels: Conditions | None = None,
         *,
         conditions: Conditions | None = None,
+        settings: SamplingConfig | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
         kept: KeptTokens | None = None,
-        **options: Unpack[DrawOptions],
+        batch_size: int | None = None,
+        memory: int | None = None,
+        stages: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **shorthand: Any,
     ) -> Samples:
         """Images of classes, or of vectors where the model is conditioned on them.
 
         A sample depends on (seed, its global index, condition, settings, weights) alone.
 
+            pipe.sample([3, 3, 7], settings=SamplingConfig(cfg=1.5, top_k=900), seed=0)
+            pipe.sample([3, 3, 7], cfg=1.5, seed=0)
+
         Args:
             labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class". With `conditions`, what
                 the samples are labelled with.
             conditions: Vectors (N, X), one per sample; a row of nan stands for none.
-            kept: Tokens of given images, one for each sample, which stay where it says so; see `edit`.
-            **options: By name: cfg, top_k, top_p, more_smooth, cfg_schedule and cfg_scales, of which those not given
-                are as the model recommends; seed, indices, batch_size, memory, stages and progress. What each means
-                stands in mvar_core.sampling.settings.
+            settings: Guidance and filters; fields that are not set are as the model recommends.
+            seed: The run's seed.
+            indices: Global index of each sample; by default 0 … N-1.
+            kept: Tokens of given images, one for each sample, that replace sampled ones where it says so; see `edit`.
+            batch_size: Samples that advance from scale to scale together; decides speed and memory, never the result.
+            memory: Bytes that sampling may use, weights included, and on a CPU the process as well; by default as the
+                machine says that the pipeline was loaded for, otherwise half of what the device has free.
+            stages: Also decode each sample after every scale.
+            progress: Called as progress(done, total), in images; also while images are being sampled.
+            **shorthand: Any field of `SamplingConfig`, over `settings`; None is as if it were not there.
 
         Raises:
             ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
         """
-        return join_samples(list(self.stream(labels, conditions=conditions, kept=kept, **options)), self.config)
+        batches = self.stream(
+            labels,
+            conditions=conditions,
+            settings=self.sampling_settings(settings, **shorthand),
+            seed=seed,
+            indices=indices,
+            kept=kept,
+            batch_size=batch_size,
+            memory=memory,
+            stages=stages,
+            progress=progress,
+        )
+        return join_samples(list(batches), self.config)
 
     def stream(
         self,
         labels: Conditions | None = None,
         *,
         conditions: Conditions | None = None,
+        settings: SamplingConfig | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
         kept: KeptTokens | None = None,
-        **options: Unpack[DrawOptions],
+        batch_size: int | None = None,
+        memory: int | None = None,
+        stages: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **shorthand: Any,
     ) -> Iterator[Samples]:
-        """`sample`, a batch at a time: what was given is not held.
+        """`sample`, a batch at a time: samples that were yielded are not held.
 
         Yields:
             Samples in order, `batch_size` at a time.
 
         Raises:
-            ConfigError: As `sample`; before anything is drawn.
+            ConfigError: As `sample`; before anything is sampled.
         """
-        return self._draw(labels, conditions, kept, **options)
+        settings = self.sampling_settings(settings, **shorthand)
+        conditioner = self.transformer.conditioner
+        if conditions is None and labels is None:
+            raise ConfigError("sample needs labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
+        read = conditioner.read(labels if conditions is None else conditions)
+        marks = conditioner.labels(read)
+        if conditions is not None and labels is not None:
+            marks = torch.as_tensor(labels).long().tolist()
+        indices = range(len(read)) if indices is None else indices
+        noun = "labels" if read.ndim == 1 else "vectors"
+        for what, count in (("labels", len(marks)), ("indices", len(indices))):
+            if count != len(read):
+                raise ConfigError(f"there are {len(read)} {noun} but {count} {what}.")
+        if kept is not None:
+            if len(kept) != len(read):
+                raise ConfigError(f"there are {len(read)} {noun} but kept tokens of {len(kept)} images.")
+            kept = KeptTokens(self._checked(kept.tokens_NL), kept.kept_NL)
+        memory = self.memory if memory is None else memory
+        sampler = ImageSampler(self.config, self.transformer, self._tokenizer, self.attention)
+        sizes = sampler.micro_batches(len(read), settings, batch_size=batch_size, memory=memory, stages=stages)
+        return sampler.stream(
+            read, indices, seed, settings, sizes, labels=marks, kept=kept, stages=stages, progress=progress
+        )
 
     def edit(
         self,
@@ -284,23 +347,23 @@ class Pipeline:
         num: int = 1,
         coverage: float = 0.5,
         paste: bool = False,
-        **options: Unpack[DrawOptions],
+        **options: Any,
     ) -> Samples:
-        """Draw a part of given images anew: in-painting, out-painting and class-conditional editing, zero-shot.
+        """Regenerate a region of given images: in-painting, out-painting and class-conditional editing, zero-shot.
 
         The images' tokens stay, at every scale, where the mask says so (mvar_core.sampling.editing), and the rest is
-        drawn around them. Any model does it, VAR or MVAR, without having been trained to. `Samples.kept` tells which
-        tokens stayed; they are those of `encode`.
+        sampled around them. This works with any model, VAR or MVAR, without training for it. `Samples.kept` tells
+        which tokens stayed; they are those of `encode`.
 
         Args:
             images: In [-1, 1], of the model's size.
             mask: Boolean, (H, W) for all images or (N, H, W).
-            labels: One class, or vector, per image to draw towards; None draws without any, and so without guidance.
-            keep: What stays: "outside" fills the mask (in-painting), "inside" draws around it (out-painting).
-            num: Variants of each image, one after the other in what is returned.
+            labels: One class, or vector, per image to edit towards; None is without any, and so without guidance.
+            keep: What stays: "outside" fills the mask (in-painting), "inside" generates around it (out-painting).
+            num: Variants of each image, one after the other in the result.
             coverage: How much of a coarser scale's cell must stay for its token to stay: above 0, at most 1.
-            paste: Lay the given pixels over the drawn ones where the mask keeps them, bit-equal to `to_uint8` of them.
-                Without it, images are as decoded.
+            paste: Copy the given pixels over the generated ones where the mask keeps them, bit-equal to `to_uint8` of
+                them. Without it, images are as decoded.
             **options: As of `sample`.
 
         Raises:
@@ -309,20 +372,20 @@ class Pipeline:
         """
         pixels = kept_pixels(checked_mask(mask, len(images), self.config.image_shape), keep)
         kept = self.kept_tokens(images, pixels, coverage).repeated(num)
-        conditions = torch.as_tensor(labels) if labels is not None else self.no_class(len(images))
+        conditions = torch.as_tensor(labels) if labels is not None else self.null_conditions(len(images))
         if labels is None:
-            options["cfg"], options["cfg_schedule"] = 0.0, "linear"
-        drawn = self.sample(conditions.repeat_interleave(num, dim=0), kept=kept, **options)
+            options.update(UNGUIDED)
+        samples = self.sample(conditions.repeat_interleave(num, dim=0), kept=kept, **options)
         if not paste:
-            return drawn
+            return samples
         given = to_uint8(images.cpu()).repeat_interleave(num, dim=0)
         stays = pixels.expand(len(images), -1, -1).repeat_interleave(num, dim=0)
-        return replace(drawn, images=pasted(drawn.images, given, stays))
+        return replace(samples, images=pasted(samples.images, given, stays))
 
     def kept_tokens(
         self, images: Float[Tensor, "N 3 H W"], pixels: Bool[Tensor, "*M h w"], coverage: float = 0.5
     ) -> KeptTokens:
-        """Tokens of given images, and which of them stay where these pixels do; what `sample` takes as `kept`.
+        """Tokens of given images, and which of them stay where these pixels do; what `sample` accepts as `kept`.
 
         Args:
             images: In [-1, 1], of the model's size.
@@ -336,57 +399,20 @@ class Pipeline:
         tokens = torch.cat(encoded) if encoded else torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long)
         return KeptTokens(tokens, stays)
 
-    def no_class(self, count: int) -> Tensor:
-        """So many conditions that say nothing: what images without a class are drawn by."""
+    def null_conditions(self, count: int) -> Tensor:
+        """`count` conditions that stand for none: what images without a class are sampled with."""
         return self.transformer.conditioner.null(count)
 
-    def _draw(
-        self,
-        labels: Conditions | None,
-        conditions: Conditions | None,
-        kept: KeptTokens | None,
-        *,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
-        stages: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-        **given: Unpack[GivenSettings],
-    ) -> Iterator[Samples]:
-        settings = self.sampling_settings(**given)
-        read, marks = self._read(labels, conditions)
-        indices = range(len(read)) if indices is None else indices
-        noun = "labels" if read.ndim == 1 else "vectors"
-        for what, count in (("labels", len(marks)), ("indices", len(indices))):
-            if count != len(read):
-                raise ConfigError(f"there are {len(read)} {noun} but {count} {what}.")
-        if kept is not None:
-            if len(kept) != len(read):
-                raise ConfigError(f"there are {len(read)} {noun} but kept tokens of {len(kept)} images.")
-            kept = KeptTokens(self._checked(kept.tokens_NL), kept.kept_NL)
-        sampler = ImageSampler(self.config, self.transformer, self._tokenizer, self.attention)
-        sizes = sampler.micro_batches(len(read), settings, batch_size=batch_size, memory=memory, stages=stages)
-        return sampler.stream(
-            read, indices, seed, settings, sizes, labels=marks, kept=kept, stages=stages, progress=progress
-        )
-
-    def _read(self, labels: Conditions | None, conditions: Conditions | None) -> tuple[Tensor, list[int]]:
-        """What samples are conditioned on, and what they are labelled with."""
-        conditioner = self.transformer.conditioner
-        if conditions is not None:
-            read = conditioner.read(conditions)
-            return read, conditioner.labels(read) if labels is None else torch.as_tensor(labels).long().tolist()
-        if labels is None:
-            raise ConfigError("sample takes labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
-        read = conditioner.read(labels)
-        return read, conditioner.labels(read)
+    def conditions_of(self, labels: Sequence[int]) -> Tensor:
+        """What images of these classes are conditioned on, whatever the model is conditioned on; on the CPU."""
+        arguments = by_labels(self.config, labels)
+        return self.transformer.conditioner.read(arguments.get("conditions", labels))
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, refused where they cannot be the model's."""
         expected = self.config.pyramid.num_tokens
         if tokens.ndim != 2 or tokens.shape[1] != expected:
-            raise DataError(f"tokens have shape {tuple(tokens.shape)}; {self.config.name} takes (B, {expected}).")
+            raise DataError(f"tokens have shape {tuple(tokens.shape)}; {self.config.name} expects (B, {expected}).")
         size = self.config.tokenizer.codebook_size
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             raise DataError(f"tokens range over {int(tokens.min())} … {int(tokens.max())}; the codebook has {size}.")

@@ -156,11 +156,11 @@ def _check(request: Any) -> None:
     from mvar_core.errors import BackendError
     from mvar_core.kernels import check_backend
     from mvar_core.runtime import resolve_device, resolve_dtype
-    from mvar_core.sampling.sampler import check_settings
+    from mvar_core.sampling.sampler import resolve_settings
 
     place = resolve_device(request.device)
     kind = resolve_dtype(request.dtype, place)
-    check_settings(request.settings, request.config)
+    resolve_settings(request.config, request.settings)
     for _, twin in twins(request.config):
         try:
             check_backend(request.attention, twin.patterns, place, kind, needs_grad=request.what == "train")

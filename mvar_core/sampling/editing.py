@@ -16,6 +16,7 @@ areas have in common and finer ones correct them, so a kept area keeps its looks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from torch import Tensor
 
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.pyramid import Grid, ScalePyramid
+
+UNGUIDED: dict[str, Any] = {"cfg": 0.0, "cfg_schedule": "linear"}
+"""Settings of an edit without a class: there is nothing to guide towards."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -54,16 +55,21 @@ class SampledTokens:
     stages_NSZhw: Float[Tensor, "N S Z h w"] | None
 
 
-def check_settings(settings: SamplingConfig, config: ModelConfig) -> None:
-    """Refuse settings that the model cannot follow.
+def resolve_settings(config: ModelConfig, settings: SamplingConfig | None = None, **shorthand: Any) -> SamplingConfig:
+    """The settings to sample with: `shorthand` over `settings` over what the model recommends.
 
     Raises:
-        ConfigError: top-k is larger than the codebook, or guidance names scales that the model does not have.
+        ConfigError: No such setting, a value out of range, a top-k above the codebook, or guidance of scales that the
+            model does not have.
     """
+    resolved = SamplingConfig.of(**{name: value for name, value in shorthand.items() if value is not None})
+    for below in (settings, config.sampling):
+        resolved = resolved if below is None else resolved.over(below)
     codes = config.tokenizer.codebook_size
-    if settings.top_k > codes:
-        raise ConfigError(f"top-k is {settings.top_k}, but the codebook has {codes} entries; use 0 (all) … {codes}.")
-    guidance_strengths(settings, config.pyramid)
+    if resolved.top_k > codes:
+        raise ConfigError(f"top-k is {resolved.top_k}, but the codebook has {codes} entries; use 0 (all) … {codes}.")
+    guidance_strengths(resolved, config.pyramid)
+    return resolved
 
 
 @torch.no_grad()
@@ -90,7 +96,7 @@ def sample_tokens(
         conditions: Class label of each sample, or vectors (N, X), as the model is conditioned.
         indices: Global index of each sample; its random stream follows from it and the seed.
         seed: The run's seed.
-        settings: Guidance and filters; see `check_settings`.
+        settings: Guidance and filters, from `resolve_settings`.
         kept: Tokens of given images, one for each sample, which take the place of drawn ones where they stay.
         micro_batches: For each scale how many images go through the transformer in one pass; by default all. Decides
             speed and memory, never the result.

@@ -11,8 +11,8 @@ from PIL import Image
 from mvar_cli.old_console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
 from mvar_cli.old_options import parse_bytes, parse_numbers
 from mvar_cli.report import Picture, Section, page
-from mvar_cli.selection import parse_classes
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.sampling.conditions import parse_classes
 
 NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "crane")
 

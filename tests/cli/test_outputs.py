@@ -19,8 +19,8 @@ from mvar_cli.outputs import (
     strips_directory,
 )
 from mvar_cli.parts import PUBLISHING, Parts, Request, parts_directory
-from mvar_cli.writers import WriterPool
 from mvar_core.errors import DataError
+from mvar_core.sampling.writers import WriterPool
 
 
 def request(**changes):

@@ -240,7 +240,7 @@ def test_what_cannot_be_edited(pipeline: Pipeline) -> None:
         pipeline.edit(images, mask[:32])
     with pytest.raises(DataError, match="the mask is float64"):
         pipeline.edit(images, mask.astype(float))
-    with pytest.raises(DataError, match="32×32 pixels; .* takes 64×64"):
+    with pytest.raises(DataError, match="32×32 pixels"):
         pipeline.edit(images[:, :, :32, :32], mask)
     with pytest.raises(ConfigError, match="coverage is 0"):
         pipeline.edit(images, mask, coverage=0)

@@ -132,9 +132,9 @@ def test_stages_end_in_the_image(pipeline: Pipeline) -> None:
 def test_impossible_settings(pipeline: Pipeline) -> None:
     with pytest.raises(ConfigError, match="top-k is 65, but the codebook has 64"):
         pipeline.sample([0], top_k=65)
-    with pytest.raises(ConfigError, match="top-p is 1.5"):
+    with pytest.raises(ConfigError, match=r"top_p.*1\.5"):
         pipeline.sample([0], top_p=1.5)
-    with pytest.raises(ConfigError, match="cfg is -1"):
+    with pytest.raises(ConfigError, match=r"cfg.*-1"):
         pipeline.sample([0], cfg=-1)
     with pytest.raises(ConfigError, match="class 11 does not exist"):
         pipeline.sample([11])

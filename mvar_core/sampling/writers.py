@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from mvar_core.distributed import available_cores
+
 LARGEST_POOL = 4
 
 
 class WriterPool:
-    """A few threads with a short queue: whoever brings more waits, so that memory stays bounded.
+    """A few threads with a short queue: `submit` waits while it is full, so that memory stays bounded.
 
-    The first error of a thread is raised where work is brought next, or where the block ends.
-    Left by an interruption, the block finishes what was brought; left by an error, it drops what has not begun.
+    The first error of a thread is raised by the next `submit`, or where the block ends. If the block ends by an
+    interruption, everything submitted is finished; if it ends by an error, what has not begun is dropped.
 
     Args:
         threads: How many; by default half of this process's cores, at most four.
-        waiting: Pieces of work that may wait beside those in progress.
-        processes: Processes of this command on this machine, which share its cores.
+        waiting: Pieces of work that may wait in addition to those in progress.
+        processes: Processes of this job on this machine, which share its cores.
     """
 
     def __init__(self, threads: int | None = None, waiting: int = 1, processes: int = 1):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = threads or max(1, min(LARGEST_POOL, cores // (2 * processes)))
+        threads = threads or max(1, min(LARGEST_POOL, available_cores() // (2 * processes)))
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="mvar-writer")
         self._slots = threading.BoundedSemaphore(threads + waiting)
         self._futures: set[Future[Any]] = set()
@@ -46,14 +46,14 @@ class WriterPool:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Have `work(*arguments)` done; waits for a free place."""
+        """Run `work(*arguments)` in a thread; waits for a free slot."""
         self._slots.acquire()
         self._raise_error()
         future = self._executor.submit(self._run, work, arguments)
         self._futures = {one for one in self._futures if not one.done()} | {future}
 
     def finish(self) -> None:
-        """Wait until all work that was brought is done."""
+        """Wait until all submitted work is done."""
         for future in list(self._futures):
             future.result()
         self._raise_error()

@@ -112,10 +112,9 @@ class Pipeline:
                 transformer = Transformer(converted.config)
             vqvae.load_state_dict(converted.tokenizer, assign=True)
             transformer.load_state_dict(converted.transformer, assign=True)
-            modules = (
-                module.requires_grad_(False).to_compute_dtype(kind).to(target) for module in (vqvae, transformer)
-            )
-            pipeline = cls(converted.config, *modules, **options)
+            for module in (vqvae, transformer):
+                module.requires_grad_(False).to_compute_dtype(kind).to(target)
+            pipeline = cls(converted.config, vqvae, transformer, **options)
         else:
             config = model_directory.read_model_config(path)
             load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
@@ -276,19 +275,27 @@ class Pipeline:
         Raises:
             ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
         """
-        batches = self.stream(
-            labels,
-            conditions=conditions,
-            settings=self.sampling_settings(settings, **shorthand),
-            seed=seed,
-            indices=indices,
-            kept=kept,
-            batch_size=batch_size,
-            memory=memory,
-            stages=stages,
-            progress=progress,
+        batches = list(
+            self.stream(
+                labels,
+                conditions=conditions,
+                settings=self.sampling_settings(settings, **shorthand),
+                seed=seed,
+                indices=indices,
+                kept=kept,
+                batch_size=batch_size,
+                memory=memory,
+                stages=stages,
+                progress=progress,
+            )
         )
-        return join_samples(list(batches), self.config)
+        if batches:
+            return join_samples(batches)
+        return Samples(
+            images=torch.empty(0, *self.config.image_shape, 3, dtype=torch.uint8),
+            tokens=torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long),
+            labels=(),
+        )
 
     def stream(
         self,
@@ -315,9 +322,10 @@ class Pipeline:
         """
         settings = self.sampling_settings(settings, **shorthand)
         conditioner = self.transformer.conditioner
-        if conditions is None and labels is None:
+        asked = labels if conditions is None else conditions
+        if asked is None:
             raise ConfigError("sample needs labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
-        read = conditioner.read(labels if conditions is None else conditions)
+        read = conditioner.read(asked)
         marks = conditioner.labels(read)
         if conditions is not None and labels is not None:
             marks = torch.as_tensor(labels).long().tolist()

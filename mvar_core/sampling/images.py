@@ -41,25 +41,30 @@ class Samples:
     stages: UInt8[Tensor, "N S H W 3"] | None = None
     kept: Bool[Tensor, "N L"] | None = None
 
+    def __len__(self) -> int:
+        return len(self.images)
 
-def join_samples(parts: Sequence[Samples], config: ModelConfig) -> Samples:
-    """One after the other; none at all where there are no parts."""
-    if not parts:
-        return Samples(
-            images=torch.empty(0, *config.image_shape, 3, dtype=torch.uint8),
-            tokens=torch.empty(0, config.pyramid.num_tokens, dtype=torch.long),
-            labels=(),
-        )
+    def rows(self, rows: slice) -> Samples:
+        """Some of them."""
+        stages, kept = (None if values is None else values[rows] for values in (self.stages, self.kept))
+        return Samples(self.images[rows], self.tokens[rows], self.labels[rows], stages, kept)
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """Samples one after the other; at least one part."""
     if len(parts) == 1:
         return parts[0]
-    strips = [part.stages for part in parts if part.stages is not None]
-    kept = [part.kept for part in parts if part.kept is not None]
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
     return Samples(
         images=torch.cat([part.images for part in parts]),
         tokens=torch.cat([part.tokens for part in parts]),
         labels=tuple(label for part in parts for label in part.labels),
-        stages=torch.cat(strips) if strips else None,
-        kept=torch.cat(kept) if kept else None,
+        stages=joined("stages"),
+        kept=joined("kept"),
     )
 
 

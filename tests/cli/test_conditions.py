@@ -109,7 +109,7 @@ def test_what_a_model_is_not_conditioned_on_is_refused(mvar, trained: Path, mode
     assert "conditioned on class labels" in mvar("sample", "--checkpoint", model, "--words", "a", *out).error
     assert "holds no word" in mvar("sample", "--checkpoint", trained, "--words", "?", *out).error
     np.save(tmp_path / "v.npy", np.ones((2, 5), np.float32))
-    assert "vectors of 5 numbers" in mvar(
+    assert "vectors of 5 values" in mvar(
         "sample", "--checkpoint", trained, "--vectors", tmp_path / "v.npy", *out
     ).error  # fmt: skip
     save_file({"vectors": torch.ones(2, DIM)}, tmp_path / "v.safetensors", metadata={"encoder": "clip"})
@@ -128,8 +128,8 @@ def test_vectors_of_another_encoder(mvar, preset: Path, model: Path, images: Pat
     assert mvar(*train, "--out", tmp_path / "run", *vectors).code == 0
     assert read_model_config(tmp_path / "run").conditioning.encoder == "clip"
     sample = ["sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.npz", "--device", "cpu"]
-    assert "takes vectors by clip" in mvar(*sample, "--words", "a dog").error
-    assert "knows none for its classes" in mvar(*sample, "--class", "1").error
+    assert "vectors by clip" in mvar(*sample, "--words", "a dog").error
+    assert "has none for its classes" in mvar(*sample, "--class", "1").error
     assert mvar(*sample, "--vectors", tmp_path / "v.npy").code == 0
     wrong = mvar(*train, "--out", tmp_path / "other", *vectors[:2], "--set", "conditioning.dim=8")
     assert "vectors of 7 numbers; the model takes 8" in wrong.error

@@ -1,0 +1,517 @@
+"""Samples on their way to an output: shards of consecutive images next to it, and the output that is made of them.
+
+Samples are numbered globally and cut into shards, whose size depends on the number of samples alone. A shard is done
+once its file has its name, and has the same bytes whoever makes it: a run that was stopped makes what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.io.files import atomic_path, read_json, require_new_directory, write_json
+from mvar_core.io.npz import npz_member
+from mvar_core.io.pictures import save_grid
+from mvar_core.io.resumable import Resumable, remove
+from mvar_core.sampling.images import Samples, join_samples
+from mvar_core.sampling.writers import WriterPool
+
+FORMATS = ("png", "npz", "grid")
+TOKENS_FILE = "tokens.npz"
+PUBLISHING = "publishing.json"
+LARGEST_SHARD = 64
+SHARDS_WANTED = 64
+"""An interruption costs what is in unfinished shards: small runs have small ones."""
+SECONDS_BETWEEN_LOOKS = 0.5
+"""How often rank 0 looks for what the other processes have finished."""
+
+Generate = Callable[[Sequence[int], Callable[[int, int], None]], Iterable[Samples]]
+"""generate(indices, progress) yields the samples of these global numbers, in order and in batches of any size."""
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """Where samples go.
+
+    Attributes:
+        out: What the user named.
+        format: png, npz or grid.
+    """
+
+    out: Path
+    format: str
+
+    @classmethod
+    def of(cls, out: Path, asked: str | None = None, save_tokens: bool = False) -> SampleOutput:
+        """An output in the format that is asked for, by default the one that the name's ending suggests.
+
+        Raises:
+            ConfigError: Tokens are to be saved in a picture.
+            DataError: Unknown format, or a path that contradicts it.
+        """
+        form = asked or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
+        if save_tokens and form == "grid":
+            raise ConfigError("--format grid cannot hold tokens.", "Use --format png or npz, or omit --save-tokens.")
+        if form not in FORMATS:
+            raise DataError(f"--format {form!r} is not known.", f"Use {', '.join(FORMATS)}.")
+        if form == "png":
+            if out.suffix.lower() in (".png", ".npz"):
+                raise DataError(f"--out {out} names a file, but --format png writes a directory of them.",
+                                "Use a directory, or --format grid or npz.")  # fmt: skip
+            if out.is_mount() or not out.name:
+                raise DataError(f"--out {out} cannot be replaced by a directory of samples.", "Use a directory in it.")
+            return cls(out, form)
+        suffix = ".npz" if form == "npz" else ".png"
+        if out.suffix.lower() not in ("", suffix):
+            raise DataError(f"--out {out} does not end in {suffix}, which --format {form} writes.")
+        output = cls(out, form)
+        if output.target.is_dir():
+            raise DataError(f"{output.target} is a directory; expected a file to write.", "Choose another --out.")
+        if not out.suffix and out.is_file():
+            raise DataError(f"{out} is a file; expected a directory.", "Choose another --out.")
+        return output
+
+    @property
+    def target(self) -> Path:
+        """The file, or for png the directory, that will be written."""
+        if self.format == "png" or self.out.suffix:
+            return self.out
+        return self.out / ("samples.npz" if self.format == "npz" else "grid.png")
+
+    @property
+    def strips(self) -> Path:
+        """The directory for strips of PNG samples: not among the samples, which are measured as they are."""
+        return self.out.with_name(f"{self.out.name}-stages")
+
+    @property
+    def shards(self) -> Path:
+        """The directory for shards: hidden, next to the target."""
+        return self.target.with_name(f".{self.target.name}.parts")
+
+    def require_free(self, overwrite: bool) -> None:
+        """Refuse an output that exists, unless it may be replaced; its shards do not count.
+
+        Raises:
+            DataError: Names what exists.
+        """
+        if self.format == "png":
+            require_new_directory(self.out, overwrite)
+            require_new_directory(self.strips, overwrite)
+            return
+        if overwrite:
+            return
+        if self.target.exists():
+            raise DataError(f"{self.target} already exists.", "Choose another --out, or add --overwrite to replace it.")
+        if self.target != self.out and self.out.is_dir() and any(path != self.shards for path in self.out.iterdir()):
+            raise DataError(f"{self.out} is not empty.", "Choose another --out, or add --overwrite to replace it.")
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """Everything that the bytes of the output depend on.
+
+    Attributes:
+        model: Name of the model.
+        weights: Fingerprint of its files.
+        classes: Labels in the order asked for; -1 for a text or vector that is no class.
+        num: Images of each.
+        settings: Guidance, filters and seed.
+        output: The format: png, npz or grid.
+        save_tokens: Also the tokens.
+        stages: Also each sample after every scale.
+        image_shape: Height and width in pixels.
+        scales: Number of scales, S.
+        tokens: Tokens of an image, L.
+        device: Kind of device: others round differently.
+        dtype: Of the activations.
+        attention: The backend, as asked for.
+        version: The version of mvar.
+        names: What files are named after, one for each of `classes`; None for their labels.
+        vectors: float32 (classes, X) for a model that is conditioned on vectors, one for each of `classes`.
+    """
+
+    model: str
+    weights: str
+    classes: tuple[int, ...]
+    num: int
+    settings: dict[str, Any]
+    output: str
+    save_tokens: bool
+    stages: bool
+    image_shape: tuple[int, int]
+    scales: int
+    tokens: int
+    device: str
+    dtype: str
+    attention: str
+    version: str
+    names: tuple[str, ...] | None = field(default=None, kw_only=True)
+    vectors: NDArray[np.float32] | None = field(default=None, kw_only=True)
+
+    @property
+    def groups(self) -> int:
+        """How many conditions get `num` samples each."""
+        return len(self.classes)
+
+    @property
+    def total(self) -> int:
+        """Number of samples, N."""
+        return self.groups * self.num
+
+    @property
+    def shard_size(self) -> int:
+        """Samples in every shard but the last."""
+        return min(LARGEST_SHARD, max(1, self.total // SHARDS_WANTED))
+
+    @property
+    def shards(self) -> range:
+        """Numbers of the shards."""
+        return range(math.ceil(self.total / self.shard_size))
+
+    def span(self, shard: int) -> range:
+        """Global numbers of a shard's samples."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.total))
+
+    @cached_property
+    def entries(self) -> NDArray[np.int64]:
+        """Which of `classes` each sample is of (N,)."""
+        return np.repeat(np.arange(len(self.classes)), self.num)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Class label of each sample (N,)."""
+        return np.asarray(self.classes, np.int64)[self.entries]
+
+    def conditions(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `Pipeline.stream` that say what some samples are conditioned on."""
+        rows = np.asarray(indices, np.int64)
+        vectors = None if self.vectors is None else self.vectors[self.entries[rows]]
+        return {"labels": self.labels[rows].tolist(), "conditions": vectors}
+
+    @cached_property
+    def known(self) -> dict[str, NDArray]:
+        """Arrays of the output that are known before anything is sampled, N rows each."""
+        return {"labels": self.labels}
+
+    def file_name(self, index: int) -> str:
+        """Name of one sample's PNG: its global number and its class or text."""
+        return f"{self.number(index)}_{self.condition_name(index)}.png"
+
+    def condition_name(self, index: int) -> str:
+        """What one sample's file is named after: its class, or its text."""
+        return str(self.labels[index]) if self.names is None else self.names[self.entries[index]]
+
+    def number(self, index: int) -> str:
+        """A sample's global number, padded with zeros."""
+        return f"{index:0{max(5, len(str(self.total - 1)))}d}"
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of one sample's arrays."""
+        pixels = self.image_shape[0] * self.image_shape[1] * 3
+        return pixels * (1 + (self.scales if self.stages else 0)) + 8 + (4 * self.tokens if self.save_tokens else 0)
+
+    def record(self) -> dict[str, Any]:
+        """The record by which an interrupted run is recognised."""
+        values = {"format": "mvar-samples", **asdict(self), "shard_size": self.shard_size}
+        if self.vectors is not None:
+            values["vectors"] = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
+        return values
+
+
+class SampleShards(Resumable):
+    """The shards of a run, in a directory next to its output."""
+
+    def __init__(self, output: SampleOutput, spec: SampleSpec):
+        super().__init__(
+            output.shards,
+            spec.record(),
+            len(spec.shards),
+            piece_name="shard-{:06d}.npz",
+            ignore=("null_label", "no_class"),  # one thing by its present and its former name; the model decides it
+        )
+        self.output = output
+        self.spec = spec
+        self.images = self.directory / "images"
+        self.strips = self.directory / "strips"
+
+    def check(self, overwrite: bool) -> set[int]:
+        """The shards that are done; refuses an output that exists, other settings, and a disk that is too small.
+
+        Raises:
+            DataError: Says which, and what to do.
+        """
+        if not overwrite:
+            self.require_same("Use those settings to resume it, or add --overwrite to start over.")
+        if not self.difference() and self.is_assembled():
+            return set(self.pieces)
+        self.output.require_free(overwrite)
+        done = self.done()
+        total, each = self.spec.total, self.spec.raw_bytes
+        # PNG files of photographs have half the size of their pixels or more; an npz is assembled next to its shards.
+        finished = self.samples_in(done)
+        needed = (total - finished) * each // 2 if self.output.format == "png" else (2 * total - finished) * each
+        above = next(path for path in (self.directory.absolute(), *self.directory.absolute().parents) if path.exists())
+        free = shutil.disk_usage(above).free
+        if needed > free:
+            raise DataError(
+                f"{above} has {free / 2**30:,.1f} GiB free; {total} samples as {self.output.format} need about"
+                f" {needed / 2**30:,.1f} GiB until they are assembled.",
+                "Free some space, or choose another --out or a smaller --num.",
+            )
+        return done
+
+    def begin(self) -> set[int]:
+        """Lock and prepare the directory; returns the shards that are done."""
+        done = super().begin()
+        (self.directory / PUBLISHING).unlink(missing_ok=True)
+        if self.output.format == "png":
+            self.images.mkdir(exist_ok=True)
+            if self.spec.stages:
+                self.strips.mkdir(exist_ok=True)
+        return done
+
+    def is_whole(self, number: int) -> bool:
+        """Whether a shard can be read to its end and every picture it lists is there."""
+        try:
+            with zipfile.ZipFile(self.piece(number)):
+                pass  # a zip's directory is at its end: one that was cut short has none
+            if self.output.format != "png":
+                return True
+            names = [self.spec.file_name(index) for index in self.spec.span(number)]
+            for name, (image, strip) in zip(names, self.read(number, "sizes").tolist(), strict=True):
+                if (self.images / name).stat().st_size != image:
+                    return False
+                if self.spec.stages and (self.strips / name).stat().st_size != strip:
+                    return False
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return False
+        return True
+
+    def samples_in(self, shards: Iterable[int]) -> int:
+        """How many samples some shards hold."""
+        return sum(len(self.spec.span(shard)) for shard in shards)
+
+    def write(self, shard: int, samples: Samples) -> None:
+        """Write one shard; its own file comes last, whole or not at all."""
+        arrays: dict[str, Any] = {}
+        if self.spec.save_tokens:
+            arrays["tokens"] = samples.tokens.numpy().astype(np.int32)
+        if self.output.format == "png":
+            sizes = []
+            for row, index in enumerate(self.spec.span(shard)):
+                path = self.images / self.spec.file_name(index)
+                Image.fromarray(samples.images[row].numpy()).save(path)
+                strip_bytes = 0
+                if samples.stages is not None:
+                    Image.fromarray(strip(samples.stages[row].numpy())).save(self.strips / path.name)
+                    strip_bytes = (self.strips / path.name).stat().st_size
+                sizes.append((path.stat().st_size, strip_bytes))
+            arrays["sizes"] = np.array(sizes, np.int64)
+        else:
+            arrays["arr_0"] = samples.images.numpy()
+            if samples.stages is not None:
+                arrays["stages"] = samples.stages.numpy()
+        with atomic_path(self.piece(shard)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def read(self, shard: int, name: str) -> NDArray:
+        """One array of a shard; what is known before it is sampled comes from the specification."""
+        if name in self.spec.known:
+            span = self.spec.span(shard)
+            return self.spec.known[name][span.start : span.stop]
+        with np.load(self.piece(shard), allow_pickle=False) as file:
+            return file[name]
+
+    def outputs(self) -> list[Path]:
+        """Every file of the finished output, in order."""
+        target = self.output.target
+        if self.output.format != "png":
+            return [target]
+        names = [self.spec.file_name(index) for index in range(self.spec.total)]
+        tokens = [target / TOKENS_FILE] if self.spec.save_tokens else []
+        strips = [self.output.strips / name for name in names] if self.spec.stages else []
+        return [*(target / name for name in names), *tokens, *strips]
+
+    def is_assembled(self) -> bool:
+        """Whether an interrupted run had only to give names to what it had assembled."""
+        path = self.directory / PUBLISHING
+        if not path.is_file():
+            return False
+        return all((self.directory / name).exists() or Path(final).exists() for name, final in read_json(path).items())
+
+    def assemble(self, replace: bool, progress: Callable[[int, int], None] | None = None) -> None:
+        """Make the output from its shards, one in memory at a time, give it its name, and remove the shards.
+
+        Args:
+            replace: Whether an output that exists may be replaced.
+            progress: Called as progress(done, total), in samples.
+
+        Raises:
+            DataError: An output has appeared under that name in the meantime.
+        """
+        if not self.is_assembled():
+            finals = self._assembled(progress)
+            for final in finals.values():
+                if not replace and (final.is_file() or (final.is_dir() and any(final.iterdir()))):
+                    raise DataError(f"{final} has appeared during sampling.",
+                                    "Move it away and run the same command again.")  # fmt: skip
+            # From here on an interrupted run has only names left to give.
+            write_json(self.directory / PUBLISHING, {name: str(final.absolute()) for name, final in finals.items()})
+        for name, text in read_json(self.directory / PUBLISHING).items():
+            made, final = self.directory / name, Path(text)
+            if not made.exists():
+                continue  # it has its name already
+            old = self.directory / f"old-{name}"
+            remove(old)
+            if final.is_dir():
+                final.rename(old)
+            made.replace(final)
+        self.discard()
+
+    def _assembled(self, progress: Callable[[int, int], None] | None) -> Mapping[str, Path]:
+        """Files in the shards' directory that are ready, and their final names."""
+        spec, target = self.spec, self.output.target
+        if self.output.format == "png":
+            if spec.save_tokens:
+                self._merge(("tokens", *spec.known), self.images / TOKENS_FILE, progress)
+            return {self.images.name: target, **({self.strips.name: self.output.strips} if spec.stages else {})}
+        further = {"tokens": spec.save_tokens, "stages": spec.stages}
+        if self.output.format == "npz":
+            names = ("arr_0", *spec.known, *(name for name, wanted in further.items() if wanted))
+            self._merge(names, self.directory / "final.npz", progress)
+            return {"final.npz": target}
+        images = np.concatenate([self.read(shard, "stages" if spec.stages else "arr_0") for shard in self.pieces])
+        if spec.stages:
+            images = np.stack([strip(stages) for stages in images])
+        save_grid(images, self.directory / "final.png", grid_columns(spec.groups, spec.num, spec.stages))
+        return {"final.png": target}
+
+    def _merge(self, names: Sequence[str], path: Path, progress: Callable[[int, int], None] | None) -> None:
+        """One npz from the shards' arrays, in global order."""
+        total, done = self.spec.total, 0
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name in names:
+                with ExitStack() as stack:
+                    member: Any = None
+                    for shard in self.pieces:
+                        array = self.read(shard, name)
+                        if member is None:
+                            shape = (total, *array.shape[1:])
+                            member = stack.enter_context(npz_member(archive, name, shape, array.dtype))
+                        member.write(np.ascontiguousarray(array).data)
+                        done += len(array)
+                        if progress is not None:
+                            progress(done // len(names), total)
+
+
+def generate_shards(
+    shards: SampleShards, own: Sequence[int], generate: Generate, progress: ShardProgress, pool: WriterPool
+) -> None:
+    """Generate some shards and write each as soon as it is complete.
+
+    Batches may cross the borders of shards, so that how many samples run together does not depend on them.
+
+    Raises:
+        DataError: The disk is full.
+    """
+    spec = shards.spec
+    indices = [index for shard in own for index in spec.span(shard)]
+    waiting: list[Samples] = []
+    remaining = iter(own)
+    shard = next(remaining, None)
+    try:
+        with pool:
+            for samples in generate(indices, progress.own):
+                waiting.append(samples)
+                while shard is not None and sum(map(len, waiting)) >= (size := len(spec.span(shard))):
+                    joined = join_samples(waiting)
+                    pool.submit(shards.write, shard, joined.rows(slice(size)))
+                    waiting = [joined.rows(slice(size, None))]
+                    shard = next(remaining, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"The disk of {shards.directory} is full; {len(shards.present())} of {len(spec.shards)} shards are kept.",
+            "Free some space, then run the same command again to resume.",
+        ) from None
+
+
+class ShardProgress:
+    """One process's progress combined with what the files tell about the others'.
+
+    Args:
+        shards: Where all processes write.
+        kept: Shards that were there before.
+        own: Shards that this process makes.
+        report: Called as report(done, total), in samples of all processes.
+    """
+
+    def __init__(
+        self,
+        shards: SampleShards,
+        kept: AbstractSet[int],
+        own: Sequence[int],
+        report: Callable[[int, int], None],
+        seconds_between_looks: float = SECONDS_BETWEEN_LOOKS,
+    ):
+        self.shards = shards
+        self.report = report
+        self.seconds_between_looks = seconds_between_looks
+        self.resumed = shards.samples_in(kept)
+        self._not_others = kept | set(own)
+        self._own_done = self._others_done = 0
+        self._looked = time.monotonic()
+        self._alone = len(self._not_others) == len(shards.pieces)
+        self._tell()
+
+    def own(self, done: int, total: int) -> None:
+        """This process has generated `done` samples of its `total`."""
+        self._own_done = done
+        if not self._alone and time.monotonic() - self._looked >= self.seconds_between_looks:
+            self._look()
+        self._tell()
+
+    def wait_for_others(self) -> None:
+        """Return when every shard of every process is there."""
+        while not self._alone and self._look() < self.shards.spec.total:
+            self._tell()
+            time.sleep(self.seconds_between_looks / 5)
+        self._tell()
+
+    def _look(self) -> int:
+        self._others_done = self.shards.samples_in(self.shards.present() - self._not_others)
+        self._looked = time.monotonic()
+        return self.resumed + self._own_done + self._others_done
+
+    def _tell(self) -> None:
+        self.report(self.resumed + self._own_done + self._others_done, self.shards.spec.total)
+
+
+def strip(stages: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """One sample's stages (S, H, W, 3) next to each other as one image (H, S·W, 3)."""
+    return np.concatenate(list(stages), axis=1)
+
+
+def grid_columns(groups: int, num: int, stages: bool) -> int:
+    """Images per row of a grid: one row per class or text where that is legible."""
+    if stages:
+        return 1
+    return num if 1 < num <= 24 and groups > 1 else math.ceil(math.sqrt(groups * num))

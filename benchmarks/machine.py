@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe() -> dict[str, Any]:
     """Machine, versions and date."""
-    from mvar_cli.machine import describe_machine
+    from mvar_core.runtime import describe_machine
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {"commit": commit.stdout.strip() or None, **describe_machine()}

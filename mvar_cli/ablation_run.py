@@ -22,7 +22,6 @@ from mvar_cli.ablation_request import (
     AblationRequest,
     difference,
 )
-from mvar_cli.machine import describe_machine
 from mvar_cli.old_console import Console, format_seconds
 from mvar_cli.tokenization import tokenize_run
 from mvar_cli.tokenizer_training import train_tokenizer_run
@@ -37,7 +36,7 @@ from mvar_core.evaluation.demo import CLASSIFIER_FILE as CLASSIFIER
 from mvar_core.io.files import read_json, write_json
 from mvar_core.kernels import check_backend
 from mvar_core.models.directory import read_model_config
-from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
 from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.order import planned_steps
 

@@ -126,7 +126,7 @@ def run(
         else:
             plot_batches(rows, plot, title=f"{config.name}: {'sampling' if what == 'sample' else 'a training step'}")
         console.say(f"Drawn: {plot}")
-    from mvar_cli.machine import describe_machine
+    from mvar_core.runtime import describe_machine
 
     console.finish({"what": what, "model": config.name, "rows": rows, "machine": describe_machine(), "plot": plot})
 

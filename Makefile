@@ -46,8 +46,8 @@ format: $(STAMP)  ## bring the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write the command reference
-	$(BIN)/python -m mvar_cli.reference docs/commands.md
+docs: $(STAMP)  ## write the generated pages: commands, recipes, costs of large images
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove the virtual environment and caches, never runs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

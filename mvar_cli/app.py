@@ -55,6 +55,7 @@ SUBCOMMANDS = (
 """Commands that are words behind another command."""
 
 MOVED: dict[str, dict[str, str]] = {
+    "plan": {"--list": "`mvar plan` alone lists the presets."},
     "tokenize": {"--shard-images": "Leave it out: the size of a shard follows from the number of images."},
 }
 """Options of earlier versions, by command, and what to type now."""

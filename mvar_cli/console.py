@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
@@ -17,10 +17,15 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
+from mvar_cli.cost_table import cost_remarks, cost_tables
 from mvar_core.formatting import format_bytes as format_bytes
 from mvar_core.formatting import format_count as format_count
 from mvar_core.formatting import format_number as format_number
 from mvar_core.formatting import format_seconds as format_seconds
+
+if TYPE_CHECKING:
+    from mvar_core.analysis.cost import Plan
+    from mvar_core.results import DryRun
 
 SECONDS_BETWEEN_PLAIN_LINES = 30.0
 WIDTH_WITHOUT_TERMINAL = 140
@@ -115,8 +120,8 @@ def show(
     if output.as_json:
         if not output.silent:
             print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
-    elif values.get("dry_run"):
-        show_dry_run(values)
+    elif getattr(result, "dry_run", None) is not None:
+        show_dry_run(result.dry_run)
     else:
         shown = [name for name in columns if values.get(name) is not None]
         if shown:
@@ -127,12 +132,24 @@ def show(
         raise typer.Exit(130)
 
 
-def show_dry_run(values: Mapping[str, Any]) -> None:
-    """What a command would do: configuration and steps."""
-    say(yaml.safe_dump(plain(values["configuration"]), sort_keys=False, allow_unicode=True).rstrip())
-    for number, step in enumerate(values["plan"], 1):
+def show_dry_run(planned: "DryRun") -> None:
+    """What a command would do: configuration, cost and steps."""
+    values = plain(planned.configuration)
+    if values:
+        say(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip())
+    if planned.cost is not None:
+        show_cost(planned.cost)
+    for number, step in enumerate(planned.steps, 1):
         say(f"{number}. {step}")
     say("Nothing was done (--dry-run).")
+
+
+def show_cost(cost: "Plan") -> None:
+    """The predicted cost of a model: totals, operations, and one row per scale."""
+    for costs in cost_tables(cost):
+        table(*costs)
+    for remark in cost_remarks(cost):
+        say(remark)
 
 
 def progress(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:

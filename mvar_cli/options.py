@@ -96,6 +96,13 @@ NumProcesses = Annotated[
 ]  # fmt: skip
 
 
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", rich_help_panel=MACHINE,
+                 help="Memory that sampling may use, as in 2GB. Default: half of what is free. Changes no image."),
+]  # fmt: skip
+
+
 class DeviceOptions(Group):
     """Where to compute."""
 
@@ -108,6 +115,12 @@ class DeviceOptions(Group):
         str,
         typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.", rich_help_panel=MACHINE),
     ] = "auto"
+
+
+class MemoryDeviceOptions(DeviceOptions):
+    """Where to compute, and the memory that sampling may use."""
+
+    memory: Memory = None
 
 
 class MachineOptions(DeviceOptions):
@@ -126,11 +139,7 @@ class MachineOptions(DeviceOptions):
 class SamplingMachineOptions(MachineOptions):
     """The same for sampling, whose memory can be bounded."""
 
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", rich_help_panel=MACHINE,
-                     help="Memory that sampling may use, as in 2GB. Default: half of what is free. Changes no image."),
-    ] = None  # fmt: skip
+    memory: Memory = None
 
 
 class SamplingOptions(Group):
@@ -158,12 +167,13 @@ class SamplingOptions(Group):
 
 if TYPE_CHECKING:  # what a command's function receives
     Device = mvar.Machine
+    MemoryDevice = mvar.Machine
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
     Sampling = mvar.SamplingConfig
 else:
     Device, Machine, SamplingMachine = DeviceOptions, MachineOptions, SamplingMachineOptions
-    Sampling = SamplingOptions
+    MemoryDevice, Sampling = MemoryDeviceOptions, SamplingOptions
 
 
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.workflows.tokenize import tokenize as tokenize
     from mvar_core.workflows.convert import convert as convert
     from mvar_core.workflows.doctor import doctor as doctor
+    from mvar_core.workflows.plan import PresetList as PresetList
+    from mvar_core.workflows.plan import list_presets as list_presets
+    from mvar_core.workflows.plan import plan as plan
 
 __version__ = "0.1.0"
 
@@ -40,7 +43,7 @@ _MODULES = {
     "mvar_core.workflows.edit": ("edit",),
     "mvar_core.workflows.evaluate": ("evaluate", "make_reference"),
     "mvar_core.workflows.likelihood": ("evaluate_likelihood",),
-    "mvar_core.workflows.plan": ("plan",),
+    "mvar_core.workflows.plan": ("PresetList", "list_presets", "plan"),
     "mvar_core.workflows.quickstart": ("quickstart",),
     "mvar_core.workflows.reconstruction": ("evaluate_reconstruction",),
     "mvar_core.workflows.sample": ("sample_to",),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mvar_cli import old_options as options
-from mvar_cli.costs import side_name
+from mvar_cli.cost_table import side_name
 from mvar_cli.old_console import Console, format_bytes, format_seconds
 from mvar_core.errors import ConfigError, nearest
 
@@ -134,15 +134,15 @@ def run(
 def _configuration(
     preset: str | None, checkpoint: Path | None, settings: list[str], image_size: str | None
 ) -> RunConfig:
-    from mvar_cli.commands.plan import resolve
     from mvar_core.config import RunConfig
     from mvar_core.config.section import validate
+    from mvar_core.workflows.plan import resolve
 
     if preset is None and checkpoint is None:
         raise ConfigError(
             "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."
         )
-    config = resolve(preset, checkpoint, settings, image_size)
+    config = resolve(preset, checkpoint, settings, options.parse_size(image_size, "--image-size"))
     if config.transformer is None:
         raise ConfigError(f"{config.name} is a tokenizer without a transformer.", "Give a model that can sample.")
     if isinstance(config, RunConfig):

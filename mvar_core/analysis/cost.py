@@ -6,24 +6,29 @@ Figures called GMACs are 10⁹ multiply-accumulates for one image. `attention_gm
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mvar_core.analysis import counts
 from mvar_core.analysis import memory as memory_model
 from mvar_core.analysis.training_memory import train_peak_bytes
-from mvar_core.config import ModelConfig
+from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError, nearest
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE, MicroBatches
+from mvar_core.results import Result
 
 GIGA = 1e9
+DTYPE_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(Result):
     """The predicted cost of a model.
 
     Attributes:
@@ -88,9 +93,49 @@ class Plan:
     largest_train_batch: int | None
     scales: list[dict[str, Any]]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as a mapping of plain values."""
-        return asdict(self)
+
+def cost_of(
+    config: ModelConfig,
+    machine: Machine = Machine(),
+    *,
+    batch_size: int | None = None,
+    guided: bool = True,
+    device_memory: int | None = None,
+) -> Plan:
+    """The predicted cost of a model and of its training.
+
+    Args:
+        config: The model, or a run.
+        machine: Kind of device, dtype (auto is float32) and memory that the bytes are for.
+        batch_size: Images sampled or trained on together; by default 1, and what the run trains with.
+        guided: Whether sampling uses guidance.
+        device_memory: Bytes of a device, to find the largest batches.
+
+    Raises:
+        ConfigError: An unknown dtype, or sizes that make no sense.
+    """
+    if machine.dtype not in DTYPE_BYTES:
+        raise ConfigError(f"--dtype {machine.dtype!r} is not known. {nearest(machine.dtype, DTYPE_BYTES)}")
+    train = config.train if isinstance(config, RunConfig) else TrainConfig(batch_size=1)
+    return plan(
+        config,
+        batch_size=batch_size or 1,
+        dtype_bytes=DTYPE_BYTES[machine.dtype],
+        guided=guided,
+        device=device_kind(machine.device),
+        device_memory=device_memory,
+        memory=machine.memory_bytes,
+        train=train.model_copy(update={"batch_size": batch_size}) if batch_size else train,
+    )
+
+
+def device_kind(name: str) -> str:
+    """cpu, cuda or mps for the name of a device; auto is what this machine seems to have, found without torch."""
+    if name != "auto":
+        return name.split(":")[0]
+    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        return "cuda"
+    return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
 
 
 def plan(

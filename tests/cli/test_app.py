@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
 
 import mvar_core
 from mvar_cli.app import COMMANDS, error_line, load_command
-from mvar_cli.reference import reference
 from mvar_core import __version__
 from mvar_core.errors import DataError
 
@@ -117,11 +115,6 @@ def test_doctor_prints_its_findings(mvar):
     findings = mvar("doctor", "--json").json["findings"]
     text = mvar("doctor").out
     assert all(finding["name"] in text for finding in findings)
-
-
-def test_the_command_reference_is_not_stale():
-    path = Path(__file__).parents[2] / "docs" / "commands.md"
-    assert path.read_text(encoding="utf-8") == reference(), "make docs"
 
 
 def test_completion_knows_the_presets():

@@ -29,8 +29,8 @@ def write_cache(out: Path) -> None:
     import numpy as np
 
     from mvar_core.config import DataConfig
-    from mvar_core.data.manifest import MANIFEST, FileEntry, Manifest, Shard
-    from mvar_core.data.work import default_shard
+    from mvar_core.data.token_writer import default_shard
+    from mvar_core.data.tokens import MANIFEST, FileEntry, Manifest, Shard
     from mvar_core.io.files import write_json
 
     per_shard = default_shard(VIEWS * TOKENS * 2, IMAGES)

@@ -27,7 +27,7 @@ from mvar_cli.old_console import Console, Progress, format_number, format_second
 from mvar_cli.training import train_run
 from mvar_core.analysis.ablation import Setting
 from mvar_core.config import RunConfig
-from mvar_core.data.token_cache import TokenCache
+from mvar_core.data.tokens import TokenCache
 from mvar_core.io.files import read_json, write_json
 from mvar_core.pipeline import Pipeline
 from mvar_core.training.checkpoints import remove_checkpoints

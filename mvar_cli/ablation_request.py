@@ -8,7 +8,7 @@ from typing import Any
 
 from mvar_core.analysis.ablation import Ablation, Setting, settings_of
 from mvar_core.config import RunConfig
-from mvar_core.data.manifest import MANIFEST
+from mvar_core.data.tokens import MANIFEST
 from mvar_core.data.words import ENCODER
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.io.files import read_json, require_new_directory, sha256_of_file
@@ -122,7 +122,7 @@ class AblationRequest:
         if self.checkpoint is not None and self.out.resolve() == self.checkpoint.resolve():
             raise DataError(f"--out {self.out} is the tokenizer's directory.", "Choose another --out.")
         from mvar_core.data.images import open_images
-        from mvar_core.data.token_cache import TokenCache
+        from mvar_core.data.tokens import TokenCache
         from mvar_core.models.directory import read_model_config
 
         if self.checkpoint is not None:

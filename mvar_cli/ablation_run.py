@@ -30,7 +30,7 @@ from mvar_core.analysis.ablation import settings_of
 from mvar_core.config import RunConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images, split_name
-from mvar_core.data.token_cache import TokenCache, split_off
+from mvar_core.data.tokens import TokenCache, split_off
 from mvar_core.errors import CheckpointError
 from mvar_core.evaluation.demo import CLASSIFIER_FILE as CLASSIFIER
 from mvar_core.io.files import read_json, write_json

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config
-from mvar_core.data.tokens import write_token_cache
+from mvar_core.data.token_writer import write_token_cache
 from mvar_core.models.directory import save_model, tokenizer_hash
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE

@@ -1,376 +1,452 @@
-"""Writing a token cache: every view of every image as token indices, in shards that any number of processes make.
+"""Token caches: the files, the manifest that describes them, and reading them through memory maps.
 
-A shard is done when its receipt is there, which is written after its files; the manifest is written when all receipts
-are. Every file appears whole under its name. So a run that was stopped at any moment goes on where it stopped, and what
-it leaves behind does not depend on when it was stopped or on how many processes shared the work.
+Nothing of the size of the data is ever in memory but the labels.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mvar_core.config import ModelConfig
+from mvar_core.config import ConditioningConfig
 from mvar_core.config.training import DataConfig
-from mvar_core.data.images import row_batches
-from mvar_core.data.manifest import (
-    MANIFEST,
-    OWN_FILES,
-    PARTIAL,
-    RECEIPTS,
-    VECTORS,
-    VERSION,
-    VERSION_WITH_VECTORS,
-    FileEntry,
-    Manifest,
-    Shard,
-    smallest_unsigned,
-)
-from mvar_core.data.sources import ImageSource, Progress
-from mvar_core.data.token_cache import TokenCache
-from mvar_core.data.transforms import Views
-from mvar_core.data.vectors import Vectors
-from mvar_core.data.work import CacheSummary, Tally, Work, default_shard
 from mvar_core.errors import DataError
-from mvar_core.io.files import atomic_path, require_new_directory, write_json
-from mvar_core.io.pixels import from_uint8
+from mvar_core.io.files import read_json, sha256_of_file
+from mvar_core.io.resumable import differences
+from mvar_core.pyramid import PatchSize, ScalePyramid
 
-__all__ = ["CacheSummary", "CacheWriter", "Encode", "TokenCache", "Work", "write_token_cache"]
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"
+ITEMS = "items.txt"
+"""Names of all images in caches of version 1; since then each shard has its own."""
+RECEIPT = "shard-{:05d}.json"
+RECEIPTS = "shard-*.json"
+VECTORS = "vectors.npy"
+"""Vectors of classes; those of images are in the shards."""
+VERSION, VERSION_WITH_VECTORS = 2, 3
+READABLE = (1, 2, 3)
 
-logger = logging.getLogger("mvar")
 
-Encode = Callable[[Tensor], Tensor]
-"""Images float32 (B, 3, H, W) in [-1, 1] → tokens (B, L), integers."""
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CacheWriter:
-    """Encodes all views of all images into a token cache, alone or as one of several processes.
+class FileEntry(_Record):
+    """One file of a cache, so that a changed or shortened file is noticed."""
 
-    One process calls `prepare` and hands the result to all; each calls `check` and `write`; the first calls `finish`,
-    which waits for the others' shards. They must see the same directory.
+    file: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """The entry of a file as it is now."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+    def problem(self, directory: Path, verify: bool) -> str | None:
+        """What is wrong with the file, or None; `verify` compares its hash as well as its size."""
+        path = directory / self.file
+        if not path.is_file():
+            return f"{path} is missing"
+        if (found := path.stat().st_size) != self.bytes:
+            return f"{path} has {found} bytes instead of {self.bytes}"
+        if verify and sha256_of_file(path) != self.sha256:
+            return f"{path} has changed since it was written"
+        return None
+
+
+class Shard(_Record):
+    """Some consecutive images of a cache.
+
+    Attributes:
+        images: Images in the shard.
+        tokens: The file of their tokens (images, views, L).
+        labels: The file of their labels (images).
+        names: The file of their names, a line for each image; None in caches of version 1.
+        vectors: The file of their vectors (images, X), where each image has one of its own.
+        skipped: Names of images that could not be read and were left out.
+    """
+
+    images: int
+    tokens: FileEntry
+    labels: FileEntry
+    names: FileEntry | None = None
+    vectors: FileEntry | None = None
+    skipped: tuple[str, ...] = ()
+
+    def problem(self, directory: Path, verify: bool) -> str | None:
+        """What is wrong with the shard's files, or None."""
+        files = filter(None, (self.tokens, self.labels, self.names, self.vectors))
+        return next((problem for file in files if (problem := file.problem(directory, verify))), None)
+
+    @classmethod
+    def read(cls, path: Path) -> Shard | None:
+        """A shard's receipt, or None where there is none that can be read."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+class VectorsEntry(_Record):
+    """The vectors that a cache holds for models that are conditioned on them.
+
+    Attributes:
+        of: Whether each class has some or each image has one.
+        dim: Values of a vector, X.
+        phrasings: Vectors of a class, which its images use in turn.
+        dtype: As which they are stored.
+        encoder: What made them: "hashed-words", or what the user called it.
+        source: The file that they came from.
+        sha256: Of their values.
+        file: The file of those of classes, once it is there.
+    """
+
+    of: Literal["class", "image"]
+    dim: int
+    phrasings: int = 1
+    dtype: Literal["float16", "float32"]
+    encoder: str | None = None
+    source: str
+    sha256: str
+    file: FileEntry | None = None
+
+
+class Manifest(_Record):
+    """What a token cache holds and what it was made from.
+
+    Attributes:
+        tokenizer_hash: SHA-256 of the tokenizer's weights file.
+        patch_sizes: The pyramid.
+        codebook_size: V; every token is below it.
+        image_size: Side, or (height, width), of the images that were encoded.
+        class_names: One name per label.
+        images: Number of images, N, without those that were left out.
+        skipped: How many images were left out because they could not be read.
+        views: Views per image.
+        view_names: What each view is.
+        data: The settings of the views.
+        seed: Seed of the augmented views.
+        dtype: Of the tokens: the smallest unsigned type.
+        source: Name and split of the images, as typed.
+        fingerprint: SHA-256 over names, labels and sizes of all images.
+        images_per_shard: Images of the source in every shard but the last.
+        tokenizer: The tokenizer's directory, as it was given; None in caches of earlier versions.
+        vectors: What the vectors are, where there are any.
+        shards: The files, in order.
+    """
+
+    format: Literal["mvar-token-cache"] = "mvar-token-cache"
+    version: int = VERSION
+    tokenizer_hash: str
+    patch_sizes: tuple[PatchSize, ...]
+    codebook_size: int
+    image_size: PatchSize
+    class_names: tuple[str, ...]
+    images: int
+    skipped: int = 0
+    views: int
+    view_names: tuple[str, ...]
+    data: DataConfig
+    seed: int
+    dtype: Literal["uint8", "uint16", "uint32"]
+    source: str
+    fingerprint: str
+    images_per_shard: int
+    tokenizer: str | None = None
+    vectors: VectorsEntry | None = None
+    shards: tuple[Shard, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            DataError: Not the manifest of a token cache, or one of a later version.
+        """
+        values = read_json(path)
+        if not isinstance(values, Mapping) or values.get("format") != "mvar-token-cache":
+            raise DataError(f"{path} is not the manifest of a token cache.")
+        if values.get("version") not in READABLE:
+            raise DataError(
+                f"{path} has format version {values.get('version')}; this mvar reads versions"
+                f" {', '.join(map(str, READABLE))}.",
+                "Install the mvar that wrote it, or make the cache again with `mvar tokenize`.",
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as report:
+            first = report.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise DataError(f"{path}: {key}: {first['msg']}.") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is written."""
+        values: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
+        return values
+
+    def differences(self, wanted: Manifest) -> str:
+        """How this cache's settings differ from those of another, in words; empty where they are equal."""
+        return differences(self._settings(), wanted._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What the tokens depend on: not where images and tokenizer are, nor which images could not be read."""
+        values = self.to_json()
+        for key in ("shards", "source", "tokenizer", "version", "skipped"):
+            values.pop(key, None)
+        vectors = {key: value for key, value in values.get("vectors", {}).items() if key not in ("file", "source")}
+        return {**values, "images": self.images + self.skipped, "vectors": vectors or None}
+
+    def problem(self, directory: Path, verify: bool) -> str | None:
+        """What is wrong with the cache's files, or None; `verify` compares hashes as well as sizes."""
+        table = self.vectors.file if self.vectors is not None else None
+        files: list[FileEntry | Shard] = [*([table] if table else []), *self.shards]
+        return next((problem for file in files if (problem := file.problem(directory, verify))), None)
+
+    def command(self, out: Path, tokenizer: str | None = None) -> str:
+        """The command that makes the cache again, with its own or another tokenizer."""
+        flip = " --flip" if self.data.flip else ""
+        crops = f" --crops {self.data.crops}" if self.data.crops > 1 else ""
+        tokenizer = tokenizer or self.tokenizer or "TOKENIZER"
+        return f"mvar tokenize --tokenizer {tokenizer} --data {self.source}{flip}{crops} --out {out} --overwrite"
+
+
+class TokenCache:
+    """A complete token cache, or some of its images, read through memory maps.
+
+    Row r is view r % num_views of image r // num_views.
 
     Args:
-        out: The cache's directory.
-        source: The images.
-        encode: The tokenizer.
-        config: The model, for its pyramid, codebook and image size.
-        tokenizer_hash: SHA-256 of the tokenizer's weights.
-        tokenizer: Its directory, for the manifest.
-        data: Which views.
-        seed: Seed of random crops and augmented views.
-        batch_size: Views per call of `encode`. No batch spans two shards.
-        images_per_shard: Images in a shard; by default those of the cache that is there, else so many that a shard is
-            some tens of megabytes, and fewer where the images are few.
-        skip_bad: Leave out images that cannot be read instead of raising an error.
-        vectors: Of the source's classes or images, for models that are conditioned on them.
+        path: The cache's directory.
+        manifest: What it holds.
+        images: The images that count, in the order in which they are numbered here; all by default.
+
+    Attributes:
+        images: As given.
+        labels: int64 (N,), the class of each image.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        source: ImageSource,
-        encode: Encode,
-        *,
-        config: ModelConfig,
-        tokenizer_hash: str,
-        data: DataConfig,
-        seed: int = 0,
-        batch_size: int = 64,
-        images_per_shard: int | None = None,
-        skip_bad: bool = False,
-        vectors: Vectors | None = None,
-        tokenizer: str | None = None,
-    ):
-        self.out = out
-        self.source = source
-        self.encode = encode
-        self.config = config
-        self.tokenizer_hash = tokenizer_hash
-        self.tokenizer = tokenizer
-        self.data = data
-        self.seed = seed
-        self.batch_size = batch_size
-        self.images_per_shard = images_per_shard
-        self.skip_bad = skip_bad
-        self.vectors = vectors
-        self._vectors_entry = vectors.entry() if vectors is not None else None
-        self.views = Views(data, seed)
-        self.dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)
+    def __init__(self, path: Path, manifest: Manifest, images: NDArray[np.int64] | None = None):
+        self.path = path
+        self.manifest = manifest
+        self.pyramid = ScalePyramid.from_patch_sizes(manifest.patch_sizes)
+        labels = np.concatenate([np.load(path / shard.labels.file) for shard in manifest.shards]).astype(np.int64)
+        self.labels: NDArray[np.int64] = labels if images is None else labels[images]
+        self.images = images
+        self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
+        self._maps: dict[str, NDArray[Any]] = {}
+        self._names: tuple[str, list[str]] | None = None
+        self._gives_vectors = False
 
-    def prepare(self, overwrite: bool = False) -> Work:
-        """Look at what is there, make room, and say what is left to do.
+    @classmethod
+    def open(cls, path: Path, verify: bool = False) -> TokenCache:
+        """Open a cache after checking that its files are there and have the right sizes.
 
         Args:
-            overwrite: Replace a complete cache, one of other settings, or write beside files that are not a cache's.
+            path: The cache's directory.
+            verify: Also compare the files' hashes, which reads all of them.
 
         Raises:
-            DataError: `out` holds something else, or a cache of other settings.
+            DataError: Not a token cache, an unfinished one, or one with missing, shortened or changed files.
         """
-        for pattern in OWN_FILES:
-            _remove(self.out, f".{pattern}.*.tmp")  # left by a process that was killed
-        asked = self._asked()
-        there = self._there(asked, overwrite)
-        if there is None:
-            for pattern in OWN_FILES:
-                _remove(self.out, pattern)
-        manifest = there or asked
-        if (self.out / MANIFEST).exists():
-            self._clean()
-            return Work(manifest.images, manifest.images_per_shard, ())
-        if self.vectors is not None and self.vectors.of == "class":
-            with atomic_path(self.out / VECTORS) as temporary, temporary.open("wb") as file:
-                np.save(file, self.vectors.values)
-                _to_disk(file.fileno())
-        if there is None:
-            write_json(self.out / PARTIAL, manifest.to_json())
-        work = Work(len(self.source), manifest.images_per_shard, ())
-        pending = []
-        for number in range(work.num_shards):
-            shard = Shard.read(Shard.receipt(self.out, number))
-            if shard is None or shard.problem(self.out, verify=True):
-                Shard.receipt(self.out, number).unlink(missing_ok=True)
-                pending.append(number)
-        work = replace(work, pending=tuple(pending))
-        if work.images < work.total:
-            logger.info("%s: going on after %d of %d images.", self.out, work.total - work.images, work.total)
-        return work
-
-    def check(self, work: Work, rank: int = 0, count: int = 1, progress: Progress | None = None) -> None:
-        """Look for damaged images among those that this process will encode, unless they may be left out.
-
-        Raises:
-            DataError: An image cannot be read, or `out` is not the directory that was prepared.
-        """
-        if work.pending and not (self.out / PARTIAL).exists():
+        make = "Make one with `mvar tokenize --tokenizer DIRECTORY --data IMAGES --out DIRECTORY`."
+        if not path.is_dir():
+            found = "is not a directory" if path.exists() else "does not exist"
+            raise DataError(f"{path} {found}; expected a token cache.", make)
+        if (path / PARTIAL).exists() and not (path / MANIFEST).exists():
+            partial = Manifest.read(path / PARTIAL)
+            done = sum(shard.images for shard in filter(None, map(Shard.read, path.glob(RECEIPTS))))
             raise DataError(
-                f"{self.out} was prepared by process 0, and process {rank} does not see it.",
-                "Give an --out on storage that all machines share.",
+                f"{path} is not finished: {done} of {partial.images} images are encoded.",
+                "Run the same `mvar tokenize` command again to resume it.",
             )
-        if not self.skip_bad and work.pending:
-            shards = [work.images_of(number) for number in work.of(rank, count)]
-            self.source.check(progress, [image for images in shards for image in images])
+        if not (path / MANIFEST).exists():
+            raise DataError(f"{path} is not a token cache: it has no {MANIFEST}.", make)
+        manifest = Manifest.read(path / MANIFEST)
+        if problem := manifest.problem(path, verify):
+            raise DataError(f"The token cache is damaged: {problem}.", f"Make it again: {manifest.command(path)}")
+        return cls(path, manifest)
 
-    def write(self, work: Work, rank: int = 0, count: int = 1, progress: Progress | None = None) -> None:
-        """Encode and write this process's shards.
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def num_views(self) -> int:
+        """Views per image."""
+        return self.manifest.views
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per label."""
+        return self.manifest.class_names
+
+    def __len__(self) -> int:
+        return self.num_images * self.num_views
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The tokens and labels of some rows.
 
         Args:
-            work: From `prepare`.
-            rank: Number of this process.
-            count: How many there are.
-            progress: Called with images done, by all processes as far as is known, and images in all.
+            rows: Row numbers, B of them, in any order.
+
+        Returns:
+            Tokens int64 (B, L), and labels int64 (B,) or, from `conditioned`, vectors float32 (B, X).
 
         Raises:
-            DataError: An image cannot be read.
+            IndexError: A row that the cache does not have.
         """
-        numbers = work.of(rank, count)
-        views = len(self.views)
-        bad: dict[int, DataError] = {}
-        tally = Tally(self.out, work, numbers, progress)
-        batches = row_batches(
-            self.source,
-            self.config.image_shape,
-            (rows for number in numbers for rows in self._batches(work.images_of(number))),
-            self.views,
-            bad.__setitem__ if self.skip_bad else None,
-        )
-        for number in numbers:
-            images = work.images_of(number)
-            tokens = np.empty((len(images) * views, self.config.pyramid.num_tokens), self.dtype)
-            filled = 0
-            for _ in self._batches(images):
-                pixels, rows = next(batches)
-                if pixels is not None:
-                    tokens[filled : filled + len(rows)] = self._encoded(from_uint8(pixels))
-                    filled += len(rows)
-                tally.report(filled // views)
-            kept = [image for image in images if image not in bad]
-            for image in filter(bad.__contains__, images):
-                logger.warning("Left out: %s", bad[image].message)
-            self._write_shard(number, tokens[:filled].reshape(len(kept), views, tokens.shape[1]), kept, images)
-            tally.add(len(kept))
+        chosen = np.asarray(rows, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
+            raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
+        images, views = np.divmod(chosen, self.num_views)
+        tokens = self.tokens_of(images, views)
+        return tokens, self.vectors(chosen) if self._gives_vectors else torch.from_numpy(self.labels[images])
 
-    def finish(self, work: Work) -> CacheSummary:
-        """Wait for all shards and complete the cache with its manifest.
+    def tokens_of(self, images: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+        """Tokens int64 (B, L) of some views of some images."""
+        stored = self._stored(images)
+        tokens = np.empty((len(stored), self.pyramid.num_tokens), np.int64)
+        for number, here in self._by_shard(stored):
+            shard = self.manifest.shards[number]
+            shape = (shard.images, self.num_views, self.pyramid.num_tokens)
+            array = self._map(shard.tokens.file, shape, self.manifest.dtype)
+            tokens[here] = array[stored[here] - self._starts[number], views[here]]
+        return torch.from_numpy(tokens)
+
+    def vectors(self, rows: NDArray[np.int64]) -> Tensor:
+        """The vectors of some rows, float32 (B, X); views of the images of a class use its phrasings in turn."""
+        images, views = np.divmod(np.asarray(rows, np.int64), self.num_views)
+        stored, entry = self._stored(images), self.manifest.vectors
+        assert entry is not None
+        if entry.of == "class":
+            table = self._map(VECTORS, (len(self.class_names), entry.phrasings, entry.dim), entry.dtype)
+            phrasings = (stored + views) % entry.phrasings
+            return torch.from_numpy(table[self.labels[images], phrasings].astype(np.float32))
+        vectors = np.empty((len(images), entry.dim), np.float32)
+        for number, here in self._by_shard(stored):
+            shard = self.manifest.shards[number]
+            assert shard.vectors is not None
+            array = self._map(shard.vectors.file, (shard.images, entry.dim), entry.dtype)
+            vectors[here] = array[stored[here] - self._starts[number]]
+        return torch.from_numpy(vectors)
+
+    def conditioned(self, conditioning: ConditioningConfig) -> TokenCache:
+        """What a model trains on: rows with labels, or with vectors where it is conditioned on them.
 
         Raises:
-            DataError: No image could be read.
+            DataError: The cache has no vectors, or others than the model accepts.
         """
-        if (self.out / MANIFEST).exists():
-            return CacheSummary.of(Manifest.read(self.out / MANIFEST), 0)
-        for number in work.pending:
-            while not Shard.receipt(self.out, number).exists():
-                time.sleep(0.2)
-        found = [Shard.read(Shard.receipt(self.out, number)) for number in range(work.num_shards)]
-        shards = tuple(shard for shard in found if shard is not None)
-        assert len(shards) == work.num_shards
-        images = sum(shard.images for shard in shards)
-        if not images:
-            raise DataError(f"None of the {len(self.source)} images of {self.source.name} could be read.")
-        asked = self._asked()
-        update: dict[str, Any] = {"images": images, "skipped": asked.images - images, "shards": shards}
-        if asked.vectors is not None and asked.vectors.of == "class":
-            update["vectors"] = asked.vectors.model_copy(update={"file": FileEntry.of(self.out / VECTORS)})
-        manifest = asked.model_copy(update={**update, "images_per_shard": work.images_per_shard})
-        write_json(self.out / MANIFEST, manifest.to_json())
-        self._clean()
-        return CacheSummary.of(manifest, work.images)
+        if conditioning.dim is None:
+            return self
+        entry = self.manifest.vectors
+        if entry is None:
+            raise DataError(
+                f"{self.path} holds no vectors; the model is conditioned on vectors of {conditioning.dim} values.",
+                f"Make it again with --words, or with --vectors FILE: {self.manifest.command(self.path)}",
+            )
+        if entry.dim != conditioning.dim:
+            raise DataError(
+                f"{self.path} holds vectors of {entry.dim} values; the model accepts {conditioning.dim}.",
+                f"Set conditioning.dim={entry.dim}, or make the cache with other vectors.",
+            )
+        if conditioning.encoder not in (None, entry.encoder):
+            raise DataError(
+                f"{self.path} holds vectors by {entry.encoder or 'an unnamed encoder'}; the model accepts those by"
+                f" {conditioning.encoder}.",
+                f"Set conditioning.encoder={entry.encoder or 'null'}, or make the cache with other vectors.",
+            )
+        with_vectors = copy.copy(self)
+        with_vectors._gives_vectors = True
+        return with_vectors
 
-    def wait(self) -> None:
-        """Wait until another process has completed the cache."""
-        while not (self.out / MANIFEST).exists():
-            time.sleep(0.2)
+    def item_name(self, row: int) -> str:
+        """Path or id of the image that a row was made from; reads the names of its shard."""
+        image = int(self._stored(np.array([row // self.num_views]))[0])
+        number = int(np.searchsorted(self._starts, image, side="right")) - 1
+        names, start = self.manifest.shards[number].names, int(self._starts[number])
+        file, line = (ITEMS, image) if names is None else (names.file, image - start)
+        if self._names is None or self._names[0] != file:
+            self._names = (file, (self.path / file).read_text(encoding="utf-8").split("\n"))
+        return self._names[1][line]
 
-    def _asked(self) -> Manifest:
-        bytes_per_image = len(self.views) * self.config.pyramid.num_tokens * self.dtype.itemsize
-        return Manifest(
-            version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
-            vectors=self._vectors_entry,
-            tokenizer_hash=self.tokenizer_hash,
-            tokenizer=self.tokenizer,
-            patch_sizes=self.config.pyramid.patch_sizes,
-            codebook_size=self.config.tokenizer.codebook_size,
-            image_size=self.config.image_size,
-            class_names=self.source.class_names,
-            images=len(self.source),
-            views=len(self.views),
-            view_names=self.views.names,
-            data=self.data,
-            seed=self.seed,
-            dtype=self.dtype.name,
-            source=f"{self.source.name}:{self.source.split}",
-            fingerprint=self.source.fingerprint(),
-            images_per_shard=self.images_per_shard or default_shard(bytes_per_image, len(self.source)),
-        )
+    def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
+        """Refuse a cache whose tokens mean something else to a model.
 
-    def _there(self, asked: Manifest, overwrite: bool) -> Manifest | None:
-        """The manifest of the complete or unfinished cache that is gone on with; None starts anew."""
-        complete, unfinished = (self.out / MANIFEST).exists(), (self.out / PARTIAL).exists()
-        if not complete and not unfinished:
-            require_new_directory(self.out, overwrite)
-            return None
-        if complete and overwrite:
-            return None
+        Args:
+            tokenizer_hash: SHA-256 of the model's tokenizer weights.
+            pyramid: The model's pyramid.
+
+        Raises:
+            DataError: The cache was made by another tokenizer, or for another pyramid.
+        """
+        hint = f"Make a cache with this tokenizer: {self.manifest.command(self.path, 'TOKENIZER')}"
+        if self.manifest.tokenizer_hash != tokenizer_hash:
+            raise DataError(
+                f"{self.path} was made by another tokenizer: {self.manifest.tokenizer_hash} there, {tokenizer_hash}"
+                " in this model.",
+                hint,
+            )
+        if self.pyramid.patch_sizes != pyramid.patch_sizes:
+            raise DataError(
+                f"{self.path} was made for another pyramid: {self.pyramid.spelled} there, {pyramid.spelled} in"
+                " this model.",
+                hint,
+            )
+
+    def _stored(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The manifest's numbers of some images."""
+        return images if self.images is None else self.images[images]
+
+    def _by_shard(self, stored: NDArray[np.int64]) -> list[tuple[int, NDArray[np.bool_]]]:
+        """The shards that some images are in, and which of the images each has."""
+        shards = np.searchsorted(self._starts, stored, side="right") - 1
+        return [(int(shard), shards == shard) for shard in np.unique(shards)]
+
+    def _map(self, file: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """An array that a file holds, mapped when it is first asked for."""
+        if file in self._maps:
+            return self._maps[file]
+        path = self.path / file
         try:
-            there = TokenCache.open(self.out).manifest if complete else Manifest.read(self.out / PARTIAL)
-            if not complete and there.version < VERSION:
-                raise DataError(f"{self.out} holds an unfinished token cache of an earlier version of mvar.")
-            if self.images_per_shard is None:
-                asked = asked.model_copy(update={"images_per_shard": there.images_per_shard})
-            if differences := there.differences(asked):
-                kind = "a token cache" if complete else "an unfinished token cache"
-                raise DataError(f"{self.out} holds {kind} made with other settings: {differences}.")
-        except DataError as error:
-            if not overwrite:
-                raise DataError(error.message, "Choose another --out, or add --overwrite to replace it.") from None
-            return None
-        return there
-
-    def _clean(self) -> None:
-        """Remove what only an unfinished cache needs."""
-        _remove(self.out, RECEIPTS)
-        (self.out / PARTIAL).unlink(missing_ok=True)
-
-    def _batches(self, images: range) -> Iterator[NDArray[np.int64]]:
-        start, stop = images.start * len(self.views), images.stop * len(self.views)
-        for first in range(start, stop, self.batch_size):
-            yield np.arange(first, min(first + self.batch_size, stop))
-
-    def _encoded(self, images: Tensor) -> NDArray[np.integer]:
-        tokens: NDArray[np.integer] = self.encode(images).cpu().numpy()
-        expected = (len(images), self.config.pyramid.num_tokens)
-        if tokens.shape != expected or tokens.min() < 0 or tokens.max() >= self.config.tokenizer.codebook_size:
-            raise DataError(
-                f"The tokenizer gave {tokens.shape} tokens from {tokens.min()} to {tokens.max()}; expected {expected}"
-                f" below {self.config.tokenizer.codebook_size}.",
-                "Its weights do not fit its config.json.",
-            )
-        return tokens
-
-    def _write_shard(self, number: int, tokens: NDArray[np.unsignedinteger], kept: list[int], images: range) -> None:
-        names = self.source.item_names
-        labels = self.source.labels[kept].astype(smallest_unsigned(len(self.source.class_names) - 1))
-        entries = {}
-        arrays: list[tuple[str, NDArray[Any]]] = [("tokens", tokens), ("labels", labels)]
-        if self.vectors is not None and self.vectors.of == "image":
-            arrays.append(("vectors", np.ascontiguousarray(self.vectors.values[kept, 0])))
-        for kind, array in arrays:
-            path = self.out / f"{kind}-{number:05d}.npy"
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, array)
-                _to_disk(file.fileno())
-            entries[kind] = FileEntry.of(path)
-        path = self.out / f"names-{number:05d}.txt"
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as text:
-            text.writelines(f"{_line(names[image])}\n" for image in kept)
-            _to_disk(text.fileno())
-        kept_set = set(kept)
-        skipped = tuple(_line(names[image]) for image in images if image not in kept_set)
-        shard = Shard(images=len(kept), **entries, names=FileEntry.of(path), skipped=skipped)
-        write_json(Shard.receipt(self.out, number), shard.model_dump(mode="json", exclude_none=True))
+            array: NDArray[Any] = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise DataError(f"{path} is not a numpy array: {error}.") from None
+        if array.shape != shape or array.dtype.name != dtype:
+            raise DataError(f"{path} holds {array.dtype} {array.shape}; its manifest says {dtype} {shape}.")
+        return self._maps.setdefault(file, array)
 
 
-def write_token_cache(
-    out: Path,
-    source: ImageSource,
-    encode: Encode,
-    *,
-    config: ModelConfig,
-    tokenizer_hash: str,
-    data: DataConfig,
-    seed: int = 0,
-    batch_size: int = 64,
-    images_per_shard: int | None = None,
-    skip_bad: bool = False,
-    vectors: Vectors | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> CacheSummary:
-    """Encode all views of all images into a token cache in this process alone; the arguments are `CacheWriter`'s.
+def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache, TokenCache]:
+    """A cache in two: what is trained on, and images held out to measure on, no view of which is trained on.
 
-    Finished shards are kept: the same call again goes on where it was interrupted, and leaves a complete cache of the
-    same settings as it is.
+    Args:
+        cache: The cache.
+        fraction: Fraction of the images that is held out; at least one image is, and at least one is not.
+        seed: Decides which.
 
     Raises:
-        DataError: `out` holds something else, or an image cannot be read.
+        DataError: A single image cannot be split.
     """
-    writer = CacheWriter(
-        out,
-        source,
-        encode,
-        config=config,
-        tokenizer_hash=tokenizer_hash,
-        data=data,
-        seed=seed,
-        batch_size=batch_size,
-        images_per_shard=images_per_shard,
-        skip_bad=skip_bad,
-        vectors=vectors,
-    )
-    work = writer.prepare(overwrite)
-    writer.check(work)
-    writer.write(work, progress=progress)
-    return writer.finish(work)
+    count = cache.num_images
+    if count < 2:
+        raise DataError(f"{cache.path} holds {count} images: none can be held out.", "Use --validation CACHE.")
+    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(count)
+    held = min(count - 1, max(1, round(fraction * count)))
+    chosen = [cache._stored(np.sort(order[held:])), cache._stored(np.sort(order[:held]))]
+    return TokenCache(cache.path, cache.manifest, chosen[0]), TokenCache(cache.path, cache.manifest, chosen[1])
 
 
-def _remove(out: Path, pattern: str) -> None:
-    for path in out.glob(pattern):
-        path.unlink(missing_ok=True)
-
-
-def _to_disk(handle: int) -> None:
-    """A receipt must not survive a power cut that its files do not survive."""
-    os.fsync(handle)
-
-
-def _line(name: str) -> str:
-    """A file's name as one line of UTF-8, whatever bytes it has."""
-    return name.replace("\n", "\\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def smallest_unsigned(largest: int) -> np.dtype[Any]:
+    """The smallest unsigned integer type that holds 0 … `largest`."""
+    return np.dtype(np.min_scalar_type(largest))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from mvar_core.data.manifest import VectorsEntry
+from mvar_core.data.tokens import VectorsEntry
 from mvar_core.data.words import ENCODER, class_vectors
 from mvar_core.errors import DataError
 from mvar_core.models.vectors import pool_sequence

@@ -11,15 +11,15 @@ from typing import Any
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.data.images import ImageSource, open_images
-from mvar_core.data.manifest import MANIFEST, Manifest, smallest_unsigned
-from mvar_core.data.tokens import CacheSummary, CacheWriter
+from mvar_core.data.token_writer import write_token_cache
+from mvar_core.data.tokens import smallest_unsigned
 from mvar_core.data.transforms import Views
 from mvar_core.data.vectors import Vectors, file_vectors, word_vectors
 from mvar_core.data.words import ENCODER
 from mvar_core.distributed import connect
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
-from mvar_core.progress import Progress, stage
+from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import resolve_device, resolve_dtype
@@ -166,10 +166,12 @@ def write_tokens(
         device = resolve_device(world.device(machine.device))
         dtype = resolve_dtype("float32" if machine.dtype == "auto" else machine.dtype, device)
         model = load_tokenizer(tokenizer, config, device, dtype)
-        writer = CacheWriter(
+        summary = write_token_cache(
             out,
             source,
             lambda images: model.encode(images.to(device)),
+            overwrite=overwrite,
+            progress=progress,
             config=config,
             tokenizer_hash=tokenizer_hash(tokenizer),
             tokenizer=str(tokenizer),
@@ -180,19 +182,11 @@ def write_tokens(
             skip_bad=skip_bad,
             vectors=_vectors(source, config, vectors, encoder),
         )
-        work = world.run_on_rank_zero(lambda: writer.prepare(overwrite))
-        writer.check(work, world.rank, world.world_size, stage(progress, "checking images"))
-        writer.write(work, world.rank, world.world_size, stage(progress, "tokenizing"))
-        if world.is_rank_zero:
-            summary = writer.finish(work)
-        else:
-            writer.wait()
-            summary = CacheSummary.of(Manifest.read(out / MANIFEST), work.images)
     return TokenizeResult(
         images=summary.images,
         views=summary.views,
         bytes=summary.bytes,
-        bytes_per_view=summary.bytes_per_view,
+        bytes_per_view=summary.bytes / max(1, summary.images * summary.views),
         seconds=time.monotonic() - start,
         encoded=summary.encoded,
         skipped=summary.skipped,

@@ -16,7 +16,7 @@ import yaml
 from mvar_cli import ablation, benchmark
 from mvar_cli.benchmark import MEASUREMENTS
 from mvar_cli.commands.ablate import parse_prefixes, parse_seeds, parse_windows
-from mvar_core.data.token_cache import TokenCache, split_off
+from mvar_core.data.tokens import TokenCache, split_off
 from mvar_core.errors import ConfigError, DataError
 
 

@@ -164,7 +164,7 @@ def test_published_files(mvar, golden_mvar, monkeypatch, tmp_path):
     """A pair of .pth files is measured as the directory that it converts to, on a cache of that directory too."""
     from mvar_core.config.training import DataConfig
     from mvar_core.data.images import open_images
-    from mvar_core.data.tokens import write_token_cache
+    from mvar_core.data.token_writer import write_token_cache
     from mvar_core.models import official
     from mvar_core.models.directory import load_tokenizer
     from mvar_core.models.official import import_official

@@ -11,7 +11,7 @@ import torch
 
 from mvar_core import Pipeline
 from mvar_core.config import RunConfig
-from mvar_core.data.tokens import write_token_cache
+from mvar_core.data.token_writer import write_token_cache
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
 from mvar_core.models.official import import_official
 from mvar_core.pyramid import ScalePyramid

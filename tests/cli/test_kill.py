@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from mvar_core.config.presets import load_config
 from mvar_core.data.images import open_images
-from mvar_core.data.tokens import write_token_cache
+from mvar_core.data.token_writer import write_token_cache
 from mvar_core.models.directory import load_tokenizer, save_model, tokenizer_hash
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.training.record import read_metrics

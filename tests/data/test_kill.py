@@ -17,8 +17,8 @@ sys.path.insert(0, {tests!r})
 from test_tokens import HASH, MeanTokenizer, TokenCache, contents, small_config
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images
-from mvar_core.data.manifest import MANIFEST, Shard
-from mvar_core.data.tokens import CacheWriter
+from mvar_core.data.tokens import MANIFEST, Shard
+from mvar_core.data.token_writer import CacheWriter
 
 folder, pictures = Path({folder!r}), {pictures!r}
 
@@ -32,11 +32,14 @@ def write(out, ranks=1, pause=0.0):
         return tokenizer(images)
 
     settings = dict(config=config, tokenizer_hash=HASH, data=DataConfig(flip=True), batch_size=2, images_per_shard=3)
-    writers = [CacheWriter(out, open_images(pictures), encode, **settings) for _ in range(ranks)]
+    writers = [
+        CacheWriter(out, open_images(pictures), encode, **settings, rank=rank, world_size=ranks)
+        for rank in range(ranks)
+    ]
     work = writers[0].prepare()
-    for rank, writer in enumerate(writers):
-        writer.check(work, rank, ranks)
-        writer.write(work, rank, ranks)
+    for writer in writers:
+        writer.check(work)
+        writer.write(work)
     writers[0].finish(work)
 
 

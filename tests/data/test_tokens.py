@@ -14,8 +14,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from mvar_core.config import ModelConfig, TokenizerConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, Views, open_images
-from mvar_core.data.tokens import CacheSummary, CacheWriter, TokenCache, write_token_cache
-from mvar_core.data.work import default_shard
+from mvar_core.data.token_writer import CacheSummary, CacheWriter, default_shard, write_token_cache
+from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import DataError
 from mvar_core.io.pixels import from_uint8
 from mvar_core.pyramid import ScalePyramid
@@ -137,15 +137,24 @@ def test_an_interrupted_cache_is_finished_by_the_same_call(tmp_path, source, fai
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path / "cut", source, encode=MeanTokenizer(config, fail_after))
     done = fail_after // 9 * 3  # nine views make a shard
-    with pytest.raises(DataError, match=rf"is not finished: {done} of 7 images are encoded.*the same `mvar tokenize`"):
+    with pytest.raises(DataError, match=rf"is not finished: {done} of 7 images.*mvar tokenize"):
         TokenCache.open(tmp_path / "cut")
     encode = MeanTokenizer(config)
     calls = []
-    summary = write_cache(tmp_path / "cut", source, encode=encode, progress=lambda *call: calls.append(call))
+
+    def progress(stage: str, done: int, total: int, **_: object) -> None:
+        calls.append((stage, done, total))
+
+    summary = write_cache(
+        tmp_path / "cut",
+        source,
+        encode=encode,
+        progress=progress,
+    )
     assert encode.seen == (7 - done) * 3
     assert summary.encoded == 7 - done
-    assert calls[0][0] >= done
-    assert calls[-1] == (7, 7)
+    assert next(call for call in calls if call[0] == "tokenizing")[1] >= done
+    assert calls[-1] == ("tokenizing", 7, 7)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -164,7 +173,7 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_made_again(tmp_path, source, 
     (tmp_path / "cut/.tokens-00002.npy.x1y2z3.tmp").write_bytes(b"left by a killed process")
     with caplog.at_level(logging.INFO, logger="mvar"):
         assert write_cache(tmp_path / "cut", source).encoded == 4
-    assert "going on after 3 of 7 images" in caplog.text
+    assert "3 of 7 images" in caplog.text
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -181,7 +190,7 @@ def test_a_complete_cache_is_left_alone_or_made_again_when_asked(tmp_path, sourc
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"tokenizer_hash": OTHER_HASH}, f'tokenizer_hash is "{HASH}" there, "{OTHER_HASH}" asked'),
+        ({"tokenizer_hash": OTHER_HASH}, "tokenizer_hash is a+… there, b+… asked"),
         ({"seed": 1}, "seed is 0 there, 1 asked"),
         ({"data": DataConfig()}, "views is 3 there, 1 asked"),
         ({"config": small_config(32)}, "codebook_size is 64 there, 32 asked"),
@@ -320,8 +329,7 @@ def test_tokens_are_mapped_not_loaded(tmp_path, source):
     cache = TokenCache.open(tmp_path / "cache")
     assert not cache._maps
     cache.batch(np.array([10, 17]))  # both in the second shard
-    assert list(cache._maps) == [1]
-    assert isinstance(cache._maps[1], np.memmap)
+    assert [(file, type(array)) for file, array in cache._maps.items()] == [("tokens-00001.npy", np.memmap)]
 
 
 def test_non_square_images_and_pyramids(tmp_path, source):
@@ -386,15 +394,23 @@ def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path, source, co
     settings = {"config": config, "tokenizer_hash": HASH, "data": DataConfig(flip=True, augmented_views=1)}
     out = tmp_path / "shared"
     writers = [
-        CacheWriter(out, source, MeanTokenizer(config), **settings, batch_size=4, images_per_shard=3)
-        for _ in range(count)
+        CacheWriter(
+            out,
+            source,
+            MeanTokenizer(config),
+            **settings,
+            batch_size=4,
+            images_per_shard=3,
+            rank=rank,
+            world_size=count,
+        )
+        for rank in range(count)
     ]
     work = writers[0].prepare()
-    assert sorted(number for rank in range(count) for number in work.of(rank, count)) == [0, 1, 2]
-    for rank in reversed(range(count)):
-        writers[rank].check(work, rank, count)
-        writers[rank].write(work, rank, count)
-    assert writers[0].finish(work).encoded == 7
+    for writer in reversed(writers):
+        writer.check(work)
+        writer.write(work)
+    assert [writer.finish(work).encoded for writer in writers] == [7] * count
     assert contents(out) == contents(tmp_path / "alone")
 
 
@@ -403,7 +419,7 @@ def test_a_directory_that_another_process_does_not_see_is_refused(tmp_path, sour
     settings = {"config": config, "tokenizer_hash": HASH, "data": DataConfig()}
     work = CacheWriter(tmp_path / "here", source, MeanTokenizer(config), **settings).prepare()
     with pytest.raises(DataError, match=r"prepared by process 0, and process 1 does not see it.*storage that all"):
-        CacheWriter(tmp_path / "there", source, MeanTokenizer(config), **settings).check(work, 1, 2)
+        CacheWriter(tmp_path / "there", source, MeanTokenizer(config), **settings, rank=1, world_size=2).check(work)
 
 
 def test_images_found_damaged_while_encoding_are_left_out_if_wanted(tmp_path, class_folders, caplog):

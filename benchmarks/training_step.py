@@ -30,7 +30,7 @@ from mvar_core.analysis.measure import allocation_peak
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.kernels import attend
-from mvar_core.kernels.visibility import visibility_mask
+from mvar_core.kernels.backend import visibility_mask
 from mvar_core.models.blocks import MAX_LOG_HEAD_SCALE, AttentionContext, ScaleAttention, normalised_heads
 from mvar_core.models.linear import row_stable_linear
 from mvar_core.models.transformer import Transformer

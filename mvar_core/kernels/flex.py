@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mvar_core.kernels.backend import AttentionCall, Backend
-from mvar_core.kernels.recompute import differentiable
-from mvar_core.kernels.visibility import axis_visibility
+from mvar_core.kernels.backend import AttentionCall, Backend, axis_visibility
+from mvar_core.kernels.tiled import differentiable
 from mvar_core.pyramid import AttentionPattern
 
 BLOCK = 128
@@ -94,7 +93,7 @@ def _compiled(
     scale: float,
     needs_grad: bool,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention for one pattern, kept; another batch size makes the batch dynamic, and no third compiles anew.
+    """FlexAttention for one pattern, kept; another batch size makes the batch dynamic, and a third compiles nothing.
 
     PyTorch limits how often the code of one function may be compiled, and counts per code object. So each pattern has a
     code object of its own, or a model with many scales would run into the limit.
@@ -165,7 +164,7 @@ def _blocks(pattern: AttentionPattern) -> tuple[Bool[Tensor, "R C"], Bool[Tensor
     for first in range(0, pattern.queries, BLOCK):
         query = torch.arange(first, min(first + BLOCK, pattern.queries))
         own_qN = (rows[query // width][:, :, None] & columns[query % width][:, None, :]).flatten(1)
-        # What lies beyond the last query or key is seen by none, so that its block is never taken for a whole one.
+        # What lies beyond the last query or key is seen by none, so that its block never counts as wholly visible.
         seen = torch.zeros(BLOCK, keys, dtype=torch.bool)
         seen[: len(query), : pattern.prefix_tokens] = True
         seen[: len(query), pattern.prefix_tokens : pattern.keys] = own_qN

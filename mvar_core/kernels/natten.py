@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend
-from mvar_core.kernels.recompute import differentiable
+from mvar_core.kernels.tiled import differentiable
 from mvar_core.pyramid import AttentionPattern
 
 
@@ -50,7 +50,7 @@ def _attend_single(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Atte
 
 
 def _attend_kernels(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
-    """NATTEN's compiled kernels, which have a backward pass of their own and take the prefix as additional keys."""
+    """NATTEN's compiled kernels, which have a backward pass of their own and accept the prefix as additional keys."""
     width = q_BHQD.shape[-1]
     # The kernels take head widths in multiples of 8; zeros add nothing to a product.
     q_BHQD, k_BHKD, v_BHKD = (F.pad(x, (0, -width % 8)) for x in (q_BHQD, k_BHKD, v_BHKD))

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import TransformerConfig
 from mvar_core.kernels import attend
-from mvar_core.models import training_ops
 from mvar_core.models.linear import RowStableLinear, linear_gelu, row_stable_linear
-from mvar_core.models.training_ops import token_slices
+from mvar_core.models.steps import gated_sum, modulated_norm, normalise_heads, token_slices
 from mvar_core.pyramid import AttentionPattern, ScalePyramid
 
 AttentionProbe = Callable[[int, int, Tensor, Tensor, AttentionPattern, float], None]
@@ -95,7 +93,7 @@ class CachedRows:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What an attention layer must know besides its input.
+    """What an attention layer must know in addition to its input.
 
     Attributes:
         pyramid: The scales.
@@ -156,7 +154,7 @@ class ScaleAttention(nn.Module):
         q_BLHD, k_BLHD, v_BLHD = qkv_BLC.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         if self.log_head_scale is not None:
             scale_H = self.log_head_scale.float().clamp(max=MAX_LOG_HEAD_SCALE).exp()
-            q_BLHD, k_BLHD = normalised_heads(q_BLHD, scale_H), normalised_heads(k_BLHD, None)
+            q_BLHD, k_BLHD = normalise_heads(q_BLHD, scale_H), normalise_heads(k_BLHD, None)
         own = [context.local_span(scale) for scale in context.scales]
         seen = [context.seen_span(scale) for scale in context.scales]
         slices = zip(
@@ -200,29 +198,6 @@ class MLP(nn.Module):
     def forward(self, x_BLC: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
         """Transform each token by itself."""
         return self.down(linear_gelu(x_BLC, self.up.weight, self.up.bias))
-
-
-def modulated_norm(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
-    """LayerNorm without affine parameters (eps 1e-6), times (1 + scale), plus shift."""
-    if training_ops.pays(x_BLC):
-        return training_ops.modulated_norm(x_BLC, scale_B1C, shift_B1C)
-    normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift_B1C, normed, 1 + scale_B1C)
-
-
-def normalised_heads(x_BLHD: Tensor, scale_H: Tensor | None) -> Tensor:
-    """Each head's vector over its length, times the head's scale; in float32, returned in the input's dtype."""
-    if training_ops.pays(x_BLHD):
-        return training_ops.normalise_heads(x_BLHD, scale_H)
-    directions = F.normalize(x_BLHD.float(), dim=-1)
-    return (directions if scale_H is None else directions * scale_H[:, None]).to(x_BLHD.dtype)
-
-
-def gated_sum(x_BLC: Tensor, branch_BLC: Tensor, gate_B1C: Tensor) -> Tensor:
-    """The stream plus a branch times its gate."""
-    if training_ops.pays(x_BLC):
-        return training_ops.gated_sum(x_BLC, branch_BLC, gate_B1C)
-    return x_BLC + branch_BLC * gate_B1C
 
 
 class Block(nn.Module):
@@ -275,7 +250,7 @@ class Block(nn.Module):
             context: What attention sees.
             kept_2B: Which samples keep their attention and their MLP branch; None keeps all, at their own scale.
             keep: How often a branch is kept, by which those kept are scaled up. A tensor, for a number that is another
-                one in each block would have each block compiled anew.
+                one in each block would have each block compiled again.
         """
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
         kept_1, kept_2 = (None, None) if kept_2B is None else kept_2B

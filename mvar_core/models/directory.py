@@ -154,7 +154,7 @@ def tokenizer_hash(directory: Path) -> str:
         names = list(file.keys())
 
     def read(name: str) -> Tensor:
-        with _open(path) as file:  # opened anew for each tensor, as in _load
+        with _open(path) as file:  # opened again for each tensor, as in _load
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -276,7 +276,7 @@ def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mappi
     check_state(found, {name: tuple(tensor.shape) for name, tensor in (whole or expected).items()}, path)
     state = {}
     for name, target in expected.items():
-        # Opened anew for each tensor: what is converted would stay resident for as long as the file is mapped.
+        # Opened again for each tensor: what is converted would stay resident for as long as the file is mapped.
         with _open(path) as file:
             state[name] = file.get_tensor(name).to(device=device, dtype=target.dtype)
     model.load_state_dict(state, assign=True)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvar_core.config import ModelConfig, TransformerConfig
-from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, CachedRows, KeyValueCache, modulated_norm
+from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, CachedRows, KeyValueCache
 from mvar_core.models.conditioning import Conditioner, Conditioning, build_conditioner
 from mvar_core.models.linear import RowStableLinear
+from mvar_core.models.steps import modulated_norm
 from mvar_core.runtime import RowDraws, draw_rows
 
 
@@ -230,7 +231,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self._layers):
             inputs = (x_BLC, conditioning.block(layer), context, *self._kept_branches(block, x_BLC, generator))
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
-                # What is drawn is drawn outside, so no generator has to be wound back.
+                # Random numbers are generated outside, so no generator has to be reset.
                 x_BLC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BLC = block(*inputs)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mvar_core.kernels import BACKEND_NAMES, attend, available_backends, natten, tiled
-from mvar_core.kernels.tiling import cut
+from mvar_core.kernels.tiled import cut
 from mvar_core.pyramid import AttentionPattern, Grid, ScalePyramid
 
 SIDES = (*range(1, 18), 24, 32)

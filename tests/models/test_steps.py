@@ -5,18 +5,22 @@ import torch
 from torch import Tensor
 
 from mvar_core.config.presets import load_config
-from mvar_core.models import blocks, training_ops
+from mvar_core.models import steps
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import generator
 
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
 
 
-def plain(function, *arguments):
-    """The chain of operations, which is what runs where the fast path does not pay."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_ops, "pays", lambda x: False)
-        return function(*arguments)
+def both(function, *arguments, autocast=False):
+    """The fast path and the chain of operations, chosen by the size from which the fast path pays."""
+    results = []
+    for worthwhile in (1, 1 << 30):
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            patch.setattr(steps, "WORTHWHILE_ELEMENTS", worthwhile)
+            results.append(function(*arguments))
+        autocast = False
+    return results
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -35,10 +39,9 @@ def compare(fast: Tensor, chain: Tensor, inputs: list[Tensor], tolerance: float)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_modulated_norm(dtype):
     inputs = [random(3, 20, 32), random(3, 1, 32, dtype=dtype, seed=1), random(3, 1, 32, dtype=dtype, seed=2)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        fast = training_ops.modulated_norm(*inputs)
+    fast, chain = both(steps.modulated_norm, *inputs, autocast=dtype == torch.bfloat16)
     assert fast.dtype == dtype
-    compare(fast, plain(blocks.modulated_norm, *inputs), inputs, TOLERANCES[dtype])
+    compare(fast, chain, inputs, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -46,23 +49,23 @@ def test_modulated_norm(dtype):
 def test_normalise_heads(dtype, scaled):
     x = random(3, 20, 4, 8, dtype=dtype)
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0], requires_grad=True) if scaled else None
-    fast = training_ops.normalise_heads(x, scale)
+    fast, chain = both(steps.normalise_heads, x, scale)
     assert fast.dtype == dtype
-    compare(fast, plain(blocks.normalised_heads, x, scale), [x, scale] if scaled else [x], TOLERANCES[dtype])
+    compare(fast, chain, [x, scale] if scaled else [x], TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_gated_sum(dtype):
     inputs = [random(3, 20, 32), random(3, 20, 32, dtype=dtype, seed=1), random(3, 1, 32, dtype=dtype, seed=2)]
-    fast = training_ops.gated_sum(*inputs)
+    fast, chain = both(steps.gated_sum, *inputs)
     assert fast.dtype == torch.float32
-    compare(fast, plain(blocks.gated_sum, *inputs), inputs, TOLERANCES[dtype])
+    compare(fast, chain, inputs, TOLERANCES[dtype])
 
 
 def test_token_slices_add_up_where_they_overlap():
     x = random(2, 6, 2, 3)
     for spans in ([slice(0, 2), slice(2, 6)], [slice(0, 2), slice(0, 5), slice(1, 6)]):
-        parts = training_ops.token_slices(x, spans)
+        parts = steps.token_slices(x, spans)
         weights = [torch.randn(part.shape) for part in parts]
         found = torch.autograd.grad(parts, x, weights)[0]
         expected = torch.autograd.grad([x[:, span] for span in spans], x, weights)[0]
@@ -84,8 +87,8 @@ def test_a_model_that_trains_with_them_has_the_same_gradients(monkeypatch, dtype
     inputs = torch.randn(4, config.pyramid.num_tokens - 1, config.tokenizer.latent_channels)
     gradients = {}
     for worthwhile in (1 << 30, 1):
-        monkeypatch.setattr(training_ops, "WORTHWHILE_NUMBERS", worthwhile)
-        monkeypatch.setattr("mvar_core.kernels.dense.WORTHWHILE_NUMBERS", worthwhile)
+        monkeypatch.setattr(steps, "WORTHWHILE_ELEMENTS", worthwhile)
+        monkeypatch.setattr("mvar_core.kernels.dense.WORTHWHILE_ELEMENTS", worthwhile)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(torch.arange(4), inputs, attention="dense", generator=generator("test", 0))

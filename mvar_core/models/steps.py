@@ -1,8 +1,8 @@
-"""Parts of a block for training on a CPU: less memory traffic, and less that is kept for the backward pass.
+"""The steps of a block between its matrix products, each defined by a chain of operations.
 
-On a CPU these parts are bound by memory, and under autocast by float32 copies. Each function here works image by
-image, so that what it needs in between stays in the processor's caches, and its backward pass computes again from the
-input what a chain of operations would have kept. What each computes is defined by the chain in `blocks`.
+On a CPU these steps are bound by memory, and under autocast by float32 copies. So training there runs functions that
+work image by image, so that what they need in between stays in the processor's caches, and whose backward pass computes
+again from the input what the chain would have kept.
 """
 
 # Shape suffixes: B batch, L tokens, C width, H heads, D head width; b one image.
@@ -13,20 +13,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 EPS = 1e-6
-WORTHWHILE_NUMBERS = 1 << 16
-"""Numbers per image from which working image by image pays; below, calls cost more than memory."""
+WORTHWHILE_ELEMENTS = 1 << 16
+"""Elements per image from which working image by image pays; below, calls cost more than memory."""
 
 
 def pays(x: Tensor) -> bool:
-    """Whether these functions are faster than the chains of operations that they stand for."""
+    """Whether the fast path is faster than the chain."""
     return (
         x.device.type == "cpu"
         and torch.is_grad_enabled()
-        and x.numel() >= x.shape[0] * WORTHWHILE_NUMBERS
+        and x.numel() >= x.shape[0] * WORTHWHILE_ELEMENTS
         and not torch.compiler.is_compiling()
     )
 
@@ -40,9 +41,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def modulated_norm(
     x_BLC: Float[Tensor, "B L C"], scale_B1C: Float[Tensor, "B 1 C"], shift_B1C: Float[Tensor, "B 1 C"]
 ) -> Float[Tensor, "B L C"]:
-    """LayerNorm (eps 1e-6) times (1 + scale), plus shift, in the dtype that the next layer computes in."""
-    output: Tensor = _ModulatedNorm.apply(x_BLC, scale_B1C, shift_B1C, compute_dtype(x_BLC))
-    return output
+    """LayerNorm without affine parameters (eps 1e-6), times (1 + scale), plus shift.
+
+    The fast path returns the dtype that the next layer computes in.
+    """
+    if pays(x_BLC):
+        output: Tensor = _ModulatedNorm.apply(x_BLC, scale_B1C, shift_B1C, compute_dtype(x_BLC))
+        return output
+    normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=EPS)
+    return torch.addcmul(shift_B1C, normed, 1 + scale_B1C)
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -52,15 +59,15 @@ class _ModulatedNorm(torch.autograd.Function):
     def forward(ctx: Any, x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, dtype: torch.dtype) -> Tensor:
         weight_B1C, bias_B1C = 1 + scale_B1C.float(), shift_B1C.float()
         output_BLC = torch.empty(x_BLC.shape, dtype=dtype)
-        moments = []
+        statistics = []
         for x_bLC, weight_1C, bias_1C, output_bLC in zip(x_BLC, weight_B1C, bias_B1C, output_BLC, strict=True):
             normed, mean, rstd = torch.native_layer_norm(
                 x_bLC.float(), weight_1C.shape[1:], weight_1C[0], bias_1C[0], EPS
             )
             output_bLC.copy_(normed)
-            moments.append((mean, rstd))
+            statistics.append((mean, rstd))
         ctx.save_for_backward(x_BLC, weight_B1C, bias_B1C)
-        ctx.moments = moments
+        ctx.statistics = statistics
         ctx.modulation_dtype = scale_B1C.dtype
         return output_BLC
 
@@ -70,7 +77,7 @@ class _ModulatedNorm(torch.autograd.Function):
         x_BLC, weight_B1C, bias_B1C = ctx.saved_tensors
         dx_BLC = torch.empty_like(x_BLC)
         dscale_B1C, dshift_B1C = torch.empty_like(weight_B1C), torch.empty_like(bias_B1C)
-        for image, (mean, rstd) in enumerate(ctx.moments):
+        for image, (mean, rstd) in enumerate(ctx.statistics):
             dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
                 gradient_BLC[image].float(),
                 x_BLC[image].float(),
@@ -88,9 +95,12 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 def normalise_heads(x_BLHD: Float[Tensor, "B L H D"], scale_H: Float[Tensor, " H"] | None) -> Float[Tensor, "B L H D"]:
-    """Each head's vector over its length, times the head's scale, computed in float32, in the input's dtype."""
-    output: Tensor = _NormaliseHeads.apply(x_BLHD, scale_H)
-    return output
+    """Each head's vector over its length, times the head's scale; in float32, returned in the input's dtype."""
+    if pays(x_BLHD):
+        output: Tensor = _NormaliseHeads.apply(x_BLHD, scale_H)
+        return output
+    directions = F.normalize(x_BLHD.float(), dim=-1)
+    return (directions if scale_H is None else directions * scale_H[:, None]).to(x_BLHD.dtype)
 
 
 class _NormaliseHeads(torch.autograd.Function):
@@ -131,9 +141,11 @@ class _NormaliseHeads(torch.autograd.Function):
 def gated_sum(
     x_BLC: Float[Tensor, "B L C"], branch_BLC: Float[Tensor, "B L C"], gate_B1C: Float[Tensor, "B 1 C"]
 ) -> Float[Tensor, "B L C"]:
-    """X + branch · gate, in x's dtype."""
-    output: Tensor = _GatedSum.apply(x_BLC, branch_BLC, gate_B1C)
-    return output
+    """The stream plus a branch times its gate."""
+    if pays(x_BLC):
+        output: Tensor = _GatedSum.apply(x_BLC, branch_BLC, gate_B1C)
+        return output
+    return x_BLC + branch_BLC * gate_B1C
 
 
 class _GatedSum(torch.autograd.Function):

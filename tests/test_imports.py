@@ -1,6 +1,7 @@
 """Imports point one way through the rooms, and importing does nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,25 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = (
-    ("errors", "allocator", "formatting", "progress", "results"),
-    ("pyramid",),
-    ("config",),
-    ("runtime",),
-    ("distributed", "io"),
-    ("kernels",),
-    ("models",),
-    ("data",),
-    ("sampling",),
-    ("training",),
-    ("evaluation",),
-    ("analysis",),
-    ("reports",),
-    ("pipeline",),
-    ("workflows",),
-    ("__init__",),
-)
-"""A room may import rooms of lower floors alone."""
+
+
+def rooms_of_the_document() -> list[tuple[str, ...]]:
+    """The rows of the table of rooms in docs/architecture.md, top to bottom."""
+    section = (
+        (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Rooms")[2].partition("\n## ")[0]
+    )
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [tuple(re.findall(r"`(\w+)`", row)) for row in rows]
+
+
+FLOORS = rooms_of_the_document()
 MAY_IMPORT = {
     room: {below for rooms in FLOORS[:number] for below in rooms}
     for number, floor in enumerate(FLOORS)
@@ -46,6 +40,13 @@ def imported_rooms(path: Path) -> set[str]:
         rooms |= {module.split(".")[1] for module in modules if module.startswith("mvar_core.")}
         assert not any(module.startswith("mvar_cli") for module in modules), path
     return rooms
+
+
+def test_the_document_lists_every_room() -> None:
+    found = {
+        path.stem for path in (ROOT / "mvar_core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert sorted(room for floor in FLOORS for room in floor) == sorted(found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -18,6 +18,7 @@ from mvar_core.errors import MvarError
 from mvar_core.evaluation.demo import default_demo_path
 from mvar_core.evaluation.features import find_inception_weights
 from mvar_core.evaluation.fidelity import fidelity_module
+from mvar_core.formatting import format_bytes
 from mvar_core.kernels import available_backends
 from mvar_core.results import Result
 from mvar_core.runtime import resolve_device, resolve_dtype
@@ -88,7 +89,11 @@ def _device() -> Finding:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
-        return Finding("device", True, f"{name}, {_gib(free)} of {_gib(total)} free; auto means {device} in {dtype}")
+        return Finding(
+            "device",
+            True,
+            f"{name}, {format_bytes(free)} of {format_bytes(total)} free; auto means {device} in {dtype}",
+        )
     fix = None
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         fix = "There is an NVIDIA driver, but torch is built for the CPU: pip install --force-reinstall torch"
@@ -107,11 +112,11 @@ def _memory() -> Finding:
         total, available = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     except (AttributeError, OSError, ValueError):
         return Finding("memory", True, "unknown")
-    return Finding("memory", True, f"{_gib(available)} of {_gib(total)} free")
+    return Finding("memory", True, f"{format_bytes(available)} of {format_bytes(total)} free")
 
 
 def _disk() -> Finding:
-    return Finding("disk", True, f"{_gib(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}")
+    return Finding("disk", True, f"{format_bytes(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}")
 
 
 def _attention() -> Finding:
@@ -166,11 +171,7 @@ def _cache() -> Finding:
     existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         return Finding("cache", False, f"{directory} cannot be written", "export MVAR_CACHE=/a/folder/you/own")
-    return Finding("cache", True, f"{directory}, {_gib(shutil.disk_usage(existing).free)} free on its disk")
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    return Finding("cache", True, f"{directory}, {format_bytes(shutil.disk_usage(existing).free)} free on its disk")
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,10 +11,9 @@ from torch import Tensor
 from mvar_cli.old_console import format_count, format_number, format_seconds
 from mvar_cli.report import Picture, Section, page
 from mvar_cli.story import Results, next_commands
-from mvar_core.data.images import Pixels
 from mvar_core.io.files import write_text
 from mvar_core.io.pictures import make_grid
-from mvar_core.io.pixels import from_uint8, to_uint8
+from mvar_core.io.pixels import Pixels, from_uint8, to_uint8
 from mvar_core.reports.plots import plot_metrics
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from torch import Tensor
 from mvar_cli.old_console import Console
 from mvar_cli.training import held_out, seeded, step_display
 from mvar_core.config import ModelConfig, RunConfig
-from mvar_core.data.crops import RandomCrops
-from mvar_core.data.images import ImageRows, ImageSource, Views, open_images
+from mvar_core.data.images import ImageRows, ImageSource, RandomCrops, Views, open_images
 from mvar_core.errors import ConfigError
 from mvar_core.io.files import sha256_of_file
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash

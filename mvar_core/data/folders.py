@@ -10,16 +10,22 @@ from typing import IO
 
 import numpy as np
 
-from mvar_core.data.decoding import EXTENSIONS, check_image, read_rgb
+from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.data.sources import StoredSource
 from mvar_core.errors import DataError, nearest
-
-__all__ = ["EXTENSIONS", "SPLIT_FOLDERS", "FolderSource", "check_image", "find_images", "read_rgb", "split_folder"]
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation"), "val": ("val", "validation", "test")}
 """Names of the sub-folder that a split may have, best first."""
 
 logger = logging.getLogger("mvar")
+
+
+def split_name(source: str, split: str = "train") -> tuple[str, str]:
+    """Take `digits:test` or `folder:test` apart; without a split at its end, the split is `split`."""
+    name, colon, last = source.rpartition(":")
+    if colon and name and last in SPLIT_FOLDERS and not Path(source).exists():
+        return name, last
+    return source, split
 
 
 class FolderSource(StoredSource):

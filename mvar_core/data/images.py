@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,36 +13,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvar_core.data.digits import DigitsSource
-from mvar_core.data.folders import SPLIT_FOLDERS, FolderSource, read_rgb
-from mvar_core.data.photographs import PhotographsSource
+from mvar_core.config.training import DataConfig
+from mvar_core.data.bundled import DigitsSource, PhotographsSource
+from mvar_core.data.folders import FolderSource, split_name
+from mvar_core.data.parquet import ParquetSource
 from mvar_core.data.shards import find_shards
-from mvar_core.data.sources import ImageSource, Progress, reading_threads
+from mvar_core.data.sources import ImageSource, reading_threads
 from mvar_core.data.tar import TarSource
-from mvar_core.data.transforms import Views, resize_and_crop
+from mvar_core.data.transforms import Views
 from mvar_core.errors import DataError
-from mvar_core.io.pictures import make_grid, save_grid, save_png
 from mvar_core.io.pixels import Pixels, from_uint8
 
 __all__ = [
-    "DigitsSource",
-    "FolderSource",
     "ImageRows",
     "ImageSource",
-    "PhotographsSource",
     "Pixels",
-    "Progress",
-    "TarSource",
+    "RandomCrops",
     "Views",
-    "image_batches",
-    "make_grid",
     "open_images",
     "pixel_batches",
-    "read_rgb",
-    "resize_and_crop",
     "row_batches",
-    "save_grid",
-    "save_png",
     "split_name",
 ]
 
@@ -55,14 +45,6 @@ BATCHES_AHEAD = 3
 Rows = Sequence[int] | NDArray[np.int64]
 
 
-def split_name(source: str, split: str = "train") -> tuple[str, str]:
-    """Take `digits:test` or `folder:test` apart; without a split at its end, the split is `split`."""
-    name, colon, last = source.rpartition(":")
-    if colon and name and last in SPLIT_FOLDERS and not Path(source).exists():
-        return name, last
-    return source, split
-
-
 def open_images(source: str, split: str = "train") -> ImageSource:
     """Open what `--data` names: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
 
@@ -71,7 +53,7 @@ def open_images(source: str, split: str = "train") -> ImageSource:
 
     Args:
         source: The name; `:train` or `:test` at its end chooses the split. A folder called digits is `./digits`.
-        split: Which part of the data, unless `source` says.
+        split: Which split of the data, unless `source` names one.
 
     Raises:
         DataError: No such data or split, or a folder without images.
@@ -82,17 +64,15 @@ def open_images(source: str, split: str = "train") -> ImageSource:
     if name == "photographs":
         return PhotographsSource(split)
     shards = find_shards(name, split)
-    if shards is not None:
-        if shards.kind == "tar":
-            return TarSource(shards)
-        from mvar_core.data.parquet import ParquetSource
-
-        return ParquetSource(shards)
-    return FolderSource(Path(name).expanduser(), split, name)
+    if shards is None:
+        return FolderSource(Path(name).expanduser(), split, name)
+    if shards.kind == "tar":
+        return TarSource(shards)
+    return ParquetSource(shards)
 
 
 class ImageRows:
-    """Random access to the images and views of a source: what a training loop draws its batches from.
+    """Random access to the images and views of a source: what a training loop takes its batches from.
 
     Row r is view r % V of image r // V, where V is the number of views. A set that is small enough is kept in memory
     once read.
@@ -141,13 +121,58 @@ class ImageRows:
         return next(pixel_batches(self.source, self.image_shape, rows, len(rows), self.views))[0]
 
 
-def image_batches(
+class RandomCrops:
+    """The images of a source as random crops, mirrored every second time where flips are wanted.
+
+    Size, place and flip follow from (seed, step, row), so a run that resumes sees what it would have seen.
+
+    Args:
+        source: Where the images come from; row r is its image r.
+        image_shape: Height and width to bring crops to.
+        data: `crop_scale` and `flip`.
+        seed: Of everything random.
+    """
+
+    def __init__(self, source: ImageSource, image_shape: tuple[int, int], data: DataConfig, seed: int = 0):
+        self.source = source
+        self.image_shape = image_shape
+        self.data = data
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, rows: NDArray[np.int64], step: int = 0) -> Tensor:
+        """Crops of some rows for a step: float32 (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        # A batch that is larger than the data holds a row several times, each with a crop of its own; otherwise a
+        # row's crop does not depend on the rest of the batch, which several processes may share.
+        seen: Counter[int] = Counter()
+        tasks = []
+        for row in map(int, rows):
+            tasks.append((row, np.random.default_rng((self.seed, step, row, seen[row]))))
+            seen[row] += 1
+        if self.source.in_memory:
+            return from_uint8(np.stack([self._crop(*task) for task in tasks]))
+        with ThreadPoolExecutor(min(len(tasks), reading_threads())) as pool:
+            return from_uint8(np.stack(list(pool.map(self._crop, *zip(*tasks, strict=True)))))
+
+    def _crop(self, row: int, random: np.random.Generator) -> Pixels:
+        pixels = self.source.crops(row, self.image_shape, self.data.crop_scale, [random])[0]
+        mirrored = self.data.flip and random.random() < 0.5
+        return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
+
+
+def pixel_batches(
     source: ImageSource,
     image_shape: tuple[int, int],
     indices: Rows | None = None,
     batch_size: int = 64,
     views: Views | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
     """Images in order, batch by batch, the next batches being read while the caller works on this one.
 
     Args:
@@ -158,23 +183,11 @@ def image_batches(
         views: The views of every image; none is the image alone.
 
     Yields:
-        Images float32 (B, 3, H, W) in [-1, 1] and labels int64 (B,).
+        Pixels uint8 (B, H, W, 3) and labels int64 (B,).
 
     Raises:
         DataError: An image cannot be read.
     """
-    for pixels, labels in pixel_batches(source, image_shape, indices, batch_size, views):
-        yield from_uint8(pixels), torch.from_numpy(labels)
-
-
-def pixel_batches(
-    source: ImageSource,
-    image_shape: tuple[int, int],
-    indices: Rows | None = None,
-    batch_size: int = 64,
-    views: Views | None = None,
-) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
-    """As `image_batches`, but the pixels: uint8 (B, H, W, 3) and labels int64 (B,)."""
     num_views = len(views) if views else 1
     rows = np.arange(len(source) * num_views) if indices is None else np.asarray(indices, np.int64)
     batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
@@ -195,7 +208,7 @@ def row_batches(
     Args:
         source: Where the images come from.
         image_shape: Height and width to bring them to.
-        batches: The rows of each batch, as in `image_batches`.
+        batches: The rows of each batch, as in `pixel_batches`.
         views: The views of every image; none is the image alone.
         on_bad: Called with the index of an image that cannot be read, and why; its rows are then left out. Without it
             the error is raised.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvar_core.data.shards import Shards
-from mvar_core.data.sources import Progress, StoredSource
+from mvar_core.data.sources import Report, StoredSource
 from mvar_core.errors import DataError, nearest
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -68,7 +68,7 @@ class ParquetSource(StoredSource):
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.files[self._groups[group][0]]}, row {self.item_names[index].rpartition('#')[2]}"
 
-    def check(self, progress: Progress | None = None, indices: Sequence[int] | None = None) -> None:
+    def check(self, progress: Report | None = None, indices: Sequence[int] | None = None) -> None:
         """Nothing: looking at images in parquet files means reading all of them."""
 
     def fingerprint(self) -> str:

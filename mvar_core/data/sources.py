@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvar_core.data.decoding import check_stored, decode_rgb
-from mvar_core.data.transforms import cut, random_resized_crop, resize_and_crop
+from mvar_core.data.transforms import random_resized_crop, resize_and_crop
 from mvar_core.io.pixels import Pixels
 
 CHECKED_AT_ONCE = 4096
 """Images whose checks wait in line at a time: a thread pool keeps something for each of them."""
 
-Progress = Callable[[int, int], None]
+Report = Callable[[int, int], None]
 """Called with the number of things done and the total."""
+
+Randoms = Sequence[np.random.Generator | None]
+"""One entry for each crop: None is the centre crop, a generator chooses size and place of a random one."""
 
 
 def reading_threads() -> int:
@@ -34,7 +37,7 @@ class ImageSource(ABC):
 
     Attributes:
         name: What the user typed.
-        split: Which part of the source this is.
+        split: Which split of the source this is.
         class_names: One name per class.
         labels: int64 (N,), the class of each image.
         item_names: One path or id per image, N of them.
@@ -62,52 +65,25 @@ class ImageSource(ABC):
         return len(self.item_names)
 
     @abstractmethod
-    def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
-        """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3).
-
-        Raises:
-            DataError: The image cannot be read.
-        """
-
-    def random_crop(
-        self, index: int, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
-    ) -> Pixels:
-        """A random crop of one image, resized to `image_shape`: uint8 (H, W, 3).
-
-        A source that does not hand out whole pictures cuts it from the centre crop.
+    def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
+        """Several crops of one image, which is decoded once: uint8 (H, W, 3) each.
 
         Args:
             index: Which image.
-            image_shape: Height and width of the result.
-            smallest: Smallest crop, as a part of the picture's shorter side.
-            random: Where size and place are drawn from.
+            image_shape: Height and width of the results.
+            smallest: Smallest random crop, as a fraction of the picture's shorter side.
+            randoms: One entry for each crop.
 
         Raises:
             DataError: The image cannot be read.
         """
-        part = random.uniform(smallest, 1) if smallest < 1 else 1.0
-        height, width = (round(side / max(part, 0.1)) for side in image_shape)
-        return cut(self.read(index, (height, width)), image_shape, random)
 
-    def read_crops(
-        self,
-        index: int,
-        image_shape: tuple[int, int],
-        smallest: float,
-        randoms: Sequence[np.random.Generator | None],
-    ) -> list[Pixels]:
-        """Several crops of one image: what `read` gives where `randoms` has None, else what `random_crop` gives.
-
-        Raises:
-            DataError: The image cannot be read.
-        """
-        return [
-            self.read(index, image_shape) if random is None else self.random_crop(index, image_shape, smallest, random)
-            for random in randoms
-        ]
+    def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
+        """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
+        return self.crops(index, image_shape, 1, [None])[0]
 
     def check(  # noqa: B027 - nothing to check is a fair default
-        self, progress: Progress | None = None, indices: Sequence[int] | None = None
+        self, progress: Report | None = None, indices: Sequence[int] | None = None
     ) -> None:
         """Look for images that cannot be read before slow work starts.
 
@@ -124,7 +100,7 @@ class ImageSource(ABC):
         return 0
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, labels and stored sizes of all items: equal for equal sources, wherever they lie."""
+        """SHA-256 over the names, labels and stored sizes of all items: equal for equal sources, wherever they are."""
         digest = hashlib.sha256("\t".join(self.class_names).encode("utf-8", "surrogateescape"))
         for index, (name, label) in enumerate(zip(self.item_names, self.labels, strict=True)):
             digest.update(f"\n{name}\t{label}\t{self.item_bytes(index)}".encode("utf-8", "surrogateescape"))
@@ -150,26 +126,32 @@ class StoredSource(ImageSource):
         """
         return decode_rgb(lambda: self.open(index), self.where(index))
 
-    def stored_shape(self, index: int) -> tuple[int, int]:
-        """Height and width of an image where it is stored, from its header.
+    def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
+        """Several crops of one image, see `ImageSource.crops`."""
+        picture = self.picture(index)
+        return [
+            np.asarray(resize_and_crop(picture, image_shape))
+            if random is None
+            else random_resized_crop(picture, image_shape, smallest, random)
+            for random in randoms
+        ]
 
-        Raises:
-            DataError: The image is missing, cut off short, or not an image.
-        """
-        return check_stored(lambda: self.open(index), self.where(index))
-
-    def stored_shapes(self, indices: Iterable[int], progress: Progress | None = None) -> list[tuple[int, int]]:
-        """Height and width of many images; every header is read, and the end of every file looked for.
+    def stored_shapes(self, indices: Iterable[int], progress: Report | None = None) -> list[tuple[int, int]]:
+        """Height and width of images where they are stored; every header is read, and the end of every file looked for.
 
         Raises:
             DataError: An image is missing, cut off short, or not an image.
         """
+
+        def shape_of(index: int) -> tuple[int, int]:
+            return check_stored(lambda: self.open(index), self.where(index))
+
         chosen = list(indices)
         shapes = []
         with ThreadPoolExecutor(reading_threads()) as pool:
             try:
                 for start in range(0, len(chosen), CHECKED_AT_ONCE):
-                    for shape in pool.map(self.stored_shape, chosen[start : start + CHECKED_AT_ONCE]):
+                    for shape in pool.map(shape_of, chosen[start : start + CHECKED_AT_ONCE]):
                         shapes.append(shape)
                         if progress is not None:
                             progress(len(shapes), len(chosen))
@@ -185,32 +167,6 @@ class StoredSource(ImageSource):
                 digest.update(block)
         return digest.hexdigest()
 
-    def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
-        """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
-        return np.asarray(resize_and_crop(self.picture(index), image_shape))
-
-    def random_crop(
-        self, index: int, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
-    ) -> Pixels:
-        """A random crop of the whole picture, resized to `image_shape`: uint8 (H, W, 3)."""
-        return random_resized_crop(self.picture(index), image_shape, smallest, random)
-
-    def read_crops(
-        self,
-        index: int,
-        image_shape: tuple[int, int],
-        smallest: float,
-        randoms: Sequence[np.random.Generator | None],
-    ) -> list[Pixels]:
-        """Several crops of one image, which is decoded once."""
-        picture = self.picture(index)
-        return [
-            np.asarray(resize_and_crop(picture, image_shape))
-            if random is None
-            else random_resized_crop(picture, image_shape, smallest, random)
-            for random in randoms
-        ]
-
-    def check(self, progress: Progress | None = None, indices: Sequence[int] | None = None) -> None:
+    def check(self, progress: Report | None = None, indices: Sequence[int] | None = None) -> None:
         """Open images, read their headers and look whether their ends are there."""
         self.stored_shapes(range(len(self)) if indices is None else indices, progress)

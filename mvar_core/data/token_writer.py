@@ -23,7 +23,7 @@ from mvar_core import distributed
 from mvar_core.config import ModelConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import row_batches
-from mvar_core.data.sources import ImageSource
+from mvar_core.data.sources import ImageSource, Report
 from mvar_core.data.tokens import (
     ITEMS,
     MANIFEST,
@@ -51,9 +51,6 @@ logger = logging.getLogger("mvar")
 
 Encode = Callable[[Tensor], Tensor]
 """Images float32 (B, 3, H, W) in [-1, 1] → tokens (B, L), integers."""
-
-Report = Callable[[int, int], None]
-"""Called with the number of images done and the total."""
 
 OWN_FILES = (
     MANIFEST, PARTIAL, ITEMS, RECEIPTS, VECTORS, "tokens-*.npy", "labels-*.npy", "names-*.txt", "vectors-*.npy"

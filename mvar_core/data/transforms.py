@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from mvar_core.config.training import DataConfig
 from mvar_core.io.pixels import Pixels
+
+if TYPE_CHECKING:
+    from mvar_core.data.sources import ImageSource
 
 _CROPS = 0xC0  # sets the stream of random crops apart from that of the affine changes
 
@@ -63,8 +66,8 @@ def random_resized_crop(
     Args:
         image: The picture.
         image_shape: Height and width asked for, in pixels.
-        smallest: Smallest crop, as a part of the picture.
-        random: Where size and place are drawn from.
+        smallest: Smallest crop, as a fraction of the picture.
+        random: Chooses size and place.
 
     Returns:
         uint8 pixels (H, W, 3).
@@ -72,7 +75,7 @@ def random_resized_crop(
     height, width = image_shape
     covering = max(height / image.height, width / image.width)  # resizing by this shows as much as can be shown
     largest = max(covering, min(1.0, covering / smallest if smallest else 1.0))
-    # Uniform in the part of the picture that is seen, which is covering / scale.
+    # Uniform in the fraction of the picture that is seen, which is covering / scale.
     scale = covering / random.uniform(covering / largest, 1) if largest > covering else covering
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     while image.width >= 2 * size[0] and image.height >= 2 * size[1]:
@@ -88,20 +91,6 @@ def cut(image: Pixels, image_shape: tuple[int, int], random: np.random.Generator
     top = int(random.integers(image.shape[0] - height + 1))
     left = int(random.integers(image.shape[1] - width + 1))
     return np.ascontiguousarray(image[top : top + height, left : left + width])
-
-
-class CropSource(Protocol):
-    """Where `Views.render` has its images from; `ImageSource` is one."""
-
-    def read_crops(
-        self,
-        index: int,
-        image_shape: tuple[int, int],
-        smallest: float,
-        randoms: Sequence[np.random.Generator | None],
-    ) -> list[Pixels]:
-        """The centre crop of an image for every None, else a random crop."""
-        ...
 
 
 class Views:
@@ -131,7 +120,7 @@ class Views:
         return len(self.names)
 
     def render(
-        self, source: CropSource, image_index: int, image_shape: tuple[int, int], views: Sequence[int]
+        self, source: ImageSource, image_index: int, image_shape: tuple[int, int], views: Sequence[int]
     ) -> list[Pixels]:
         """Several views of one image, which is read once: uint8 (H, W, 3) each.
 
@@ -140,9 +129,7 @@ class Views:
         """
         crops = sorted({self._crop(view) for view in views})
         randoms = [np.random.default_rng((self.seed, image_index, crop, _CROPS)) if crop else None for crop in crops]
-        pixels = dict(
-            zip(crops, source.read_crops(image_index, image_shape, self.data.crop_scale, randoms), strict=True)
-        )
+        pixels = dict(zip(crops, source.crops(image_index, image_shape, self.data.crop_scale, randoms), strict=True))
         return [self.apply(pixels[self._crop(view)], image_index, view) for view in views]
 
     def _crop(self, view: int) -> int:
@@ -180,7 +167,7 @@ def affine(image: Pixels, *, shift: tuple[float, float], degrees: float, zoom: f
 
     Args:
         image: uint8 pixels (H, W, 3).
-        shift: How far the content moves right and down, as parts of width and height.
+        shift: How far the content moves right and down, as fractions of width and height.
         degrees: Rotation of the content, counter-clockwise.
         zoom: Above 1 the content grows.
     """

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 
 from mvar_core.config.training import DataConfig
-from mvar_core.data.crops import RandomCrops
-from mvar_core.data.images import open_images
+from mvar_core.data.images import RandomCrops, open_images
 from mvar_core.data.transforms import random_resized_crop
 from mvar_core.io.pixels import to_uint8
 
@@ -94,6 +93,6 @@ def test_half_of_the_crops_are_mirrored_where_flips_are_wanted(tmp_path):
 
 
 def test_sources_without_whole_pictures_crop_too():
-    crop = open_images("digits").random_crop(0, (16, 24), 0.5, np.random.default_rng(0))
+    crop = open_images("digits").crops(0, (16, 24), 0.5, [np.random.default_rng(0)])[0]
     assert crop.shape == (16, 24, 3)
     assert crop.dtype == np.uint8

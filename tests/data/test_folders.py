@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvar_core.data.folders import FolderSource, check_image, find_images, read_rgb
+from mvar_core.data.decoding import check_image, read_rgb
+from mvar_core.data.folders import FolderSource, find_images
 from mvar_core.data.images import open_images
 from mvar_core.errors import DataError
 

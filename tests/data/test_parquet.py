@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mvar_core.data import parquet as parquet_module
-from mvar_core.data.images import image_batches, open_images
+from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -57,7 +57,7 @@ def test_images_labels_and_class_names(tmp_path, piece, kind):
     for index in (6, 0, 4, 5):
         assert np.array_equal(source.read(index, (40, 56)), piece(index))
     assert open_images(f"{tmp_path}:test").labels.tolist() == [2]
-    labels = [labels.tolist() for _, labels in image_batches(source, (16, 16), batch_size=4)]
+    labels = [labels.tolist() for _, labels in pixel_batches(source, (16, 16), batch_size=4)]
     assert labels == [[1, 0, 1, 2], [0, 2, 2]]
     assert source.fingerprint() != open_images(f"{tmp_path}:test").fingerprint()
 
@@ -70,7 +70,7 @@ def test_row_groups_are_decoded_once_in_order(tmp_path, piece, monkeypatch):
     monkeypatch.setattr(
         parquet_module._ParquetTable, "images", lambda self, group: groups.append(group) or images(self, group)
     )
-    assert sum(len(labels) for _, labels in image_batches(source, (8, 8), batch_size=2)) == 9
+    assert sum(len(labels) for _, labels in pixel_batches(source, (8, 8), batch_size=2)) == 9
     assert groups == [0, 1, 2]
 
 

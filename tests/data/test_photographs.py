@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mvar_core.data.bundled import HELD_OUT
 from mvar_core.data.images import open_images
-from mvar_core.data.photographs import HELD_OUT
 from mvar_core.errors import DataError
 
 
@@ -42,7 +42,7 @@ def test_random_crops_reach_both_sides_and_never_the_strip(photographs):
     random = np.random.default_rng(0)
     tops = []
     for _ in range(60):
-        crop = source.random_crop(0, (64, 64), 0.5, random)
+        crop = source.crops(0, (64, 64), 0.5, [random])[0]
         tops.append(places(photographs[0], crop)[0][0])
     assert min(tops) < 40
     assert max(tops) > HELD_OUT.stop

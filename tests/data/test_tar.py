@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mvar_core.data.evaluation_images import open_evaluation_images
-from mvar_core.data.images import image_batches, open_images
+from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.errors import DataError
 
 Member = tuple[str, bytes]
@@ -58,7 +58,7 @@ def test_images_and_classes_of_shards(shards, piece):
 
 def test_batches_read_in_threads_come_in_order(shards):
     source = open_images(str(shards))
-    batches = list(image_batches(source, (16, 16), batch_size=2))
+    batches = list(pixel_batches(source, (16, 16), batch_size=2))
     assert [labels.tolist() for _, labels in batches] == [[0, 1], [2, 0], [1, 2], [0]]
 
 

@@ -1,13 +1,13 @@
-"""Where a token stands in other scales, and how near to it their tokens are: the geometry behind attention statistics.
+"""Where a token lies in other scales, and how near their tokens are to it: the geometry behind attention statistics.
 
-The matching position of the query (y, x) of a scale of h_s×w_s tokens in a scale of h_t×w_t is that which holds the
-query's centre: (floor((y + 1/2)·h_t/h_s), floor((x + 1/2)·w_t/w_s)). In its own scale that is the query itself.
+The matching position of the query (y, x) of a scale of h_s×w_s tokens in a scale of h_t×w_t is the one that contains
+the query's centre: (floor((y + 1/2)·h_t/h_s), floor((x + 1/2)·w_t/w_s)). In its own scale that is the query itself.
 Windows are those of mvar_core.pyramid around the matching position: shifted inward at the borders, so that all have k×k
-tokens; a window longer than an axis covers that axis whole.
+tokens; a window longer than an axis covers that axis.
 """
 
-# Shape suffixes: q some of the queries of one scale, h w their scale's rows and columns, G the positions of the scale
-# of the keys, y x its rows and columns.
+# Shape suffixes: q some of the queries of one scale, h w that scale's rows and columns, G the positions of the
+# keys' scale, y x its rows and columns.
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mvar_core.pyramid import Grid, window_start
 
 @lru_cache(maxsize=4096)
 def matching_positions(queries: int, keys: int) -> tuple[int, ...]:
-    """For each of `queries` positions on an axis the position that holds its centre on an axis of `keys` positions."""
+    """For each of `queries` positions on an axis, the position that contains its centre on an axis of `keys` positions."""
     return tuple((2 * position + 1) * keys // (2 * queries) for position in range(queries))
 
 
 def needed_windows(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid | None = None) -> Int[Tensor, "q G"]:
-    """The smallest odd window around each query's matching position in which each position of the keys' scale lies.
+    """The smallest odd window around each query's matching position that contains each position of the keys' scale.
 
     Args:
         positions: Queries, in raster order of their scale.
@@ -54,7 +54,7 @@ def distances(positions: Int[Tensor, " q"], grid: Grid) -> Float[Tensor, "q G"]:
 
 
 def displacements(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid) -> Int[Tensor, "q G"]:
-    """Where each key stands from each query's matching position, as an index into a map of `displacement_grid`."""
+    """Each key's displacement from each query's matching position, as an index into a map of `displacement_grid`."""
     rows_hy = _table(_offsets_on_axis, query_grid.height, key_grid.height, positions) + key_grid.height - 1
     columns_wx = _table(_offsets_on_axis, query_grid.width, key_grid.width, positions) + key_grid.width - 1
     of_rows_qy = rows_hy[positions // query_grid.width]
@@ -84,7 +84,7 @@ def _table(of_axis: Callable[[int, int], np.ndarray], queries: int, keys: int, l
 def _needed_on_axis(queries: int, keys: int) -> np.ndarray:
     needed = np.zeros((queries, keys), dtype=np.int64)
     for query, position in enumerate(matching_positions(queries, keys)):
-        # From wide to narrow, so that the narrowest window that holds a key has the last word.
+        # From wide to narrow, so that the narrowest window that contains a key is what remains.
         for window in range(keys | 1, 0, -2):
             width = min(window, keys)
             start = window_start(position, keys, width)

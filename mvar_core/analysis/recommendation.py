@@ -1,4 +1,4 @@
-"""From attention statistics to settings: what prefixes and windows keep a part of the attention, and what they save."""
+"""From attention statistics to settings: which prefixes and windows keep most attention, and what they save."""
 
 # Shape suffixes: S scales, W windows.
 
@@ -28,18 +28,18 @@ SAVINGS_BATCH = 8
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The smallest settings that together keep a wanted part of the attention.
+    """The smallest settings that together keep a requested fraction of the attention.
 
     Attributes:
         scale_prefixes: Scales a token must see, its own included.
         windows: One window per scale, 0 for the whole scale.
-        keep: The wanted part.
+        keep: The requested fraction.
         kept: Attention within prefixes and windows, the mean over all tokens; at least `keep`.
         kept_by_scale: The same for each scale's tokens.
         kept_by_prefixes: Attention within the prefixes alone, per scale.
-        kept_by_windows: Part of a scale's own mass within its window, per scale.
-        own_windows: For each scale by itself the smallest window that keeps the wanted part of the mass in the scale,
-            0 where only the whole scale does.
+        kept_by_windows: Fraction of a scale's own mass within its window, per scale.
+        own_windows: For each scale by itself, the smallest window that keeps the requested fraction of the mass in the
+            scale, 0 where only the whole scale does.
     """
 
     scale_prefixes: ScalePrefixes
@@ -51,28 +51,17 @@ class Recommendation:
     kept_by_windows: tuple[float, ...]
     own_windows: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recommendation as a mapping of plain values."""
-        return {
-            "scale_prefixes": self.scale_prefixes,
-            "windows": list(self.windows),
-            "keep": self.keep,
-            "kept": self.kept,
-            "kept_by_scale": list(self.kept_by_scale),
-            "kept_by_prefixes": list(self.kept_by_prefixes),
-            "kept_by_windows": list(self.kept_by_windows),
-            "own_windows": list(self.own_windows),
-        }
-
 
 def check_keep(keep: float) -> None:
-    """Refuse what is no part of the attention.
+    """Refuse what is not a fraction of the attention.
 
     Raises:
         DataError: `keep` is not between 0 and 1.
     """
     if not 0 < keep <= 1:
-        raise DataError(f"keep is {keep}; expected a part of the attention above 0 and at most 1, for example 0.95.")
+        raise DataError(
+            f"keep is {keep}; expected a fraction of the attention, above 0 and at most 1, for example 0.95."
+        )
 
 
 def recommend(
@@ -82,19 +71,19 @@ def recommend(
     keep: float,
     model_windows: Sequence[int] = (),
 ) -> Recommendation:
-    """The smallest prefixes, and then the smallest windows, that keep a part of the attention.
+    """The smallest prefixes, and then the smallest windows, that keep a fraction of the attention.
 
-    What is kept is the mean over all tokens of an image, each counted alike. First the fewest prefixes that keep the
-    part with every scale whole. Then one part for the windows of all scales, the least with which prefixes and windows
-    together still keep what is wanted: each scale gets the smallest window that holds this part of its own mass. A
+    What is kept is the mean over all tokens of an image, each counted alike. First come the fewest prefixes that keep
+    the fraction with every scale whole. Then one share for the windows of all scales, the least with which prefixes and
+    windows together still keep enough: each scale gets the smallest window that holds this share of its own mass. A
     scale that would need a window as large as itself, or larger than was measured, stays as the model has it.
 
     Args:
         scale_mass_SS: Mass by query scale and key scale.
-        window_mass_SW: Mass in the own scale by query scale and window of WINDOWS.
+        window_mass_SW: Mass in the query's own scale by query scale and window of WINDOWS.
         grids: The scales.
-        keep: The part to keep.
-        model_windows: The model's own windows, 0 for a whole scale; empty for none at all.
+        keep: The fraction to keep.
+        model_windows: The model's own windows, 0 for a whole scale; empty if it has none.
 
     Raises:
         DataError: `keep` is not between 0 and 1.
@@ -112,8 +101,8 @@ def recommend(
         if seen_S @ weights_S >= keep - TOLERANCE:
             prefixes, visible_S = count, seen_S
             break
-    share_SW = part_of(window_mass_SW, own_S[:, None])
-    for wanted in [*np.unique(share_SW), 2.0]:  # 2: no window holds that, every scale stays whole
+    share_SW = share_of(window_mass_SW, own_S[:, None])
+    for wanted in [*np.unique(share_SW), 2.0]:  # 2: no window holds that much, every scale stays whole
         windows, shares_S = _smallest_windows(share_SW, grids, wanted, whole)
         kept_S = visible_S - own_S * (1 - shares_S)
         if kept_S @ weights_S >= keep - TOLERANCE:
@@ -134,7 +123,7 @@ def recommend(
 def _smallest_windows(
     share_SW: np.ndarray, grids: Sequence[Grid], wanted: float, whole: Sequence[int]
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Each scale's smallest window that holds the wanted part of its own mass, and what it holds."""
+    """Each scale's smallest window that holds the requested share of its own mass, and what it holds."""
     windows, shares = [], []
     for scale, grid in enumerate(grids):
         fits = [i for i, k in enumerate(WINDOWS) if k < max(grid) and share_SW[scale, i] >= wanted]
@@ -143,8 +132,8 @@ def _smallest_windows(
     return tuple(windows), np.array(shares)
 
 
-def part_of(mass: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """`mass` over `whole`, 1 where there is nothing to share."""
+def share_of(mass: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """`mass` as a fraction of `whole`, 1 where there is nothing to share."""
     whole = np.broadcast_to(whole, mass.shape)
     share: np.ndarray = np.divide(mass, whole, out=np.ones_like(mass), where=whole > 0)
     return share
@@ -157,7 +146,7 @@ def recommended_config(config: ModelConfig, best: Recommendation) -> ModelConfig
 
 
 def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, device: str = "cpu") -> dict[str, Any]:
-    """What `mvar plan` says of the model as it is and of the recommended one.
+    """What `mvar plan` predicts for the model as it is and for the recommended one.
 
     Args:
         config: The model as it is.
@@ -167,8 +156,8 @@ def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, 
 
     Returns:
         `attention_gmacs` (one image, the paper's convention), `kv_cache_bytes` and `sample_peak_bytes` (`batch_size`
-        images, guided), each with the figure of the `model`, of the `recommended` one, and the latter's `part` of the
-        former (None where the model has nothing of it).
+        images, guided), each with the figure of the `model`, of the `recommended` one, and as `part` the ratio of the
+        second to the first (None where the first is 0).
     """
     both = [
         plan(each, batch_size=SAVINGS_BATCH, dtype_bytes=dtype_bytes, guided=True, device=device)
@@ -182,18 +171,17 @@ def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, 
 
 
 def preset_values(config: ModelConfig, best: Recommendation, run: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A preset of the recommended model, complete: `mvar train` and `mvar finetune-from-var` take it as it is.
+    """A complete preset of the recommended model for `mvar train` and `mvar finetune-from-var`.
 
     Args:
         config: The model as it is.
         best: The recommendation.
-        run: The config.yaml of the run that trained the model, where there is one: its data, training and seed are
-            taken over.
+        run: The config.yaml of the run that trained the model, where there is one: its data, training and seed stay.
     """
     kept = {key: run[key] for key in ("seed", "data", "train", "train_tokenizer") if key in run} if run else {}
     model = recommended_config(config, best).model_dump(mode="json", exclude={"provenance", "name"}, exclude_none=True)
     return {
-        "description": f"{config.name} with the attention that keeps {best.kept:.4g} of what it looks at.",
+        "description": f"{config.name} with settings that keep {best.kept:.4g} of its attention.",
         "source": f"mvar analyze-attention of {config.name}, keep {best.keep:g}",
         **model,
         **kept,

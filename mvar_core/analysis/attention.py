@@ -1,0 +1,444 @@
+"""Where a model's attention goes: to which scales, and how near to the query.
+
+Statistics are gathered while the model runs, from the queries and keys of one layer and scale at a time, a few queries
+at once: no L×L map is ever held. Probabilities and sums are float64. "Mass" is attention probability; each query has a
+total mass of 1. Every figure has a counterpart for attention that is spread evenly over all that a token sees: a large
+mass on a large scale would mean nothing by itself.
+"""
+
+# Shape suffixes: B images, N layers, H heads, Q queries of one scale, K keys of one scale (those of earlier scales
+# first), D head width, S scales (the first S the queries', the second the keys'), W windows; q a chunk of the queries,
+# G the positions of one scale.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mvar_core.analysis.neighbourhoods import (
+    displacement_counts,
+    displacement_grid,
+    displacements,
+    distances,
+    needed_windows,
+)
+from mvar_core.analysis.recommendation import WINDOWS, Recommendation, check_keep, recommend, share_of
+from mvar_core.config import ModelConfig
+from mvar_core.errors import DataError
+from mvar_core.models.micro_batches import TOKENS_AT_ONCE
+from mvar_core.models.quantizer import MultiScaleQuantizer
+from mvar_core.models.transformer import Transformer
+from mvar_core.pyramid import AttentionPattern, ScalePrefixes, ScalePyramid
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """Attention statistics, averaged over images and the queries of each scale.
+
+    Attributes:
+        patch_sizes: The model's scales.
+        scale_prefixes: How many scales the model sees.
+        model_windows: The model's own windows.
+        num_images: Images measured.
+        scale_mass_by_head: Mass (N, H, S, S) by layer, head, query scale and key scale; rows sum to 1.
+        window_mass_by_head: Mass (N, H, S, S, W) likewise, in the k×k window around the query's matching position in
+            the scale of the keys (mvar_core.analysis.neighbourhoods), for each k of WINDOWS.
+        entropy_by_head: Entropy (N, H, S) of a query's attention over all its keys, in nats.
+        distance_by_head: Distance (N, H, S) between a query and the keys of its own scale in tokens, weighted by mass.
+        last_scale_keys: Where the attention of the last scale's queries goes: one map per key scale (height, width),
+            averaged over layers and heads; all of them sum to 1.
+        last_scale_displacements: The same by the key's displacement from the query's matching position: one map per
+            key scale (2·height - 1, 2·width - 1), the matching position in its centre.
+        recommended: The smallest settings that keep the requested fraction.
+    """
+
+    patch_sizes: tuple[int | tuple[int, int], ...]
+    scale_prefixes: ScalePrefixes
+    model_windows: tuple[int, ...]
+    num_images: int
+    scale_mass_by_head: np.ndarray
+    window_mass_by_head: np.ndarray
+    entropy_by_head: np.ndarray
+    distance_by_head: np.ndarray
+    last_scale_keys: tuple[np.ndarray, ...]
+    last_scale_displacements: tuple[np.ndarray, ...]
+    recommended: Recommendation
+
+    @cached_property
+    def pyramid(self) -> ScalePyramid:
+        """The model's scales."""
+        return ScalePyramid.from_patch_sizes(self.patch_sizes)
+
+    @cached_property
+    def patterns(self) -> tuple[AttentionPattern, ...]:
+        """What the model lets each scale see."""
+        return self.pyramid.attention_patterns(self.scale_prefixes, self.model_windows)
+
+    @property
+    def scale_names(self) -> list[str]:
+        """Each scale as its side, or height×width."""
+        return [f"{size[0]}×{size[1]}" if isinstance(size, tuple) else str(size) for size in self.patch_sizes]
+
+    @property
+    def scale_mass(self) -> np.ndarray:
+        """Mass by query scale and key scale (S, S), averaged over layers and heads."""
+        mean: np.ndarray = self.scale_mass_by_head.mean(axis=(0, 1))
+        return mean
+
+    @property
+    def window_mass_by_scale(self) -> dict[int, np.ndarray]:
+        """For each k, the mass in the k×k window around the matching position, by query and key scale (S, S)."""
+        means_SSW = self.window_mass_by_head.mean(axis=(0, 1))
+        return {window: means_SSW[..., index] for index, window in enumerate(WINDOWS)}
+
+    @property
+    def window_mass(self) -> dict[int, np.ndarray]:
+        """For each k, the fraction of all mass in the k×k window of the query's own scale (S,)."""
+        return {window: np.diagonal(mass_SS).copy() for window, mass_SS in self.window_mass_by_scale.items()}
+
+    @property
+    def window_share(self) -> dict[int, np.ndarray]:
+        """For each k, the fraction of the own scale's mass in the k×k window (S,)."""
+        own_S = np.diagonal(self.scale_mass)
+        return {window: share_of(mass_S, own_S) for window, mass_S in self.window_mass.items()}
+
+    @cached_property
+    def even_scale_mass(self) -> np.ndarray:
+        """`scale_mass` of attention that is spread evenly over all that each query sees (S, S)."""
+        return self._even(max(max(grid) for grid in self.pyramid) | 1)
+
+    @cached_property
+    def even_window_mass(self) -> dict[int, np.ndarray]:
+        """`window_mass_by_scale` of an even spread."""
+        return {window: self._even(window) for window in WINDOWS}
+
+    @property
+    def even_entropy(self) -> np.ndarray:
+        """Entropy of an even spread, the maximum: the logarithm of the number of keys that a query sees (S,)."""
+        most: np.ndarray = np.log([pattern.keys_per_query for pattern in self.patterns])
+        return most
+
+    def even_keys(self, scale: int) -> np.ndarray:
+        """`last_scale_keys` of an even spread, for one key scale."""
+        return self._even_map(scale)[0]
+
+    def even_displacements(self, scale: int) -> np.ndarray:
+        """`last_scale_displacements` of an even spread, for one key scale."""
+        return self._even_map(scale)[1]
+
+    def _even_map(self, scale: int) -> tuple[np.ndarray, np.ndarray]:
+        last, grid, pattern = self.pyramid.grids[-1], self.pyramid.grids[scale], self.patterns[-1]
+        if scale < self.pyramid.first_visible_scale(len(self.patch_sizes) - 1, self.scale_prefixes):
+            return np.zeros(grid), np.zeros(displacement_grid(grid))
+        if scale < len(self.patch_sizes) - 1 or not pattern.is_windowed:
+            keys, places = np.full(grid, last.tokens), displacement_counts(last, grid)
+        else:
+            keys, places = np.zeros(grid, np.int64), np.zeros(displacement_grid(grid), np.int64)
+            positions = torch.arange(last.tokens)
+            where_qG = displacements(positions, last, grid).numpy()
+            for query in range(last.tokens):
+                seen = np.array(pattern.visible_keys(query)[pattern.prefix_tokens :]) - pattern.prefix_tokens
+                keys.flat[seen] += 1
+                places.flat[where_qG[query, seen]] += 1
+        pairs = last.tokens * pattern.keys_per_query
+        return keys / pairs, places / pairs
+
+    def _even(self, window: int) -> np.ndarray:
+        grids = self.pyramid.grids
+        mass_SS = np.zeros((len(grids), len(grids)))
+        for scale, pattern in enumerate(self.patterns):
+            first = self.pyramid.first_visible_scale(scale, self.scale_prefixes)
+            for earlier in range(first, scale):
+                mass_SS[scale, earlier] = min(window, grids[earlier].height) * min(window, grids[earlier].width)
+            own = pattern.window_grid
+            mass_SS[scale, scale] = min(window, own.height) * min(window, own.width)
+            mass_SS[scale] /= pattern.keys_per_query
+        return mass_SS
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know to interpret the figures."""
+        notes = []
+        if self.scale_prefixes != "all" and self.scale_prefixes < self.pyramid.num_scales:
+            notes.append(
+                f"Each token sees {self.scale_prefixes} scale(s), its own included: mass on earlier ones is 0 by construction."
+            )
+        pairs = zip(self.patch_sizes, self.model_windows, strict=True)
+        windowed = [f"{size} (window {window})" for size, window in pairs if window]
+        if windowed:
+            notes.append(f"Mass outside the model's own windows is 0 by construction: {', '.join(windowed)}.")
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as a mapping of plain values."""
+        previous_NHS = np.zeros(self.entropy_by_head.shape)
+        previous_NHS[..., 1:] = np.diagonal(self.scale_mass_by_head, offset=-1, axis1=2, axis2=3)
+        figures = {
+            "own_scale_mass": np.diagonal(self.scale_mass_by_head, axis1=2, axis2=3),
+            "previous_scale_mass": previous_NHS,
+            "entropy": self.entropy_by_head,
+            "distance": self.distance_by_head,
+        }
+        layers, heads = self.entropy_by_head.shape[:2]
+        return {
+            "patch_sizes": [list(size) if isinstance(size, tuple) else size for size in self.patch_sizes],
+            "scale_prefixes": self.scale_prefixes,
+            "model_windows": list(self.model_windows),
+            "num_images": self.num_images,
+            "scale_mass": self.scale_mass.tolist(),
+            "even_scale_mass": self.even_scale_mass.tolist(),
+            "window_mass": _by_window(self.window_mass),
+            "window_share": _by_window(self.window_share),
+            "window_mass_by_scale": _by_window(self.window_mass_by_scale),
+            "even_window_mass_by_scale": _by_window(self.even_window_mass),
+            "last_scale": {
+                "keys": [map_yx.tolist() for map_yx in self.last_scale_keys],
+                "displacements": [map_yx.tolist() for map_yx in self.last_scale_displacements],
+            },
+            "layers": [
+                {
+                    "layer": layer,
+                    **{name: values[layer].mean(axis=0).tolist() for name, values in figures.items()},
+                    "heads": [
+                        {"head": head, **{name: values[layer, head].tolist() for name, values in figures.items()}}
+                        for head in range(heads)
+                    ],
+                }
+                for layer in range(layers)
+            ],
+            "recommended": asdict(self.recommended),
+            "notes": self.notes,
+        }
+
+
+def _by_window(by_window: dict[int, np.ndarray]) -> dict[str, Any]:
+    return {str(window): values.tolist() for window, values in by_window.items()}
+
+
+class AttentionProbe:
+    """Gathers attention statistics; an instance is the `probe` that a Transformer accepts.
+
+    Args:
+        config: The model that will be probed; `config.transformer` must be there.
+        on_layer: Called with the number of images whenever one layer is done with them.
+        values_at_once: Attention probabilities held at once.
+    """
+
+    def __init__(
+        self, config: ModelConfig, on_layer: Callable[[int], None] | None = None, values_at_once: int = 1 << 21
+    ):
+        assert config.transformer is not None
+        self.config = config
+        self.on_layer = on_layer
+        self.values_at_once = values_at_once
+        self.grids = config.pyramid.grids
+        sizes, scales = config.transformer, len(self.grids)
+        shape = (sizes.depth, sizes.num_heads, scales)
+        self._scale_mass_NHSS = torch.zeros(*shape, scales, dtype=torch.float64)
+        self._window_mass_NHSSW = torch.zeros(*shape, scales, len(WINDOWS), dtype=torch.float64)
+        self._entropy_NHS = torch.zeros(shape, dtype=torch.float64)
+        self._distance_NHS = torch.zeros(shape, dtype=torch.float64)
+        self._images_NS = torch.zeros(sizes.depth, scales, dtype=torch.int64)
+        self._last_keys_SG = [torch.zeros(grid.tokens, dtype=torch.float64) for grid in self.grids]
+        self._last_displacements_SG = [
+            torch.zeros(displacement_grid(grid).tokens, dtype=torch.float64) for grid in self.grids
+        ]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        layer: int,
+        scale: int,
+        q_BHQD: Float[Tensor, "B H Q D"],
+        k_BHKD: Float[Tensor, "B H K D"],
+        pattern: AttentionPattern,
+        softmax_scale: float,
+    ) -> None:
+        """Add the attention of one layer and scale.
+
+        Args:
+            layer: Index of the block.
+            scale: Index of the scale.
+            q_BHQD: Queries as they enter the attention.
+            k_BHKD: Keys as they enter the attention, earlier scales first.
+            pattern: What the queries see.
+            softmax_scale: Multiplies the products of queries and keys.
+        """
+        if q_BHQD.device.type == "mps":  # has no float64
+            q_BHQD, k_BHKD = q_BHQD.cpu(), k_BHKD.cpu()
+        dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
+        q_BHQD, k_BHKD = q_BHQD.detach().to(dtype) * softmax_scale, k_BHKD.detach().to(dtype)
+        batch, heads, queries, _ = q_BHQD.shape
+        chunk = max(1, self.values_at_once // (batch * heads * pattern.keys))
+        for start in range(0, queries, chunk):
+            positions = torch.arange(start, min(start + chunk, queries), device=q_BHQD.device)
+            hidden_qG = None
+            if pattern.is_windowed:
+                hidden_qG = needed_windows(positions, pattern.grid) > pattern.window
+            mass_BHqK, entropy_BHq = attention_mass(q_BHQD[:, :, positions], k_BHKD, hidden_qG, pattern.prefix_tokens)
+            self._entropy_NHS[layer, :, scale] += entropy_BHq.sum(dim=(0, 2)).cpu()
+            # Everything else is linear in the mass, so images are summed first.
+            self._add_mass(layer, scale, mass_BHqK.sum(dim=0), positions, pattern)
+        self._images_NS[layer, scale] += batch
+        if self.on_layer is not None and scale == len(self.grids) - 1:
+            self.on_layer(batch)
+
+    def report(self, keep: float = 0.95) -> AttentionReport:
+        """Averages of what was gathered.
+
+        Args:
+            keep: Fraction of the attention that recommended settings must keep.
+
+        Raises:
+            DataError: Some layer or scale saw no image, or `keep` is not between 0 and 1.
+        """
+        if not bool((self._images_NS > 0).all()):
+            raise DataError("No attention was measured: there were no images.", "Pass at least one image or token row.")
+        tokens_S = torch.tensor([grid.tokens for grid in self.grids], dtype=torch.float64)
+        queries_N1S = (self._images_NS * tokens_S).unsqueeze(1)
+        scale_mass_NHSS = (self._scale_mass_NHSS / queries_N1S.unsqueeze(-1)).numpy()
+        window_mass_NHSSW = (self._window_mass_NHSSW / queries_N1S[..., None, None]).numpy()
+        own_NHS = self._scale_mass_NHSS.diagonal(dim1=2, dim2=3)
+        rows_of_last = float(queries_N1S[..., -1].sum()) * self._entropy_NHS.shape[1]
+        windows = tuple(pattern.window if pattern.is_windowed else 0 for pattern in self.config.patterns)
+        return AttentionReport(
+            patch_sizes=self.config.pyramid.patch_sizes,
+            scale_prefixes=self.config.attention.scale_prefixes,
+            model_windows=windows,
+            num_images=int(self._images_NS[0, 0]),
+            scale_mass_by_head=scale_mass_NHSS,
+            window_mass_by_head=window_mass_NHSSW,
+            entropy_by_head=(self._entropy_NHS / queries_N1S).numpy(),
+            distance_by_head=(self._distance_NHS / own_NHS).nan_to_num(0.0).numpy(),
+            last_scale_keys=tuple(
+                (mass_G / rows_of_last).view(*grid).numpy()
+                for mass_G, grid in zip(self._last_keys_SG, self.grids, strict=True)
+            ),
+            last_scale_displacements=tuple(
+                (mass_G / rows_of_last).view(*displacement_grid(grid)).numpy()
+                for mass_G, grid in zip(self._last_displacements_SG, self.grids, strict=True)
+            ),
+            recommended=recommend(
+                scale_mass_NHSS.mean(axis=(0, 1)),
+                window_mass_NHSSW.mean(axis=(0, 1)).diagonal().T,
+                self.grids,
+                keep,
+                windows,
+            ),
+        )
+
+    def _add_mass(self, layer: int, scale: int, mass_HqK: Tensor, positions: Tensor, pattern: AttentionPattern) -> None:
+        """Add the mass of some queries, summed over images."""
+        spans = self.config.pyramid.spans
+        offset = spans[scale].start - pattern.prefix_tokens
+        is_last = scale == len(self.grids) - 1
+        for earlier, grid in enumerate(self.grids[: scale + 1]):
+            if spans[earlier].start < offset:
+                continue
+            mass_HqG = mass_HqK[..., spans[earlier].start - offset : spans[earlier].stop - offset]
+            mass_Hx = mass_HqG.flatten(1)
+            needed_qG = needed_windows(positions, pattern.grid, grid)
+            # Windows are nested, so the mass of window k is what needs a window of at most k.
+            inside_Wx = torch.stack([needed_qG <= window for window in WINDOWS]).to(mass_HqG.dtype).flatten(1)
+            self._scale_mass_NHSS[layer, :, scale, earlier] += mass_Hx.sum(dim=-1).cpu()
+            self._window_mass_NHSSW[layer, :, scale, earlier] += (mass_Hx @ inside_Wx.T).cpu()
+            if earlier == scale:
+                distances_x = distances(positions, grid).to(mass_HqG.dtype).flatten()
+                self._distance_NHS[layer, :, scale] += (mass_Hx @ distances_x).cpu()
+            if is_last:
+                mass_qG = mass_HqG.sum(dim=0).cpu()
+                self._last_keys_SG[earlier] += mass_qG.sum(dim=0)
+                places_qG = displacements(positions, pattern.grid, grid).cpu()
+                self._last_displacements_SG[earlier].index_add_(0, places_qG.flatten(), mass_qG.flatten())
+
+
+def attention_mass(
+    q_BHqD: Tensor, k_BHKD: Tensor, hidden_qG: Tensor | None, prefix_tokens: int
+) -> tuple[Float[Tensor, "B H q K"], Float[Tensor, "B H q"]]:
+    """Attention probabilities of some queries, and their entropy in nats, in float64.
+
+    Args:
+        q_BHqD: Queries, times the softmax's scale.
+        k_BHKD: Keys.
+        hidden_qG: Keys of its own scale that a query does not see; None where it sees all.
+        prefix_tokens: Keys before those of its own scale.
+    """
+    with torch.autocast(q_BHqD.device.type, enabled=False):
+        scores_BHqK = (q_BHqD @ k_BHKD.transpose(-1, -2)).double()
+    if hidden_qG is not None:
+        scores_BHqK[..., prefix_tokens:].masked_fill_(hidden_qG, -math.inf)
+    largest_BHq1 = scores_BHqK.amax(dim=-1, keepdim=True)
+    scores_BHqK -= largest_BHq1
+    mass_BHqK = scores_BHqK.exp()
+    total_BHq1 = mass_BHqK.sum(dim=-1, keepdim=True)
+    mass_BHqK /= total_BHq1
+    if hidden_qG is not None:
+        scores_BHqK[..., prefix_tokens:].masked_fill_(hidden_qG, 0)  # their mass is 0, and 0 times -inf is nan
+    # -Σ p·log p, where log p is the score minus the logarithm of the sum.
+    entropy_BHq = total_BHq1.squeeze(-1).log() - (scores_BHqK.mul_(mass_BHqK)).sum(dim=-1)
+    return mass_BHqK, entropy_BHq
+
+
+def images_at_once(config: ModelConfig, device: torch.device) -> int:
+    """How many images go through the model in one pass: enough rows for fast products, and no more."""
+    return max(1, TOKENS_AT_ONCE.get(device.type, 2048) // config.pyramid.num_tokens)
+
+
+def measure_attention(
+    transformer: Transformer,
+    quantizer: MultiScaleQuantizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    config: ModelConfig,
+    *,
+    keep: float = 0.95,
+    attention: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> AttentionReport:
+    """Run a model over token maps with teacher forcing and report where its attention goes.
+
+    Memory is that of one pass over one batch and a few megabytes of statistics, however many batches there are.
+
+    Args:
+        transformer: The model.
+        quantizer: Makes the model's inputs from tokens.
+        batches: Pairs of tokens (B, L) and conditions (labels (B,) or vectors); see `images_at_once`.
+        config: The model's configuration.
+        keep: Fraction of the attention that recommended settings must keep.
+        attention: Attention backend.
+        progress: Called with the layers done, each counted once per image, so that it moves within a batch too.
+
+    Raises:
+        DataError: There is no image, or `keep` is not between 0 and 1.
+        ConfigError: The conditions are not the model's.
+    """
+    check_keep(keep)
+    done = 0
+
+    def layer_done(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done)
+
+    probe = AttentionProbe(config, layer_done)
+    device = transformer.position_embedding.device
+    was_training = transformer.training
+    transformer.eval()
+    scales = range(config.pyramid.num_scales)
+    try:
+        for tokens_BL, conditions in batches:
+            with torch.no_grad():
+                inputs_BLZ = quantizer.teacher_forcing_inputs(tokens_BL.to(device))
+                conditioning = transformer.condition(transformer.conditioner.read(conditions).to(device))
+                transformer.hidden_states(scales, inputs_BLZ, conditioning, attention=attention, probe=probe)
+    finally:
+        transformer.train(was_training)
+    return probe.report(keep)

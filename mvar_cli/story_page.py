@@ -14,7 +14,7 @@ from mvar_cli.story import Results, next_commands
 from mvar_core.io.files import write_text
 from mvar_core.io.pictures import make_grid
 from mvar_core.io.pixels import Pixels, from_uint8, to_uint8
-from mvar_core.reports.plots import plot_metrics
+from mvar_core.reports.figures import plot_metrics
 
 if TYPE_CHECKING:
     from mvar_core.analysis.locality_report import LocalityReport

@@ -1,10 +1,10 @@
-"""Attention reports to draw and to read, without a model."""
+"""Attention reports without a model."""
 
 from __future__ import annotations
 
 import torch
 
-from mvar_core.analysis.locality import LocalityProbe
+from mvar_core.analysis.attention import AttentionProbe
 from mvar_core.config import ModelConfig
 
 
@@ -20,7 +20,7 @@ def report_of(patch_sizes, prefixes="all", windows=(), depth=2):
         }
     )
     noise = torch.Generator().manual_seed(0)
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     for layer in range(depth):
         for scale, pattern in enumerate(config.patterns):
             q = torch.randn(1, 2, pattern.queries, 4, generator=noise)

@@ -119,7 +119,7 @@ def run(
         _check(common)
         rows = _compare(console, common, batches, published_style and what == "sample")
     if plot is not None:
-        from mvar_core.reports.bench_plots import plot_attention, plot_batches
+        from mvar_core.reports.figures import plot_attention, plot_batches
 
         if what == "attention":
             plot_attention(rows, plot)

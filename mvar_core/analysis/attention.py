@@ -169,7 +169,7 @@ class AttentionReport:
         notes = []
         if self.scale_prefixes != "all" and self.scale_prefixes < self.pyramid.num_scales:
             notes.append(
-                f"Each token sees {self.scale_prefixes} scale(s), its own included: mass on earlier ones is 0 by construction."
+                f"A token sees {self.scale_prefixes} scale(s), its own included: mass on others is 0 by construction."
             )
         pairs = zip(self.patch_sizes, self.model_windows, strict=True)
         windowed = [f"{size} (window {window})" for size, window in pairs if window]

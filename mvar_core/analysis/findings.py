@@ -139,7 +139,7 @@ def _compared(verdict: Verdict, share: float, even: float, what: str, plural: bo
         return f"This agrees with the paper: {what} {'dominate' if plural else 'dominates'}."
     do_not = "do not" if plural else "does not"
     if share > HALF:
-        return f"This is more than half, but hardly more than an even spread: unlike in the paper, {what} {do_not} dominate."
+        return f"This is hardly more than an even spread: unlike in the paper, {what} {do_not} dominate."
     more = f", although it is {share / even:.1f} times an even spread" if share >= 1.1 * even else ""
     return f"This is less than half{more}: unlike in the paper, {what} {do_not} dominate."
 

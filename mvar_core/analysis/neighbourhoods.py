@@ -24,7 +24,7 @@ from mvar_core.pyramid import Grid, window_start
 
 @lru_cache(maxsize=4096)
 def matching_positions(queries: int, keys: int) -> tuple[int, ...]:
-    """For each of `queries` positions on an axis, the position that contains its centre on an axis of `keys` positions."""
+    """For each of `queries` positions on an axis, the position that contains its centre on an axis of `keys`."""
     return tuple((2 * position + 1) * keys // (2 * queries) for position in range(queries))
 
 

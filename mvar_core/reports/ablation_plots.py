@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvar_core.errors import DataError
-from mvar_core.reports.bench_plots import COLOURS, MARKERS
-from mvar_core.reports.plots import new_figure, save_figure
+from mvar_core.reports.figures import COLOURS, MARKERS, new_figure, save_figure
 
 
 @dataclass(frozen=True)

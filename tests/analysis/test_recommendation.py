@@ -66,7 +66,7 @@ def test_what_is_recommended_keeps_what_was_asked_and_nothing_smaller_does(keep)
         assert kept(count, (*best.windows[:2], smaller)) < keep
 
 
-def test_one_part_is_asked_of_every_scale():
+def test_every_scale_keeps_the_same_share():
     """A scale that keeps less than another with its window is not spared for it."""
     grids = (Grid(9, 9), Grid(9, 9))
     window_mass = np.array([[0.1, 0.5, 0.99, 1, 1, 1, 1, 1], [0.9, 0.95, 0.96, 1, 1, 1, 1, 1]])
@@ -86,7 +86,7 @@ def test_a_scale_that_no_window_suits_stays_as_the_model_has_it():
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5])
-def test_a_part_that_is_none_is_refused(keep):
+def test_what_is_no_fraction_is_refused(keep):
     with pytest.raises(DataError, match="keep"):
         recommend(*example(), GRIDS, keep)
 

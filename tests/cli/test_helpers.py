@@ -10,7 +10,6 @@ from PIL import Image
 
 from mvar_cli.old_console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
 from mvar_cli.old_options import parse_bytes, parse_numbers
-from mvar_cli.report import Picture, Section, page
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.sampling.conditions import parse_classes
 
@@ -104,17 +103,3 @@ def test_progress_without_a_terminal_speaks_now_and_then(capsys, monkeypatch):
 def read(file):
     with Image.open(file) as image:
         return np.asarray(image)
-
-
-def test_the_page_holds_its_pictures_and_escapes_text():
-    pixels = np.full((3, 4, 3), 7, np.uint8)
-    picture = Picture.of_pixels(pixels, "a <caption>", scale=2)
-    text = page("T & T", "intro", [Section("S", "text", [picture], [("a", "b"), ("c", "1.5")], "mvar x > y")])
-    assert "&lt;caption&gt;" in text
-    assert "T &amp; T" in text
-    assert 'width="8"' in text
-    assert '<td class="number">1.5</td>' in text
-    assert "mvar x &gt; y" in text
-    assert 'src="http' not in text
-    data = text.partition("base64,")[2].partition('"')[0]
-    assert np.array_equal(read(io.BytesIO(base64.b64decode(data))), pixels)

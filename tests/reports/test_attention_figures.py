@@ -8,8 +8,8 @@ import pytest
 from attention_reports import report_of
 from PIL import Image
 
-from mvar_core.reports.attention_plots import FIGURES, plot_lines, plot_locality
-from mvar_core.reports.figure_style import DARK, LIGHT, colour_rules, page_svg
+from mvar_core.reports.attention_figures import FIGURES, line_count, plot_attention_report
+from mvar_core.reports.figures import DARK, LIGHT, colour_rules, page_svg
 
 
 def check_picture(path, background):
@@ -32,7 +32,7 @@ def check_picture(path, background):
     ],
 )
 def test_figures_of_a_report(tmp_path, patch_sizes, prefixes, windows, palette):
-    paths = plot_locality(report_of(patch_sizes, prefixes, windows), tmp_path / "plots", palette)
+    paths = plot_attention_report(report_of(patch_sizes, prefixes, windows), tmp_path / "plots", palette)
     assert list(paths) == ["scale_mass", "window_mass", "last_scale", "layers"]
     for name, path in paths.items():
         assert path.name == f"{name}.png"
@@ -127,7 +127,7 @@ def test_a_figure_is_the_same_bytes_again_and_leaves_no_settings(tmp_path):
 
     before = dict(matplotlib.rcParams)
     report = report_of((1, 2, 4))
-    first, second = plot_locality(report, tmp_path / "a"), plot_locality(report, tmp_path / "b")
+    first, second = plot_attention_report(report, tmp_path / "a"), plot_attention_report(report, tmp_path / "b")
     for name in first:
         assert first[name].with_suffix(".svg").read_bytes() == second[name].with_suffix(".svg").read_bytes()
     assert dict(matplotlib.rcParams) == before
@@ -135,24 +135,24 @@ def test_a_figure_is_the_same_bytes_again_and_leaves_no_settings(tmp_path):
 
 def test_figures_of_a_page_share_no_ids_and_follow_its_colours(tmp_path):
     report = report_of((1, 2, 4))
-    lines = plot_lines(report)
+    lines = line_count(report)
     assert lines == 2
     page = ""
-    for name, path in plot_locality(report, tmp_path).items():
+    for name, path in plot_attention_report(report, tmp_path).items():
         shown = lines if name == "window_mass" else 0
-        svg = page_svg(path.with_suffix(".svg").read_text(), name, f"about {name}", shown)
+        svg = page_svg(path.with_suffix(".svg"), f"about {name}", shown)
         assert ElementTree.fromstring(svg).attrib["aria-label"] == f"about {name}"
         assert "var(--ink)" in svg
         assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", svg)
         page += svg
     for colour in (LIGHT.ink, LIGHT.faint, LIGHT.background):
         assert colour not in page
-    assert {"var(--line-0)", "var(--line-1)"} <= set(re.findall(r"var\(--line-\d\)", page))
+    assert {"var(--line-1-of-2)", "var(--line-2-of-2)"} <= set(re.findall(r"var\(--line-\d-of-\d\)", page))
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     for reference in re.findall(r'(?:url\(|href=")#([^")]+)', page):
         assert reference in ids
     rules = colour_rules(lines)
-    assert rules.count("--line-1:") == 2
+    assert rules.count("--line-1-of-2:") == 2
     assert LIGHT.ink in rules.partition("@media")[0]
     assert DARK.ink in rules.partition("@media")[2]

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvar_core.analysis import locality
-from mvar_core.analysis.locality import LocalityProbe, images_at_once, measure_locality
+from mvar_core.analysis.attention import AttentionProbe, images_at_once, measure_attention
 from mvar_core.analysis.recommendation import WINDOWS
 from mvar_core.config import ModelConfig
 from mvar_core.errors import DataError
@@ -52,7 +51,7 @@ def feed(probe, config, scores=None, images=2):
 
 def test_uniform_attention_has_the_masses_of_counting():
     config = small_config((1, 2, 4))
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     feed(probe, config)
     report = probe.report()
     np.testing.assert_allclose(report.scale_mass, [[1, 0, 0], [1 / 5, 4 / 5, 0], [1 / 21, 4 / 21, 16 / 21]], atol=1e-7)
@@ -81,7 +80,7 @@ def check_even_maps(report):
 @pytest.mark.parametrize("patch_sizes", [(1, 2, 5), (1, (2, 3), (3, 7))])
 def test_an_even_spread_is_what_the_model_lets_its_tokens_see(prefixes, windows, patch_sizes):
     config = small_config(patch_sizes, prefixes, windows)
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     feed(probe, config)
     report = probe.report()
     np.testing.assert_allclose(report.scale_mass, report.even_scale_mass, atol=1e-12)
@@ -93,7 +92,7 @@ def test_an_even_spread_is_what_the_model_lets_its_tokens_see(prefixes, windows,
 
 def test_attention_to_itself_needs_neither_prefixes_nor_neighbours():
     config = small_config((1, 2, 4, 8))
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     feed(probe, config, lambda scale, query, key, pattern: 40.0 * (key == pattern.prefix_tokens + query))
     report = probe.report()
     np.testing.assert_allclose(report.scale_mass, np.eye(4), atol=1e-6)
@@ -110,7 +109,7 @@ def test_attention_to_the_scale_before_recommends_two_prefixes():
         previous = pattern.prefix_tokens - (config.pyramid.grids[scale - 1].tokens if scale else 0)
         return 40.0 * (previous <= key < pattern.prefix_tokens)
 
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     feed(probe, config, before)
     report = probe.report()
     np.testing.assert_allclose(report.scale_mass, [[1, 0, 0], [1, 0, 0], [0, 1, 0]], atol=1e-6)
@@ -211,14 +210,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [1 << 21, 64])
+@pytest.mark.parametrize("values_at_once", [1 << 21, 64])
 @pytest.mark.parametrize(("patch_sizes", "prefixes", "windows"), CASES)
-def test_probe_equals_whole_maps_of_random_queries_and_keys(monkeypatch, chunk, patch_sizes, prefixes, windows):
-    monkeypatch.setattr(locality, "CHUNK_NUMBERS", chunk)
+def test_probe_equals_whole_maps_of_random_queries_and_keys(values_at_once, patch_sizes, prefixes, windows):
     config = small_config(patch_sizes, prefixes, windows)
     length, heads = config.pyramid.num_tokens, config.transformer.num_heads
     noise = torch.Generator().manual_seed(0)
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config, values_at_once=values_at_once)
     maps = []
     for layer in range(config.transformer.depth):
         batches = []
@@ -246,7 +244,7 @@ def measured_and_whole(config, dtype=torch.float32):
     tokens, labels = torch.randint(16, (5, length)), torch.randint(3, (5,))
     calls = []
     batches = [(tokens[:3], labels[:3]), (tokens[3:], labels[3:])]
-    report = measure_locality(transformer, quantizer, batches, config, attention="reference", progress=calls.append)
+    report = measure_attention(transformer, quantizer, batches, config, attention="reference", progress=calls.append)
     assert calls == [3, 6, 8, 10]  # two layers, three images and then two
     assert transformer.training
     maps = torch.zeros(2, 5, 2, length, length)
@@ -285,7 +283,7 @@ def test_rows_of_a_pass_bound_its_images():
 
 def test_half_precision_queries_are_summed_in_full_precision():
     config = small_config((1, 2, 8), depth=1)
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     for scale, pattern in enumerate(config.patterns):
         q = torch.randn(4, 2, pattern.queries, 4, dtype=torch.bfloat16)
         k = torch.randn(4, 2, pattern.keys, 4, dtype=torch.bfloat16)
@@ -295,7 +293,7 @@ def test_half_precision_queries_are_summed_in_full_precision():
 
 def test_full_attention_is_recommended_where_all_is_used():
     config = small_config((1, 2, 4))
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     feed(probe, config)
     assert probe.report(keep=1.0).recommended.scale_prefixes == "all"
     assert probe.report(keep=1.0).recommended.windows == (0, 0, 0)
@@ -303,7 +301,7 @@ def test_full_attention_is_recommended_where_all_is_used():
 
 def test_report_says_what_is_zero_by_construction_and_is_json():
     config = small_config((1, 2, 4), 1, (0, 0, 3))
-    probe = LocalityProbe(config)
+    probe = AttentionProbe(config)
     feed(probe, config)
     report = probe.report()
     values = json.loads(json.dumps(report.to_dict()))
@@ -323,13 +321,13 @@ def test_report_says_what_is_zero_by_construction_and_is_json():
     assert np.shape(values["window_mass_by_scale"]["7"]) == (3, 3)
     assert np.shape(values["last_scale"]["displacements"][2]) == (7, 7)
     assert np.shape(values["last_scale"]["keys"][1]) == (2, 2)
-    whole = LocalityProbe(small_config())
+    whole = AttentionProbe(small_config())
     feed(whole, whole.config)
     assert whole.report().notes == []
 
 
 def test_no_images_and_bad_keep_are_refused():
-    probe = LocalityProbe(small_config())
+    probe = AttentionProbe(small_config())
     with pytest.raises(DataError, match="no images"):
         probe.report()
     feed(probe, probe.config)
@@ -384,7 +382,7 @@ def test_weights_that_look_at_one_place_have_the_figures_of_counting(patch_sizes
     quantizer = MultiScaleQuantizer(config.tokenizer, config.pyramid)
     tokens = torch.randint(16, (2, length), generator=torch.Generator().manual_seed(0))
     batches = [(tokens, torch.tensor([0, 2]))]
-    report = measure_locality(constructed(config), quantizer, batches, config, attention="reference")
+    report = measure_attention(constructed(config), quantizer, batches, config, attention="reference")
     grids, scales = config.pyramid.grids, len(patch_sizes)
     close = {"atol": 1e-6, "rtol": 0}
 

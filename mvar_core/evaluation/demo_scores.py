@@ -1,9 +1,8 @@
-"""What the quickstart measures of its samples, and what it compares the measures with."""
+"""Scores of generated digits, and what to compare them with."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,16 +15,16 @@ from mvar_core.runtime import generator
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Measures of samples that only together say that a model draws well: each alone can be had by cheating.
+class DemoScores:
+    """Scores that only together show that a model is good: each alone can be good for a bad model.
 
     Attributes:
-        classifier_accuracy: Part of the samples that the classifier takes for their class.
+        classifier_accuracy: Fraction of the samples that the classifier assigns to their class.
         classifier_accuracy_real: The same for real test images.
         demo_fid: Fréchet distance of the samples' demo features to the training images'.
-        demo_fid_floor: The same for training images drawn again with replacement: nothing can expect less.
+        demo_fid_floor: The same for training images resampled with replacement: the least to expect.
         demo_fid_real: The same for real test images.
-        demo_fid_class_means: The same for the mean image of each class: what a model without any diversity gets.
+        demo_fid_class_means: The same for the mean image of each class: what a model without diversity gets.
         pixel_diversity: Mean distance between samples of a class.
         pixel_diversity_real: The same for real test images.
         nearest_distance: Mean distance from a sample to the nearest training image.
@@ -43,18 +42,14 @@ class Measures:
     nearest_distance: float
     nearest_distance_real: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The measures as a mapping."""
-        return asdict(self)
 
-
-def measure_samples(
+def score_samples(
     classifier: DemoClassifier,
     samples: tuple[Tensor, Tensor],
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
-) -> Measures:
-    """Measure samples against training and test images; each is images uint8 (N, 3, H, W) and labels (N,)."""
+) -> DemoScores:
+    """Scores of samples against training and test images; each is images uint8 (N, 3, H, W) and labels (N,)."""
     extractor = DemoExtractor(classifier)
 
     def gaussian(images: Tensor) -> Statistics:
@@ -63,12 +58,12 @@ def measure_samples(
         return statistics
 
     reference = gaussian(train[0])
-    drawn_again = torch.randint(len(train[0]), (len(samples[0]),), generator=generator("floor"))
-    return Measures(
+    resampled = torch.randint(len(train[0]), (len(samples[0]),), generator=generator("floor"))
+    return DemoScores(
         classifier_accuracy=classifier.accuracy(*samples),
         classifier_accuracy_real=classifier.accuracy(*test),
         demo_fid=frechet_distance(gaussian(samples[0]), reference),
-        demo_fid_floor=frechet_distance(gaussian(train[0][drawn_again]), reference),
+        demo_fid_floor=frechet_distance(gaussian(train[0][resampled]), reference),
         demo_fid_real=frechet_distance(gaussian(test[0]), reference),
         demo_fid_class_means=frechet_distance(gaussian(class_mean_images(*train)), reference),
         pixel_diversity=pixel_diversity(*samples),

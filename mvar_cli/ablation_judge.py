@@ -121,13 +121,13 @@ class Judge:
         scores["classifier_accuracy"] = self._accuracy(found, images)
         _save_picture(kept, picture)
         if self._digits is not None:
-            from mvar_cli.measures import measure_samples
             from mvar_core.evaluation.demo import DemoExtractor
+            from mvar_core.evaluation.demo_scores import score_samples
 
             assert isinstance(self.extractor, DemoExtractor)
             assert images.labels is not None
             samples = (torch.cat(kept.seen), torch.from_numpy(images.labels))
-            scores.update(measure_samples(self.extractor.classifier, samples, *self._digits).to_dict())
+            scores.update(vars(score_samples(self.extractor.classifier, samples, *self._digits)))
         return scores
 
     def _accuracy(self, found: FeatureSet, images: DrawnImages) -> float | None:

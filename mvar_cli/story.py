@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mvar_cli.measures import Measures
     from mvar_core.config import RunConfig
+    from mvar_core.evaluation.demo_scores import DemoScores as Measures
     from mvar_core.training.tokenizer import TokenizerTrainResult
 
 

@@ -17,7 +17,7 @@ from mvar_core.io.pixels import Pixels, from_uint8, to_uint8
 from mvar_core.reports.figures import plot_metrics
 
 if TYPE_CHECKING:
-    from mvar_core.analysis.locality_report import LocalityReport
+    from mvar_core.analysis.attention import AttentionReport
     from mvar_core.pipeline import Pipeline
 
 
@@ -59,7 +59,7 @@ def measure_rows(results: Results) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def write_page(out: Path, pipeline: Pipeline, test: Tensor, results: Results, attention: LocalityReport) -> None:
+def write_page(out: Path, pipeline: Pipeline, test: Tensor, results: Results, attention: AttentionReport) -> None:
     """Write index.html and the curves it shows.
 
     Args:

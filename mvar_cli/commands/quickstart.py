@@ -113,13 +113,13 @@ class Story:
 
     def tell(self, num: int) -> Results:
         """Train, draw, measure, write the page."""
-        from mvar_cli.measures import measure_samples
         from mvar_cli.story import Results
         from mvar_cli.tokenization import tokenize_run
         from mvar_cli.tokenizer_training import train_tokenizer_run
         from mvar_cli.training import fit_to_tokens, train_run
         from mvar_core.data.tokens import TokenCache
         from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
+        from mvar_core.evaluation.demo_scores import score_samples as measure_samples
         from mvar_core.models.directory import read_model_config
         from mvar_core.pipeline import Pipeline
 
@@ -203,12 +203,12 @@ class Story:
 
     def write_report(self, pipeline: Pipeline, samples: tuple[Tensor, Tensor], test: Tensor, results: Results) -> None:
         """Attention report, curves, and the page."""
-        from mvar_cli.commands.analyze_attention import measure, open_source, write_report
         from mvar_cli.story_page import write_page
+        from mvar_core.workflows.attention import _measure, tokens_of_images, write_attention_report
 
-        source = open_source(self.console, pipeline, self.out / "mvar", None, "digits:test", num=128)
-        attention = measure(self.console, pipeline, source)
-        write_report(attention, self.out / "attention", pipeline, source.name)
+        source = tokens_of_images(pipeline, "digits:test", num=128, batch_size=32, seed=0)
+        attention = _measure(pipeline, source, 0.95, None)
+        write_attention_report(attention, self.out / "attention", pipeline, source.name)
         write_page(self.out, pipeline, test, results, attention)
 
 
@@ -246,7 +246,7 @@ def _report(console: Console, out: Path, results: Results, seconds: float, devic
     console.finish(
         {
             "seconds": seconds,
-            **results.measures.to_dict(),
+            **vars(results.measures),
             "reconstruction_psnr": results.tokenizer.psnr,
             "code_usage": results.tokenizer.code_usage,
             "loss": results.loss,

@@ -28,7 +28,8 @@ CAPTIONS = {
         "What the last scale attends to",
         "Maps of the last scale's attention: every scale that it sees, and under the size its fraction of the"
         " attention. Red is more than an even spread over all keys, blue less. Above: by the key's position, averaged"
-        " over queries. Below: by displacement from the query's matching position (+). A red centre is attention to neighbours.",
+        " over queries. Below: by displacement from the query's matching position (+). A red centre is attention to"
+        " neighbours.",
     ),
     "layers": (
         "How layers differ",

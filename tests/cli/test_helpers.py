@@ -1,7 +1,5 @@
 """The parts of the command line that need no model: selection, amounts, JSON, writers, page."""
 
-import base64
-import io
 import json
 
 import numpy as np

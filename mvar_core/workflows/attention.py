@@ -22,7 +22,6 @@ from mvar_core.config import Machine, ModelConfig
 from mvar_core.config.presets import load_config, read_preset
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
-from mvar_core.data.words import ENCODER, embed_words, phrasings
 from mvar_core.errors import ConfigError
 from mvar_core.io.files import require_new_directory, write_json, write_text
 from mvar_core.models import official
@@ -40,6 +39,7 @@ from mvar_core.reports.attention_page import (
 from mvar_core.reports.pages import TableRows
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import peak_memory_bytes
+from mvar_core.sampling.conditions import without_conditions
 from mvar_core.sampling.images import ImageSampler
 from mvar_core.sampling.sampler import sample_tokens
 
@@ -264,7 +264,7 @@ def tokens_of_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int
             pixels, labels = images.batch(rows)
             # The encoder works at full resolution, where an image takes more memory than all of its attention.
             tokens_BL = torch.cat([pipeline.encode(some) for some in pixels.split(encoded_at_once)])
-            yield tokens_BL, _conditions_of(pipeline, labels.tolist())
+            yield tokens_BL, pipeline.conditions_of(labels.tolist())
 
     return TokenSource(f"images of {data}{_note(pipeline.config)}", len(chosen), batches())
 
@@ -281,7 +281,7 @@ def tokens_of_model(
     """
     logging.getLogger("mvar").info("No --tokens and no --data: the model's own samples are measured.")
     config, transformer = pipeline.config, pipeline.transformer
-    conditions = _conditions_of(pipeline, spread_classes(num, config.transformer.num_classes))
+    conditions = pipeline.conditions_of(spread_classes(num, config.transformer.num_classes))
     sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
     settings = pipeline.sampling_settings()
     sizes = sampler.micro_batches(num, settings)
@@ -335,26 +335,6 @@ def _measure(pipeline: Pipeline, source: TokenSource, keep: float, progress: Pro
         attention=pipeline.attention,
         progress=layers_done,
     )
-
-
-def _class_vectors(config: ModelConfig) -> np.ndarray | None:
-    dim = config.conditioning.dim
-    if dim is None or config.transformer is None:
-        return None
-    if config.conditioning.encoder != ENCODER or config.class_names is None:
-        return np.full((config.transformer.num_classes, dim), np.nan, np.float32)
-    return np.asarray(embed_words([phrasings(name)[0] for name in config.class_names], dim))
-
-
-def _conditions_of(pipeline: Pipeline, labels: list[int]) -> Tensor:
-    table = _class_vectors(pipeline.config)
-    return pipeline.transformer.conditioner.read(labels if table is None else table[np.asarray(labels, int)])
-
-
-def without_conditions(config: ModelConfig) -> bool:
-    """Whether classes have no known vectors."""
-    table = _class_vectors(config)
-    return table is not None and bool(np.isnan(table).any())
 
 
 def _note(config: ModelConfig) -> str:

@@ -11,12 +11,13 @@ from mvar_core.config.presets import preset_names
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_wheel_holds_code_and_presets(tmp_path: Path) -> None:
+def test_a_wheel_holds_code_templates_and_presets(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
+        assert "mvar_core/reports/templates/attention.html.j2" in archive.namelist()
         top_level = {name.split("/")[0] for name in archive.namelist()}
     assert top_level == {"mvar_cli", "mvar_core", "mvar-0.1.0.dist-info"}
     entry_points = (tmp_path / "site" / "mvar-0.1.0.dist-info" / "entry_points.txt").read_text()

@@ -281,6 +281,7 @@ def tokens_of_model(
     """
     logging.getLogger("mvar").info("No --tokens and no --data: the model's own samples are measured.")
     config, transformer = pipeline.config, pipeline.transformer
+    assert config.transformer is not None
     conditions = pipeline.conditions_of(spread_classes(num, config.transformer.num_classes))
     sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
     settings = pipeline.sampling_settings()

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from mvar_core.analysis.attention import AttentionReport, images_at_once, measure_attention
-from mvar_core.analysis.cost import plan
+from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.findings import find
 from mvar_core.analysis.recommendation import check_keep, preset_values, savings
 from mvar_core.config import Machine, ModelConfig
@@ -400,7 +400,7 @@ def _planned(config: ModelConfig, source: str, num: int, out: Path, preset: Path
     dry_run = DryRun(
         configuration=config.model_dump(mode="json", exclude_none=True),
         steps=tuple(steps),
-        cost=plan(config, dtype_bytes=4),
+        cost=cost_of(config),
         facts={},
     )
     return AttentionResult(model=config.name, source=source, report=str(out / PAGE), dry_run=dry_run)

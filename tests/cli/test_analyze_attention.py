@@ -19,7 +19,7 @@ from mvar_core.analysis.attention import measure_attention
 from mvar_core.config.presets import load_config
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images
-from mvar_core.data.tokens import write_token_cache
+from mvar_core.data.token_writer import write_token_cache
 from mvar_core.errors import ConfigError, MvarError
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, read_model_config, save_model, state_hash, tokenizer_hash

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,16 +28,6 @@ from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, a
 
 Kind = Literal["var", "mvar"]
 State = dict[str, Tensor]
-
-
-class Overrides(TypedDict):
-    """What a published file does not tell, or what is wanted instead; see `infer_config`."""
-
-    kind: Kind | None
-    patch_sizes: Sequence[int | tuple[int, int]] | None
-    windows: Sequence[int] | int | str | None
-    scale_prefixes: ScalePrefixes | None
-
 
 BUFFERS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
 """Last parts of the names of published buffers, which follow from the configuration."""
@@ -101,11 +91,15 @@ def convert(
     tokenizer: Path,
     *,
     kind: Kind | None = None,
-    patch_sizes: Sequence[int | tuple[int, int]] | None = None,
-    windows: Sequence[int] | int | str | None = None,
-    scale_prefixes: ScalePrefixes | None = None,
+    **overrides: Any,
 ) -> Converted:
-    """Read published files; see `infer_config` for what is inferred where it is not given.
+    """Read published files.
+
+    Args:
+        model: Published transformer, or None for a tokenizer alone.
+        tokenizer: Published VQVAE.
+        kind: None as the file says.
+        **overrides: patch_sizes, windows and scale_prefixes of `infer_config`.
 
     Raises:
         CheckpointError: A file cannot be read or does not fit.
@@ -117,10 +111,8 @@ def convert(
         model_state,
         tokenizer_state,
         kind or (kind_of_file(model) if model else "var"),
-        patch_sizes=patch_sizes,
-        windows=windows,
-        scale_prefixes=scale_prefixes,
         name=model.stem if model else tokenizer.stem,
+        **overrides,
     )
     provenance = {"source": model.name if model else tokenizer.name, "source_tokenizer": tokenizer.name}
     config = config.model_copy(update={"provenance": provenance})
@@ -152,32 +144,16 @@ def import_official(
     tokenizer: Path,
     out: Path,
     *,
-    kind: Kind | None = None,
-    patch_sizes: Sequence[int | tuple[int, int]] | None = None,
-    windows: Sequence[int] | int | str | None = None,
-    scale_prefixes: ScalePrefixes | None = None,
     dtype: torch.dtype = torch.float32,
+    **overrides: Any,
 ) -> ModelConfig:
-    """Write a model directory from published files.
+    """Write a model directory from published files, as `convert` reads them.
 
-    Args:
-        model: Published transformer, or None for a tokenizer alone.
-        tokenizer: Published VQVAE.
-        out: The directory.
-        kind: See `infer_config`, as for the next three.
-        patch_sizes: The pyramid.
-        windows: One per scale, one for the last two, or auto (auto:K) for the scales where it pays.
-        scale_prefixes: How many scales a token sees.
-        dtype: Of the weights; quantizer and head stay in float32.
-
-    Raises:
-        CheckpointError: A file cannot be read or does not fit.
-        ConfigError: A pyramid, windows or prefixes that do not fit.
+    Tokenizer and transformer are converted one after the other, so that the peak of memory is one of them. Quantizer
+    and head stay in float32 whatever the dtype.
     """
     # Maps the files and reads nothing of their tensors but the shapes.
-    config = convert(
-        model, tokenizer, kind=kind, patch_sizes=patch_sizes, windows=windows, scale_prefixes=scale_prefixes
-    ).config
+    config = convert(model, tokenizer, **overrides).config
     # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
     mapped = dtype == torch.float32
     state = tokenizer_from_official(read_official(tokenizer, mapped=mapped), config, tokenizer)
@@ -193,13 +169,7 @@ def import_official(
 def export_official(source: Path, out: Path, *, kind: Kind | None = None) -> list[Path]:
     """Write the published files of a model directory: vae.pth and, with a transformer, KIND_dNN.pth.
 
-    Args:
-        source: The model directory.
-        out: The folder.
-        kind: Names the file and, for mvar, nests the state as published; by default as the scale prefixes say.
-
-    Raises:
-        CheckpointError: The directory cannot be read.
+    MVAR's files nest the state as published; the default kind follows from the scale prefixes.
     """
     config = directory.read_model_config(source)
     tokenizer_path = out / "vae.pth"
@@ -217,15 +187,7 @@ def export_official(source: Path, out: Path, *, kind: Kind | None = None) -> lis
 
 
 def tokenizer_hash_of(checkpoint: Path, tokenizer: Path | None = None) -> str:
-    """The hash by which a token cache knows a model's tokenizer; of a published file that of what it converts to.
-
-    Args:
-        checkpoint: A model directory or a published file.
-        tokenizer: The published tokenizer, or None for the one next to the file.
-
-    Raises:
-        CheckpointError: Nothing there that can be read.
-    """
+    """The hash by which a token cache knows the tokenizer of a model directory or published file."""
     if checkpoint.is_dir():
         return directory.tokenizer_hash(checkpoint)
     converted = convert(checkpoint, tokenizer or tokenizer_next_to(checkpoint))

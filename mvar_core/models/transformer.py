@@ -130,15 +130,13 @@ class Transformer(nn.Module):
             first = self.pyramid.grids[0].tokens
             spans = self.pyramid.spans
             inputs_BLZ = inputs_BLZ[:, max(spans[needed.start].start - first, 0) : spans[needed.stop - 1].stop - first]
-        return self.forward_scales(
-            needed,
-            inputs_BLZ,
-            conditioning,
-            attention=attention,
-            generator=generator,
-            probe=probe,
-            logits_from=wanted.start,
+        x_BLC = self.hidden_states(
+            needed, inputs_BLZ, conditioning, attention=attention, generator=generator, probe=probe
         )
+        if wanted.start > needed.start:
+            spans = self.pyramid.spans
+            x_BLC = x_BLC[:, spans[wanted.start].start - spans[needed.start].start :]
+        return self.head_logits(x_BLC, conditioning)
 
     def earliest_needed(self, scale: int) -> int:
         """The earliest scale on which `scale` depends: what it sees, what those see, and so on down."""
@@ -147,7 +145,7 @@ class Transformer(nn.Module):
         return scale
 
     def condition(self, conditions: Int[Tensor, " B"] | Float[Tensor, "B X"]) -> Conditioning:
-        """What class labels or vectors say to every layer."""
+        """What class labels or vectors contribute to every layer."""
         embedding_BC = self.conditioner(conditions)
         activated_BC = F.silu(embedding_BC)
         shared_B6C = None
@@ -157,41 +155,6 @@ class Transformer(nn.Module):
         with torch.autocast(embedding_BC.device.type, enabled=False):
             head_B2C = self.head_modulation(activated_BC.float()).unflatten(1, (2, -1))
         return Conditioning(embedding_BC, blocks, head_B2C)
-
-    def forward_scales(
-        self,
-        scales: range,
-        inputs_BLZ: Float[Tensor, "B l Z"],
-        conditioning: Conditioning,
-        *,
-        cache: CachedRows | None = None,
-        attention: str = "auto",
-        generator: torch.Generator | RowDraws | None = None,
-        probe: AttentionProbe | None = None,
-        logits_from: int | None = None,
-    ) -> Float[Tensor, "B L V"]:
-        """Logits of consecutive scales, processed together: `head_logits` of `hidden_states`.
-
-        Args:
-            scales: Which scales.
-            inputs_BLZ: Their inputs.
-            conditioning: From `condition`.
-            cache: Keys and values of earlier scales.
-            attention: Attention backend.
-            generator: In training mode, drops branches.
-            probe: Called before each layer's and scale's attention.
-            logits_from: The first of the scales whose logits are wanted; by default all.
-
-        Returns:
-            float32 logits of the tokens of `scales`, from `logits_from` on.
-        """
-        x_BLC = self.hidden_states(
-            scales, inputs_BLZ, conditioning, cache=cache, attention=attention, generator=generator, probe=probe
-        )
-        if logits_from is not None and logits_from > scales.start:
-            spans = self.pyramid.spans
-            x_BLC = x_BLC[:, spans[logits_from].start - spans[scales.start].start :]
-        return self.head_logits(x_BLC, conditioning)
 
     def hidden_states(
         self,
@@ -210,7 +173,7 @@ class Transformer(nn.Module):
             scales: Which scales. Those that they see must be among them or in the cache.
             inputs_BLZ: Their inputs, without those of the first scale of the pyramid, which has none.
             conditioning: From `condition`.
-            cache: Holds earlier scales' keys and values of these rows, and takes these scales'.
+            cache: Holds earlier scales' keys and values of these rows, and receives these scales'.
             attention: Attention backend.
             generator: In training mode, drops branches.
             probe: Called before each layer's and scale's attention.
@@ -267,7 +230,7 @@ class Transformer(nn.Module):
     def _kept_branches(
         self, block: Block, x_BLC: Tensor, generator: torch.Generator | RowDraws | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Draw outside the block, so that a block that is computed a second time drops the same branches."""
+        """Which branches are kept: chosen outside the block, so that a recomputed block drops the same ones."""
         if generator is None or not self.training or block.drop_path == 0:
             return None, None
         keep = 1 - block.drop_path

@@ -54,13 +54,11 @@ def sample_published_style(
         fhat_BZhw = quantizer.empty_features(batch)
         for scale in range(pyramid.num_scales):
             inputs_BlZ = quantizer.scale_input(fhat_BZhw, scale) if scale else fhat_BZhw.new_empty(batch, 0, 1)
-            logits_GlV = transformer.forward_scales(
-                range(scale, scale + 1),
-                torch.cat([inputs_BlZ, inputs_BlZ]),
-                transformer.condition(conditions_G),
-                cache=cache.rows(),
-                attention=attention,
+            conditioning, inputs_GlZ = transformer.condition(conditions_G), torch.cat([inputs_BlZ, inputs_BlZ])
+            x_GlC = transformer.hidden_states(
+                range(scale, scale + 1), inputs_GlZ, conditioning, cache=cache.rows(), attention=attention
             )
+            logits_GlV = transformer.head_logits(x_GlC, conditioning)
             transformer.drop_unseen(cache, scale)
             conditional_BlV, unconditional_BlV = logits_GlV.chunk(2)
             logits_BlV = guide(conditional_BlV, unconditional_BlV, settings.cfg * pyramid.ratio(scale))

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from mvar_core.analysis.cost import cost_of
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError
 from mvar_core.io.files import atomic_directory, require_new_directory
 from mvar_core.models import official
 from mvar_core.models.directory import read_model_config
-from mvar_core.models.meta import meta_device
-from mvar_core.models.transformer import Transformer
 from mvar_core.pyramid import ScalePrefixes, read_sizes
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import DTYPES
@@ -94,8 +93,8 @@ def convert(
                 "--to official writes a model directory as it is.", "Pass the directory as --model, and --out."
             )
         return _export(Path(model or ""), out, kind, overwrite, dry_run)
-    overrides: official.Overrides = {
-        "kind": cast("official.Kind | None", kind),
+    overrides: dict[str, Any] = {
+        "kind": kind,
         "patch_sizes": _sizes(pyramid),
         "windows": _windows(windows),
         "scale_prefixes": _prefixes(scale_prefixes),
@@ -125,19 +124,19 @@ def _export(model: Path, out: Path, kind: str | None, overwrite: bool, dry_run: 
 def _result(
     config: ModelConfig, model: Path, outputs: tuple[Path, ...], kind: str | None, steps: tuple[str, ...] = ()
 ) -> ConvertResult:
-    parameters = 0
-    if config.transformer is not None:
-        with meta_device():
-            parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    cost = cost_of(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
+    DryRun(configuration=values, steps=steps, cost=cost, facts={"parameters": cost.parameters})
     return ConvertResult(
         model=model,
         outputs=outputs,
         kind=kind or ("var" if config.attention.scale_prefixes == "all" else "mvar"),
-        parameters=parameters,
+        parameters=cost.parameters,
         configuration=values,
         config=config,
-        dry_run=DryRun(configuration=values, steps=steps, facts={"parameters": parameters}) if steps else None,
+        dry_run=DryRun(configuration=values, steps=steps, cost=cost, facts={"parameters": cost.parameters})
+        if steps
+        else None,
     )
 
 

@@ -52,7 +52,8 @@ def test_scale_by_scale_equals_packed(attention: tuple[str, ...], variant: tuple
         offset = config.pyramid.grids[0].tokens
         for scale, span in enumerate(config.pyramid.spans):
             part = inputs[:, span.start - offset : span.stop - offset] if scale else inputs[:, :0]
-            alone = model.forward_scales(range(scale, scale + 1), part, conditioning, cache=cache.rows())
+            stream = model.hidden_states(range(scale, scale + 1), part, conditioning, cache=cache.rows())
+            alone = model.head_logits(stream, conditioning)
             model.drop_unseen(cache, scale)
             assert torch.allclose(alone, packed[:, span], atol=1e-5)
             later = model.first_visible[scale + 1] if scale + 1 < config.pyramid.num_scales else None

@@ -37,7 +37,7 @@ WINDOW = 7
 """The published window."""
 
 WINDOW_PAYS = 3
-"""A window pays where a scale has at least so many times its keys; of the published scales, 13×13 and 16×16 do."""
+"""A window pays where a scale has at least this many times its keys; of the published scales, 13×13 and 16×16 do."""
 
 
 class Grid(NamedTuple):
@@ -73,7 +73,7 @@ def read_size(value: Any) -> PatchSize:
     """
     if isinstance(value, str):
         if not re.fullmatch(r"\s*\d+\s*(?:[x×]\s*\d+\s*)?", value):
-            raise ValueError(f"{value!r} is not a size: write one side, as in 16, or height and width, as in 16x24")
+            raise ValueError(f"{value!r} is not a size: expected one side, as in 16, or height and width, as in 16x24")
         value = [int(side) for side in re.split("[x×]", value)]
         value = value[0] if len(value) == 1 else value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -85,19 +85,19 @@ def read_size(value: Any) -> PatchSize:
 
 
 def read_sizes(value: Any) -> list[PatchSize]:
-    """The sizes of a pyramid's scales, from a sequence of what `read_size` takes, or from text as in "1,2,3x4".
+    """The sizes of a pyramid's scales, from a sequence of what `read_size` accepts, or from text as in "1,2,3x4".
 
     Raises:
         ValueError: Something in it is not a size.
     """
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-    if not isinstance(parts, list | tuple | range):
+    sizes = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    if not isinstance(sizes, list | tuple | range):
         raise ValueError(f"{value!r} is not a list of sizes")
-    return [read_size(part) for part in parts]
+    return [read_size(size) for size in sizes]
 
 
 def write_size(size: PatchSize) -> str:
-    """A size as `read_size` takes it: 16 or 16x24."""
+    """A size as `read_size` accepts it: 16 or 16x24."""
     return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
 
 
@@ -137,7 +137,7 @@ class AttentionPattern:
 
     @property
     def keys(self) -> int:
-        """Number of keys that are laid before the kernel, seen by some query or not."""
+        """Number of keys that the kernel is given, whether a query sees them or not."""
         return self.prefix_tokens + self.grid.tokens
 
     @property
@@ -198,7 +198,7 @@ class ScalePyramid:
         Each published scale keeps its place: its height and width are multiplied by the ratio of the latent grid's to
         the published one's, and rounded (halves up). The first scale is a single token, the last the latent grid;
         scales that rounding makes equal are one. So 256, 512 and 1024 px squares at a downsampling of 16 give the
-        published pyramids, and other shapes of about their area as many scales, which a fine-tuned model takes over one
+        published pyramids, and other shapes of about their area as many scales, which a fine-tuned model inherits one
         by one.
 
         Args:
@@ -240,7 +240,7 @@ class ScalePyramid:
 
     @property
     def spelled(self) -> str:
-        """The sizes as `--pyramid` takes them: 1,2,3x4."""
+        """The sizes as `--pyramid` accepts them: 1,2,3x4."""
         return ",".join(map(write_size, self.patch_sizes))
 
     @property
@@ -260,7 +260,7 @@ class ScalePyramid:
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:
-        """Where each scale's tokens stand in the sequence of L tokens."""
+        """Where each scale's tokens are in the sequence of L tokens."""
         spans, start = [], 0
         for grid in self.grids:
             spans.append(slice(start, start + grid.tokens))
@@ -329,7 +329,7 @@ def check_attention(pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, window
     if len(windows) != pyramid.num_scales:
         raise ConfigError(
             f"attention.windows has {len(windows)} entries ({', '.join(map(str, windows))}) but the pyramid has"
-            f" {pyramid.num_scales} scales ({pyramid}); give one odd number per scale, 0 for a whole scale."
+            f" {pyramid.num_scales} scales ({pyramid}); expected one odd number per scale, 0 for a whole scale."
         )
     for scale, window in enumerate(windows):
         if window < 0 or (window % 2 == 0 and window != 0):
@@ -340,7 +340,7 @@ def check_attention(pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, window
 
 
 def spread_window(window: int, current: Sequence[int]) -> tuple[int, ...]:
-    """One window side for all windowed scales: those of `current` that have one, else the last two.
+    """One window side for all windowed scales: those of `current` that have one, otherwise the last two.
 
     The published MVAR windows the last two of its ten scales.
     """
@@ -357,7 +357,7 @@ def mvar_windows(pyramid: ScalePyramid) -> tuple[int, ...]:
 
 
 def auto_windows(text: str, pyramid: ScalePyramid) -> tuple[int, ...]:
-    """The windows that `auto` (the published 7) or `auto:K` stand for: K on every scale where it pays.
+    """The windows that `auto` (the published 7) or `auto:K` stands for: K on every scale where it pays.
 
     Raises:
         ConfigError: Other text.

@@ -45,7 +45,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device; write cpu, cuda, cuda:N or mps.") from None
+        raise ConfigError(f"--device {name!r} is not a device; use cpu, cuda, cuda:N or mps.") from None
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(
             f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
@@ -80,7 +80,7 @@ def has_bfloat16_unit() -> bool:
 
 
 def _seed_of(parts: Sequence[int | str]) -> int:
-    """A 63-bit seed from several numbers and names; equal parts give equal seeds, on every machine."""
+    """A 63-bit seed from several numbers and names; equal ones give equal seeds, on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -94,7 +94,7 @@ class RowDraws:
     """Uniform numbers for some rows of a batch: a row sees the same ones whichever rows are computed with it.
 
     Args:
-        generator: Draws for the whole batch.
+        generator: Generates the numbers of the whole batch.
         start: Where the rows begin in the batch.
         total: Rows of the whole batch.
     """
@@ -106,8 +106,8 @@ class RowDraws:
 
     def __call__(self, count: int) -> Tensor:
         """The next number of each of `count` rows, (count,) float32 in [0, 1), where the generator is."""
-        drawn = torch.rand(self.total, generator=self.generator, device=self.generator.device)
-        return drawn[self.start : self.start + count]
+        uniforms = torch.rand(self.total, generator=self.generator, device=self.generator.device)
+        return uniforms[self.start : self.start + count]
 
 
 def draw_rows(source: torch.Generator | RowDraws, count: int) -> Tensor:

@@ -63,13 +63,11 @@ class TransformerConfig(Section):
     embed_dim: int = Field(1024, ge=1, description="width of the residual stream, C")
     num_heads: int = Field(16, ge=1, description="attention heads, H")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over embed_dim")
-    num_classes: int = Field(
-        1000, ge=1, description="class labels, without the one for no class; of measures alone for vectors"
-    )
+    num_classes: int = Field(1000, ge=1, description="class labels, without the null label; for vectors only of scores")
     shared_adaln: bool = Field(False, description="one AdaLN projection for all blocks plus an offset per block")
     l2_attention: bool = Field(True, description="normalise queries and keys, with a learned scale per head")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block; grows linearly")
-    class_dropout: float = Field(0.1, ge=0, lt=1, description="how often training replaces the condition by none")
+    class_dropout: float = Field(0.1, ge=0, lt=1, description="how often training uses the null condition")
     gate_init: float = Field(1e-3, ge=0, description="scale of the initial AdaLN gates γ (VAR 1e-5, MVAR 1e-3)")
 
     @model_validator(mode="after")
@@ -93,13 +91,13 @@ class ConditioningConfig(Section):
     """What tells the model which image is wanted; see mvar_core.models.conditioning."""
 
     kind: Literal["class", "vector"] = Field("class", description="class labels, or vectors that you compute")
-    dim: int | None = Field(None, ge=1, description="numbers of a vector; kind vector needs it")
+    dim: int | None = Field(None, ge=1, description="length of a vector; required by kind vector")
     encoder: str | None = Field(None, description='what makes vectors: "hashed-words", or a name of your choice')
 
     @model_validator(mode="after")
     def _check_kind(self) -> ConditioningConfig:
         if self.kind == "vector" and self.dim is None:
-            raise ValueError("conditioning.kind is vector, but conditioning.dim does not say how long a vector is")
+            raise ValueError("conditioning.kind is vector, but conditioning.dim, the length of a vector, is not set")
         if self.kind == "class" and (self.dim is not None or self.encoder is not None):
             raise ValueError("conditioning.dim and conditioning.encoder are for conditioning.kind=vector")
         return self
@@ -129,7 +127,7 @@ class ModelConfig(Section):
     patch_sizes: tuple[PatchSize, ...] = Field(
         (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         description="one side, or (height, width), per scale, in tokens, also as 1,2,3x4; follows image_size where that"
-        " alone is given",
+        " alone is set",
     )
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig | None = TransformerConfig()
@@ -180,14 +178,14 @@ class ModelConfig(Section):
 
     @property
     def most_conditions(self) -> int | None:
-        """How many different conditions there can be, without the one that says nothing; None where without bound."""
+        """How many different conditions there can be, without the null condition; None where they are not bounded."""
         if self.transformer is None:
             return 0
         return self.transformer.num_classes if self.conditioning.dim is None else None
 
     @property
     def conditioner_parameters(self) -> int:
-        """Learned numbers that turn conditions into embeddings: a table, or a projection; and one for none."""
+        """Learned parameters that turn conditions into embeddings: a table or a projection, and the null condition."""
         if self.transformer is None:
             return 0
         rows = self.transformer.num_classes if self.conditioning.dim is None else self.conditioning.dim + 1
@@ -241,5 +239,5 @@ class RunConfig(ModelConfig):
 
     @property
     def model(self) -> ModelConfig:
-        """The part that a model directory records."""
+        """What a model directory records of it."""
         return ModelConfig.model_validate(self.model_dump(include=set(ModelConfig.model_fields)))

@@ -20,14 +20,14 @@ from mvar_core.pyramid import ScalePyramid, auto_windows, read_size, read_sizes,
 
 
 def presets_directory() -> Path:
-    """The folder of presets: inside the installed package, or beside it in a checkout."""
+    """The folder of presets: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged = package / "preset_files"
     return packaged if packaged.is_dir() else package.parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """Names that `--preset` takes, sorted."""
+    """Names that `--preset` accepts, sorted."""
     return sorted(path.stem for path in presets_directory().glob("*.yaml"))
 
 
@@ -41,7 +41,7 @@ def read_preset(name: str) -> dict[str, Any]:
     path = Path(name) if is_path else presets_directory() / f"{name}.yaml"
     if not path.is_file():
         if is_path:
-            raise ConfigError(f"{path} does not exist.", "`--preset` takes a preset's name or a YAML file.")
+            raise ConfigError(f"{path} does not exist.", "`--preset` expects a preset's name or a YAML file.")
         raise ConfigError(f"There is no preset {name!r}. {nearest(name, preset_names())}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -72,7 +72,7 @@ def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
     """
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
-        raise ConfigError(f"--set {text!r} has no value; write --set key.name=value.")
+        raise ConfigError(f"--set {text!r} has no value; use --set key.name=value.")
     try:
         return tuple(path.strip().split(".")), yaml.safe_load(value)
     except yaml.YAMLError:
@@ -119,7 +119,7 @@ def load_config(
 
 
 def _lay_over(values: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` over `values`. Another image size takes away a pyramid that was made for the one before.
+    """`change` over `values`. Another image size removes a pyramid that was made for the one before.
 
     Windows that were listed for another pyramid become `auto`, with the widest of them.
     """

@@ -14,7 +14,7 @@ GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
 class SamplingConfig(Section):
     """Sampling settings: those that a model recommends, or those that a caller asks for.
 
-    Where a caller gives one, fields that are not set are as the model recommends (`over`).
+    In the latter, fields that are not set are as the model recommends (`over`).
     """
 
     cfg: float = Field(1.5, ge=0, description="guidance at the last scale; 0 is unguided")

@@ -1,4 +1,4 @@
-"""The base of every part of the configuration: frozen, and unknown keys fail with the nearest names; no torch."""
+"""The base of every section of the configuration: frozen, and unknown keys fail with the nearest names; no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mvar_core.errors import ConfigError, nearest
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values cannot be changed after the merge."""
+    """A section of the configuration: unknown keys are refused, values cannot be changed after the merge."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

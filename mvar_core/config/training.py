@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from mvar_core.config.section import Section
 
+WARMUP = "fraction of the steps (below 1) or number of steps (1 and above)"
+
 
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
@@ -18,7 +20,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.05, ge=0, description="not applied to 1-D parameters, biases and tables")
     grad_clip: float = Field(2.0, ge=0, description="clip the gradient's norm; 0 does not clip")
     schedule: Literal["lin0", "cosine", "constant"] = Field("lin0", description="shape after the warm-up")
-    warmup: float = Field(0.02, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
+    warmup: float = Field(0.02, ge=0, description=WARMUP)
     warmup_start: float = Field(0.005, ge=0, le=1, description="first learning rate over the peak")
     end: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak (wpe)")
 
@@ -31,7 +33,7 @@ class TokenizerOptimizerConfig(OptimizerConfig):
     weight_decay: float = Field(0.0, ge=0, description="not applied to 1-D parameters, biases and tables")
     grad_clip: float = Field(1.0, ge=0, description="clip the gradient's norm; 0 does not clip")
     schedule: Literal["lin0", "cosine", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: float = Field(50, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
+    warmup: float = Field(50, ge=0, description=WARMUP)
     warmup_start: float = Field(0.0, ge=0, le=1, description="first learning rate over the peak")
     end: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak")
 
@@ -43,14 +45,14 @@ class LoopConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = Field(1, ge=1, description="micro-batches that add up to a step's gradient")
     micro_batch: int | None = Field(
-        None, ge=1, description="images computed together; another way to say accumulate; null = as accumulate says"
+        None, ge=1, description="images computed together; another way to set accumulate; null = as accumulate is"
     )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which the model gets then; 0 = none")
     max_skipped: int = Field(10, ge=1, description="steps in a row that may be nan or infinite before the run stops")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints, and between validations")
-    keep: int = Field(2, ge=1, description="checkpoints that are kept, beside the one of the best validation loss")
-    sample_every: int = Field(0, ge=0, description="steps between pictures of what the model makes; 0 = none")
+    keep: int = Field(2, ge=1, description="checkpoints that are kept, besides that of the best validation loss")
+    sample_every: int = Field(0, ge=0, description="steps between pictures of what the model generates; 0 = none")
     tensorboard: bool = Field(False, description="log to TensorBoard too, under the run's tensorboard/")
     wandb: bool = Field(False, description="log to Weights & Biases too")
 
@@ -104,18 +106,18 @@ class DiscriminatorOptimizerConfig(OptimizerConfig):
     weight_decay: float = Field(0.0, ge=0, description="not applied to 1-D parameters, biases and tables")
     grad_clip: float = Field(1.0, ge=0, description="clip the gradient's norm; 0 does not clip")
     schedule: Literal["lin0", "cosine", "constant"] = Field("constant", description="shape after the warm-up")
-    warmup: float = Field(0, ge=0, description="part of the steps (below 1) or number of steps (1 and above)")
+    warmup: float = Field(0, ge=0, description=WARMUP)
 
 
 class AdversarialConfig(Section):
     """The tokenizer's adversarial loss: a PatchGAN discriminator with hinge losses."""
 
     weight: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0 = none, and no discriminator")
-    start: int = Field(0, ge=0, description="steps before the discriminator and its loss take part")
+    start: int = Field(0, ge=0, description="steps before the discriminator and its loss are used")
     adaptive: bool = Field(True, description="times the ratio of both losses' gradients at the decoder's last layer")
     max_weight: float = Field(1e4, gt=0, description="largest such ratio")
     channels: int = Field(64, ge=1, description="the discriminator's width at half resolution; doubles up to 8 times")
-    layers: int = Field(3, ge=1, description="its layers of stride 2: 3 judge patches of 70×70 pixels")
+    layers: int = Field(3, ge=1, description="its layers of stride 2: 3 see patches of 70×70 pixels")
     lecam: float = Field(0.0, ge=0, description="weight of LeCam regularisation of the discriminator")
     optimizer: DiscriminatorOptimizerConfig = DiscriminatorOptimizerConfig()
 
@@ -127,7 +129,7 @@ class TokenizerTrainConfig(LoopConfig):
     steps: int = Field(10_000, ge=1, description="optimizer steps")
     reconstruction: Literal["l1", "l2"] = "l1"
     vq_weight: float = Field(1.0, ge=0, description="weight of the quantizer's loss")
-    commitment: float = Field(0.25, ge=0, description="weight of the encoder's part of the quantizer's loss")
+    commitment: float = Field(0.25, ge=0, description="weight of the encoder's term of the quantizer's loss")
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     scale_dropout: float = Field(
@@ -136,7 +138,7 @@ class TokenizerTrainConfig(LoopConfig):
     optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
     kmeans_batches: int = Field(8, ge=0, description="batches whose features start the codebook by k-means; 0 = random")
     revive_every: int = Field(20, ge=0, description="steps between restarts of unused codes; 0 = never")
-    revive_until: float = Field(0.7, ge=0, le=1, description="part of the steps during which codes are restarted")
+    revive_until: float = Field(0.7, ge=0, le=1, description="fraction of the steps during which codes are restarted")
 
 
 class DataConfig(Section):
@@ -144,16 +146,16 @@ class DataConfig(Section):
 
     crop: Literal["center", "random"] = Field(
         "center",
-        description="what of a picture trains a tokenizer: its centre, or a new crop at each step (and a flip, if set)",
+        description="what a tokenizer is trained on: a picture's centre, or a new crop at each step (flipped, if set)",
     )
     crop_scale: float = Field(
-        0.8, ge=0, le=1, description="smallest random crop, as a part of the picture's shorter side; never enlarges"
+        0.8, ge=0, le=1, description="smallest random crop, as a fraction of the picture's shorter side; never enlarges"
     )
     flip: bool = Field(False, description="a horizontally flipped view of every image")
     crops: int = Field(
         1, ge=1, description="crops of every picture in a token cache: its centre, then random ones (see crop_scale)"
     )
     augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
-    shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a part of the side")
+    shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a fraction of the side")
     rotate: float = Field(5.0, ge=0, description="largest rotation of an augmented view, in degrees")
-    zoom: float = Field(0.04, ge=0, lt=1, description="largest zoom of an augmented view, as a part of the side")
+    zoom: float = Field(0.04, ge=0, lt=1, description="largest zoom of an augmented view, as a fraction of the side")

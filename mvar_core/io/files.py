@@ -17,11 +17,11 @@ from mvar_core.errors import DataError
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path` that is renamed to it when the block ends well, and removed when it does not.
+    """A temporary path next to `path` that is renamed to it when the block ends well, and removed when it does not.
 
     Args:
         path: The final name.
-        durable: Wait until the bytes are on the disk before they take their name, so that a machine that loses its
+        durable: Wait until the bytes are on the disk before they get their name, so that a machine that loses its
             power does not leave an empty file there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its name when the block ends well, replacing what stood there."""
+    """A temporary directory next to `path` that takes its name when the block ends well, replacing what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -129,10 +129,10 @@ def fingerprint(paths: Iterable[Path], blocks: int = 32, block_bytes: int = 1 <<
     """A hash of some files that takes no longer for gigabytes than for megabytes, in hexadecimal.
 
     It covers sizes and evenly spread blocks (all of a small file): enough to tell one set of weights from another, in
-    which training moves every number, and not to prove that a file is undamaged.
+    which training changes every value, and not to prove that a file is undamaged.
 
     Args:
-        paths: The files; their names and places do not count, their order does.
+        paths: The files; their names do not count, their order does.
         blocks: Blocks that are read of each.
         block_bytes: Their size.
     """

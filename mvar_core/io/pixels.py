@@ -1,4 +1,4 @@
-"""Images as bytes and as the numbers that models read, and the one rule that leads from one to the other."""
+"""Images as bytes and as the values that models read, and the one rule that converts them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(pixels: Tensor | np.ndarray) -> Tensor:
     """Pixels as the models read them: float32 (B, 3, H, W) in [-1, 1] from uint8 (B, H, W, 3).
 
-    `to_uint8` gives back exactly these pixels.
+    `to_uint8` returns exactly these pixels.
     """
     if isinstance(pixels, np.ndarray):
         pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
@@ -41,9 +41,9 @@ def from_uint8(pixels: Tensor | np.ndarray) -> Tensor:
 def _levels() -> Tensor:
     """The number in [-1, 1] for each of the 256 levels, lifted by an ulp where truncation would lose the level."""
     levels = torch.arange(256)
-    numbers = (levels.double() / 127.5 - 1).float()
+    values = (levels.double() / 127.5 - 1).float()
     while True:
-        lost = to_uint8(numbers.view(1, 1, 1, 256)).flatten() != levels
+        lost = to_uint8(values.view(1, 1, 1, 256)).flatten() != levels
         if not lost.any():
-            return numbers
-        numbers = torch.where(lost, torch.nextafter(numbers, torch.ones(())), numbers)
+            return values
+        values = torch.where(lost, torch.nextafter(values, torch.ones(())), values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections import OrderedDict
@@ -11,11 +12,10 @@ from threading import Lock
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mvar_core.data.shards import Shards
+from mvar_core.data.shards import Label, Shards, number_classes
 from mvar_core.data.sources import Report, StoredSource
-from mvar_core.errors import DataError, nearest
+from mvar_core.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "class_name")
@@ -50,8 +50,21 @@ class ParquetSource(StoredSource):
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._lock = Lock()
         names = [f"{path.name}#{row}" for path, count in zip(shards.files, counts, strict=True) for row in range(count)]
-        class_names, labels = self._classes(shards)
-        super().__init__(shards.name, shards.split, class_names, labels, names)
+
+        def labels_of(tables: Sequence[_Table]) -> list[Label]:
+            return [label for table in tables for label in table.labels()]
+
+        labels = labels_of(self._tables)
+        same = shards.reference == shards.files
+        class_names, numbers = number_classes(
+            shards,
+            labels,
+            names,
+            lambda: labels if same else labels_of([_open(path, shards.name) for path in shards.reference]),
+            self._tables[0].class_names(),
+            {},
+        )
+        super().__init__(shards.name, shards.split, class_names, numbers, names)
 
     def open(self, index: int) -> IO[bytes]:
         """The bytes of an image."""
@@ -73,8 +86,6 @@ class ParquetSource(StoredSource):
 
     def fingerprint(self) -> str:
         """As of other sources, with the sizes of the files in place of those of the images."""
-        import hashlib
-
         digest = hashlib.sha256(super().fingerprint().encode())
         for path in self.files:
             digest.update(f"\n{path.name}\t{path.stat().st_size}".encode())
@@ -92,38 +103,6 @@ class ParquetSource(StoredSource):
                 self._kept.popitem(last=False)
             return images
 
-    def _classes(self, shards: Shards) -> tuple[list[str], NDArray[np.int64]]:
-        values = [value for table in self._tables for value in table.labels()]
-        if not values:
-            folder = shards.files[0].resolve().parent
-            return [folder.parent.name if folder.name == "data" else folder.name], np.zeros(self._starts[-1], np.int64)
-        missing = values.count(None)
-        if missing:
-            raise DataError(f"{shards.name}: {missing} of {len(values)} rows have no label.")
-        if all(isinstance(value, int) for value in values):
-            labels = np.asarray(values, np.int64)
-            if labels.min() < 0:
-                raise DataError(
-                    f"{shards.name}: row {int(labels.argmin())} has the label {labels.min()}, which stands for none.",
-                    "Choose a split with labels, for example :val.",
-                )
-            names = self._tables[0].class_names() or [str(number) for number in range(int(labels.max()) + 1)]
-            if labels.max() >= len(names):
-                raise DataError(f"{shards.name} names {len(names)} classes and has rows of class {labels.max()}.")
-            return names, labels
-        known = values
-        if shards.reference != shards.files:
-            known = [value for path in shards.reference for value in _open(path, shards.name).labels()]
-        names = sorted(set(map(str, known)))
-        positions = {name: position for position, name in enumerate(names)}
-        unknown = next((str(value) for value in values if str(value) not in positions), None)
-        if unknown is not None:
-            raise DataError(
-                f"{shards.name}: class {unknown!r} is not among the {len(names)} classes of the split train."
-                f" {nearest(unknown, names)}"
-            )
-        return names, np.asarray([positions[str(value)] for value in values], np.int64)
-
 
 class _Table:
     """One file: its columns, and its images by groups of rows."""
@@ -140,7 +119,8 @@ class _Table:
     def images(self, group: int) -> Any:
         raise NotImplementedError
 
-    def labels(self) -> list[Any]:
+    def labels(self) -> list[Label]:
+        """One for each row; None where there is no column of labels."""
         raise NotImplementedError
 
     def class_names(self) -> list[str] | None:
@@ -166,8 +146,11 @@ class _ParquetTable(_Table):
     def images(self, group: int) -> Any:
         return self._file.read_row_group(group, columns=[self.image]).column(0).combine_chunks()
 
-    def labels(self) -> list[Any]:
-        return self._file.read(columns=[self.label]).column(0).to_pylist() if self.label else []
+    def labels(self) -> list[Label]:
+        if self.label is None:
+            return [None] * self._file.metadata.num_rows
+        labels: list[Label] = self._file.read(columns=[self.label]).column(0).to_pylist()
+        return labels
 
 
 class _ArrowTable(_Table):
@@ -190,9 +173,10 @@ class _ArrowTable(_Table):
     def images(self, group: int) -> Any:
         return self._batches[group].column(self.image)
 
-    def labels(self) -> list[Any]:
-        columns = [batch.column(self.label) for batch in self._batches] if self.label else []
-        return [value for column in columns for value in column.to_pylist()]
+    def labels(self) -> list[Label]:
+        if self.label is None:
+            return [None] * sum(self.group_sizes())
+        return [value for batch in self._batches for value in batch.column(self.label).to_pylist()]
 
 
 def _open(path: Path, name: str) -> _Table:

@@ -1,20 +1,24 @@
-"""Which files a name such as `train-{000..146}.tar` stands for, and which of them a split has."""
+"""Which files a name such as `train-{000..146}.tar` stands for, which a split has, and what their labels mean."""
 
 from __future__ import annotations
 
 import glob
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.data.folders import SPLIT_FOLDERS, split_folder
 from mvar_core.errors import DataError, nearest
 
 Kind = Literal["tar", "parquet", "arrow"]
+Label = int | str | None
 
 _KINDS: dict[str, Kind] = {".tar": "tar", ".parquet": "parquet", ".arrow": "arrow"}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -74,6 +78,61 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
             "Name the files of that split, or give their folder.",
         )
     return Shards(_kind(files, name), tuple(files), name, split, tuple(files))
+
+
+def number_classes(
+    shards: Shards,
+    labels: Sequence[Label],
+    items: Sequence[str],
+    reference: Callable[[], Sequence[Label]],
+    names: Sequence[str] | None,
+    some_names: Mapping[int, str],
+) -> tuple[Sequence[str], NDArray[np.int64]]:
+    """Names of the classes, and each image's class as their position.
+
+    Args:
+        shards: The files.
+        labels: A number or a name for each image; None for all of them makes one class.
+        items: What messages call the images.
+        reference: Finds the labels of the split train, whose classes count.
+        names: Names of all numbers, where something lists them.
+        some_names: Names of some numbers; others are their own names.
+
+    Raises:
+        DataError: Images with and without labels, a number below 0 or without a name, or a class that train lacks.
+    """
+    missing = sum(label is None for label in labels)
+    if missing == len(labels):
+        folder = shards.files[0].resolve().parent
+        return [folder.parent.name if folder.name == "data" else folder.name], np.zeros(len(labels), np.int64)
+    if missing:
+        item = items[list(labels).index(None)]
+        raise DataError(
+            f"{shards.name}: {item} has no class ({missing} of {len(labels)} images have none).",
+            "Give every image a label, or none of them.",
+        )
+    if all(isinstance(label, int) for label in labels):
+        numbers = np.asarray(labels, np.int64)
+        if numbers.min() < 0:
+            raise DataError(
+                f"{shards.name}: {items[int(numbers.argmin())]} has the class {numbers.min()}, which stands for none.",
+                "Choose a split with labels, for example :val.",
+            )
+        if names is None:
+            count = max(int(numbers.max()), *(label for label in reference() if isinstance(label, int))) + 1
+            names = [some_names.get(number, str(number)) for number in range(count)]
+        if numbers.max() >= len(names):
+            raise DataError(f"{shards.name} has images of class {numbers.max()}, and names for {len(names)} classes.")
+        return names, numbers
+    names = sorted(set(map(str, reference())))
+    positions = {name: position for position, name in enumerate(names)}
+    unknown = next((str(label) for label in labels if str(label) not in positions), None)
+    if unknown is not None:
+        raise DataError(
+            f"{shards.name}: class {unknown!r} is not among the {len(names)} classes of the split train."
+            f" {nearest(unknown, names)}"
+        )
+    return names, np.asarray([positions[str(label)] for label in labels], np.int64)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -15,16 +15,14 @@ from typing import IO, Any
 import numpy as np
 
 from mvar_core.data.decoding import EXTENSIONS
-from mvar_core.data.shards import Shards
+from mvar_core.data.shards import Label, Shards, number_classes
 from mvar_core.data.sources import StoredSource, reading_threads
-from mvar_core.errors import DataError, nearest
+from mvar_core.errors import DataError
 
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")
 NAME_KEYS = ("class_name", "label_name", "name")
 CLASS_FILES = ("classes.json", "class_names.json", "classes.txt", "class_names.txt")
-"""Files beside the shards that may name the classes: a list, {"0": name} or {name: 0}; or one name per line."""
-
-Label = int | str | None
+"""Files next to the shards that may name the classes: a list, {"0": name} or {name: 0}; or one name per line."""
 
 
 @dataclass
@@ -39,11 +37,11 @@ class _Index:
 
 
 class TarSource(StoredSource):
-    """Images in tar files: `KEY.jpg` with `KEY.cls` or `KEY.json` beside it, one after the other.
+    """Images in tar files: `KEY.jpg` with `KEY.cls` or `KEY.json` next to it, one after the other.
 
     A `.cls` holds the class's number or name as text; a `.json` holds it under label, cls, class, class_id or
     class_index, and may give the name under class_name. Without any, all images are one class. Numbers get their names
-    from the json files, from a file classes.json or classes.txt beside the shards, or are their own names.
+    from the json files, from a file classes.json or classes.txt next to the shards, or are their own names.
 
     Args:
         shards: The files.
@@ -61,8 +59,15 @@ class TarSource(StoredSource):
             f"{path.name}/{name}" for path, index in zip(shards.files, indices, strict=True) for name in index.names
         ]
         reference = indices if shards.reference == shards.files else _index_all(shards.reference)
-        class_names, numbers = _classes(shards, labels, names, reference)
-        super().__init__(shards.name, shards.split, class_names, np.asarray(numbers, np.int64), names)
+        class_names, numbers = number_classes(
+            shards,
+            labels,
+            names,
+            lambda: [label for index in reference for label in index.labels],
+            _listed_names(shards.files[0].parent),
+            {number: name for index in reference for number, name in index.class_names.items()},
+        )
+        super().__init__(shards.name, shards.split, class_names, numbers, names)
         self.files = shards.files
         self._shard = np.repeat(np.arange(len(indices)), [len(index.names) for index in indices])
         self._offsets = np.concatenate([np.asarray(index.offsets, np.int64) for index in indices])
@@ -123,7 +128,7 @@ def _index(path: Path) -> _Index:
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
-            for key, members in _samples(archive):
+            for members in _samples(archive):
                 image = next((members[ext] for ext in (e[1:] for e in EXTENSIONS) if ext in members), None)
                 if image is None:
                     continue
@@ -132,7 +137,7 @@ def _index(path: Path) -> _Index:
                 index.names.append(image.name.removeprefix("./"))
                 index.offsets.append(image.offset_data)
                 index.sizes.append(image.size)
-                index.labels.append(_label(archive, key, members, index.class_names, path))
+                index.labels.append(_label(path, archive, members, index.class_names))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -140,7 +145,7 @@ def _index(path: Path) -> _Index:
     return index
 
 
-def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
     """Members that follow each other and share a name up to the first dot, by what comes after it."""
     current: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
@@ -152,21 +157,19 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
         stem, _, extension = name.partition(".")
         key = f"{folder}/{stem}"
         if key != current and members:
-            yield str(current), members
+            yield members
             members = {}
         current = key
         members[extension.lower()] = member
     if members:
-        yield str(current), members
+        yield members
 
 
 def _label(
-    archive: tarfile.TarFile,
-    key: str,
-    members: Mapping[str, tarfile.TarInfo],
-    class_names: dict[int, str],
-    path: Path,
+    path: Path, archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], class_names: dict[int, str]
 ) -> Label:
+    """The label of an image, from the members that share its name; names of numbers are added to `class_names`."""
+
     def text(member: tarfile.TarInfo) -> str:
         file = archive.extractfile(member)
         assert file is not None
@@ -197,43 +200,8 @@ def _number(value: Any) -> Label:
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 
-def _classes(
-    shards: Shards, labels: Sequence[Label], names: Sequence[str], reference: Sequence[_Index]
-) -> tuple[list[str], list[int]]:
-    """Names of the classes, and each image's class."""
-    kinds = {type(label) for label in labels}
-    if kinds == {type(None)}:
-        return [shards.files[0].resolve().parent.name], [0] * len(labels)
-    if type(None) in kinds:
-        odd = names[labels.index(None)]
-        raise DataError(
-            f"{shards.name}: {odd} has no class ({labels.count(None)} of {len(labels)} images have none).",
-            "Give every image a .cls or a .json with a label, or none of them.",
-        )
-    if kinds == {int}:
-        numbers = [label for label in labels if isinstance(label, int)]
-        if min(numbers) < 0:
-            raise DataError(f"{shards.name}: {names[int(np.argmin(numbers))]} has the class {min(numbers)}.")
-        known = [label for index in reference for label in index.labels if isinstance(label, int)]
-        count = max(numbers + known) + 1
-        found = _class_file(shards, count)
-        if found is None:
-            merged = {number: name for index in reference for number, name in index.class_names.items()}
-            found = [merged.get(number, str(number)) for number in range(count)]
-        return found, numbers
-    class_names = sorted({str(label) for index in reference for label in index.labels})
-    positions = {name: position for position, name in enumerate(class_names)}
-    unknown = next((str(label) for label in labels if str(label) not in positions), None)
-    if unknown is not None:
-        raise DataError(
-            f"{shards.name}: class {unknown!r} is not among the {len(class_names)} classes of the split train."
-            f" {nearest(unknown, class_names)}"
-        )
-    return class_names, [positions[str(label)] for label in labels]
-
-
-def _class_file(shards: Shards, count: int) -> list[str] | None:
-    folder = shards.files[0].parent
+def _listed_names(folder: Path) -> list[str] | None:
+    """Names of classes from a file in the shards' folder."""
     path = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
     if path is None:
         return None
@@ -244,12 +212,9 @@ def _class_file(shards: Shards, count: int) -> list[str] | None:
             if all(isinstance(value, int) for value in values.values()):
                 values = {value: key for key, value in values.items()}
             values = [values[key] for key in sorted(values, key=int)]
-        names = [str(value).strip() for value in values]
+        return [str(value).strip() for value in values]
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} does not list class names: {error}.", "Write a JSON list of names.") from None
-    if len(names) < count:
-        raise DataError(f"{path} names {len(names)} classes; {shards.name} has images of class {count - 1}.")
-    return names
 
 
 def _nested_hint(path: Path) -> str | None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config
@@ -106,13 +105,6 @@ def tokenize(
     """
     config = _configuration(Path(tokenizer), preset, settings, image_size, flip, crops, seed)
     config = _with_words(config, words, vectors, encoder)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "skip_bad": skip_bad,
-        "vectors": Path(vectors) if vectors is not None else None,
-        "encoder": encoder,
-        "overwrite": overwrite,
-    }
     if dry_run:
         return _plan(config, str(data), Path(out))
     return write_tokens(
@@ -120,9 +112,13 @@ def tokenize(
         data=str(data),
         tokenizer=Path(tokenizer),
         config=config,
+        batch_size=batch_size,
+        skip_bad=skip_bad,
+        vectors=vectors,
+        encoder=encoder,
+        overwrite=overwrite,
         machine=machine,
         progress=progress,
-        **options,
     )
 
 
@@ -135,30 +131,15 @@ def write_tokens(
     batch_size: int = 64,
     images_per_shard: int | None = None,
     skip_bad: bool = False,
-    vectors: Path | None = None,
+    vectors: Path | str | None = None,
     encoder: str | None = None,
     overwrite: bool = False,
     machine: Machine = Machine(),
     progress: Progress | None = None,
 ) -> TokenizeResult:
-    """As `tokenize`, for a configuration that is ready: its image size, pyramid, `data`, `seed` and `conditioning`.
+    """As `tokenize`, for a ready configuration: image size, pyramid, `data`, `seed` and `conditioning` are its own.
 
-    Args:
-        out: The cache's directory.
-        data: Names the images.
-        tokenizer: Model directory with the tokenizer.
-        config: The configuration; its `tokenizer` section must be that of the directory.
-        batch_size: Views encoded together.
-        images_per_shard: Images in a shard; by default what suits their number.
-        skip_bad: Leave out images that cannot be read.
-        vectors: File of vectors; those of words are made where `config.conditioning` asks for them.
-        encoder: Name of what made the file.
-        overwrite: Replace what is in `out`.
-        machine: Device and dtype.
-        progress: Called with the images that are checked, then encoded.
-
-    Raises:
-        MvarError: Images, tokenizer or cache do not fit.
+    Its `tokenizer` section must be that of the tokenizer's directory.
     """
     start = time.monotonic()
     with connect(machine.device) as world:
@@ -234,11 +215,11 @@ def _with_words(config: RunConfig, words: bool, vectors: Path | str | None, enco
     return config.model_copy(update={"conditioning": conditioning})
 
 
-def _vectors(source: ImageSource, config: RunConfig, file: Path | None, encoder: str | None) -> Vectors | None:
+def _vectors(source: ImageSource, config: RunConfig, file: Path | str | None, encoder: str | None) -> Vectors | None:
     """The vectors to store with the images: those of a file, those of the classes' names, or none."""
     dim = config.conditioning.dim
     if file is not None:
-        found = file_vectors(file, classes=len(source.class_names), images=len(source), encoder=encoder)
+        found = file_vectors(Path(file), classes=len(source.class_names), images=len(source), encoder=encoder)
         length = found.values.shape[-1]
         if dim not in (None, length):
             raise DataError(

@@ -88,7 +88,7 @@ def test_class_names_from_text_json_and_a_file_beside(tmp_path, piece):
     (tmp_path / "classes.json").write_text('{"1": "b", "0": "a", "2": "c"}')
     assert open_images(str(tmp_path / "json.tar")).class_names == ("a", "b", "c")
     (tmp_path / "classes.json").write_text('["a"]')
-    with pytest.raises(DataError, match=r"classes\.json names 1 classes; .* has images of class 2"):
+    with pytest.raises(DataError, match="images of class 2, and names for 1 classes"):
         open_images(str(tmp_path / "json.tar"))
 
 

@@ -26,8 +26,9 @@ CASES = [  # name, preset, settings, dtype, batches of sampling, batches of trai
 
 
 def main() -> None:
-    from mvar_cli.benchmark import Request, measure_alone
+    from mvar_core.config import Machine
     from mvar_core.config.presets import load_config
+    from mvar_core.workflows.bench_row import Request, measure_alone
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=None)
@@ -39,9 +40,7 @@ def main() -> None:
         config = load_config(preset, settings)
         for what, batches in (("sample", sampling), ("train", training)):
             for batch in batches:
-                request = Request(
-                    what=f"{what}-memory", config=config, batch_size=batch, dtype=dtype, cfg=config.sampling.cfg
-                )
+                request = Request(what=f"{what}-memory", config=config, batch_size=batch, machine=Machine(dtype=dtype))
                 row = {"name": name, "what": what, **measure_alone(request)}
                 rows.append(row)
                 print(f"{name:42} {what:6} {batch:4} {row['ratio']:.3f}", file=sys.stderr, flush=True)

@@ -20,18 +20,18 @@ import torch
 
 from mvar_cli.ablation_judge import Judge
 from mvar_cli.ablation_request import ROW, Row
-from mvar_cli.benchmark import Request, measure_alone
 from mvar_cli.costs import cost_of
 from mvar_cli.image_sets import DrawnImages
 from mvar_cli.old_console import Console, Progress, format_number, format_seconds, plain
 from mvar_cli.training import train_run
 from mvar_core.analysis.ablation import Setting
-from mvar_core.config import RunConfig
+from mvar_core.config import Machine, RunConfig
 from mvar_core.data.tokens import TokenCache
 from mvar_core.io.files import read_json, write_json
 from mvar_core.pipeline import Pipeline
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.record import read_metrics
+from mvar_core.workflows.bench_row import Request, measure_alone
 
 ROUNDS = 3
 REPEATS = 3
@@ -184,9 +184,7 @@ class Experiment:
             checkpoint=row.directory,
             batch_size=self.bench_batch,
             repeats=REPEATS,
-            device=self.device,
-            dtype=self.dtype,
-            attention=self.attention,
+            machine=Machine(device=self.device, dtype=self.dtype, attention=self.attention),
             seed=row.seed,
             breakdown=False,
         )

@@ -176,6 +176,18 @@ else:
     MemoryDevice, Sampling = MemoryDeviceOptions, SamplingOptions
 
 
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers from a comma list.
+
+    Raises:
+        ConfigError: Something between the commas is not a whole number.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise mvar.ConfigError(f"{option} {text!r} is not a comma list of whole numbers.") from None
+
+
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.workflows.tokenize import tokenize as tokenize
     from mvar_core.workflows.convert import convert as convert
     from mvar_core.workflows.doctor import doctor as doctor
+    from mvar_core.workflows.bench import bench as bench
     from mvar_core.workflows.plan import PresetList as PresetList
     from mvar_core.workflows.plan import list_presets as list_presets
     from mvar_core.workflows.plan import plan as plan

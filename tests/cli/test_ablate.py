@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from mvar_cli import ablation, benchmark
-from mvar_cli.benchmark import MEASUREMENTS
+from mvar_cli import ablation
 from mvar_cli.commands.ablate import parse_prefixes, parse_seeds, parse_windows
 from mvar_core.data.tokens import TokenCache, split_off
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.workflows.bench_row import MEASUREMENTS, measure_alone
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +249,7 @@ def test_images_are_tokenized_and_a_tokenizer_is_trained(mvar, preset, images, c
 
 @pytest.mark.slow
 def test_digits_from_nothing(mvar, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "measure_alone", benchmark.measure_alone)
+    monkeypatch.setattr(ablation, "measure_alone", measure_alone)
     result = mvar(
         "ablate", "--preset", "digits", "--data", "digits", "--device", "cpu", "--prefixes", "all,1", "--windows", "3",
         "--seeds", 2, "--steps", 200, "--set", "train_tokenizer.steps=60", "--out", tmp_path / "out", "--json",

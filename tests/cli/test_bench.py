@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
-from mvar_cli import benchmark
-from mvar_cli.benchmark import MEASUREMENTS, Request, measure_alone, measure_memory, measure_sampling
-from mvar_cli.commands.bench import twins
 from mvar_core.analysis.counts import kv_cache_bytes
+from mvar_core.config import Machine
 from mvar_core.config.presets import load_config
 from mvar_core.errors import MvarError
+from mvar_core.workflows import bench, bench_row
+from mvar_core.workflows.bench import twins
+from mvar_core.workflows.bench_row import MEASUREMENTS, Request, measure_alone, measure_memory, measure_sampling
 
 KEYS = {"name", "seconds", "images_per_second", "peak_memory_bytes", "kv_cache_bytes", "batch_size"}
 
@@ -18,7 +19,7 @@ KEYS = {"name", "seconds", "images_per_second", "peak_memory_bytes", "kv_cache_b
 @pytest.fixture
 def in_process(monkeypatch):
     """Rows measured here, which spares the start of a process for each."""
-    monkeypatch.setattr(benchmark, "measure_alone", lambda request: MEASUREMENTS[request.what](request))
+    monkeypatch.setattr(bench, "measure_alone", lambda request: MEASUREMENTS[request.what](request))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -92,7 +93,12 @@ def test_attention_sweep(mvar, preset, tmp_path):
 
 def test_a_row_has_a_process_of_its_own(preset):
     request = Request(
-        what="sample", config=load_config(str(preset)), batch_size=1, repeats=1, device="cpu", breakdown=False
+        what="sample",
+        config=load_config(str(preset)),
+        batch_size=1,
+        repeats=1,
+        machine=Machine(device="cpu"),
+        breakdown=False,
     )
     ballast = torch.ones(150_000_000)  # 600 MB that a child must not be charged for
     row = measure_alone(request)
@@ -104,14 +110,17 @@ def test_a_row_has_a_process_of_its_own(preset):
 @pytest.mark.parametrize("what", ["sample", "train"])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_memory_is_what_the_plan_predicts(preset, what, batch):
-    request = Request(what=f"{what}-memory", config=load_config(preset), batch_size=batch, device="cpu", cfg=1.5)
+    config = load_config(preset, ["sampling.cfg=1.5"])
+    request = Request(what=f"{what}-memory", config=config, batch_size=batch, machine=Machine(device="cpu"))
     row = measure_memory(request)
     assert row["measured_bytes"] > row["weight_bytes"] > 0
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1)
 
 
 def test_what_a_process_finds_wrong_is_said(preset, monkeypatch):
-    request = Request(what="sample", config=load_config(str(preset)), device="cpu", attention="nonsense")
+    request = Request(
+        what="sample", config=load_config(str(preset)), machine=Machine(device="cpu", attention="nonsense")
+    )
     with pytest.raises(MvarError, match="not a backend"):
         measure_alone(request)
 
@@ -119,9 +128,9 @@ def test_what_a_process_finds_wrong_is_said(preset, monkeypatch):
         def __init__(self, code, out="", err=""):
             self.returncode, self.stdout, self.stderr = code, out, err
 
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: Ended(-9))
+    monkeypatch.setattr(bench_row.subprocess, "run", lambda *_, **__: Ended(-9))
     assert "memory" in measure_alone(request)["reason"]
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: Ended(1, err="Traceback\nKeyError: 'x'\n"))
+    monkeypatch.setattr(bench_row.subprocess, "run", lambda *_, **__: Ended(1, err="Traceback\nKeyError: 'x'\n"))
     with pytest.raises(MvarError, match="KeyError"):
         measure_alone(request)
 
@@ -130,7 +139,7 @@ def test_a_row_without_memory_is_a_row_with_a_reason(mvar, preset, monkeypatch):
     def measure(request):
         return {"reason": "out of memory"} if request.batch_size > 1 else measure_sampling(request)
 
-    monkeypatch.setattr(benchmark, "measure_alone", measure)
+    monkeypatch.setattr(bench, "measure_alone", measure)
     outcome = mvar("bench", "--preset", preset, "--batch-size", "1,64", "--repeats", 1, "--device", "cpu")
     assert outcome.code == 0, outcome.err
     assert "batch 64: out of memory" in outcome.out
@@ -170,5 +179,5 @@ def test_a_checkpoint_is_measured_with_its_own_weights(mvar, model):
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_measured(mvar, monkeypatch, arguments, problem):
-    monkeypatch.setattr(benchmark, "measure_alone", lambda request: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "measure_alone", lambda request: pytest.fail("measured"))
     assert problem in mvar("bench", "--device", "cpu", *arguments).error

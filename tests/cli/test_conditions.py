@@ -177,10 +177,11 @@ def test_every_command_takes_a_model_of_words(
 
 @pytest.mark.parametrize("what", ["sample", "train"])
 def test_bench_measures_models_of_words(words_preset: Path, what: str) -> None:
-    from mvar_cli.benchmark import MEASUREMENTS, Request
+    from mvar_core.config import Machine
+    from mvar_core.workflows.bench_row import MEASUREMENTS, Request
 
     config = load_config(str(words_preset))
-    row = MEASUREMENTS[what](Request(what=what, config=config, batch_size=3, repeats=1, device="cpu"))
+    row = MEASUREMENTS[what](Request(what=what, config=config, batch_size=3, repeats=1, machine=Machine(device="cpu")))
     assert row["seconds"] > 0
 
 

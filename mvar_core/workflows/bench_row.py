@@ -1,7 +1,7 @@
-"""One measurement of `mvar bench`, in a process of its own, so that its peak memory is its own.
+"""One row of `mvar.bench`, measured in a process of its own, so that its peak memory is its own.
 
-`python -m mvar_cli.benchmark` reads a request as JSON from stdin and ends with one line of JSON on stdout: the row, or
-the error. `measure_alone` starts it.
+`python -m mvar_core.workflows.bench_row` reads a request as JSON from stdin and ends with one line of JSON on stdout:
+the row, or the error. `measure_alone` starts it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from pydantic import BaseModel
+from torch import nn
 
-from mvar_core.config import RunConfig, SamplingConfig
+from mvar_core.allocator import keep_freed_memory
+from mvar_core.analysis.cost import plan
+from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
+from mvar_core.analysis.random_models import random_tokenizer, random_transformer
+from mvar_core.config import Machine, RunConfig, SamplingConfig
 from mvar_core.errors import MvarError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from mvar_core.models.blocks import KeyValueCache
-    from mvar_core.models.transformer import Transformer
-    from mvar_core.models.vqvae import VQVAE
-    from mvar_core.training.measured_step import TrainingStep
+from mvar_core.models.blocks import KeyValueCache
+from mvar_core.models.directory import load_tokenizer, load_transformer
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.pipeline import Pipeline
+from mvar_core.runtime import generator, peak_memory_bytes, resolve_device, resolve_dtype
+from mvar_core.sampling.published_style import sample_published_style
+from mvar_core.training.measured_step import TrainingStep
 
 KILLED = "the process was ended by the system, which is what happens when memory is short"
 
@@ -36,18 +41,13 @@ class Request(BaseModel):
 
     Attributes:
         what: "sample" or "train", or "sample-memory" or "train-memory".
-        config: The model, and how it is trained.
+        config: The model, and how it is trained; its sampling settings are those that are measured.
         checkpoint: Its directory; without it, random weights.
         published_style: Sample as the published code does.
         batch_size: Images together.
         repeats: Measured repetitions.
-        device: As on the command line, and the next ones too.
-        dtype: See above.
-        attention: See above.
-        cfg: Guidance; None for the model's.
-        top_k: See `cfg`.
-        top_p: See `cfg`.
-        seed: Of everything drawn.
+        machine: Device, dtype and attention.
+        seed: Of everything random.
         breakdown: Also measure the seconds of each stage, in a run of its own.
     """
 
@@ -57,37 +57,55 @@ class Request(BaseModel):
     published_style: bool = False
     batch_size: int = 1
     repeats: int = 3
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "auto"
-    cfg: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    machine: Machine = Machine()
     seed: int = 0
     breakdown: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where to measure."""
+        return resolve_device(self.machine.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What to compute in."""
+        return resolve_dtype(self.machine.dtype, self.device)
+
+    @property
+    def settings(self) -> SamplingConfig:
+        """How to sample."""
+        return self.config.sampling
 
     def conditions(self, transformer: Transformer) -> torch.Tensor:
         """Conditions of the batch: all classes in turn, or so many different vectors."""
         return transformer.conditioner.examples(self.batch_size)
 
-    @property
-    def settings(self) -> SamplingConfig:
-        """Sampling settings: the model's, with the given ones laid over them."""
-        given = {"cfg": self.cfg, "top_k": self.top_k, "top_p": self.top_p}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return self.config.sampling.model_copy(update=changes)
+    def transformer(self, dtype: torch.dtype) -> Transformer:
+        """The transformer, of random weights or from its file."""
+        if self.checkpoint is None:
+            return random_transformer(self.config, self.device, dtype, self.seed)
+        return load_transformer(self.checkpoint, self.config, self.device, dtype)
+
+    def tokenizer(self, dtype: torch.dtype) -> VQVAE:
+        """The tokenizer without its encoder, of random weights or from its file."""
+        if self.checkpoint is None:
+            return random_tokenizer(self.config, self.device, dtype, self.seed, encoder=False)
+        return load_tokenizer(self.checkpoint, self.config, self.device, dtype, encoder=False)
 
 
 def measure_alone(request: Request) -> dict[str, Any]:
     """A request's row, measured in a fresh process.
 
-    A row that cannot be had because there is too little memory has a `reason` and no figures.
+    A row for which there is too little memory has a `reason` and no figures.
 
     Raises:
-        MvarError: The process found something that the user can mend, or failed.
+        MvarError: The process found something that the user can fix, or failed.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "mvar_cli.benchmark"], input=request.model_dump_json(), capture_output=True, text=True
+        [sys.executable, "-m", "mvar_core.workflows.bench_row"],
+        input=request.model_dump_json(),
+        capture_output=True,
+        text=True,
     )
     lines = process.stdout.strip().splitlines()
     if process.returncode in (-9, 137):
@@ -103,8 +121,6 @@ def measure_alone(request: Request) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what stdin asks for and print the row."""
-    from mvar_core.allocator import keep_freed_memory
-
     keep_freed_memory()  # as where `mvar` starts
     request = Request.model_validate_json(sys.stdin.read())
     try:
@@ -120,22 +136,16 @@ def main() -> None:
 
 def measure_sampling(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of sampling one batch, class labels in and bytes of images out."""
-    import torch
-
-    from mvar_core.analysis.measure import StageClock
-    from mvar_core.runtime import resolve_device, resolve_dtype
-
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
+    device, dtype = request.device, request.dtype
     begin = _Beginning(device)
     if request.published_style:
-        transformer, vqvae = _transformer(request, device, torch.float32), _tokenizer(request, device, torch.float32)
+        transformer, vqvae = request.transformer(torch.float32), request.tokenizer(torch.float32)
         vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         sample = _published_style(request, transformer, vqvae, device, dtype)
     else:
-        transformer, vqvae = _transformer(request, device, dtype), _tokenizer(request, device, dtype)
+        transformer, vqvae = request.transformer(dtype), request.tokenizer(dtype)
         sample = _sampling(request, transformer, vqvae)
-    # A GPU warms up on the very shapes that it will be measured on; a CPU on one image, which takes a part of the time.
+    # A GPU warms up on the very shapes that it will be measured on; a CPU on one image, which is faster.
     warm = request.batch_size if device.type == "cuda" else 1
     with _cache_bytes(transformer) as cached:
         row = begin.row(request, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
@@ -149,18 +159,13 @@ def measure_sampling(request: Request) -> dict[str, Any]:
 
 def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Callable[[int], object]:
     """Sampling as `mvar sample` does it, of so many images in one batch."""
-    from mvar_core.pipeline import Pipeline
-
-    pipeline = Pipeline(request.config, vqvae, transformer, attention=request.attention)
-    settings = request.settings
+    pipeline = Pipeline(request.config, vqvae, transformer, attention=request.machine.attention)
     conditions = request.conditions(transformer)
 
     def sample(count: int) -> object:
         return pipeline.sample(
             conditions=conditions[:count],
-            cfg=settings.cfg,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
+            settings=request.settings,
             seed=request.seed,
             batch_size=request.batch_size,
         )
@@ -170,10 +175,7 @@ def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Calla
 
 def measure_training(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of a training step of all scales: inputs, forward, backward, clipping, AdamW."""
-    from mvar_core.analysis.measure import StageClock
-    from mvar_core.runtime import resolve_device
-
-    device = resolve_device(request.device)
+    device = request.device
     begin = _Beginning(device)
     step = _training_step(request, device)
     row = begin.row(request, step)
@@ -188,15 +190,8 @@ def measure_training(request: Request) -> dict[str, Any]:
 
 
 def measure_memory(request: Request) -> dict[str, Any]:
-    """What torch's allocator gives out at most, weights included, beside what `mvar plan` predicts."""
-    import torch
-
-    from mvar_core.analysis.cost import plan
-    from mvar_core.analysis.measure import allocation_peak
-    from mvar_core.runtime import resolve_device, resolve_dtype
-
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, device)
+    """The most memory that torch's allocator hands out, weights included, next to what `mvar plan` predicts."""
+    device, dtype = request.device, request.dtype
     config, settings = request.config, request.settings
     work: Callable[[], object]
     if request.what == "train-memory":
@@ -207,7 +202,7 @@ def measure_memory(request: Request) -> dict[str, Any]:
             step()
             step()  # the optimizer's moments are there from the first step on
     else:
-        transformer, vqvae = _transformer(request, device, dtype), _tokenizer(request, device, dtype)
+        transformer, vqvae = request.transformer(dtype), request.tokenizer(dtype)
         held = [transformer, vqvae]
         sample = _sampling(request, transformer, vqvae)
         sample(1)
@@ -219,9 +214,9 @@ def measure_memory(request: Request) -> dict[str, Any]:
     with allocation_peak(device) as live:
         work()
     predicted = plan(
-        config.model_copy(update={"sampling": settings}),
+        config,
         batch_size=request.batch_size,
-        dtype_bytes=torch.empty(0, dtype=dtype).element_size(),
+        dtype_bytes=dtype.itemsize,
         guided=settings.guided,
         device=device.type,
         train=config.train.model_copy(update={"batch_size": request.batch_size}),
@@ -240,18 +235,14 @@ def measure_memory(request: Request) -> dict[str, Any]:
 
 
 def _training_step(request: Request, device: torch.device) -> TrainingStep:
-    import torch
-
-    from mvar_core.runtime import resolve_dtype
-    from mvar_core.training.measured_step import TrainingStep
 
     train = request.config.train.model_copy(update={"batch_size": request.batch_size})
     return TrainingStep(
         request.config.model_copy(update={"train": train}),
-        _transformer(request, device, torch.float32).requires_grad_(True).train(),
+        request.transformer(torch.float32).requires_grad_(True).train(),
         device,
-        resolve_dtype(request.dtype, device),
-        attention=request.attention,
+        request.dtype,
+        attention=request.machine.attention,
         seed=request.seed,
     )
 
@@ -260,7 +251,6 @@ class _Beginning:
     """The process before anything is built."""
 
     def __init__(self, device: torch.device):
-        from mvar_core.runtime import peak_memory_bytes
 
         self.device = device
         self.bytes = peak_memory_bytes(device)
@@ -269,11 +259,6 @@ class _Beginning:
         self, request: Request, run: Callable[[], object], *, warmup: Callable[[], object] | None = None
     ) -> dict[str, Any]:
         """Time `run` and take the process's peak."""
-        import torch
-
-        from mvar_core.analysis.measure import median_seconds
-        from mvar_core.runtime import peak_memory_bytes, resolve_dtype
-
         seconds, runs = median_seconds(run, self.device, repeats=request.repeats, warmup=warmup)
         gpu = self.device.type == "cuda"
         return {
@@ -285,37 +270,14 @@ class _Beginning:
             "memory_is": "allocated on the GPU" if gpu else "resident in the process, Python and torch included",
             "process_bytes": 0 if gpu else self.bytes,
             "device": torch.cuda.get_device_name(self.device) if gpu else str(self.device),
-            "dtype": str(resolve_dtype(request.dtype, self.device)).removeprefix("torch."),
+            "dtype": str(request.dtype).removeprefix("torch."),
         }
-
-
-def _transformer(request: Request, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The transformer, of random weights or from its file."""
-    from mvar_core.analysis.random_models import random_transformer
-    from mvar_core.models.directory import load_transformer
-
-    if request.checkpoint is None:
-        return random_transformer(request.config, device, dtype, request.seed)
-    return load_transformer(request.checkpoint, request.config, device, dtype)
-
-
-def _tokenizer(request: Request, device: torch.device, dtype: torch.dtype) -> VQVAE:
-    """The tokenizer, of random weights or from its file."""
-    from mvar_core.analysis.random_models import random_tokenizer
-    from mvar_core.models.directory import load_tokenizer
-
-    if request.checkpoint is None:
-        return random_tokenizer(request.config, device, dtype, request.seed, encoder=False)
-    return load_tokenizer(request.checkpoint, request.config, device, dtype, encoder=False)
 
 
 def _published_style(
     request: Request, transformer: Transformer, vqvae: VQVAE, device: torch.device, dtype: torch.dtype
 ) -> Callable[[int], object]:
     """Sampling as the published code does it; its attention is SDPA."""
-    from mvar_core.runtime import generator
-    from mvar_core.sampling.published_style import sample_published_style
-
     random = generator("bench", request.seed, device=device)
     conditions = request.conditions(transformer)
 

@@ -1,0 +1,257 @@
+"""VAR against MVAR, measured in one run: sampling, a training step, or attention alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvar_core.analysis.attention_sweep import sweep
+from mvar_core.config import AttentionConfig, Machine, RunConfig, SamplingConfig
+from mvar_core.config.section import validate
+from mvar_core.errors import BackendError, ConfigError, nearest
+from mvar_core.kernels import available_backends, check_backend
+from mvar_core.progress import Progress
+from mvar_core.pyramid import PatchSize, read_sizes, spread_window
+from mvar_core.reports.figures import plot_attention, plot_batches
+from mvar_core.results import Result
+from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
+from mvar_core.sampling.sampler import resolve_settings
+from mvar_core.workflows.bench_row import Request, measure_alone
+from mvar_core.workflows.plan import resolve
+
+WHAT = ("sample", "train", "attention")
+NO_FIGURES = {"seconds": None, "images_per_second": None, "peak_memory_bytes": None, "kv_cache_bytes": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult(Result):
+    """What was measured.
+
+    Attributes:
+        what: "sample", "train" or "attention".
+        model: Name of the model.
+        rows: One mapping for each model and batch size, or for each side, window and backend of attention: name,
+            batch_size, seconds (median), images_per_second, peak_memory_bytes, kv_cache_bytes; for models also runs,
+            times_faster and memory_ratio (against `baseline`), stages (seconds by stage), and the `reason` where there
+            are no figures. See `mvar_core.analysis.attention_sweep.sweep` for those of attention.
+        machine: Where it was measured: processor, GPU, versions, date.
+        plot: The figure, where one was asked for.
+    """
+
+    what: str
+    model: str
+    rows: tuple[dict[str, Any], ...]
+    machine: dict[str, Any]
+    plot: Path | None
+
+
+def bench(
+    preset: str | None = None,
+    *,
+    checkpoint: Path | str | None = None,
+    settings: Sequence[str] = (),
+    image_size: PatchSize | str | None = None,
+    what: str = "sample",
+    batch_size: int | Sequence[int] = 4,
+    published_style: bool = False,
+    repeats: int = 3,
+    breakdown: bool = True,
+    sampling: SamplingConfig = SamplingConfig(),
+    sides: Sequence[PatchSize] | str | None = None,
+    windows: Sequence[int] = (0, 7),
+    backward: bool = False,
+    plot: Path | str | None = None,
+    seed: int = 0,
+    machine: Machine = Machine(),
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Measure time, memory and throughput of a model and of its twin, each row in a process of its own.
+
+    The twin is a VAR of the same sizes, in which every token sees all earlier scales whole; or, where the model is a
+    VAR, the MVAR of its sizes. With a preset, weights are random: they change neither time nor memory.
+
+        rows = mvar.bench("mvar-d16-256", batch_size=(1, 4), machine=mvar.Machine(dtype="bfloat16")).rows
+
+    Args:
+        preset: Name of a preset or a YAML file.
+        checkpoint: A model directory, in place of a preset.
+        settings: Changes to the preset, as `transformer.depth=4`.
+        image_size: Side, or (height, width), also as "256x384".
+        what: "sample", "train" (a step of all scales) or "attention" (of one layer, by every backend).
+        batch_size: Images together: one number or several.
+        published_style: Also sample VAR as its published code does, as the baseline.
+        repeats: Repetitions that medians are of.
+        breakdown: Also measure each stage, in a run of its own.
+        sampling: Guidance and filters; what is not set is the model's.
+        sides: attention: sizes of the scales, also as "8,16x24"; by default the model's, from 8.
+        windows: attention: sides of the windows; 0 is the whole scale.
+        backward: attention: forward and backward pass.
+        plot: Also plot the figures to this .png or .svg file.
+        seed: Of everything random.
+        machine: Device, dtype and attention backend.
+        progress: Called with the rows that are measured.
+
+    Raises:
+        MvarError: Something that cannot be measured, before anything is.
+    """
+    if what not in WHAT:
+        raise ConfigError(f"--what {what!r} is not one of {', '.join(WHAT)}. {nearest(what, WHAT)}")
+    picture = Path(plot) if plot is not None else None
+    if picture is not None and picture.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"--plot {picture} must end in .png or .svg.")
+    batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+    if min(batches, default=0) < 1:
+        raise ConfigError(f"--batch-size {','.join(map(str, batches))!r}: a batch has at least one image.")
+    config = _configuration(preset, checkpoint, settings, image_size)
+    config = config.model_copy(update={"sampling": resolve_settings(config, sampling)})
+    if what == "attention":
+        rows = _attention(config, sides, windows, batches, repeats, backward, machine, progress)
+    else:
+        request = Request(
+            what=what,
+            config=config,
+            checkpoint=Path(checkpoint) if checkpoint is not None else None,
+            repeats=repeats,
+            machine=machine,
+            seed=seed,
+            breakdown=breakdown,
+        )
+        rows = _compare(request, batches, published_style and what == "sample", progress)
+    if picture is not None and what == "attention":
+        plot_attention(rows, picture)
+    elif picture is not None:
+        plot_batches(rows, picture, title=f"{config.name}: {'sampling' if what == 'sample' else 'a training step'}")
+    return BenchResult(what=what, model=config.name, rows=tuple(rows), machine=describe_machine(), plot=picture)
+
+
+def twins(config: RunConfig) -> list[tuple[str, RunConfig]]:
+    """The models to compare, by label, VAR first: same sizes, other attention."""
+    var = config.model_copy(update={"attention": AttentionConfig(scale_prefixes="all")})
+    if config.attention.scale_prefixes != "all":
+        label = "MVAR" if config.attention.scale_prefixes == 1 else f"{config.attention.scale_prefixes} scale prefixes"
+        return [("VAR", var), (label, config)]
+    if any(config.windows):
+        return [("VAR", var), ("VAR with windows", config)]
+    windows = spread_window(7, config.windows)
+    mvar = config.model_copy(update={"attention": AttentionConfig(scale_prefixes=1, windows=windows)})
+    return [("VAR", config), ("MVAR", mvar)]
+
+
+def _configuration(
+    preset: str | None, checkpoint: Path | str | None, settings: Sequence[str], image_size: PatchSize | str | None
+) -> RunConfig:
+    if preset is None and checkpoint is None:
+        raise ConfigError(
+            "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."
+        )
+    config = resolve(preset, checkpoint, settings, image_size)
+    if config.transformer is None:
+        raise ConfigError(f"{config.name} is a tokenizer without a transformer.", "Give a model that can sample.")
+    if isinstance(config, RunConfig):
+        return config
+    whole: RunConfig = validate(RunConfig, config.model_dump(), str(checkpoint))
+    return whole
+
+
+def _compare(
+    common: Request, batches: Sequence[int], published_style: bool, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Measure every model at every batch size; each row next to the baseline's of the same batch."""
+    _check(common)
+    models = [(label, config, False) for label, config in twins(common.config)]
+    if published_style:
+        models.insert(0, ("VAR, published style", models[0][1], True))
+    rows: list[dict[str, Any]] = []
+    total, baseline = len(batches) * len(models), models[0][0]
+    for batch, (label, config, published) in itertools.product(batches, models):
+        if progress is not None:
+            progress("measuring", len(rows), total, unit="rows", note=f"{label}, batch {batch}")
+        changes = {"config": config, "batch_size": batch, "published_style": published}
+        found = measure_alone(common.model_copy(update=changes))
+        attention = {"scale_prefixes": config.attention.scale_prefixes, "windows": list(config.windows)}
+        rows.append({"name": label, "batch_size": batch, **attention, **NO_FIGURES, **found, "baseline": baseline})
+    base = {row["batch_size"]: row for row in rows if row["name"] == baseline}
+    for row in rows:
+        other = base[row["batch_size"]]
+        measured = row["seconds"] is not None and other["seconds"] is not None
+        row["times_faster"] = other["seconds"] / row["seconds"] if measured else None
+        row["memory_ratio"] = row["peak_memory_bytes"] / other["peak_memory_bytes"] if measured else None
+    return rows
+
+
+def _check(request: Request) -> None:
+    """Refuse before the first process is started what every one of them would refuse."""
+    for _, twin in twins(request.config):
+        try:
+            check_backend(
+                request.machine.attention,
+                twin.patterns,
+                request.device,
+                request.dtype,
+                needs_grad=request.what == "train",
+            )
+        except BackendError as error:
+            raise BackendError(f"{error.message} ({twin.name})", error.hint) from None
+
+
+def _attention(
+    config: RunConfig,
+    sides: Sequence[PatchSize] | str | None,
+    windows: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    backward: bool,
+    machine: Machine,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Time every backend over sides and windows."""
+    device = resolve_device(machine.device)
+    dtype = resolve_dtype(machine.dtype, device)
+    assert config.transformer is not None
+    for window in windows:
+        if window < 0 or (window and window % 2 == 0):
+            raise ConfigError(f"--windows holds {window}; a window is odd, and 0 is the whole scale.")
+    if isinstance(sides, str):
+        try:
+            sides = read_sizes(sides)
+        except ValueError as error:
+            raise ConfigError(f"--sides {sides!r}: {error}.") from None
+    if not sides:
+        patches = config.pyramid.patch_sizes
+        sides = [size for size, grid in zip(patches, config.pyramid, strict=True) if min(grid) >= 8] or [patches[-1]]
+    names = [name for name, reason in available_backends(device, dtype) if reason is None and name != "reference"]
+    if machine.attention != "auto":
+        names = list(dict.fromkeys(["dense", machine.attention]))
+    rows: list[dict[str, Any]] = []
+    total, started = len(batches) * len(sides) * len(windows), itertools.count()
+
+    def report(note: str) -> None:
+        if progress is not None:
+            progress("measuring", next(started), total, unit="scales", note=note)
+
+    for batch in batches:
+        rows += sweep(
+            sides,
+            windows,
+            names,
+            heads=config.transformer.num_heads,
+            head_dim=config.transformer.head_dim,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            backward=backward,
+            repeats=repeats,
+            progress=report,
+        )
+    for row in rows:
+        seen = f"window {row['window']}" if row["window"] else "whole"
+        side = row["side"] if isinstance(row["side"], int) else "×".join(map(str, row["side"]))
+        row["name"] = f"{row['backend']}, side {side}, {seen}"
+        row["batch_size"] = row["batch"]
+        row["images_per_second"] = row["batch"] / row["seconds"] if row["seconds"] else None
+        row["peak_memory_bytes"] = row["peak_bytes"]
+        row["kv_cache_bytes"] = 0
+    return rows

@@ -1,4 +1,4 @@
-"""What writing samples costs: memory and speed of shards, threads and putting together, without a model.
+"""What writing samples costs: memory and speed of shards, threads and assembling, without a model.
 
 python benchmarks/output.py [--counts 5000 50000] writes benchmarks/results/output.json. Random 64 px images come in
 batches of 64 and go through the writers of `mvar sample`; each row is a process of its own. Memory that did not depend
@@ -23,38 +23,39 @@ SIDE, TOKENS, BATCH = 64, 341, 64
 
 def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, Any]:
     import numpy as np
+    import torch
 
-    from mvar_cli.drawing import Chunk, Progressing, draw_shards
-    from mvar_cli.outputs import put_together
-    from mvar_cli.parts import Parts, Request
+    from mvar_core.sampling.images import Samples
+    from mvar_core.sampling.shards import SampleOutput, SampleShards, SampleSpec, ShardProgress, generate_shards
     from mvar_core.sampling.writers import WriterPool
 
     smooth = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
-    tokens = np.zeros((BATCH, TOKENS), np.int64)
+    pixels, tokens = torch.from_numpy(smooth), torch.zeros(BATCH, TOKENS, dtype=torch.long)
 
-    def draw(labels: Sequence[int], indices: Sequence[int], progress: Callable[[int, int], None]) -> Iterator[Chunk]:
+    def generate(indices: Sequence[int], progress: Callable[[int, int], None]) -> Iterator[Samples]:
         for start in range(0, len(indices), BATCH):
             size = min(BATCH, len(indices) - start)
-            yield Chunk(smooth[:size].copy(), tokens[:size], None)
+            yield Samples(pixels[:size].clone(), tokens[:size], (0,) * size)
 
-    request = Request(
+    spec = SampleSpec(
         model="none", weights="", classes=tuple(range(10)), num=count // 10, settings={}, output=output,
         save_tokens=True, stages=False, image_shape=(SIDE, SIDE), scales=7, tokens=TOKENS, device="cpu",
         dtype="float32", attention="auto", version="",
     )  # fmt: skip
-    parts = Parts(folder / f"out{'.npz' if output == 'npz' else ''}", request)
-    parts.start()
-    own = list(request.shards)
+    shards = SampleShards(SampleOutput(folder / f"out{'.npz' if output == 'npz' else ''}", output), spec)
+    shards.begin()
+    own = list(spec.shards)
     began = time.perf_counter()
-    draw_shards(parts, own, draw, Progressing(parts, set(), own, lambda done, total: None), WriterPool(threads))
+    progress = ShardProgress(shards, set(), own, lambda done, total: None)
+    generate_shards(shards, own, generate, progress, WriterPool(threads))
     drawn = time.perf_counter() - began
-    put_together(parts, replace=False)
+    shards.assemble(replace=False)
     return {
         "output": output,
         "images": count,
         "threads": threads,
         "seconds_shards": drawn,
-        "seconds_put_together": time.perf_counter() - began - drawn,
+        "seconds_assembled": time.perf_counter() - began - drawn,
         "images_per_second": count / (time.perf_counter() - began),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

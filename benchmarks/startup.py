@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
     runs = parser.parse_args().runs
-    imports = "import mvar_cli.app, mvar_cli.commands.sample, mvar_cli.drawing, mvar_cli.outputs, mvar_core.pipeline"
+    imports = "import mvar_cli.app, mvar_cli.commands.sample, mvar_core.workflows.sample"
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
         image = ["--checkpoint", f"{folder}/model", "--class", "3", "--out", f"{folder}/out.png", "--overwrite"]

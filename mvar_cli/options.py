@@ -76,6 +76,11 @@ ScalePrefixes = Annotated[
     typer.Option("--scale-prefixes", metavar="N|all", help="Scales that a token sees, its own included: 1 is MVAR."),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")]
+SampleOut = Annotated[Path, typer.Option("--out", metavar="PATH", help="A directory, or a file for npz and grid.")]
+SampleFormat = Annotated[
+    str | None, typer.Option("--format", metavar="FORMAT", help="png, npz or grid. Default: as --out ends.")
+]
+Stages = Annotated[bool, typer.Option("--stages", help="Also a strip per image: after each scale.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=OUTPUT)]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume from a checkpoint in --out.")]
 AsJson = Annotated[

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.errors import MvarError as MvarError
     from mvar_core.pipeline import Pipeline as Pipeline
     from mvar_core.progress import Progress as Progress
+    from mvar_core.workflows.edit import edit as edit
+    from mvar_core.workflows.sample import sample_to as sample_to
     from mvar_core.workflows.tokenize import tokenize as tokenize
     from mvar_core.workflows.convert import convert as convert
     from mvar_core.workflows.doctor import doctor as doctor

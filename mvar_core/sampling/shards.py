@@ -250,6 +250,7 @@ class SampleShards(Resumable):
         self.spec = spec
         self.images = self.directory / "images"
         self.strips = self.directory / "strips"
+        self._begun_here = False
 
     def check(self, overwrite: bool) -> set[int]:
         """The shards that are done; refuses an output that exists, other settings, and a disk that is too small.
@@ -280,6 +281,7 @@ class SampleShards(Resumable):
     def begin(self) -> set[int]:
         """Lock and prepare the directory; returns the shards that are done."""
         done = super().begin()
+        self._begun_here = True
         (self.directory / PUBLISHING).unlink(missing_ok=True)
         if self.output.format == "png":
             self.images.mkdir(exist_ok=True)
@@ -338,6 +340,12 @@ class SampleShards(Resumable):
             return self.spec.known[name][span.start : span.stop]
         with np.load(self.piece(shard), allow_pickle=False) as file:
             return file[name]
+
+    def leave(self) -> None:
+        """Let others work here; without any shard, the directory is removed."""
+        if self._begun_here and not self.present():
+            self.discard()
+        self.release()
 
     def outputs(self) -> list[Path]:
         """Every file of the finished output, in order."""

@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mvar_cli.parts import Parts
-from mvar_cli.sample_request import NamedModel, Wanted
 from mvar_core.config.presets import load_config
 from mvar_core.data.tokens import TokenCache
 from mvar_core.data.words import embed_words
 from mvar_core.models.directory import read_model_config
 from mvar_core.pipeline import Pipeline
+from mvar_core.sampling.images import Samples
+from mvar_core.sampling.shards import SampleShards
 
 DIM = 12
 
@@ -84,22 +84,23 @@ def test_classes_are_drawn_by_their_names(mvar, trained: Path, tmp_path: Path) -
     assert plan["images"] == 1
 
 
-def test_other_words_are_another_run(mvar, trained: Path, tmp_path: Path) -> None:
-    """A run that was stopped goes on with the same words alone."""
-    model, config = NamedModel(trained, None, "cpu", "float32", "auto"), read_model_config(trained)
-
-    def parts(text: str) -> Parts:
-        wanted = Wanted([], 1, {}, 0, "npz", False, False, "auto", [text])
-        return Parts(tmp_path / "a.npz", wanted.request(config, model))
-
-    begun = parts("a dog")
-    begun.start()
-    begun.release()
-    assert parts("a dog").difference() == ""
-    assert "vectors is" in parts("dogs, a").difference()
+def test_other_words_are_another_run(mvar, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped resumes with the same words alone."""
     sample = ["sample", "--checkpoint", trained, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "a.npz"]
+    sample += ["--num", 2, "--batch-size", 1]
+    write, written = SampleShards.write, []
+
+    def stopping(self: SampleShards, shard: int, samples: Samples) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(self, shard, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleShards, "write", stopping)
+        assert mvar(*sample, "--words", "a dog").code == 130
     assert "vectors is" in mvar(*sample, "--words", "a cat").error
-    assert mvar(*sample, "--words", "a dog").code == 0
+    assert mvar(*sample, "--words", "a dog", "--json").json["resumed"] == 1
 
 
 def test_what_a_model_is_not_conditioned_on_is_refused(mvar, trained: Path, model: Path, tmp_path: Path) -> None:

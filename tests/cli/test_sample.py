@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from mvar_cli.parts import parts_directory
+from mvar_core.sampling.shards import SampleOutput
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -19,7 +19,7 @@ DRIVER = """
 import importlib, json, os, signal, sys
 import torch, PIL.Image
 from mvar_cli.app import app
-import mvar_cli.parts, mvar_cli.outputs, mvar_core.pipeline, pathlib
+import mvar_core.pipeline, pathlib
 
 def run(arguments, module, name, when, number, kind):
     owner = importlib.import_module(module)
@@ -61,6 +61,10 @@ print("ENDS" + json.dumps(ends))
 """
 
 
+def parts_directory(out):
+    return SampleOutput.of(out).shards
+
+
 def stop(scenarios):
     """Run each command until the named call, and end it there by a signal; returns how each ended, and stderr."""
     text = json.dumps([[list(map(str, arguments)), *rest] for arguments, *rest in scenarios])
@@ -80,16 +84,16 @@ def content(*paths):
 KILL, INTERRUPT = int(signal.SIGKILL), int(signal.SIGINT)
 # N = 6: a shard each. Renames: the manifest, six shards, the mark, the output (and its strips).
 MOMENTS_NPZ = {
-    "first-shard-written": ("mvar_cli.parts", "Parts.write", "after", 1),
+    "first-shard-written": ("mvar_core.sampling.shards", "SampleShards.write", "after", 1),
     "third-shard-without-its-name": ("pathlib", "Path.replace", "before", 4),
-    "while-put-together": ("mvar_cli.outputs", "npz_member", "before", 2),
+    "while-put-together": ("mvar_core.sampling.shards", "npz_member", "before", 2),
     "all-but-the-name": ("pathlib", "Path.replace", "before", 9),
     "named-but-not-cleaned": ("pathlib", "Path.replace", "after", 9),
 }
 MOMENTS_PNG = {
     "between-pictures-of-a-shard": ("PIL.Image", "Image.save", "after", 5),
     "pictures-without-their-record": ("pathlib", "Path.replace", "before", 4),
-    "before-the-tokens": ("mvar_cli.outputs", "npz_member", "before", 1),
+    "before-the-tokens": ("mvar_core.sampling.shards", "npz_member", "before", 1),
     "between-images-and-strips": ("pathlib", "Path.replace", "after", 9 + 1),
 }
 
@@ -139,28 +143,28 @@ def test_ctrl_c_keeps_what_is_drawn_and_says_how_to_go_on(mvar, model, tmp_path)
         ]
     )  # fmt: skip
     assert ends == [130, 130, 130]
-    assert "before the first image" in errors
-    assert "3 of 6 images are kept. The same command goes on from here." in errors
+    assert "3 of 6 images are kept" in errors
+    assert "same command" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [".some.npz.parts", ".term.npz.parts"]
     outcome = mvar(*second)
     assert outcome.json["resumed"] == 3
-    assert "3 of 6 images are there already" in outcome.err
+    assert "3 of 6 images exist already" in outcome.err
     mvar(*options, "--out", tmp_path / "straight.npz")
     assert (tmp_path / "some.npz").read_bytes() == (tmp_path / "straight.npz").read_bytes()
 
 
 def test_a_started_run_refuses_other_settings_before_slow_work(mvar, model, tmp_path, monkeypatch):
     options = ["sample", "--checkpoint", model, "--class", "all", "--num", 2, "--out", tmp_path / "x.npz"]
-    ends, _ = stop([[options, "mvar_cli.parts", "Parts.write", "after", 2, KILL]])
+    ends, _ = stop([[options, "mvar_core.sampling.shards", "SampleShards.write", "after", 2, KILL]])
     assert ends == [-signal.SIGKILL]
     with monkeypatch.context() as patch:
         patch.setattr("mvar_core.pipeline.Pipeline.from_pretrained", None)
         error = mvar(*options, "--seed", 1, "--class", "0").error
-        assert "seed is 0 there, 1 asked" in error
+        assert "settings.seed is 0 there, 1 asked" in error
         assert "--overwrite" in error
-        assert "save tokens is false there, true asked" in mvar(*options, "--save-tokens").error
+        assert "save_tokens is false there, true asked" in mvar(*options, "--save-tokens").error
         (tmp_path / "x.npz").write_text("mine")
-        assert "already there" in mvar(*options).error
+        assert "already exists" in mvar(*options).error
         (tmp_path / "x.npz").unlink()
     done = mvar(*options, "--seed", 1, "--overwrite", "--json").json
     assert done["resumed"] == 0
@@ -173,7 +177,7 @@ def test_other_weights_under_the_same_name_are_other_settings(mvar, model, tmp_p
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
     options = ["sample", "--checkpoint", copy, "--class", "all", "--num", 2, "--out", tmp_path / "x.npz"]
-    stop([[options, "mvar_cli.parts", "Parts.write", "after", 2, KILL]])
+    stop([[options, "mvar_core.sampling.shards", "SampleShards.write", "after", 2, KILL]])
     path = copy / "transformer.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -220,7 +224,7 @@ def test_two_processes_draw_what_one_draws_and_go_on_with_what_one_began(mvar, m
     two = launched(*options, "--out", straight, "--batch-size", 2)
     assert (two["processes"], two["images"], two["resumed"]) == (2, 9, 0)
     assert straight.read_bytes() == one
-    ends, _ = stop([[[*options, "--out", begun], "mvar_cli.parts", "Parts.write", "after", 4, KILL]])
+    ends, _ = stop([[[*options, "--out", begun], "mvar_core.sampling.shards", "SampleShards.write", "after", 4, KILL]])
     assert ends == [-signal.SIGKILL]
     more = launched(*options, "--out", begun)
     assert 3 <= more["resumed"] <= 4

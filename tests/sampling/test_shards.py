@@ -5,25 +5,25 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mvar_cli.drawing import Chunk, Progressing, draw_shards
-from mvar_cli.outputs import (
-    NpzWriter,
-    grid_columns,
-    is_published,
-    output_target,
-    outputs_of,
-    put_together,
-    require_free,
-    strips_directory,
-)
-from mvar_cli.parts import PUBLISHING, Parts, Request, parts_directory
 from mvar_core.errors import DataError
+from mvar_core.io.npz import NpzWriter
+from mvar_core.sampling.images import Samples
+from mvar_core.sampling.shards import (
+    PUBLISHING,
+    SampleOutput,
+    SampleShards,
+    SampleSpec,
+    ShardProgress,
+    generate_shards,
+    grid_columns,
+)
 from mvar_core.sampling.writers import WriterPool
 
 
-def request(**changes):
+def spec(**changes):
     values = {
         "model": "tiny",
         "weights": "abc",
@@ -41,7 +41,7 @@ def request(**changes):
         "attention": "auto",
         "version": "0",
     }
-    return Request(**{**values, **changes})
+    return SampleSpec(**{**values, **changes})
 
 
 def samples(asked):
@@ -52,28 +52,32 @@ def samples(asked):
     return random.integers(0, 256, shape, np.uint8), random.integers(0, 99, (asked.total, 5)), stages
 
 
-def draws(asked, sizes):
+def batch(asked, images, tokens, stages=None):
+    strips = torch.from_numpy(stages) if stages is not None else None
+    return Samples(torch.from_numpy(images), torch.from_numpy(tokens), (0,) * len(images), strips)
+
+
+def made(asked, sizes):
     """A model that has its samples ready and hands them out in chunks of some sizes."""
     images, tokens, stages = samples(asked)
 
-    def draw(labels, indices, progress):
-        assert labels == asked.labels[indices].tolist()
+    def generate(indices, progress):
         start, number = 0, 0
         while start < len(indices):
             rows = list(indices)[start : start + sizes[number % len(sizes)]]
             start, number = start + len(rows), number + 1
             progress(start, len(indices))
-            yield Chunk(images[rows], tokens[rows], stages[rows] if asked.stages else None)
+            yield batch(asked, images[rows], tokens[rows], stages[rows] if asked.stages else None)
 
-    return draw
+    return generate
 
 
-def draw_all(target, asked, sizes=(4,), shards=None):
-    parts = Parts(target, asked)
-    parts.start()
+def make_all(target, asked, sizes=(4,), shards=None):
+    parts = SampleShards(SampleOutput(target, asked.output), asked)
+    parts.begin()
     own = list(asked.shards if shards is None else shards)
-    progressing = Progressing(parts, set(), own, lambda done, total: None)
-    draw_shards(parts, own, draws(asked, sizes), progressing, WriterPool(2))
+    progress = ShardProgress(parts, set(), own, lambda done, total: None)
+    generate_shards(parts, own, made(asked, sizes), progress, WriterPool(2))
     return parts
 
 
@@ -84,25 +88,25 @@ def read(file):
 
 @pytest.mark.parametrize(("total", "size"), [(1, 1), (127, 1), (128, 2), (4096, 64), (50_000, 64)])
 def test_shards_cover_every_sample_once_and_are_small_for_small_runs(total, size):
-    asked = request(classes=(0,), num=total)
+    asked = spec(classes=(0,), num=total)
     assert asked.shard_size == size
     assert [index for shard in asked.shards for index in asked.span(shard)] == list(range(total))
 
 
 def test_names_and_labels_follow_from_the_number():
-    asked = request(classes=(7, 3), num=60_000)
+    asked = spec(classes=(7, 3), num=60_000)
     assert asked.file_name(0) == "000000_7.png"
     assert asked.file_name(60_000) == "060000_3.png"
-    assert request().labels.tolist() == [2, 2, 2, 0, 0, 0]
+    assert spec().labels.tolist() == [2, 2, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("sizes", [(1,), (4,), (5, 2), (150,)])
-def test_an_npz_is_put_together_in_order_whatever_the_chunks(tmp_path, sizes):
-    asked = request(num=70, stages=True)
+def test_an_npz_is_assembled_in_order_whatever_the_chunks(tmp_path, sizes):
+    asked = spec(num=70, stages=True)
     assert asked.shard_size == 2
-    parts = draw_all(tmp_path / "x.npz", asked, sizes)
-    assert parts.intact() == set(asked.shards)
-    put_together(parts, replace=False)
+    parts = make_all(tmp_path / "x.npz", asked, sizes)
+    assert parts.done() == set(asked.shards)
+    parts.assemble(replace=False)
     images, tokens, stages = samples(asked)
     with np.load(tmp_path / "x.npz") as file:
         assert file.files == ["arr_0", "labels", "tokens", "stages"]
@@ -115,9 +119,9 @@ def test_an_npz_is_put_together_in_order_whatever_the_chunks(tmp_path, sizes):
 
 
 def test_png_names_strips_and_tokens(tmp_path):
-    asked = request(output="png", stages=True)
-    parts = draw_all(tmp_path / "out", asked)
-    put_together(parts, replace=False)
+    asked = spec(output="png", stages=True)
+    parts = make_all(tmp_path / "out", asked)
+    parts.assemble(replace=False)
     images, tokens, stages = samples(asked)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"0000{index}_{2 if index < 3 else 0}.png" for index in range(6)), "tokens.npz"]
@@ -127,115 +131,117 @@ def test_png_names_strips_and_tokens(tmp_path):
         assert np.array_equal(file["tokens"], tokens)
         assert file["labels"].tolist() == [2, 2, 2, 0, 0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-stages"]
-    assert set(outputs_of(parts)) == {str(path) for path in tmp_path.glob("*/*")}
+    assert set(map(str, parts.outputs())) == {str(path) for path in tmp_path.glob("*/*")}
 
 
 def test_a_grid_of_strips_has_a_row_per_sample(tmp_path):
-    asked = request(output="grid", stages=True, save_tokens=False)
-    put_together(draw_all(tmp_path / "grid.png", asked), replace=False)
+    asked = spec(output="grid", stages=True, save_tokens=False)
+    make_all(tmp_path / "grid.png", asked).assemble(replace=False)
     assert read(tmp_path / "grid.png").shape == (6 * 8 + 5 * 2, 12, 3)
     assert grid_columns(2, 3, stages=False) == 3
     assert grid_columns(1, 9, stages=False) == 3
 
 
 def test_shards_that_are_not_whole_are_drawn_again(tmp_path):
-    parts = draw_all(tmp_path / "x.npz", request())
-    path = parts.shard_path(2)
+    parts = make_all(tmp_path / "x.npz", spec())
+    path = parts.piece(2)
     path.write_bytes(path.read_bytes()[:-1])
-    parts.shard_path(4).unlink()
-    assert parts.intact() == {0, 1, 3, 5}
+    parts.piece(4).unlink()
+    assert parts.done() == {0, 1, 3, 5}
     parts.release()
-    parts = draw_all(tmp_path / "out", request(output="png", stages=True))
+    parts = make_all(tmp_path / "out", spec(output="png", stages=True))
     (parts.images / "00001_2.png").unlink()
     (parts.strips / "00003_0.png").write_bytes(b"")
-    assert parts.intact() == {0, 2, 4, 5}
+    assert parts.done() == {0, 2, 4, 5}
     parts.release()
+
+
+def shards_of(target, asked):
+    return SampleShards(SampleOutput(target, asked.output), asked)
 
 
 def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
-    parts = draw_all(tmp_path / "x.npz", request(), shards=range(3))
+    parts = make_all(tmp_path / "x.npz", spec(), shards=range(3))
     parts.release()
-    other = Parts(tmp_path / "x.npz", request(settings={"cfg": 1.5, "seed": 0}, num=4))
-    with pytest.raises(DataError, match=r"num is 3 there, 4 asked; cfg is 1.0 there, 1.5 asked.* --overwrite"):
-        other.require_same(overwrite=False)
-    other.require_same(overwrite=True)
-    assert Parts(tmp_path / "x.npz", request()).difference() == ""
-    other.start()
+    other = shards_of(tmp_path / "x.npz", spec(settings={"cfg": 1.5, "seed": 0}, num=4))
+    with pytest.raises(DataError, match=r"num is 3 there, 4 asked; settings.cfg is 1.0 there, 1.5 asked.*--overwrite"):
+        other.check(overwrite=False)
+    assert other.check(overwrite=True) == set()
+    assert shards_of(tmp_path / "x.npz", spec()).difference() == ""
+    other.begin()
     assert other.present() == set()
     assert other.difference() == ""
     other.release()
 
 
 def test_two_runs_do_not_work_in_one_place(tmp_path):
-    first = Parts(tmp_path / "x.npz", request())
-    first.start()
+    first, second = (shards_of(tmp_path / "x.npz", spec()) for _ in range(2))
+    first.begin()
     with pytest.raises(DataError, match="Another process"):
-        Parts(tmp_path / "x.npz", request()).start()
+        second.begin()
+    second.leave()
+    assert first.begun, "the directory belongs to the first"
     first.release()
-    second = Parts(tmp_path / "x.npz", request())
-    second.start()
-    second.remove_if_empty()
+    second.begin()
+    second.leave()
     assert not second.directory.exists()
 
 
-def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch):
-    asked = request(num=500)
-    needed = {"npz": 2 * asked.raw_bytes() * asked.total, "png": asked.raw_bytes() * asked.total // 2}
-    for output, amount in needed.items():
-        parts = Parts(tmp_path / "far" / "out", request(num=500, output=output))
-        for free, fits in ((amount, True), (amount - 1, False)):
-            usage = type("Usage", (), {"free": free})
-            monkeypatch.setattr("mvar_cli.parts.shutil.disk_usage", lambda path, usage=usage: usage)
-            if fits:
-                parts.require_space(0)
-            else:
-                with pytest.raises(DataError, match=r"free; 1000 samples"):
-                    parts.require_space(0)
-                parts.require_space(100)
+@pytest.mark.parametrize(("output", "factor"), [("npz", 2), ("png", 0.5)])
+def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch, output, factor):
+    asked = spec(num=500, output=output)
+    parts = shards_of(tmp_path / "far" / ("out.npz" if output == "npz" else "out"), asked)
+    amount = int(factor * asked.raw_bytes * asked.total)
+    for free in (amount, amount - 1):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        if free == amount:
+            assert parts.check(overwrite=False) == set()
+        else:
+            with pytest.raises(DataError, match=r"free; 1000 samples"):
+                parts.check(overwrite=False)
 
 
-def test_a_full_disk_while_drawing_says_what_is_kept(tmp_path, monkeypatch):
-    parts = Parts(tmp_path / "x.npz", request())
-    parts.start()
+def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
+    parts = shards_of(tmp_path / "x.npz", spec())
+    parts.begin()
     write = parts.write
 
-    def full(shard, *arrays):
+    def full(shard, samples):
         if shard == 3:
             raise OSError(28, "No space left on device")
-        write(shard, *arrays)
+        write(shard, samples)
 
     monkeypatch.setattr(parts, "write", full)
-    progressing = Progressing(parts, set(), list(parts.request.shards), lambda done, total: None)
-    with pytest.raises(DataError, match=r"full; 3 of 6 parts are kept\. .*same command"):
-        draw_shards(parts, list(parts.request.shards), draws(parts.request, (1,)), progressing, WriterPool(1))
+    own = list(parts.pieces)
+    with pytest.raises(DataError, match=r"full; 3 of 6 shards are kept\. .*same command"):
+        generate_shards(parts, own, made(parts.spec, (1,)), ShardProgress(parts, set(), own, print), WriterPool(1))
     parts.release()
 
 
-def test_progress_counts_what_others_have_written(tmp_path, monkeypatch):
-    asked = request()
-    parts = draw_all(tmp_path / "x.npz", asked, shards=[0, 1])
+def test_progress_counts_what_others_have_written(tmp_path):
+    asked = spec()
+    parts = make_all(tmp_path / "x.npz", asked, shards=[0, 1])
     seen = []
-    progressing = Progressing(parts, {0}, [2, 3], lambda done, total: seen.append((done, total)))
-    monkeypatch.setattr("mvar_cli.drawing.SECONDS_BETWEEN_LOOKS", 0.0)
-    progressing.own(1, 2)
-    progressing.own(2, 2)
+    progress = ShardProgress(parts, {0}, [2, 3], lambda done, total: seen.append((done, total)), 0.0)
+    progress.own(1, 2)
+    progress.own(2, 2)
     assert seen == [(1, 6), (3, 6), (4, 6)]
+    images, tokens, _ = samples(asked)
     for shard in (4, 5):
-        images, tokens, _ = samples(asked)
-        parts.write(shard, images[:1], tokens[:1], None)
-    progressing.wait_for_others()
+        parts.write(shard, batch(asked, images[:1], tokens[:1]))
+    progress.wait_for_others()
     assert seen[-1] == (6, 6)
     parts.release()
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
-    parts = draw_all(tmp_path / "x.npz", request())
+    parts = make_all(tmp_path / "x.npz", spec())
     (tmp_path / "x.npz").write_text("mine")
     with pytest.raises(DataError, match="appeared"):
-        put_together(parts, replace=False)
+        parts.assemble(replace=False)
     assert (tmp_path / "x.npz").read_text() == "mine"
-    assert parts.intact() == set(parts.request.shards)
-    put_together(parts, replace=True)
+    assert parts.done() == set(parts.spec.shards)
+    parts.assemble(replace=True)
     with np.load(tmp_path / "x.npz") as file:
         assert len(file["arr_0"]) == 6
 
@@ -243,46 +249,44 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_a_directory_that_is_replaced_moves_away_whole(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.png").touch()
-    parts = draw_all(tmp_path / "out", request(output="png", save_tokens=False))
-    put_together(parts, replace=True)
+    parts = make_all(tmp_path / "out", spec(output="png", save_tokens=False))
+    parts.assemble(replace=True)
     assert len(list((tmp_path / "out").iterdir())) == 6
     assert not (tmp_path / "out" / "old.png").exists()
 
 
 def test_a_mark_without_its_files_is_no_output(tmp_path):
-    parts = draw_all(tmp_path / "x.npz", request())
+    parts = make_all(tmp_path / "x.npz", spec())
     (parts.directory / PUBLISHING).write_text('{"final.npz": "' + str(tmp_path / "x.npz") + '"}')
-    assert not is_published(parts)
+    assert not parts.is_assembled()
     parts.release()
 
 
 @pytest.mark.parametrize(
-    ("out", "output_format", "message"),
+    ("out", "form", "message"),
     [("x", "gif", "gif"), ("x.png", "png", "directory"), ("x.png", "npz", "npz"), ("x.npz", "grid", "png")],
 )
-def test_outputs_that_contradict_their_format(tmp_path, out, output_format, message):
+def test_outputs_that_contradict_their_format(tmp_path, out, form, message):
     with pytest.raises(DataError, match=message):
-        output_target(tmp_path / out, output_format)
+        SampleOutput.of(tmp_path / out, form)
 
 
-def test_outputs_that_are_there_are_kept(tmp_path):
+def test_outputs_that_exist_are_kept(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "x.npz").touch()
     (tmp_path / "with-stages-stages").mkdir()
     (tmp_path / "with-stages-stages" / "file").touch()
-    for name, output_format in (("full", "png"), ("full", "grid"), ("x.npz", "npz"), ("with-stages", "png")):
-        out = tmp_path / name
-        target = output_target(out, output_format)
+    for name, form in (("full", "png"), ("full", "grid"), ("x.npz", "npz"), ("with-stages", "png")):
+        output = SampleOutput.of(tmp_path / name, form)
         with pytest.raises(DataError, match="--overwrite"):
-            require_free(target, out, output_format, overwrite=False)
-        require_free(target, out, output_format, overwrite=True)
-    out = tmp_path / "new"
-    target = output_target(out, "npz")
-    assert target == out / "samples.npz"
-    parts_directory(target).mkdir(parents=True)
-    require_free(target, out, "npz", overwrite=False)
-    assert strips_directory(tmp_path / "a.b") == tmp_path / "a.b-stages"
+            output.require_free(overwrite=False)
+        output.require_free(overwrite=True)
+    output = SampleOutput.of(tmp_path / "new", "npz")
+    assert output.target == tmp_path / "new" / "samples.npz"
+    output.shards.mkdir(parents=True)
+    output.require_free(overwrite=False)
+    assert SampleOutput.of(tmp_path / "a.b").strips == tmp_path / "a.b-stages"
 
 
 def test_writers_hold_back_whoever_brings_too_much():

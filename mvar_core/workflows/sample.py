@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mvar_core import __version__
-from mvar_core.analysis.cost import plan
+from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
 from mvar_core.distributed import World, connect, sigterm_as_interrupt
 from mvar_core.errors import CheckpointError, ConfigError, DataError
@@ -254,13 +254,7 @@ class LazyModel:
         self, steps: tuple[str, ...], total: int, settings: SamplingConfig, batch_size: int | None, **facts: Any
     ) -> DryRun:
         """What would be done, with its cost."""
-        cost = plan(
-            self.config,
-            batch_size=min(batch_size or 1, total),
-            dtype_bytes=self.dtype.itemsize,
-            guided=settings.guided,
-            device=self.device.type,
-        )
+        cost = cost_of(self.config, self.machine, batch_size=min(batch_size or 1, total), guided=settings.guided)
         configuration = self.config.model_dump(mode="json", exclude_none=True)
         return DryRun(configuration=configuration, steps=steps, cost=cost, facts={"images": total, **facts})
 

@@ -13,7 +13,7 @@ import torch
 from machine import save
 
 from mvar_core import Pipeline
-from mvar_core.data.words import embed_words, phrasings
+from mvar_core.data.vectors import embed_words, phrasings
 from mvar_core.evaluation.demo import DemoClassifier, find_classifier, read_digits
 
 TRAINED = {"seven": 0, "a seven": 1, "the digit seven": 2, "7": 3}

@@ -9,7 +9,7 @@ from typing import Any
 from mvar_core.analysis.ablation import Ablation, Setting, settings_of
 from mvar_core.config import RunConfig
 from mvar_core.data.tokens import MANIFEST
-from mvar_core.data.words import ENCODER
+from mvar_core.data.vectors import ENCODER
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.io.files import read_json, require_new_directory, sha256_of_file
 from mvar_core.io.resumable import flattened

@@ -6,9 +6,9 @@ import hashlib
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,32 +32,45 @@ LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
 logger = logging.getLogger("mvar")
 
 ImageShape = tuple[int, int]
-Batches = Iterator[Pixels]
 
 
-@dataclass(frozen=True)
-class EvaluationImages:
+class EvaluationImages(ABC):
     """Images of one size that can be read from the start any number of times, never all at once.
 
-    Attributes:
+    Args:
         name: What the user typed.
         count: Number of images, N.
-        image_shape: Height and width in pixels.
+        found: Height and width that images have where they are stored.
+        wanted: Height and width to bring them to; as they are where None.
         labels: int64 (N,), or None where they are not known.
         class_names: One name per class, or None where they are not known.
-        stored_shape: Height and width that some images have where they are stored, if not `image_shape`.
         num_lossy: How many images are stored with lossy compression, which moves features.
+
+    Attributes:
+        image_shape: Height and width in pixels.
+        stored_shape: Height and width that some images have where they are stored, if not `image_shape`.
     """
 
-    name: str
-    count: int
-    image_shape: ImageShape
-    labels: NDArray[np.int64] | None
-    class_names: tuple[str, ...] | None
-    _read: Callable[[int, int, int], Batches] = field(repr=False)
-    _content: Callable[[], str] = field(repr=False)
-    stored_shape: ImageShape | None = None
-    num_lossy: int = 0
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        found: ImageShape,
+        wanted: ImageShape | None,
+        labels: NDArray[np.int64] | None = None,
+        class_names: tuple[str, ...] | None = None,
+        num_lossy: int = 0,
+    ):
+        self.name = name
+        self.count = count
+        self.image_shape = wanted or found
+        self.stored_shape = found if found != self.image_shape else None
+        self.labels = labels
+        self.class_names = class_names
+        self.num_lossy = num_lossy
+        if self.stored_shape is not None:
+            sizes = _size(self.stored_shape), _size(self.image_shape)
+            logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, *sizes)
 
     def batches(self, batch_size: int = 64, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """The images `start` up to `stop` in order: uint8 (B, 3, H, W); the last batch may be smaller.
@@ -70,8 +83,14 @@ class EvaluationImages:
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
     def fingerprint(self) -> str:
-        """SHA-256 that equal images of an equal form have, wherever they lie: of their stored bytes and their size."""
+        """SHA-256 that equal images of an equal form have, wherever they are: of their stored bytes and their size."""
         return hashlib.sha256(f"{self._content()} {_size(self.image_shape)}".encode()).hexdigest()
+
+    @abstractmethod
+    def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]: ...
+
+    @abstractmethod
+    def _content(self) -> str: ...
 
 
 def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> EvaluationImages:
@@ -89,128 +108,113 @@ def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> 
     """
     path = Path(text).expanduser()
     if path.suffix.lower() == ".npz":
-        return _open_npz(text, path, image_shape)
-    source = open_images(text)
-    found: ImageShape | None
-    if isinstance(source, StoredSource):
-        found = _common_shape(source, image_shape)
-        has_classes = len(source.class_names) > 1
-    else:
-        found = image_shape
-        has_classes = True
-    if found is None:
-        raise DataError(f"{text} has no image size of its own.", "Say which size to measure at.")
-    if image_shape is not None and found != image_shape:
-        _warn_resize(text, found, image_shape)
-    return EvaluationImages(
-        name=text,
-        count=len(source),
-        image_shape=image_shape or found,
-        labels=source.labels if has_classes else None,
-        class_names=source.class_names if has_classes else None,
-        _read=_source_reader(source, image_shape or found),
-        _content=lambda: _source_content(source),
-        stored_shape=found if image_shape not in (None, found) else None,
-        num_lossy=sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names),
-    )
+        return _NpzImages(text, path, image_shape)
+    return _SourceImages(text, open_images(text), image_shape)
 
 
-def _source_reader(source: ImageSource, image_shape: ImageShape) -> Callable[[int, int, int], Batches]:
-    def read(batch_size: int, start: int, stop: int) -> Batches:
-        for pixels, _ in pixel_batches(source, image_shape, range(start, stop), batch_size):
+class _SourceImages(EvaluationImages):
+    """Images of a folder, of shards, or bundled ones."""
+
+    def __init__(self, text: str, source: ImageSource, wanted: ImageShape | None):
+        self.source = source
+        stored = isinstance(source, StoredSource)
+        found = self._common_shape(wanted)
+        has_classes = not stored or len(source.class_names) > 1
+        super().__init__(
+            text,
+            len(source),
+            found,
+            wanted,
+            source.labels if has_classes else None,
+            source.class_names if has_classes else None,
+            sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names),
+        )
+
+    def _common_shape(self, wanted: ImageShape | None) -> ImageShape:
+        """The size that all images have; where one is wanted, the size of one image that differs, if any."""
+        source = self.source
+        if not isinstance(source, StoredSource):
+            if wanted is None:
+                raise DataError(f"{source.name} has no image size of its own.", "Specify a size to measure at.")
+            return wanted
+        shapes = source.stored_shapes(range(len(source)))
+        expected = wanted or shapes[0]
+        other = next((index for index, shape in enumerate(shapes) if shape != expected), None)
+        if other is None:
+            return expected
+        if wanted is None:
+            raise DataError(
+                f"{source.name} holds images of several sizes: {source.item_names[0]} is {_size(expected)},"
+                f" {source.item_names[other]} is {_size(shapes[other])} pixels (height×width).",
+                "Images are measured as they are, so bring them to one size first.",
+            )
+        return shapes[other]
+
+    def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]:
+        for pixels, _ in pixel_batches(self.source, self.image_shape, range(start, stop), batch_size):
             yield pixels
 
-    return read
+    def _content(self) -> str:
+        """What the images are: every file's bytes in order, or for bundled data its name."""
+        if not isinstance(self.source, StoredSource):
+            return f"{self.source.name}:{self.source.split} {self.source.fingerprint()}"
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(reading_threads()) as pool:
+            for content in pool.map(self.source.digest, range(len(self.source))):
+                digest.update(content.encode())
+        return digest.hexdigest()
 
 
-def _source_content(source: ImageSource) -> str:
-    """What the images are: every file's bytes in order, or for bundled data its name, which stands for its content."""
-    if not isinstance(source, StoredSource):
-        return f"{source.name}:{source.split} {source.fingerprint()}"
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(reading_threads()) as pool:
-        for content in pool.map(source.digest, range(len(source))):
-            digest.update(content.encode())
-    return digest.hexdigest()
+class _NpzImages(EvaluationImages):
+    """An array of an npz file, read front to back: nothing but one batch is ever in memory."""
 
+    def __init__(self, text: str, path: Path, wanted: ImageShape | None):
+        if not path.is_file():
+            raise DataError(f"{text} does not exist.")
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+                array = next((name for name in IMAGE_ARRAYS if name in arrays), None)
+                if array is None:
+                    found = ", ".join(arrays) or "nothing"
+                    hint = "These are statistics of images, which can serve as --reference." if "mu" in arrays else None
+                    raise DataError(f"{text} holds no images: expected an array arr_0 or images, found {found}.", hint)
+                self.array = f"{array}.npy"
+                with archive.open(self.array) as file:
+                    self.shape = _read_header(file, f"{text}, array {array}")
+                labels = (_read_labels(archive, name, self.shape[0]) for name in LABEL_ARRAYS if name in arrays)
+                super().__init__(text, self.shape[0], self.shape[1:], wanted, next(labels, None))
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            raise _damaged(text, error) from None
 
-def _common_shape(source: StoredSource, wanted: ImageShape | None) -> ImageShape:
-    """The size that all stored images have; where one is wanted, the size of one image that differs, if any."""
-    shapes = source.stored_shapes(range(len(source)))
-    expected = wanted or shapes[0]
-    other = next((index for index, shape in enumerate(shapes) if shape != expected), None)
-    if other is None:
-        return expected
-    if wanted is None:
-        raise DataError(
-            f"{source.name} holds images of several sizes: {source.item_names[0]} is {_size(expected)},"
-            f" {source.item_names[other]} is {_size(shapes[other])} pixels (height×width).",
-            "Images are measured as they are, so bring them to one size first.",
-        )
-    return shapes[other]
+    def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]:
+        count, height, width = self.shape
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.array) as file:
+                _read_header(file, f"{self.name}, array {self.array}")
+                if start:
+                    file.seek(start * height * width * 3, 1)
+                for first in range(start, stop, batch_size):
+                    size = min(batch_size, stop - first)
+                    wanted = size * height * width * 3
+                    content = file.read(wanted)
+                    if len(content) < wanted:
+                        raise EOFError(f"it ends within images {first} to {first + size - 1} of {count}")
+                    pixels = np.frombuffer(content, np.uint8).reshape(size, height, width, 3)
+                    if self.stored_shape is not None:
+                        resized = (resize_and_crop(Image.fromarray(image), self.image_shape) for image in pixels)
+                        pixels = np.stack([np.asarray(image) for image in resized])
+                    yield pixels
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            raise _damaged(self.name, error) from None
 
-
-def _warn_resize(name: str, found: ImageShape, wanted: ImageShape) -> None:
-    logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, _size(found), _size(wanted))
+    def _content(self) -> str:
+        return sha256_of_file(self.path)
 
 
 def _size(shape: ImageShape) -> str:
     return f"{shape[0]}×{shape[1]}"
-
-
-def _open_npz(text: str, path: Path, image_shape: ImageShape | None) -> EvaluationImages:
-    if not path.is_file():
-        raise DataError(f"{text} does not exist.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            array = next((name for name in IMAGE_ARRAYS if name in arrays), None)
-            if array is None:
-                found = ", ".join(arrays) or "nothing"
-                hint = "These are statistics of images, which can serve as --reference." if "mu" in arrays else None
-                raise DataError(f"{text} holds no images: expected an array arr_0 or images, found {found}.", hint)
-            with archive.open(f"{array}.npy") as file:
-                shape = _read_header(file, f"{text}, array {array}")
-            labels = next((_read_labels(archive, name, shape[0]) for name in LABEL_ARRAYS if name in arrays), None)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        raise _damaged(text, error) from None
-    count, height, width = shape
-    if image_shape is not None and (height, width) != image_shape:
-        _warn_resize(text, (height, width), image_shape)
-    return EvaluationImages(
-        name=text,
-        count=count,
-        image_shape=image_shape or (height, width),
-        labels=labels,
-        class_names=None,
-        _read=lambda batch_size, start, stop: _npz_batches(text, path, array, batch_size, image_shape, start, stop),
-        _content=lambda: sha256_of_file(path),
-        stored_shape=(height, width) if image_shape not in (None, (height, width)) else None,
-    )
-
-
-def _npz_batches(
-    text: str, path: Path, array: str, batch_size: int, image_shape: ImageShape | None, start: int, stop: int
-) -> Batches:
-    """Read a part of an array of an npz file front to back: nothing but one batch is ever in memory."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{array}.npy") as file:
-            count, height, width = _read_header(file, f"{text}, array {array}")
-            if start:
-                file.seek(start * height * width * 3, 1)
-            for first in range(start, stop, batch_size):
-                size = min(batch_size, stop - first)
-                wanted = size * height * width * 3
-                content = file.read(wanted)
-                if len(content) < wanted:
-                    raise EOFError(f"it ends within images {first} to {first + size - 1} of {count}")
-                pixels = np.frombuffer(content, np.uint8).reshape(size, height, width, 3)
-                if image_shape is not None and (height, width) != image_shape:
-                    resized = (resize_and_crop(Image.fromarray(image), image_shape) for image in pixels)
-                    pixels = np.stack([np.asarray(image) for image in resized])
-                yield pixels
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        raise _damaged(text, error) from None
 
 
 def _damaged(text: str, error: Exception) -> DataError:
@@ -226,7 +230,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _read_header(file: IO[bytes], where: str) -> tuple[int, int, int]:
-    """Number, height and width of the images whose npy header stands at the file's position."""
+    """Number, height and width of the images whose npy header is at the file's position."""
     try:
         shape, fortran_order, dtype = _npy_header(file)
     except ValueError as error:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvar_core.config import ModelConfig
-from mvar_core.data.vectors import read_vectors
-from mvar_core.data.words import ENCODER, class_of_words, embed_words, phrasings
+from mvar_core.data.vectors import ENCODER, class_of_words, embed_words, phrasings, read_vectors
 from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
 
 LONGEST_NAME = 40

@@ -13,8 +13,7 @@ from mvar_core.data.images import ImageSource, open_images
 from mvar_core.data.token_writer import write_token_cache
 from mvar_core.data.tokens import smallest_unsigned
 from mvar_core.data.transforms import Views
-from mvar_core.data.vectors import Vectors, file_vectors, word_vectors
-from mvar_core.data.words import ENCODER
+from mvar_core.data.vectors import ENCODER, Vectors, file_vectors, word_vectors
 from mvar_core.distributed import connect
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash

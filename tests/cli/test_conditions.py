@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mvar_core.config.presets import load_config
 from mvar_core.data.tokens import TokenCache
-from mvar_core.data.words import embed_words
+from mvar_core.data.vectors import embed_words
 from mvar_core.models.directory import read_model_config
 from mvar_core.pipeline import Pipeline
 from mvar_core.sampling.images import Samples

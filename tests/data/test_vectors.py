@@ -14,8 +14,7 @@ from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, open_images
 from mvar_core.data.token_writer import write_token_cache
 from mvar_core.data.tokens import TokenCache, split_off
-from mvar_core.data.vectors import Vectors, file_vectors, read_vectors, word_vectors
-from mvar_core.data.words import embed_words, phrasings
+from mvar_core.data.vectors import Vectors, embed_words, file_vectors, phrasings, read_vectors, word_vectors
 from mvar_core.errors import DataError
 
 SIZES = TokenizerConfig(

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mvar_core.data.words import class_of_words, class_vectors, embed_words, phrasings
+from mvar_core.data.vectors import class_of_words, embed_words, phrasings, word_vectors
 from mvar_core.errors import DataError
 
 FROZEN = "ca44cea8ccbe8d4a0a600ed13c45d3531ebfd306c703fe5979c920b9ce0799a7"
@@ -21,7 +21,7 @@ def test_vectors_are_the_same_everywhere() -> None:
     assert vectors.dtype == np.float32
     assert hashlib.sha256(vectors.tobytes()).hexdigest() == FROZEN
     code = (
-        "import hashlib; from mvar_core.data.words import embed_words;"
+        "import hashlib; from mvar_core.data.vectors import embed_words;"
         "print(hashlib.sha256(embed_words(['seven', 'a golden retriever'], 64).tobytes()).hexdigest())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "123"}
@@ -66,8 +66,8 @@ def test_class_of_words() -> None:
     assert class_of_words("number seven", DIGITS) == -1
 
 
-def test_class_vectors_hold_every_phrasing() -> None:
-    table = class_vectors(DIGITS, 16)
+def test_word_vectors_hold_every_phrasing() -> None:
+    table = word_vectors(DIGITS, 16).values
     assert table.shape == (10, 4, 16)
     assert np.array_equal(table[3, 2], embed_words(["the digit three"], 16)[0])
 

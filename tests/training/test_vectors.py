@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar_core.data.words import embed_words
+from mvar_core.data.vectors import embed_words
 from mvar_core.errors import CheckpointError, DataError
 from mvar_core.models.directory import load_transformer, read_model_config
 from mvar_core.training.loop import train_transformer

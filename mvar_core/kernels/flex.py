@@ -30,10 +30,10 @@ BLOCK = 128
 """Queries and keys of a block, the size for which FlexAttention's own kernels are made."""
 
 SMALLEST_WIDTH = 16
-"""Head widths are padded to powers of two from here on, which every version of FlexAttention's kernels takes."""
+"""Head widths are padded to powers of two from here on, which every version of FlexAttention's kernels accepts."""
 
 WORTHWHILE_SHARE = 0.5
-""""auto" takes FlexAttention where it visits at most this share of the blocks; by counting, not measured."""
+""""auto" chooses FlexAttention where it visits at most this share of the blocks; by counting, not measured."""
 
 
 def attend_flex(
@@ -75,13 +75,13 @@ def _attend_uncompiled(
 
 
 def _padded(x_BHND: Tensor) -> Tensor:
-    """Zeros up to a head width that the kernels take; they add nothing to a product."""
+    """Zeros up to a head width that the kernels accept; they add nothing to a product."""
     width = x_BHND.shape[-1]
     padding = max(SMALLEST_WIDTH, 1 << (width - 1).bit_length()) - width
     return F.pad(x_BHND, (0, padding)) if padding else x_BHND
 
 
-_numbers = itertools.count()
+_names = itertools.count()
 
 
 @lru_cache(maxsize=512)
@@ -108,7 +108,7 @@ def _compiled(
         assert isinstance(o_BHQD, Tensor)
         return o_BHQD
 
-    attend.__code__ = attend.__code__.replace(co_name=f"attend_flex_{next(_numbers)}")
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_flex_{next(_names)}")
     return torch.compile(attend, fullgraph=True)
 
 

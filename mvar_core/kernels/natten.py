@@ -52,7 +52,7 @@ def _attend_single(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Atte
 def _attend_kernels(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
     """NATTEN's compiled kernels, which have a backward pass of their own and accept the prefix as additional keys."""
     width = q_BHQD.shape[-1]
-    # The kernels take head widths in multiples of 8; zeros add nothing to a product.
+    # The kernels accept head widths in multiples of 8; zeros add nothing to a product.
     q_BHQD, k_BHKD, v_BHKD = (F.pad(x, (0, -width % 8)) for x in (q_BHQD, k_BHKD, v_BHKD))
     prefix = {}
     if pattern.prefix_tokens:
@@ -65,7 +65,7 @@ def _attend_kernels(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Att
 def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
     """NATTEN through FlexAttention, forward only; the prefix is attended apart and merged in by weight."""
     width = q_BHQD.shape[-1]
-    # FlexAttention under NATTEN takes head widths of 8, 16, 32 …; zeros add nothing to a product.
+    # FlexAttention under NATTEN accepts head widths of 8, 16, 32 …; zeros add nothing to a product.
     padding = max(8, 1 << (width - 1).bit_length()) - width
     q_BHQD, k_BHKD, v_BHKD = (F.pad(x, (0, padding)) for x in (q_BHQD, k_BHKD, v_BHKD))
     with warnings.catch_warnings():
@@ -86,13 +86,13 @@ def _neighborhood_attention(
 ) -> tuple[Tensor, Tensor]:
     """NATTEN's output (B, H, Q, D) and logarithm of the sum of exponentials (B, H, Q, 1).
 
-    NATTEN takes (B, sides…, H, D) and no window below 2, so an axis of a single position is left out.
+    NATTEN accepts (B, sides…, H, D) and no window below 2, so an axis of a single position is left out.
     """
     from natten.functional import na1d, na2d
 
     sides = tuple(side for side in pattern.grid if side > 1)
     window = tuple(side for side in pattern.window_grid if side > 1)
-    # Contiguous, because NATTEN's merge of additional keys takes an output of no other layout than the kernels'.
+    # Contiguous, because NATTEN's merge of additional keys accepts no other layout than the kernels' output.
     q, k, v = (
         x[:, :, -pattern.queries :].transpose(1, 2).unflatten(1, sides).contiguous() for x in (q_BHQD, k_BHKD, v_BHKD)
     )

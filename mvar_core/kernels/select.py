@@ -22,7 +22,7 @@ BACKENDS: tuple[Backend, ...] = (natten.BACKEND, flex.BACKEND, tiled.BACKEND, de
 """All backends, in the order in which "auto" considers them."""
 
 BACKEND_NAMES: tuple[str, ...] = ("auto", *sorted(backend.name for backend in BACKENDS))
-"""What `attend` takes as `backend`."""
+"""What `attend` accepts as `backend`."""
 
 logger = logging.getLogger("mvar")
 
@@ -107,7 +107,7 @@ def available_backends(
 def _choose(call: AttentionCall) -> Backend:
     passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS:
-        # In this order: to learn that it cannot run may take importing it, which takes longer than to pass it over.
+        # In this order, because `cannot_run` may import a package, and `not_chosen` never does.
         reason = backend.not_chosen(call) or backend.cannot_run(call)
         if reason is None:
             kind = "windowed" if call.pattern.is_windowed else "whole"

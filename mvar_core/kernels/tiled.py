@@ -8,7 +8,7 @@ Copies are what makes small tiles slow, so few are made. The map is cut into str
 are copied once, and the tiles above one another in it read overlapping rows of that copy in place. Keys of earlier
 scales, which every query sees, are the exception: they are copied before each tile's.
 
-The backward pass keeps nothing but the inputs: it takes the pieces again, one after the other.
+The backward pass keeps nothing but the inputs: it computes the pieces again, one after the other.
 
 Shapes: B batch, H heads, G = some of B·H, N tokens of the scale, Y rows, X columns, Q queries, K keys, D head width,
 P prefix keys, T tiles of a strip, q queries of a tile, k keys of a tile, y rows and x columns of a piece.
@@ -33,7 +33,7 @@ from mvar_core.kernels.dense import STRIP_ROWS
 from mvar_core.pyramid import AttentionPattern, Grid, window_start
 
 PIECE_ELEMENTS = 1 << 20
-"""Numbers copied and computed at a time: bounds the memory beyond inputs and output, and fits a processor's cache."""
+"""Elements copied and computed at a time: bounds the memory beyond inputs and output, and fits a processor's cache."""
 
 WORTHWHILE_TOKENS = 24 * 24
 """Tokens of a scale from which "auto" considers tiles on other devices than a CPU; a guess, not measured."""
@@ -208,7 +208,7 @@ class _Piece:
         return x_GTkD
 
     def add_keys(self, dx_GTkD: Tensor, dx_BHKD: Tensor) -> None:
-        """The adjoint of `_keys`: add what each tile says of its keys to the sums."""
+        """The adjoint of `_keys`: add each tile's gradients of its keys to the sums."""
         rows, inside = self._key_rows, self._inside(self._key_rows)
         step, halo = self.tiling.tile_rows, self.tiling.halo_rows
         columns = self.strip.key_columns
@@ -234,7 +234,7 @@ class _Piece:
         halo = Grid(tiling.halo_rows, strip.halo)
         window = tiling.pattern.window_grid
         mask_Tqk = tile_mask(tiling.row_starts, strip.starts, halo, window, like.dtype, like.device)
-        # Of four dimensions: PyTorch's fused kernel for a CPU does not take three.
+        # Of four dimensions: PyTorch's fused kernel for a CPU does not accept three.
         mask_1Tqk = mask_Tqk[None, self.tiles.start : self.tiles.stop]
         return F.pad(mask_1Tqk, (self.prefix, 0)) if self.prefix else mask_1Tqk
 
@@ -284,7 +284,7 @@ class _Piece:
 
 
 def _pieces(pattern: AttentionPattern, q_BHQD: Tensor) -> Iterator[_Piece]:
-    """Everything, in pieces of about `PIECE_ELEMENTS` numbers; heads outside, so that their maps stay in the cache."""
+    """Everything, in pieces of about `PIECE_ELEMENTS` elements; heads outside, so that their maps stay in the cache."""
     batch, heads, _, width = q_BHQD.shape
     tiling = plan_tiling(pattern, heads)
     tile_elements = max(_elements(tiling, strip, width) for strip in tiling.strips)
@@ -300,7 +300,7 @@ def _pieces(pattern: AttentionPattern, q_BHQD: Tensor) -> Iterator[_Piece]:
 
 
 def _elements(tiling: Tiling, strip: Strip, width: int) -> int:
-    """Numbers that one tile of a strip adds to a piece."""
+    """Elements that one tile of a strip adds to a piece."""
     prefix = tiling.pattern.prefix_tokens
     queries = tiling.tile_rows * len(strip.starts)
     if not prefix:
@@ -321,7 +321,7 @@ def is_faster_than_dense(pattern: AttentionPattern, dtype: torch.dtype, needs_gr
     """Whether tiles are expected to beat dense attention, by their costs for 16 heads on a CPU.
 
     Forward, in float32 and in half precision alike, between which the measured crossover hardly differs. Never a
-    function of the batch, so that a sample's numbers do not change with its neighbours.
+    function of the batch, so that a sample's values do not change with its neighbours.
     """
     tiled = tiled_cost(plan_tiling(pattern))
     if not needs_grad:

@@ -29,7 +29,7 @@ class KeyValueCache:
     """Keys and values of earlier scales, for scales that are processed one after the other.
 
     Only scales that a later one may still see are kept: none for scale-Markov models, all for VAR. A scale's buffers
-    hold all rows of a batch; parts of the batch fill and read theirs through `rows`.
+    hold all rows of a batch; subsets of the batch fill and read theirs through `rows`.
 
     Args:
         num_rows: Rows of the whole batch, the unconditional ones included.
@@ -60,7 +60,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Some rows of a cache, in the order in which a part of the batch holds them.
+    """Some rows of a cache, in the order in which a subset of the batch holds them.
 
     Attributes:
         cache: The cache.
@@ -126,7 +126,7 @@ class AttentionContext:
 
 
 class ScaleAttention(nn.Module):
-    """Multi-head self-attention in which each scale sees what its pattern says.
+    """Multi-head self-attention in which each scale sees what its pattern shows.
 
     With L2 attention queries and keys are normalised per head, queries are multiplied by a learned scale per head (at
     most 100), and the softmax has scale 1; without it the softmax has scale 0.25/√D.

@@ -41,8 +41,8 @@ def check_compiler(device: torch.device) -> None:
 def compiled_blocks(transformer: Transformer, wanted: bool) -> Iterator[None]:
     """While entered, the transformer's blocks are compiled, if that is wanted.
 
-    Names of parameters stay. Each block is compiled by itself, which takes a fraction of the time that the whole model
-    takes.
+    Names of parameters stay. Each block is compiled by itself, in a fraction of the time that the whole model
+    would need.
     """
     if not wanted:
         yield
@@ -87,7 +87,7 @@ def room_for_shapes(transformer: Transformer) -> Iterator[None]:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether some part of a module is compiled."""
+    """Whether a module or one of its submodules is compiled."""
     return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules())
 
 

@@ -1,17 +1,17 @@
-"""What a transformer is told about an image: a class label, or a vector that the user computed.
+"""What a transformer is conditioned on: a class label for each image, or a vector that the user computed.
 
-Everything else deals in *conditions*: one tensor with a row for each image, which a `Conditioner` turns into the
-embedding that AdaLN and the start token are made of. One value stands for no condition; training puts it in a part of
-the rows, guidance asks for it.
+Everything else handles *conditions*: one tensor with a row for each image, which a `Conditioner` turns into the
+embedding that AdaLN and the start token are made of. One value stands for no condition; training puts it in a fraction
+of the rows, guidance asks for it.
 """
 
-# Shape suffixes: B batch, U distinct conditions, C width of the transformer, X numbers of a condition's vector.
+# Shape suffixes: B batch, U distinct conditions, C width of the transformer, X values of a condition's vector.
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ Conditions = Sequence[int] | Sequence[Sequence[float]] | Tensor | np.ndarray
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What conditions say to every layer: computed once per condition, laid out for a batch only where it is used.
+    """What conditions contribute to every layer: computed once per condition, laid out for a batch where it is used.
 
     Attributes:
         embedding_UC: Embeddings of the conditions.
@@ -46,7 +46,7 @@ class Conditioning:
 
     def select(self, rows: Tensor) -> Conditioning:
         """The conditioning of a batch whose rows have the given entries, which may repeat."""
-        return Conditioning(self.embedding_UC, self.blocks_U6C, self.head_U2C, self._of(rows))
+        return replace(self, rows_B=rows if self.rows_B is None else self.rows_B[rows])
 
     def embedding(self) -> Float[Tensor, "B C"]:
         """The embedding of each row's condition."""
@@ -59,9 +59,6 @@ class Conditioning:
     def head(self) -> Float[Tensor, "B 2 C"]:
         """The head's AdaLN vectors for each row."""
         return self._laid_out(self.head_U2C)
-
-    def _of(self, rows: Tensor) -> Tensor:
-        return rows if self.rows_B is None else self.rows_B[rows]
 
     def _laid_out(self, table: Tensor) -> Tensor:
         return table if self.rows_B is None else table[self.rows_B]
@@ -88,11 +85,11 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def null(self, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """So many conditions that say nothing."""
+        """`count` null conditions."""
 
     @abstractmethod
     def drop(self, conditions: Tensor, dropped_B: Bool[Tensor, " B"]) -> Tensor:
-        """The conditions, those that are dropped replaced by the one that says nothing."""
+        """The conditions, those that are dropped replaced by the null condition."""
 
     @abstractmethod
     def distinct(self, conditions: Tensor) -> tuple[Tensor, Int[Tensor, " B"]]:
@@ -109,7 +106,7 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def examples(self, count: int) -> Tensor:
-        """So many conditions to measure with, as different from each other as can be."""
+        """`count` conditions to measure with, as different from each other as can be."""
 
     @abstractmethod
     def check_data(self, conditions: Tensor) -> None:
@@ -143,15 +140,11 @@ class ClassConditioner(nn.Embedding, Conditioner):
         self.num_classes = num_classes
 
     def read(self, conditions: Conditions) -> Int[Tensor, " B"]:
-        """Labels 0 … num_classes; the last stands for no class.
-
-        Raises:
-            ConfigError: A label that does not exist, or vectors.
-        """
+        """Labels 0 … num_classes; the last stands for no class."""
         labels_B = torch.as_tensor(conditions)
         if labels_B.ndim != 1 or (labels_B.numel() and labels_B.is_floating_point()):
             raise ConfigError(
-                f"The model is conditioned on classes and takes one label for each image; found {_described(labels_B)}."
+                f"The model is conditioned on classes and expects one label per image; found {_described(labels_B)}."
             )
         labels_B = labels_B.cpu().long()
         if labels_B.numel() and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.num_classes:
@@ -188,14 +181,10 @@ class ClassConditioner(nn.Embedding, Conditioner):
         return torch.arange(count) * 37 % self.num_classes
 
     def check_data(self, conditions: Tensor) -> None:
-        """Refuse labels above the classes, and what is no label.
-
-        Raises:
-            DataError: Says what it is instead.
-        """
+        """Refuse labels above the classes, and what is no label."""
         if conditions.ndim != 1 or conditions.is_floating_point():
             raise DataError(
-                f"The tokens come with conditions that are {_described(conditions)}; the model takes class labels."
+                f"The tokens come with conditions that are {_described(conditions)}; the model expects class labels."
             )
         if int(conditions.max()) >= self.num_classes:
             raise DataError(
@@ -212,10 +201,10 @@ class VectorConditioner(Conditioner):
     """Vectors that the user computed, projected to the width; a learned embedding stands for none.
 
     Vectors of length 1 start with embeddings of the size that class tables have. Among the conditions a row of nan is
-    the one that says nothing, so that conditions stay one tensor, whatever splits or gathers them.
+    the null condition, so that conditions stay one tensor, whatever splits or gathers them.
 
     Args:
-        dim: Numbers of a vector, X.
+        dim: Values of a vector, X.
         width: C.
     """
 
@@ -237,11 +226,7 @@ class VectorConditioner(Conditioner):
         return torch.where(absent_B1, self.no_vector, embedding_BC)
 
     def read(self, conditions: Conditions) -> Float[Tensor, "B X"]:
-        """Vectors (B, X), float32; a row of nan stands for none.
-
-        Raises:
-            ConfigError: Labels, vectors of another length, or with infinite or some but not only nan numbers.
-        """
+        """Vectors (B, X), float32; a row of nan stands for none."""
         vectors_BX = torch.as_tensor(conditions)
         if vectors_BX.numel() == 0:
             return torch.empty(0, self.dim)
@@ -253,7 +238,7 @@ class VectorConditioner(Conditioner):
         vectors_BX = vectors_BX.detach().cpu().float()
         usable_B = vectors_BX.isfinite().all(1) | vectors_BX.isnan().all(1)
         if not usable_B.all():
-            raise ConfigError(f"Vector {int(usable_B.int().argmin())} holds numbers that are not finite.")
+            raise ConfigError(f"Vector {int(usable_B.int().argmin())} holds values that are not finite.")
         return vectors_BX
 
     def null(self, count: int, device: torch.device | str = "cpu") -> Float[Tensor, "B X"]:
@@ -286,15 +271,11 @@ class VectorConditioner(Conditioner):
         return F.normalize(vectors_BX, dim=1)
 
     def check_data(self, conditions: Tensor) -> None:
-        """Refuse labels, and vectors of another length.
-
-        Raises:
-            DataError: Says what they are instead.
-        """
+        """Refuse labels, and vectors of another length."""
         if conditions.ndim != 2 or conditions.shape[1] != self.dim or not conditions.is_floating_point():
             raise DataError(
                 f"The tokens come with conditions that are {_described(conditions)}; the model is conditioned on"
-                f" vectors of {self.dim} numbers.",
+                f" vectors of {self.dim} values.",
                 "Make a cache that holds such vectors: mvar tokenize --words, or --vectors FILE.",
             )
 

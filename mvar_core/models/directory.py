@@ -43,7 +43,7 @@ def save_model(
 
     Args:
         directory: Where to; made if missing. What else it holds stays.
-        config: The model; without a transformer that part of it is left out.
+        config: The model; its transformer section is left out where there is no transformer.
         tokenizer: State of the VQVAE, in our names.
         transformer: State of the transformer, in our names.
     """
@@ -109,7 +109,7 @@ def load_transformer(
     if config.transformer is None or not (directory / TRANSFORMER_FILE).is_file():
         raise CheckpointError(
             f"{directory} holds a tokenizer but no transformer ({TRANSFORMER_FILE}).",
-            "Train one with `mvar train --checkpoint` on it, or give the model's directory.",
+            "Train one with `mvar train --tokenizer` on it, or name the model's directory.",
         )
     with meta_device():
         model = Transformer(config).to_compute_dtype(dtype)
@@ -162,7 +162,7 @@ def tokenizer_hash(directory: Path) -> str:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """What `tokenizer_hash` says of a directory that this tokenizer, in our names, is written to."""
+    """The `tokenizer_hash` of a directory that this tokenizer, in our names, is written to."""
     return _hash_of(state, lambda name: state[name].detach().cpu())
 
 
@@ -178,65 +178,52 @@ def _hash_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
 def check_state(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str | Path
 ) -> None:
-    """Refuse a set of tensors that is not exactly what a model has.
-
-    Args:
-        found: Shapes by name.
-        expected: Shapes by name.
-        source: The file, for the message.
+    """Refuse a set of tensors, given as shapes by name, that is not exactly what a model has.
 
     Raises:
         CheckpointError: Names the missing, extra and misshaped keys.
     """
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
-    misshaped = [name for name in sorted(set(expected) & set(found)) if tuple(found[name]) != tuple(expected[name])]
-    problems = []
-    if missing:
-        problems.append(f"missing {_some(missing)}")
-    if extra:
-        problems.append(f"unexpected {_some(extra)}")
-    if misshaped:
-        shapes = [f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}" for name in misshaped]
-        problems.append(f"wrong shape: {_some(shapes)}")
-    if problems:
-        hint = None
-        if len(missing) == len(extra) == 1:
-            hint = nearest(missing[0], extra)
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    misshaped = [
+        f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    kinds = {"missing": missing, "unexpected": extra, "wrong shape:": misshaped}
+    if problems := [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]:
+        hint = nearest(missing[0], extra) if len(missing) == len(extra) == 1 else None
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}.", hint)
 
 
 def model_card(config: ModelConfig) -> str:
     """A README for the model directory, in Markdown."""
-    lines = [f"# {config.name}", ""]
-    kind = "multi-scale residual VQVAE (tokenizer)"
-    if config.transformer is not None:
+    what, command = "multi-scale residual VQVAE (tokenizer)", "tokenize --tokenizer . --data FOLDER --out tokens"
+    facts = []
+    if (transformer := config.transformer) is not None:
+        what, command = (
+            "next-scale visual autoregressive model",
+            "sample --checkpoint . --class 0 --num 8 --out samples",
+        )
         prefixes = config.attention.scale_prefixes
         sees = "all earlier scales (VAR)" if prefixes == "all" else f"{prefixes} scale(s), its own included"
         windows = ", ".join(str(window) if window else "whole" for window in config.windows)
-        kind = "next-scale visual autoregressive model"
-        lines += [f"A {kind} for {config.image_shape[0]}×{config.image_shape[1]} images.", ""]
-        said = f"{config.transformer.num_classes} classes"
+        conditions = f"{transformer.num_classes} classes"
         if (dim := config.conditioning.dim) is not None:
-            said = f"conditioned on vectors of {dim} numbers"
-            said += f" ({config.conditioning.encoder})" if config.conditioning.encoder else ""
-        lines += [
-            f"- transformer: depth {config.transformer.depth}, width {config.transformer.embed_dim},"
-            f" {config.transformer.num_heads} heads, {said}",
-            f"- a token sees {sees}; windows per scale: {windows}",
-            f"- recommended sampling: cfg {config.sampling.cfg}, top-k {config.sampling.top_k},"
-            f" top-p {config.sampling.top_p}",
+            encoder = f" ({config.conditioning.encoder})" if config.conditioning.encoder else ""
+            conditions = f"conditioned on vectors of {dim} values{encoder}"
+        sampling = config.sampling
+        facts = [
+            f"transformer: depth {transformer.depth}, width {transformer.embed_dim},"
+            f" {transformer.num_heads} heads, {conditions}",
+            f"a token sees {sees}; windows per scale: {windows}",
+            f"recommended sampling: cfg {sampling.cfg}, top-k {sampling.top_k}, top-p {sampling.top_p}",
         ]
-    else:
-        lines += [f"A {kind} for {config.image_shape[0]}×{config.image_shape[1]} images.", ""]
-    lines.append(f"- token maps: {config.pyramid} ({config.pyramid.num_tokens} tokens); codebook of"
-                 f" {config.tokenizer.codebook_size} × {config.tokenizer.latent_channels}")  # fmt: skip
-    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in config.provenance.items()]
-    command = "sample --checkpoint . --class 0 --num 8 --out samples"
-    if config.transformer is None:
-        command = "tokenize --checkpoint . --data FOLDER --out tokens"
-    lines += ["", "```bash", f"mvar {command}", "```", ""]
-    return "\n".join(lines)
+    codebook = f"{config.tokenizer.codebook_size} × {config.tokenizer.latent_channels}"
+    facts.append(f"token maps: {config.pyramid} ({config.pyramid.num_tokens} tokens); codebook of {codebook}")
+    facts += [f"{key.replace('_', ' ')}: {value}" for key, value in config.provenance.items()]
+    height, width = config.image_shape
+    lines = [f"# {config.name}", "", f"A {what} for {height}×{width} images.", "", *(f"- {fact}" for fact in facts)]
+    return "\n".join([*lines, "", "```bash", f"mvar {command}", "```", ""])
 
 
 def _some(names: Iterable[str], count: int = 4) -> str:
@@ -262,13 +249,8 @@ def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mappi
     """Fill a model that stands on the meta device, in the dtypes that it has there.
 
     On a CPU, tensors that are stored in the model's dtype stay mapped from the file: they are read when they are used,
-    and the system may drop and read them again when memory is short.
-
-    Args:
-        model: What to fill.
-        path: The file.
-        device: Where to.
-        whole: What the file must hold, where the model is only a part of it.
+    and the system may drop and read them again when memory is short. `whole` is what the file must hold, where the
+    model lacks some of it.
     """
     expected = model.state_dict()
     with _open(path) as file:

@@ -30,7 +30,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh approximation) of x @ weight.T + bias over the last axis.
 
     In bfloat16 on a CPU, where no gradient is asked for, the activation is computed inside the product (oneDNN), from
-    its float32 sums: apart, it takes a fifth of the product's time.
+    its float32 sums: on its own, it costs a fifth of the product's time.
     """
     fuses = x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
     if fuses and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _has_fused_linear():

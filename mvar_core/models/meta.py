@@ -30,7 +30,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 def meta_device() -> Iterator[None]:
     """Modules made inside have shapes and dtypes but no values (the meta device); no random numbers are consumed.
 
-    To initialise on the meta device, torch would import its compiler and sympy: more seconds than a first image takes.
+    To initialise on the meta device, torch would import its compiler and sympy: longer than generating a first image.
     """
     with torch.device("meta"), _WithoutInitialisation():
         yield

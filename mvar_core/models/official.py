@@ -30,19 +30,19 @@ Kind = Literal["var", "mvar"]
 State = dict[str, Tensor]
 
 BUFFERS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
-"""Last parts of the names of published buffers, which follow from the configuration."""
+"""Last components of the names of published buffers, which follow from the configuration."""
 
 IMAGENET_CLASSES = 1000
 
 FLOAT32_PARTS = ("quantizer.", "head.", "head_modulation.")
-"""Parts whose results need float32 in any case, and which are therefore stored in it."""
+"""Modules whose results need float32 in any case, and which are therefore stored in it."""
 
 PUBLISHED_SAMPLING: dict[tuple[Kind, int], SamplingConfig] = {
     ("mvar", 16): SamplingConfig(cfg=2.7, top_k=1200, top_p=0.99),
     ("mvar", 20): SamplingConfig(cfg=1.5, top_k=900, top_p=0.96),
     ("mvar", 24): SamplingConfig(cfg=1.4, top_k=900, top_p=0.96),
 }
-"""Published sampling settings by kind and depth; every other model takes VAR's."""
+"""Published sampling settings by kind and depth; every other model has VAR's."""
 
 
 def read_official(path: Path, *, mapped: bool = True) -> State:
@@ -447,7 +447,7 @@ def published_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state in another dtype; empties the given one on the way."""
+    """The state in another dtype; empties the original to free memory."""
     cast = {}
     for name in list(state):
         value = state.pop(name)

@@ -22,7 +22,7 @@ from mvar_core.pyramid import Grid, ScalePyramid
 
 
 class QuantizerOutput(NamedTuple):
-    """What one training pass of the quantizer gives."""
+    """What one training pass of the quantizer returns."""
 
     features_BZhw: Tensor
     """f̂, with the gradient of the features (straight-through)."""

@@ -6,7 +6,7 @@ a later scale sees an earlier one.
 """
 
 # Shape suffixes: B batch, L tokens (of all scales that are processed together), C width, Z latent channels,
-# V codebook entries, X numbers of a vector that the model is conditioned on.
+# V codebook entries, X values of a vector that the model is conditioned on.
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Vectors that models may be conditioned on, as text encoders give them."""
+"""Vectors that models may be conditioned on, as text encoders return them."""
 
-# Shape suffixes: B texts or images, T positions of a sequence, X numbers of a vector.
+# Shape suffixes: B texts or images, T positions of a sequence, X values of a vector.
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def pool_sequence(
 ) -> Float[Tensor, "B X"]:
     """One vector for each sequence: the mean over the positions that the mask keeps.
 
-    What a text encoder gives (T5's or CLIP's `last_hidden_state` with the tokenizer's `attention_mask`) becomes what a
-    model is conditioned on.
+    What a text encoder returns (T5's or CLIP's `last_hidden_state` with the tokenizer's `attention_mask`) becomes what
+    a model is conditioned on.
 
     Args:
         sequence_BTX: Embeddings; those of masked positions may hold anything, nan included.

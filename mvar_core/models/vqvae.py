@@ -18,7 +18,7 @@ from mvar_core.pyramid import ScalePyramid
 
 
 class TokenizerOutput(NamedTuple):
-    """What one training pass of the tokenizer gives."""
+    """What one training pass of the tokenizer returns."""
 
     images_BCHW: Tensor
     """Reconstruction, not clamped."""
@@ -274,7 +274,7 @@ class VQVAE(nn.Module):
 
         Args:
             images_BCHW: In [-1, 1].
-            commitment: Weight of the part of the quantizer's loss that pulls the features to the codebook.
+            commitment: Weight of the term of the quantizer's loss that pulls the features to the codebook.
             shown_scales_B: From how many of its first scales each image is decoded; all by default.
         """
         features_BZhw = self.encode_features(images_BCHW)

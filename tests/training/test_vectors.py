@@ -97,7 +97,7 @@ def test_the_run_directory_is_a_model_of_vectors(train, tmp_path: Path):
     _, trained, _, _ = train("run", "train.steps=2", "conditioning.encoder=mine")
     config = read_model_config(tmp_path / "run")
     assert (config.conditioning.kind, config.conditioning.dim, config.conditioning.encoder) == ("vector", 12, "mine")
-    assert "vectors of 12 numbers (mine)" in (tmp_path / "run" / "README.md").read_text()
+    assert "vectors of 12 values (mine)" in (tmp_path / "run" / "README.md").read_text()
     loaded = load_transformer(tmp_path / "run", config)
     assert torch.equal(loaded.conditioner.projection.weight, trained.conditioner.projection.weight)
 
@@ -111,8 +111,8 @@ def test_another_encoder_is_another_run(train):
 def test_what_does_not_fit_is_refused(make_config, make_tokens, make_models, tmp_path):
     config, other = make_config(*VECTOR), make_config()
     for asked, tokens, message in (
-        (config, make_tokens(config), "conditioned on vectors of 12 numbers"),
-        (other, VectorTokens(make_tokens(other)), "the model takes class labels"),
+        (config, make_tokens(config), "conditioned on vectors of 12 values"),
+        (other, VectorTokens(make_tokens(other)), "the model expects class labels"),
     ):
         model, tokenizer = make_models(asked)
         with pytest.raises(DataError, match=message):

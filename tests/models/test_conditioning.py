@@ -147,7 +147,7 @@ def test_class_conditioners_refuse_vectors_and_unknown_labels() -> None:
     assert torch.equal(conditioner.read([1, 5]), torch.tensor([1, 5]))
     with pytest.raises(ConfigError, match="class 6 does not exist"):
         conditioner.read([1, 6])
-    with pytest.raises(ConfigError, match="one label for each image"):
+    with pytest.raises(ConfigError, match="one label per image"):
         conditioner.read(torch.ones(2, DIM))
 
 

@@ -73,9 +73,11 @@ class Transformer(nn.Module):
         return cast("Conditioner", self.get_submodule(self._conditioner))
 
     @property
-    def no_class(self) -> int:
-        """The number of class labels, and in models that are conditioned on them the one that stands for no class."""
+    def null_label(self) -> int:
+        """The label that stands for no class, which follows the last class: the number of class labels."""
         return self.config.num_classes
+
+    no_class = null_label
 
     def no_decay_names(self) -> set[str]:
         """Names of the parameters that are exempt from weight decay: vectors, biases, tables and positions."""

@@ -154,7 +154,7 @@ def test_class_conditioners_refuse_vectors_and_unknown_labels() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["conditioning.kind=vector"], "does not say how long"),
+        (["conditioning.kind=vector"], "conditioning.dim"),
         (["conditioning.dim=8"], "kind=vector"),
         (["conditioning.kind=words"], "kind"),
         (["conditioning.kind=vector", "conditioning.dim=0"], "dim"),

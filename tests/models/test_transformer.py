@@ -110,7 +110,7 @@ def test_dropped_labels_become_no_class() -> None:
     labels, inputs = random_inputs(config)
     with torch.no_grad():
         dropped = model.train()(labels, inputs, generator=generator(0))
-        assert torch.equal(dropped, model(torch.full_like(labels, model.no_class), inputs))
+        assert torch.equal(dropped, model(torch.full_like(labels, model.null_label), inputs))
 
 
 def test_weight_decay_leaves_vectors_and_tables_out() -> None:

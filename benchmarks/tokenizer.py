@@ -15,16 +15,15 @@ from typing import Any
 import machine
 import torch
 
-from mvar_cli.tokenizer_training import ImagesAlone, training_images
-from mvar_cli.training import seeded
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.training.metrics import read_metrics
 from mvar_core.training.perceptual import PerceptualLoss
-from mvar_core.training.record import read_metrics
-from mvar_core.training.tokenizer import train_tokenizer
-from mvar_core.training.tokenizer_measures import measure_tokenizer
+from mvar_core.training.tokenizer import measure_tokenizer, train_tokenizer
+from mvar_core.workflows.runs import seeded
+from mvar_core.workflows.train_tokenizer import ImagesAlone, training_images
 
 PROMISES = {"psnr": ("at least", 24.0), "code_usage": ("at least", 0.60), "seconds": ("at most", 300)}
 PRESET = "tokenizer-64"

@@ -30,7 +30,7 @@ from mvar_core.data.tokens import TokenCache
 from mvar_core.io.files import read_json, write_json
 from mvar_core.pipeline import Pipeline
 from mvar_core.training.checkpoints import remove_checkpoints
-from mvar_core.training.record import read_metrics
+from mvar_core.training.metrics import read_metrics
 from mvar_core.workflows.bench_row import Request, measure_alone
 
 ROUNDS = 3

@@ -24,8 +24,7 @@ from mvar_cli.ablation_request import (
 )
 from mvar_cli.old_console import Console, format_seconds
 from mvar_cli.tokenization import tokenize_run
-from mvar_cli.tokenizer_training import train_tokenizer_run
-from mvar_cli.training import fit_to_tokens, held_out
+from mvar_cli.training import fit_to_tokens, held_out, train_tokenizer_run
 from mvar_core.analysis.ablation import settings_of
 from mvar_core.config import RunConfig
 from mvar_core.config.training import DataConfig

@@ -54,9 +54,29 @@ SUBCOMMANDS = (
 )
 """Commands that are words behind another command."""
 
+_LOOP = {
+    "--accumulate": "Use --micro-batch N, the images computed together, or --set {}.accumulate=N.",
+    "--keep": "Use --set {}.keep=N.",
+    "--sample-every": "Use --set {}.sample_every=N.",
+    "--tensorboard": "Use --set {}.tensorboard=true.",
+    "--wandb": "Use --set {}.wandb=true.",
+}
+
+
+def _loop(section: str) -> dict[str, str]:
+    return {option: instead.format(section) for option, instead in _LOOP.items()}
+
+
 MOVED: dict[str, dict[str, str]] = {
     "plan": {"--list": "`mvar plan` alone lists the presets."},
     "tokenize": {"--shard-images": "Leave it out: the size of a shard follows from the number of images."},
+    "train-tokenizer": _loop("train_tokenizer"),
+    "train": _loop("train"),
+    "finetune-from-var": {
+        **_loop("train"),
+        "--image-size": "Use --set image_size=512.",
+        "--pyramid": "Use --set patch_sizes=1,2,3, or make a model directory with `mvar convert --pyramid`.",
+    },
 }
 """Options of earlier versions, by command, and what to type now."""
 

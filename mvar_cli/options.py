@@ -141,6 +141,38 @@ class MachineOptions(DeviceOptions):
     ] = False
 
 
+class TokenizerLoopOptions(Group):
+    """Keys of a training section that have options of their own; all others are changed by --set."""
+
+    steps: Steps = None
+    batch_size: BatchSize = None
+    micro_batch: Annotated[
+        int | None,
+        typer.Option("--micro-batch", min=1, metavar="N", rich_help_panel=MACHINE,
+                     help="Images computed together; the gradient is that of the whole batch."),
+    ] = None  # fmt: skip
+    ema: Annotated[
+        float | None,
+        typer.Option("--ema", metavar="DECAY", help="Average the weights, e.g. 0.999.", rich_help_panel=LOOP),
+    ] = None
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option("--checkpoint-every", min=1, metavar="N", rich_help_panel=LOOP,
+                     help="Steps between checkpoints, and between validations."),
+    ] = None  # fmt: skip
+
+
+class LoopOptions(TokenizerLoopOptions):
+    """Those of the transformer's training section."""
+
+    epochs: Epochs = None
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--activation-checkpointing/--no-activation-checkpointing", rich_help_panel=MACHINE,
+                     help="Compute blocks again in the backward pass: less memory, more time."),
+    ] = None  # fmt: skip
+
+
 class SamplingMachineOptions(MachineOptions):
     """The same for sampling, whose memory can be bounded."""
 
@@ -176,9 +208,12 @@ if TYPE_CHECKING:  # what a command's function receives
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
     Sampling = mvar.SamplingConfig
+    Loop = mvar.LoopSettings
+    TokenizerLoop = mvar.TokenizerLoopSettings
 else:
     Device, Machine, SamplingMachine = DeviceOptions, MachineOptions, SamplingMachineOptions
     MemoryDevice, Sampling = MemoryDeviceOptions, SamplingOptions
+    Loop, TokenizerLoop = LoopOptions, TokenizerLoopOptions
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

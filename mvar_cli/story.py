@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mvar_core.config import RunConfig
     from mvar_core.evaluation.demo_scores import DemoScores as Measures
-    from mvar_core.training.tokenizer import TokenizerTrainResult
+    from mvar_core.workflows.train_tokenizer import TrainTokenizerResult
 
 
 @dataclass
 class Results:
     """What the page and the JSON object are made from."""
 
-    tokenizer: TokenizerTrainResult
+    tokenizer: TrainTokenizerResult
     measures: Measures
     config: RunConfig
     stage_seconds: dict[str, float]

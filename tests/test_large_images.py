@@ -15,8 +15,8 @@ from mvar_core.models import blocks
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import AttentionPattern
-from mvar_core.training.loop import train_transformer
-from mvar_core.training.record import read_metrics
+from mvar_core.training.metrics import read_metrics
+from mvar_core.training.transformer import train_transformer
 
 SIZES = {"512": (2240, 10, 6), "256x384": (1030, 10, 7), "1024": (9451, 14, 8)}
 """Tokens of an image, scales, and scales before the first windowed one."""

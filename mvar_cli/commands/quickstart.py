@@ -115,8 +115,7 @@ class Story:
         """Train, draw, measure, write the page."""
         from mvar_cli.story import Results
         from mvar_cli.tokenization import tokenize_run
-        from mvar_cli.tokenizer_training import train_tokenizer_run
-        from mvar_cli.training import fit_to_tokens, train_run
+        from mvar_cli.training import fit_to_tokens, train_run, train_tokenizer_run
         from mvar_core.data.tokens import TokenCache
         from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
         from mvar_core.evaluation.demo_scores import score_samples as measure_samples

@@ -1,29 +1,65 @@
-"""The state of a training run, from which the run goes on as if it had not stopped.
+"""The state of a training run, from which the run resumes as if it had not stopped.
 
-It is one file; of a sliced model it is a directory (mvar_core.training.sharded).
+A checkpoint is one file. Of a sharded model it is a directory into which every process writes its shards, in
+torch.distributed.checkpoint's format, and which any number of processes reads; what is not sharded is in its state.pt.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
+import random
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from mvar_core.distributed import World
 from mvar_core.errors import CheckpointError
-from mvar_core.io.files import atomic_path
-from mvar_core.io.resumable import flattened
-from mvar_core.training.sharded import UNREADABLE, damaged, load_shards
+from mvar_core.io.files import atomic_path, sync_directory
+from mvar_core.io.resumable import differences
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 BEST = "best"
 """Name of the model directory inside a run directory that holds the weights of the best validation."""
+SHARDED = ".sharded"
+"""How the names of sharded checkpoints, which are directories, end."""
 _FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})(\.pt|\.sharded)")
+_REST = "state.pt"
+_METADATA = ".metadata"
+_INDEX_CLASSES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}  # fmt: skip
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError)
+"""What reading a damaged file raises."""
+
+
+def damaged(path: Path, error: BaseException) -> CheckpointError:
+    """What to raise for a checkpoint that cannot be read."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return CheckpointError(
+        f"{path} cannot be read as a training checkpoint: {reason[0]}",
+        "Delete it to resume from the one before, or start anew with --overwrite.",
+    )
 
 
 @dataclass
@@ -34,7 +70,7 @@ class TrainingState:
         step: Steps done.
         settings: What the run was asked to do: nested mappings of plain values; compared when resuming.
         model: State dict of what is trained.
-        optimizer: The optimizer's moments of each parameter, by its name.
+        optimizer: The optimizer's state of each parameter, by its name.
         scaler: State dict of the fp16 gradient scaler; empty without one.
         objective: Further tensors that the objective carries from step to step.
         window: Sums of the measures since the last line of metrics.jsonl, and how many steps each sums.
@@ -177,18 +213,11 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         CheckpointError: Some settings differ; names them with both values.
     """
-    before, now = flattened(found), flattened(json.loads(json.dumps(wanted)))
-    absent = "absent"
-    differing = [
-        f"{key} (checkpoint {before.get(key, absent)}, now {now.get(key, absent)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, absent) != now.get(key, absent)
-    ]
-    if differing:
-        shown = ", ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
+    describe = "{} (checkpoint {}, now {})".format
+    if differing := differences(found, wanted, describe=describe):
         raise CheckpointError(
-            f"{path} belongs to a run with other settings: {shown}.",
-            "Go back to those settings to resume it, or choose another --out, or start anew with --overwrite.",
+            f"{path} belongs to a run with other settings: {differing}.",
+            "Use those settings to resume it, choose another --out, or add --overwrite to start over.",
         )
 
 
@@ -205,3 +234,167 @@ def _remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
+    """Write `path` whole or not at all; all processes call this together.
+
+    Args:
+        path: The directory.
+        content: Nested mappings; tensors that are sharded are written shard by shard.
+        world: The processes.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    sharded, rest, places = _separated(content)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if world.is_rank_zero:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    save(sharded, storage_writer=FileSystemWriter(temporary))  # returns when all have written
+    if world.is_rank_zero:
+        with atomic_path(temporary / _REST, durable=True) as file:
+            torch.save({"rest": rest, "places": places}, file)
+        sync_directory(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    world.barrier()
+
+
+def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Read a directory that any number of processes wrote.
+
+    Args:
+        path: The directory.
+        mesh: Processes that each take a shard, and call this together; without it, tensors are whole and on the CPU.
+
+    Raises:
+        CheckpointError: The directory is damaged, or holds code.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        kept = torch.load(path / _REST, map_location="cpu", weights_only=True)
+        content, places = kept["rest"], kept["places"]
+        reader = _reader(path)
+        described = reader.read_metadata().state_dict_metadata
+        tensors = {key: _empty(described[key].size, described[key].properties.dtype, mesh) for key in places}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it says that it reads alone
+            load(tensors, storage_reader=reader, no_dist=mesh is None)
+    except (*UNREADABLE, KeyError, TypeError, CheckpointException) as error:
+        raise damaged(path, error) from None
+    for key, tensor in tensors.items():
+        target = content
+        *parents, name = places[key]
+        for parent in parents:
+            target = target[parent]
+        target[name] = tensor
+    return dict(content)
+
+
+def _separated(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, list[str | int]]]:
+    """The sharded tensors by a name for each, everything else as it was nested, and where the tensors belong in it."""
+    from torch.distributed.tensor import DTensor
+
+    sharded: dict[str, Tensor] = {}
+    places: dict[str, list[str | int]] = {}
+
+    def walk(value: Any, place: list[str | int]) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        kept = {}
+        for name, inner in value.items():
+            if isinstance(inner, DTensor):
+                key = "/".join(map(str, [*place, name]))
+                sharded[key], places[key] = inner, [*place, name]
+            else:
+                kept[name] = walk(inner, [*place, name])
+        return kept
+
+    return sharded, walk(content, []), places
+
+
+def _empty(size: Any, dtype: torch.dtype, mesh: DeviceMesh | None) -> Tensor:
+    if mesh is None:
+        return torch.empty(size, dtype=dtype)
+    from torch.distributed.tensor import Shard, empty
+
+    return empty(*size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+
+
+def _reader(path: Path) -> Any:
+    """Torch's reader of such directories, but for the index: torch would run whatever code the index names."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with (path / _METADATA).open("rb") as file:
+                metadata = IndexUnpickler(file).load()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(path)
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Takes the plain classes that an index consists of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name in the index stands for.
+
+        Raises:
+            UnpicklingError: It is no part of a checkpoint.
+        """
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _INDEX_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of a checkpoint")
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """A member of an enumeration, in the place of getattr, which would reach anything."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"its index asks {kind!r} for {name!r}, which is no part of a checkpoint")
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of the global generators of torch (CPU and device), numpy and Python, as tensors and plain values.
+
+    Nothing in mvar uses them while it trains: what a step draws follows from (seed, step). A user's data source or
+    callback may.
+    """
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+        "python": (version, internal, gauss),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators back; what the state does not hold, or this machine does not have, stays as it is."""
+    if not state:
+        return
+    torch.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mvar_core.config.training import AdversarialConfig
+from mvar_core.distributed import world
 from mvar_core.errors import ConfigError
 from mvar_core.runtime import generator
 from mvar_core.training.optim import build_optimizer, learning_rate
@@ -198,7 +199,11 @@ class Adversary:
             share = len(real_BCHW) / total
             (loss * share).backward()
             means += share * torch.stack([loss.detach(), real.detach().mean(), fake.detach().mean()])
-        average_gradients(self.network)
+        job = world()
+        if job.world_size > 1:
+            for parameter in self.network.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(job.all_reduce_sum(parameter.grad) / job.world_size)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.grad_clip or math.inf)
         if not bool(norm.isfinite()):
             return
@@ -231,7 +236,7 @@ class Adversary:
         return {**network, **moments, "lecam_means": self.lecam_means, "window": self.window}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.network.load_state_dict(
             {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         )
@@ -244,14 +249,3 @@ class Adversary:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.lecam_means = state["lecam_means"].to(self.device)
         self.window = state["window"].to(self.device)
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Average the gradients over all processes of a job; one process alone keeps its own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    count = torch.distributed.get_world_size()
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= count

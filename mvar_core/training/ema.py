@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mvar_core.training.optim import by_kind
 
 
-class WeightAverage:
+class EMA:
     """The average of a module's trained parameters, in their own type and place.
 
     Step t (from 0) moves the average by 1 - min(decay, (1 + t) / (10 + t)) towards the weights, so that the random
@@ -29,7 +29,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take the weights in.
+        """Move the average towards the weights.
 
         Args:
             steps: How often that was done before.
@@ -63,6 +63,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         for name, average in self._average.items():
             average.copy_(state[name])

@@ -28,6 +28,8 @@ from mvar_core.pyramid import Grid, ScalePyramid
 Action = Literal["loaded", "resized", "interpolated", "initialised", "ignored"]
 Classes = Literal["auto", "keep", "resize", "reinit"]
 """What becomes of the class table: `load_pretrained`."""
+START_REPORT = "started-from.json"
+"""The file of a run directory that lists what became of the weights that the run started from."""
 
 _CLASSES, _START, _POSITIONS, _SCALES = (
     "class_embedding.weight",

@@ -1,7 +1,8 @@
-"""What the training engine is told: the objective that is trained, the plan of how, and the outcome that it gives."""
+"""What a trainer is given and what it returns: the objective, the plan, a report after each step, and the outcome."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -12,7 +13,38 @@ from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
 from mvar_core.config.training import LoopConfig
-from mvar_core.training.record import StepReport
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished step, for progress bars.
+
+    Attributes:
+        step: Steps done, this one included.
+        total_steps: Steps of the whole run.
+        loss: Loss of this step; nan where the step was skipped.
+        learning_rate: Learning rate of this step.
+        grad_norm: Norm of the gradient before clipping.
+        images_per_second: Throughput since the run or the last line of metrics.jsonl began.
+        skipped: Steps left out so far because their loss or gradient was not finite.
+        metrics: The line just appended to metrics.jsonl; empty on the steps between.
+        tokens_per_second: Throughput in tokens.
+        peak_memory_bytes: Highest memory so far.
+        seconds_left: Until the last step, at the speed of this session; nan before there is one.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    images_per_second: float
+    skipped: int
+    metrics: Mapping[str, Any]
+    tokens_per_second: float = math.nan
+    peak_memory_bytes: int = 0
+    seconds_left: float = math.nan
+
 
 OnStep = Callable[[StepReport], None]
 OnSample = Callable[[int], np.ndarray | None]
@@ -25,7 +57,7 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class BatchPart:
-    """The rows of a step's batch that are computed together: all of them, or a micro-batch, or a process's share.
+    """Rows of a step's batch that are computed together: all of them, a micro-batch, or a process's share.
 
     Attributes:
         start: First row.
@@ -53,7 +85,7 @@ class Objective(Protocol[Batch]):
     """What is trained, and on what."""
 
     metric_names: tuple[str, ...]
-    """Names of the values that `loss` returns beside the loss; nan there is a measure that a step does not have."""
+    """Names of the values that `loss` returns next to the loss; nan there is a measure that a step does not have."""
     num_rows: int
     """Rows that there are to train on."""
     tokens_per_image: int
@@ -65,10 +97,10 @@ class Objective(Protocol[Batch]):
     def loss(self, model: nn.Module, batch: Batch, step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Mean loss of some rows with its gradient, and the values named by `metric_names` without one.
 
-        Called under autocast. What is drawn for a row must not depend on which rows are computed together.
+        Called under autocast. What is random for a row must not depend on which rows are computed together.
 
         Args:
-            model: What is trained, as the strategy wrapped it: the loss goes through its `forward`.
+            model: What is trained, as it is wrapped for the processes: the loss goes through its `forward`.
             batch: The rows.
             step: Steps done before this one.
             part: Where the rows stand in the step's batch.
@@ -96,11 +128,11 @@ class Objective(Protocol[Batch]):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors carried from step to step beside the model."""
+        """Tensors carried from step to step next to the model."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         ...
 
 
@@ -113,9 +145,9 @@ class Plan:
         train: Batch size, optimizer, micro-batches, averages, the rhythm of logs and checkpoints.
         device: Where to compute; the model is there.
         dtype: Type that autocast computes in; parameters stay in float32.
-        seed: Of everything that is drawn.
+        seed: Of everything random.
         settings: What a resumed run must agree on.
-        resume: Whether to go on from the last checkpoint in `out`.
+        resume: Whether to resume from the last checkpoint in `out`.
     """
 
     total_steps: int

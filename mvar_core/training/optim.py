@@ -68,12 +68,12 @@ def parameter_groups(module: nn.Module, weight_decay: float, no_decay: Collectio
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    # Operations on lists of tensors take no mixture of sliced and whole ones.
+    # Operations on lists of tensors take no mixture of sharded and whole ones.
     return [{**group, "params": kind} for group in groups for kind in by_kind(group["params"]) if kind]
 
 
 def by_kind(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that are sliced over processes, and those that this process has whole."""
+    """Tensors that are sharded over processes, and those that this process has whole."""
     if not dist.is_available():
         return [], list(tensors)
     from torch.distributed.tensor import DTensor
@@ -81,13 +81,15 @@ def by_kind(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return [t for t in tensors if isinstance(t, DTensor)], [t for t in tensors if not isinstance(t, DTensor)]
 
 
-def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Any]]:
     """What an optimizer keeps of each parameter, by its name: that does not depend on groups and their order."""
     return {name: dict(state) for name, weight in module.named_parameters() if (state := optimizer.state.get(weight))}
 
 
-def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take back what `moments` gave; numbers of steps stay where the optimizer wants them, moments go to the weights.
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, found: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Restore what `optimizer_state` returned; each value goes to the device where the optimizer wants it.
 
     Raises:
         KeyError: A parameter that the module does not have.

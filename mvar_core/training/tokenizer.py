@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
@@ -23,20 +24,31 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
-from mvar_core.training.distributed import choose_strategy
-from mvar_core.training.engine import optimise
 from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
+from mvar_core.training.parallel import Parallel, choose_parallel
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
-from mvar_core.training.strategy import Strategy
-from mvar_core.training.tokenizer_measures import ImageBatchSource, measure_tokenizer, psnr
+from mvar_core.training.trainer import optimise
 
 _ADVERSARY = "adversary."
+_MEASURED_IMAGES = 2048
 _COMPARED_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "data")
 
 
+class ImageBatchSource(Protocol):
+    """Images to train on, with whatever views of them there are."""
+
+    def __len__(self) -> int:
+        """Rows: images times views."""
+        ...
+
+    def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of rows, float32; what is drawn at random, as crops, is the step's."""
+        ...
+
+
 @dataclass(frozen=True)
-class TokenizerTrainResult:
+class TokenizerOutcome:
     """How the training of a tokenizer ended.
 
     Attributes:
@@ -93,10 +105,10 @@ class TokenizerObjective:
         dtype: torch.dtype = torch.float32,
         perceptual: PerceptualLoss | None = None,
         keep_codebook: bool = False,
-        strategy: Strategy | None = None,
+        parallel: Parallel | None = None,
     ):
         self.vqvae = vqvae
-        self.strategy = strategy or Strategy()
+        self.parallel = parallel or Parallel()
         self.images = images
         self.validation = validation
         self.train = train
@@ -191,7 +203,9 @@ class TokenizerObjective:
             for step in range(batches)
         ]
         start_codebook(self.vqvae.quantizer, torch.cat(features), self.seed)
-        self.strategy.copy_first(self.vqvae.quantizer.codebook)  # k-means may round differently on another machine
+        self.parallel.world.broadcast_tensor(
+            self.vqvae.quantizer.codebook
+        )  # k-means may round differently on another machine
 
     def after_step(self, batch: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Let the discriminator learn, and restart the codes that were not used since the last restart."""
@@ -204,17 +218,16 @@ class TokenizerObjective:
         done = step + 1
         if not self.train.revive_every or done % self.train.revive_every or done > self.revival_end:
             return
-        part = self.strategy.part(self.train.batch_size)
-        features = self.strategy.gather_rows(self.vqvae.encode_features(self._on_device(batch)), part)
-        counts_V = self.strategy.add_up(self.revival_counts_V)
+        features = self._all_rows(self.vqvae.encode_features(self._on_device(batch)))
+        counts_V = self.parallel.world.all_reduce_sum(self.revival_counts_V)
         source = generator("revive", self.seed, step)
         self.revived += revive_dead_codes(self.vqvae.quantizer, features, counts_V, optimizer, source)
-        self.strategy.copy_first(self.vqvae.quantizer.codebook)
+        self.parallel.world.broadcast_tensor(self.vqvae.quantizer.codebook)
         self.revival_counts_V.zero_()
 
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
         """Mean losses and PSNR, and the use of codes since the last line."""
-        counts_SV = self.strategy.add_up(self.line_counts_SV)
+        counts_SV = self.parallel.world.all_reduce_sum(self.line_counts_SV)
         line = {
             **{name: means[name] for name in self.metric_names},
             "usage_per_scale": (counts_SV > 0).double().mean(dim=1).tolist(),
@@ -241,7 +254,7 @@ class TokenizerObjective:
 
     def state(self) -> dict[str, Tensor]:
         """Counts since the last line and the last restart, and the discriminator with its optimizer."""
-        add_up = self.strategy.add_up
+        add_up = self.parallel.world.all_reduce_sum
         own = {
             "line": add_up(self.line_counts_SV), "revival": add_up(self.revival_counts_V), "revived": self.revived
         }  # fmt: skip
@@ -249,14 +262,21 @@ class TokenizerObjective:
         return {**own, **{_ADVERSARY + name: value for name, value in others.items()}}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        own = int(self.strategy.first)  # the counts of all processes go on in one of them
+        """Restore what `state` returned."""
+        own = int(self.parallel.world.is_rank_zero)  # the counts of all processes go on in one of them
         self.line_counts_SV = state["line"].to(self.device) * own
         self.revival_counts_V = state["revival"].to(self.device) * own
         self.revived = state["revived"]
         if self.adversary is not None:
             names = [name for name in state if name.startswith(_ADVERSARY)]
             self.adversary.load_state({name.removeprefix(_ADVERSARY): state[name] for name in names})
+
+    def _all_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, of a batch of which `rows` are this one's; their shares need not be equal."""
+        part = self.parallel.part(self.train.batch_size)
+        every = rows.new_zeros(part.total, *rows.shape[1:])
+        every[part.start : part.stop] = rows
+        return self.parallel.world.all_reduce_sum(every)
 
     def _on_device(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
@@ -278,7 +298,7 @@ def train_tokenizer(
     perceptual: PerceptualLoss | None = None,
     started_from: Mapping[str, Any] | None = None,
     keep_codebook: bool = False,
-) -> TokenizerTrainResult:
+) -> TokenizerOutcome:
     """Train a tokenizer and leave a run directory that is also a model directory without a transformer.
 
     Running it again in the same `out` goes on from the last checkpoint; a finished run is only measured again.
@@ -313,7 +333,7 @@ def train_tokenizer(
     check_images(images, config)
     check_losses(config, perceptual)
     # A pyramid of few scales does not use all convolutions φ.
-    strategy = choose_strategy(device, dtype, train.batch_size, partial=True)
+    parallel = choose_parallel(device, dtype, train.batch_size, partial=True)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = TokenizerObjective(
         vqvae,
@@ -327,7 +347,7 @@ def train_tokenizer(
         dtype=dtype,
         perceptual=perceptual,
         keep_codebook=keep_codebook,
-        strategy=strategy,
+        parallel=parallel,
     )
     settings = comparable_settings(config, _COMPARED_SECTIONS, train)
     plan = Plan(
@@ -340,15 +360,15 @@ def train_tokenizer(
         resume=resume,
     )
     no_decay = {"quantizer.codebook"}
-    outcome = optimise(vqvae, objective, plan, config, out, no_decay=no_decay, on_step=on_step, strategy=strategy)
+    outcome = optimise(vqvae, objective, plan, config, out, no_decay=no_decay, on_step=on_step, parallel=parallel)
     measures = None
     if not outcome.interrupted:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)
         facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": outcome.steps, "seed": seed}
-        if strategy.first:
+        if parallel.world.is_rank_zero:
             save_model(out, config.model.model_copy(update={"provenance": facts}), tokenizer=vqvae.state_dict())
-    strategy.wait()
-    return TokenizerTrainResult(
+    parallel.world.barrier()
+    return TokenizerOutcome(
         steps=outcome.steps,
         loss=outcome.loss,
         psnr=measures.psnr if measures else math.nan,
@@ -392,3 +412,86 @@ def check_losses(config: RunConfig, perceptual: PerceptualLoss | None) -> None:
             f" {'×'.join(map(str, config.image_shape))}.",
             "Set train_tokenizer.perceptual.weight=0.",
         )
+
+
+@dataclass(frozen=True)
+class TokenizerMeasures:
+    """How well a tokenizer reconstructs, and how it uses its codes.
+
+    Attributes:
+        psnr: Mean over images, in dB, on clamped reconstructions.
+        usage_per_scale: Part of the codebook that each scale uses.
+        perplexity_per_scale: How many codes each scale uses as if evenly.
+        code_usage: Part of the codebook that some scale uses.
+        images: How many images were measured.
+        psnr_by_scales: Mean PSNR of what the first scale, the first two, … decode to; empty where not asked for.
+    """
+
+    psnr: float
+    usage_per_scale: tuple[float, ...]
+    perplexity_per_scale: tuple[float, ...]
+    code_usage: float
+    images: int
+    psnr_by_scales: tuple[float, ...] = ()
+
+
+def psnr(images: Float[Tensor, "B C H W"], others: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+    """Peak signal-to-noise ratio of each pair, in dB, for images in [-1, 1]."""
+    errors_B = (images - others).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / errors_B.clamp_min(1e-12))
+
+
+@torch.no_grad()
+def measure_tokenizer(
+    vqvae: VQVAE,
+    images: ImageBatchSource,
+    *,
+    batch_size: int = 64,
+    limit: int = _MEASURED_IMAGES,
+    by_scales: bool = False,
+) -> TokenizerMeasures:
+    """Reconstruct up to `limit` images, evenly spread over the source, and count what they use.
+
+    Args:
+        vqvae: The tokenizer.
+        images: Where the images come from.
+        batch_size: Images at a time.
+        limit: How many images at most.
+        by_scales: Also decode from the first scale alone, the first two, …
+
+    Raises:
+        DataError: There are no images.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(np.int64))
+    if len(rows) == 0:
+        raise DataError("There are no images to measure the tokenizer on.")
+    codebook = vqvae.quantizer.codebook
+    pyramid, codes = vqvae.quantizer.pyramid, codebook.shape[0]
+    counts_SV = torch.zeros(pyramid.num_scales, codes, dtype=torch.long, device=codebook.device)
+    ratios, partial = [], []
+    for start in range(0, len(rows), batch_size):
+        images_BCHW = images.batch(rows[start : start + batch_size]).to(codebook.device)
+        tokens_BL = vqvae.encode(images_BCHW)
+        ratios.append(psnr(vqvae.decode(tokens_BL).float(), images_BCHW))
+        counts_SV += count_codes(tokens_BL, pyramid, codes)
+        if by_scales:
+            partial.append(_psnr_by_scales(vqvae, tokens_BL, images_BCHW))
+    return TokenizerMeasures(
+        psnr=float(torch.cat(ratios).mean()),
+        usage_per_scale=tuple((counts_SV > 0).double().mean(dim=1).tolist()),
+        perplexity_per_scale=tuple(perplexity(counts_SV).tolist()),
+        code_usage=float((counts_SV.sum(dim=0) > 0).double().mean()),
+        images=len(rows),
+        psnr_by_scales=tuple(torch.cat(partial).mean(dim=0).tolist()) if by_scales else (),
+    )
+
+
+def _psnr_by_scales(vqvae: VQVAE, tokens_BL: Tensor, images_BCHW: Tensor) -> Tensor:
+    """(B, S): of images decoded from their first 1, 2, … S scales."""
+    quantizer = vqvae.quantizer
+    fhat_BZhw = quantizer.empty_features(len(tokens_BL))
+    ratios = []
+    for scale, span in enumerate(quantizer.pyramid.spans):
+        fhat_BZhw = fhat_BZhw + quantizer.increment(quantizer.embed(tokens_BL[:, span]), scale)
+        ratios.append(psnr(vqvae.decode_features(fhat_BZhw).clamp(-1, 1).float(), images_BCHW))
+    return torch.stack(ratios, dim=1)

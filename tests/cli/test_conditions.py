@@ -39,7 +39,7 @@ def trained(words_preset: Path, model: Path, images: Path, tmp_path_factory: pyt
 
     out = tmp_path_factory.mktemp("run") / "run"
     arguments = ["train", "--preset", words_preset, "--checkpoint", model, "--data", images, "--out", out]
-    result = CliRunner().invoke(app, [*map(str, arguments), "--sample-every", "2", "--device", "cpu"])
+    result = CliRunner().invoke(app, [*map(str, arguments), "--set", "train.sample_every=2", "--device", "cpu"])
     assert result.exit_code == 0, result.stderr
     return out
 

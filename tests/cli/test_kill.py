@@ -24,7 +24,7 @@ from mvar_core.data.images import open_images
 from mvar_core.data.token_writer import write_token_cache
 from mvar_core.models.directory import load_tokenizer, save_model, tokenizer_hash
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.training.record import read_metrics
+from mvar_core.training.metrics import read_metrics
 
 CLOCKED = {"images_per_second", "tokens_per_second", "peak_memory_bytes"}
 
@@ -77,8 +77,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def command(digits: tuple[Path, Path], out: Path) -> list[str]:
     tokenizer, tokens = digits
-    settings = ("transformer.depth=2", "train.batch_size=8", "train.log_every=3", "train.checkpoint_every=5")
-    flags = ["--steps", "20", "--ema", "0.9", "--accumulate", "2", "--keep", "1", "--sample-every", "8"]
+    settings = (
+        "train.keep=1",
+        "train.sample_every=8",
+        "transformer.depth=2",
+        "train.batch_size=8",
+        "train.log_every=3",
+        "train.checkpoint_every=5",
+    )
+    flags = ["--steps", "20", "--ema", "0.9", "--micro-batch", "4"]
     return [
         "train", "--preset", "digits", "--tokens", str(tokens), "--validation", str(tokens), "--checkpoint",
         str(tokenizer), "--out", str(out), *flags, *(word for setting in settings for word in ("--set", setting)),

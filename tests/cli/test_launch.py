@@ -18,7 +18,7 @@ import torch
 from mvar_cli.app import COMMANDS, SUBCOMMANDS, load_command
 from mvar_core.data.tokens import TokenCache
 from mvar_core.distributed import Heartbeat, first_failure, lost_connection
-from mvar_core.training.record import read_metrics
+from mvar_core.training.metrics import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -92,8 +92,9 @@ def test_an_adversarial_run_with_all_options_ends_in_a_model_directory(train, tm
 
 
 def test_the_flags_of_the_loop_are_keys_of_the_tokenizer_section(train, tmp_path):
-    flags = {"micro-batch": 2, "ema": 0.5, "checkpoint-every": 1, "keep": 3}
+    flags = {"micro-batch": 2, "ema": 0.5, "checkpoint-every": 1}
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    given += ["--set", "train_tokenizer.keep=3"]
     assert train(*given, "--json").json["steps"] == 4
     written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["train_tokenizer"]
     assert {name: written[name.replace("-", "_")] for name in flags} == flags

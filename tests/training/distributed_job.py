@@ -18,14 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mvar_cli.processes import processes
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config
+from mvar_core.distributed import connect
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.training.loop import train_transformer
-from mvar_core.training.record import StepReport
+from mvar_core.training.objective import StepReport
 from mvar_core.training.tokenizer import train_tokenizer
+from mvar_core.training.transformer import train_transformer
 
 
 def setup() -> Any:
@@ -96,9 +96,9 @@ def told(task: dict[str, Any], rank: int, losses: dict[int, float], *results: An
 def main() -> None:
     torch.set_num_threads(1)
     helpers = setup()
-    with processes() as team:
+    with connect() as world:
         for task in json.loads(Path(sys.argv[1]).read_text()):
-            run(task, team.rank, helpers)
+            run(task, world.rank, helpers)
 
 
 if __name__ == "__main__":

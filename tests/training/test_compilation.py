@@ -13,7 +13,7 @@ from mvar_core.errors import BackendError
 from mvar_core.models.compilation import check_compiler, compiled_blocks, uncompiled
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.curriculum import JointCurriculum
-from mvar_core.training.loop import train_transformer
+from mvar_core.training.transformer import train_transformer
 
 # torch's compiler imports parts of torch that torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
@@ -114,7 +114,7 @@ spec.loader.exec_module(setup)
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.config.presets import load_config
-from mvar_core.training.loop import train_transformer
+from mvar_core.training.transformer import train_transformer
 torch.set_num_threads(1)
 out, recompute = Path(sys.argv[2]), sys.argv[3]
 weights, losses = [], []

@@ -17,8 +17,8 @@ from mvar_core.training.curriculum import (
     scales_alone,
     token_losses,
 )
-from mvar_core.training.loop import train_transformer
-from mvar_core.training.record import read_metrics
+from mvar_core.training.metrics import read_metrics
+from mvar_core.training.transformer import train_transformer
 
 ATTENTION = [
     ("attention.scale_prefixes=1", "attention.windows=[0,0,3]"),

@@ -20,12 +20,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.directory import load_transformer, read_model_config
-from mvar_core.training import distributed
-from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
-from mvar_core.training.distributed import choose_strategy
-from mvar_core.training.record import read_metrics
-from mvar_core.training.sharded import IndexUnpickler
-from mvar_core.training.strategy import Strategy
+from mvar_core.training.checkpoints import IndexUnpickler, checkpoints, latest_checkpoint, load_checkpoint
+from mvar_core.training.metrics import read_metrics
+from mvar_core.training.parallel import Parallel, check_batch, choose_parallel
 
 JOB = Path(__file__).with_name("distributed_job.py")
 SETTINGS = ("train.ema=0.9", "train.log_every=1", "train.checkpoint_every=5")
@@ -259,19 +256,17 @@ def test_an_index_may_name_members_of_enumerations_and_nothing_else_by_getattr()
             IndexUnpickler(io.BytesIO(pickle.dumps(Pickled(getattr, kind, name)))).load()
 
 
-def test_what_processes_cannot_share_is_refused(monkeypatch):
+def test_what_processes_cannot_share_is_refused():
     cpu = torch.device("cpu")
-    assert type(choose_strategy(cpu, torch.float32, 1)) is Strategy
+    assert type(choose_parallel(cpu, torch.float32, 1)) is Parallel
     with pytest.raises(ConfigError, match="--nproc"):
-        choose_strategy(cpu, torch.float32, 4, fsdp=True)
+        choose_parallel(cpu, torch.float32, 4, fsdp=True)
     with pytest.raises(ConfigError, match="bfloat16"):
-        choose_strategy(cpu, torch.float16, 4, fsdp=True)
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 4)
+        choose_parallel(cpu, torch.float16, 4, fsdp=True)
     with pytest.raises(ConfigError, match=r"3 images cannot be shared by 4.*--batch-size 4"):
-        choose_strategy(cpu, torch.float32, 3)
+        check_batch(3, 4)
     with pytest.raises(ConfigError, match=r"10 images.*multiple.*--batch-size 12"):
-        choose_strategy(cpu, torch.float32, 10, fsdp=True)
+        check_batch(10, 4, fsdp=True)
 
 
 def whole_curve(folder: Path) -> list[float]:

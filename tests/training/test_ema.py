@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from mvar_core.training.ema import WeightAverage
+from mvar_core.training.ema import EMA
 
 
 def test_the_average_is_the_closed_form():
     module = nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(0.0)
-    average = WeightAverage(module, 0.5)
+    average = EMA(module, 0.5)
     expected = 0.0
     for step in range(40):
         module.weight.data.fill_(float(step))
@@ -22,7 +22,7 @@ def test_the_average_is_the_closed_form():
 
 def test_in_place_gives_the_weights_back_to_the_bit():
     module = nn.Linear(3, 3)
-    average = WeightAverage(module, 0.9)
+    average = EMA(module, 0.9)
     with torch.no_grad():
         module.weight.add_(1 / 3)
     average.update(0)
@@ -38,4 +38,4 @@ def test_in_place_gives_the_weights_back_to_the_bit():
 def test_frozen_parameters_are_left_out():
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
-    assert set(WeightAverage(module, 0.9).state()) == {"weight"}
+    assert set(EMA(module, 0.9).state()) == {"weight"}

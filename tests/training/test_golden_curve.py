@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mvar_core.training.loop import train_transformer
-from mvar_core.training.record import read_metrics
+from mvar_core.training.metrics import read_metrics
+from mvar_core.training.transformer import train_transformer
 
 CURVES = {
     "attention.scale_prefixes=1": [3.03218, 2.86849, 2.95234, 2.88461, 2.56098, 2.92727],

@@ -18,9 +18,9 @@ from mvar_core.config.section import validate
 from mvar_core.errors import CheckpointError, DataError, MvarError
 from mvar_core.models.directory import load_transformer, read_model_config
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
-from mvar_core.training.loop import train_transformer
+from mvar_core.training.metrics import read_metrics
 from mvar_core.training.order import batch_rows
-from mvar_core.training.record import read_metrics
+from mvar_core.training.transformer import train_transformer
 
 FAST = ("train.steps=60", "train.checkpoint_every=30", "train.optimizer.lr=0.05", "transformer.gate_init=1.0")
 
@@ -127,7 +127,7 @@ import torch
 from mvar_core.config.presets import load_config
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.training.loop import train_transformer
+from mvar_core.training.transformer import train_transformer
 torch.set_num_threads({torch.get_num_threads()})
 config = load_config(None, (), setup.TINY)
 torch.manual_seed(0)

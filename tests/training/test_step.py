@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from mvar_core.distributed import World
 from mvar_core.errors import ConfigError
 from mvar_core.training.curriculum import build_curriculum
-from mvar_core.training.loop import TransformerObjective
 from mvar_core.training.objective import BatchPart, Plan
 from mvar_core.training.optim import learning_rate
-from mvar_core.training.step import Stepper, take_rows
-from mvar_core.training.strategy import Strategy
+from mvar_core.training.parallel import Parallel
+from mvar_core.training.trainer import Stepper, take_rows
+from mvar_core.training.transformer import TransformerObjective
 
 DROPPING = ("transformer.drop_path=0.5", "transformer.class_dropout=0.5")
 
@@ -19,7 +20,7 @@ DROPPING = ("transformer.drop_path=0.5", "transformer.class_dropout=0.5")
 def make_stepper(make_config, make_models, make_tokens):
     """A stepper for the tiny model with much dropping, whose draws must not depend on micro-batches."""
 
-    def make(*settings: str, dtype: torch.dtype = torch.float32, strategy: Strategy | None = None) -> Stepper:
+    def make(*settings: str, dtype: torch.dtype = torch.float32, parallel: Parallel | None = None) -> Stepper:
         config = make_config(*DROPPING, *settings)
         transformer, tokenizer = make_models(config)
         objective = TransformerObjective(
@@ -35,7 +36,7 @@ def make_stepper(make_config, make_models, make_tokens):
             seed=3,
         )
         plan = Plan(10, config.train, torch.device("cpu"), dtype, 3, {})
-        return Stepper(transformer, objective, plan, strategy or Strategy(), transformer.no_decay_names())
+        return Stepper(transformer, objective, plan, parallel or Parallel(), transformer.no_decay_names())
 
     return make
 
@@ -60,16 +61,16 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(make_stepper, setting
         assert torch.allclose(parts[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
-class Share(Strategy):
+class Share(Parallel):
     """One of several processes that never meet: what each computes can be added up here."""
 
     def __init__(self, rank: int, count: int):
-        self.rank, self.count = rank, count
+        super().__init__(World(rank, count))
 
 
 def test_shares_of_processes_average_to_the_gradient_of_the_batch(make_stepper):
     values, expected = gradients(make_stepper())
-    shares = [gradients(make_stepper(strategy=Share(rank, 3))) for rank in range(3)]
+    shares = [gradients(make_stepper(parallel=Share(rank, 3))) for rank in range(3)]
     assert torch.allclose(sum(share[0] for share in shares), values, rtol=1e-5, atol=1e-6)
     for name, gradient in expected.items():
         mean = sum(share[1][name] for share in shares) / 3
@@ -92,7 +93,7 @@ def test_dropping_decides_by_row_and_step(make_stepper):
 
 
 def test_parts_cover_the_batch():
-    whole = Strategy().part(10)
+    whole = Parallel().part(10)
     assert whole == BatchPart(0, 10, 10)
     assert [(part.start, part.stop) for part in whole.split(4)] == [(0, 4), (4, 8), (8, 10)]
     shares = [Share(rank, 3).part(10) for rank in range(3)]

@@ -17,11 +17,10 @@ from mvar_core.training.codebook import (
     revive_dead_codes,
     start_codebook,
 )
+from mvar_core.training.metrics import read_metrics
 from mvar_core.training.objective import BatchPart
 from mvar_core.training.perceptual import PerceptualLoss
-from mvar_core.training.record import read_metrics
-from mvar_core.training.tokenizer import TokenizerObjective, train_tokenizer
-from mvar_core.training.tokenizer_measures import measure_tokenizer, psnr
+from mvar_core.training.tokenizer import TokenizerObjective, measure_tokenizer, psnr, train_tokenizer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mvar_core.errors import ConfigError
-from mvar_core.training.trackers import check_trackers, flat_numbers, open_trackers
+from mvar_core.training.metrics import check_trackers, flat_numbers, open_trackers
 
 LINE = {"loss": 1.5, "scale_loss": [2.0, float("nan")], "val_loss": None, "note": "text", "skipped": 3}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mvar_core.data.vectors import embed_words
 from mvar_core.errors import CheckpointError, DataError
 from mvar_core.models.directory import load_transformer, read_model_config
-from mvar_core.training.loop import train_transformer
+from mvar_core.training.transformer import train_transformer
 
 VECTOR = ("conditioning.kind=vector", "conditioning.dim=12")
 WORDS = torch.from_numpy(embed_words(["red", "green", "blue"], 12))

@@ -1,7 +1,7 @@
-"""The loop that all training shares: resume, step, log, checkpoint, stop between steps when interrupted.
+"""The loop that all training shares: resume, step, log, checkpoint, and stop between steps when interrupted.
 
-What is trained is an objective; everything a step draws is a function of (seed, step), so that a resumed run does what
-an uninterrupted one would have done, to the bit on a CPU in float32.
+What is trained is an objective; everything random in a step is a function of (seed, step), so that a resumed run does
+what an uninterrupted one would have done, to the bit on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from mvar_core.allocator import keeping_all_freed_memory
 from mvar_core.config import RunConfig
 from mvar_core.distributed import InterruptFlag
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, MvarError
 from mvar_core.io.files import remove_leftovers, write_text
 from mvar_core.models.compilation import uncompiled
 from mvar_core.training.checkpoints import (
     TrainingState,
     check_settings,
     latest_checkpoint,
+    random_state,
     remove_checkpoints,
+    set_random_state,
 )
-from mvar_core.training.ema import WeightAverage
+from mvar_core.training.ema import EMA
+from mvar_core.training.metrics import Recorder, StepResult, check_trackers
 from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan
-from mvar_core.training.optim import load_moments, moments
-from mvar_core.training.order import prefetch
-from mvar_core.training.randomness import random_state, set_random_state
-from mvar_core.training.reporting import Recorder
-from mvar_core.training.step import Stepper
-from mvar_core.training.strategy import Strategy
-from mvar_core.training.trackers import check_trackers
+from mvar_core.training.optim import build_optimizer, learning_rate, load_optimizer_state, optimizer_state
+from mvar_core.training.order import batch_rows, prefetch
+from mvar_core.training.parallel import Parallel
+
+MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its scale, and halves it each time
 
 logger = logging.getLogger("mvar")
 
@@ -52,7 +53,7 @@ def optimise(
     no_decay: Collection[str] = (),
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
-    strategy: Strategy | None = None,
+    parallel: Parallel | None = None,
 ) -> Outcome:
     """Train `module` on an objective inside a run directory, from its last checkpoint if it has one.
 
@@ -66,10 +67,10 @@ def optimise(
         plan: Steps, batch size, optimizer, device.
         config: Written to config.yaml.
         out: The run directory.
-        no_decay: Names of parameters without weight decay, beside biases and 1-D ones.
+        no_decay: Names of parameters without weight decay, next to biases and 1-D ones.
         on_step: Called after every step; a KeyboardInterrupt from it ends the run as Ctrl-C does.
         on_sample: Called every `sample_every` steps and at the end.
-        strategy: Where the steps are computed; by default in this process alone.
+        parallel: How processes share the steps; by default this one computes them alone.
 
     Raises:
         CheckpointError: The last checkpoint is damaged or belongs to a run with other settings.
@@ -80,9 +81,9 @@ def optimise(
     if objective.num_rows < 1:
         raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
     check_trackers(plan.train)
-    session = _Session(module, objective, plan, out, strategy or Strategy(), no_decay)
+    session = _Session(module, objective, plan, out, parallel or Parallel(), no_decay)
     session.on_step, session.on_sample = on_step, on_sample
-    if session.strategy.first:
+    if session.parallel.world.is_rank_zero:
         for directory in (out, out / PICTURES):
             remove_leftovers(directory)
         if not plan.resume:
@@ -101,17 +102,17 @@ class _Session:
         objective: Objective[Any],
         plan: Plan,
         out: Path,
-        strategy: Strategy,
+        parallel: Parallel,
         no_decay: Collection[str],
     ) -> None:
         self.module = module
         self.objective = objective
         self.plan = plan
         self.out = out
-        self.strategy = strategy
-        self.stepper = Stepper(module, objective, plan, strategy, no_decay)
+        self.parallel = parallel
+        self.stepper = Stepper(module, objective, plan, parallel, no_decay)
         self.recorder = Recorder(objective, plan)
-        self.average = WeightAverage(module, plan.train.ema) if plan.train.ema else None
+        self.ema = EMA(module, plan.train.ema) if plan.train.ema else None
         self.step = 0
         self.best_step: int | None = None
         self.best_score = math.inf
@@ -119,11 +120,11 @@ class _Session:
         self.on_sample: OnSample | None = None
 
     def resume(self) -> None:
-        """Take everything back from the last checkpoint, if there is one."""
-        path = self.strategy.agree(latest_checkpoint(self.out))
+        """Restore everything from the last checkpoint, if there is one."""
+        path = self.parallel.world.broadcast_object(latest_checkpoint(self.out))
         if path is None:
             return
-        state = self.strategy.load(path, self.module)
+        state = self.parallel.load(path, self.module)
         check_settings(path, state.settings, self.plan.settings)
         if state.step > self.plan.total_steps:
             logger.warning(
@@ -131,11 +132,11 @@ class _Session:
             )
         stepper, recorder = self.stepper, self.recorder
         self.module.load_state_dict(state.model)
-        load_moments(stepper.optimizer, self.module, state.optimizer)
+        load_optimizer_state(stepper.optimizer, self.module, state.optimizer)
         if stepper.scaler.is_enabled():
             stepper.scaler.load_state_dict(state.scaler)
-        if self.average is not None:
-            self.average.load_state(state.average)
+        if self.ema is not None:
+            self.ema.load_state(state.average)
         self.objective.load_state(state.objective)
         if state.window is not None:
             recorder.window = state.window.to(self.plan.device)
@@ -150,26 +151,26 @@ class _Session:
             step=self.step,
             settings=dict(self.plan.settings),
             model=self.module.state_dict(),
-            optimizer=moments(self.stepper.optimizer, self.module),
+            optimizer=optimizer_state(self.stepper.optimizer, self.module),
             scaler=self.stepper.scaler.state_dict(),
             objective=self.objective.state(),
             window=self.recorder.window,
             loss=self.recorder.loss,
             skipped=self.stepper.skipped,
             seconds=self.recorder.seconds,
-            average=self.average.state() if self.average is not None else {},
+            average=self.ema.state() if self.ema is not None else {},
             random=random_state(self.plan.device),
             skipped_in_a_row=self.stepper.skipped_in_a_row,
             best_step=self.best_step,
             best_score=self.best_score,
         )
-        self.strategy.save(self.out, state, self.plan.train.keep)
+        self.parallel.save(self.out, state, self.plan.train.keep)
 
     def train(self, config: RunConfig) -> Outcome:
-        """Take the steps that are left."""
+        """The steps that are left."""
         start, total = self.step, self.plan.total_steps
         values = config.model_dump(mode="json")
-        if self.strategy.first:
+        if self.parallel.world.is_rank_zero:
             write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
             self.recorder.open(self.out, start, values)
         self.module.train()
@@ -181,8 +182,8 @@ class _Session:
                 interrupted = self.take_steps(start, total)
         finally:
             self.recorder.close()
-        if self.average is not None and not interrupted:
-            self.average.swap()
+        if self.ema is not None and not interrupted:
+            self.ema.swap()
         self.module.eval()
         recorder, skipped = self.recorder, self.stepper.skipped
         return Outcome(self.step, recorder.loss, recorder.seconds, skipped, interrupted, self.best_step)
@@ -199,7 +200,7 @@ class _Session:
         ):
             for batch in batches:
                 self.take_step(batch, flag)
-                interrupted = self.strategy.anywhere(flag.raised) and self.step < total
+                interrupted = self.parallel.world.any_rank(flag.raised) and self.step < total
                 if interrupted or self.due(self.plan.train.checkpoint_every):
                     self.save()
                 if interrupted:
@@ -219,15 +220,15 @@ class _Session:
                 recorder.write_skipped(self.step + 1, result, stepper.rows(self.step))
             stepper.check_skipped(self.step, result)
         self.step += 1
-        if self.average is not None and result.values is not None:
-            self.average.update(self.step - stepper.skipped - 1)
+        if self.ema is not None and result.values is not None:
+            self.ema.update(self.step - stepper.skipped - 1)
         recorder.add(result.values)
         line = recorder.training_line(self.step, result, stepper.skipped)
         report = recorder.report(self.step, result, stepper.skipped, line)
         if self.due(train.checkpoint_every):
             self.validate()
         if self.due(train.sample_every):
-            self.draw_samples()
+            self.make_picture()
         if line:
             recorder.restart_clock()
         if self.on_step is not None:
@@ -241,7 +242,7 @@ class _Session:
         """While entered, the module is what its model directory would be: in evaluation mode, with averaged weights."""
         self.module.eval()
         try:
-            averaged = self.average.in_place() if self.average is not None else nullcontext()
+            averaged = self.ema.in_place() if self.ema is not None else nullcontext()
             with torch.no_grad(), averaged, uncompiled(self.module):
                 yield
         finally:
@@ -258,7 +259,7 @@ class _Session:
         if score is not None and score < self.best_score:
             self.best_step, self.best_score = self.step, score
 
-    def draw_samples(self) -> None:
+    def make_picture(self) -> None:
         """Let the caller make a picture of what the model generates."""
         if self.on_sample is None:
             return
@@ -266,3 +267,124 @@ class _Session:
             image = self.on_sample(self.step)
         if image is not None:
             self.recorder.picture(self.step, image)
+
+
+class Stepper:
+    """Takes steps, and holds what changes with them: optimizer, gradient scaler, how many steps were left out.
+
+    Args:
+        module: What is trained, on its device, in float32.
+        objective: Loss and data.
+        plan: Steps, batch size, optimizer, device.
+        parallel: How processes share the step.
+        no_decay: Names of parameters without weight decay, next to biases and 1-D ones.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective[Any],
+        plan: Plan,
+        parallel: Parallel,
+        no_decay: Collection[str] = (),
+    ):
+        self.objective = objective
+        self.plan = plan
+        self.parallel = parallel
+        self.model = parallel.wrap(module)
+        self.optimizer = build_optimizer(module, plan.train.optimizer, no_decay, plan.device)
+        # Does nothing but in float16: bfloat16 has the range of float32.
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    def rows(self, step: int) -> Any:
+        """The rows of the data that a step trains on, over all processes."""
+        return batch_rows(step, self.plan.train.batch_size, self.objective.num_rows, self.plan.seed)
+
+    def fetch(self, step: int) -> Any:
+        """This process's part of a step's batch."""
+        part = self.parallel.part(self.plan.train.batch_size)
+        return self.objective.fetch(self.rows(step)[part.start : part.stop], step)
+
+    def take(self, batch: Any, step: int) -> StepResult:
+        """Change the model by one step; a step whose loss or gradient is not finite changes nothing.
+
+        Args:
+            batch: From `fetch`.
+            step: Steps done before this one.
+        """
+        plan = self.plan
+        rate = learning_rate(step, plan.total_steps, plan.train.batch_size, plan.train.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        values = self.parallel.world.all_reduce_sum(self.accumulate_gradients(batch, step))
+        self.scaler.unscale_(self.optimizer)
+        norm = self.parallel.clip(self.parameters, plan.train.optimizer.grad_clip)
+        loss_value, norm_value = torch.stack([values[0], norm.float()]).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite:
+            self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.update()  # lowers the scale after an overflow
+        if not finite:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            overflow = self.scaler.is_enabled() and math.isfinite(loss_value)
+            return StepResult(math.nan, norm_value, rate, None, loss_value, overflow)
+        self.skipped_in_a_row = 0
+        self.objective.after_step(batch, step, self.optimizer)
+        return StepResult(loss_value, norm_value, rate, values, loss_value)
+
+    def accumulate_gradients(self, batch: Any, step: int) -> Tensor:
+        """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch.
+
+        Returns:
+            This process's share of the loss and of the objective's values: shares of all processes add up to the means.
+        """
+        plan, own = self.plan, self.parallel.part(self.plan.train.batch_size)
+        total: Tensor | None = None
+        size = plan.train.micro_batch or math.ceil(own.rows / plan.train.accumulate)
+        for part in own.split(size):
+            with self.parallel.accumulating(self.model, last=part.stop == own.stop):
+                rows = take_rows(batch, part.start - own.start, part.stop - own.start)
+                with torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+                    loss, values = self.objective.loss(self.model, rows, step, part)
+                share = part.rows / part.total
+                # Gradients of several processes are averaged, not added, when they are exchanged.
+                self.scaler.scale(loss * (share * self.parallel.world.world_size)).backward()
+            shared = torch.cat([loss.detach().float().view(1), values.detach().float()]) * share
+            total = shared if total is None else total + shared
+        assert total is not None
+        return total
+
+    def check_skipped(self, step: int, result: StepResult) -> None:
+        """Report a step that was left out, and give up after too many in a row.
+
+        Args:
+            step: Steps done before it.
+            result: What it gave.
+
+        Raises:
+            MvarError: Too many steps in a row were not finite; names the last one's rows.
+        """
+        found = f"loss {result.found_loss}, gradient norm {result.grad_norm}"
+        if not result.overflow:
+            logger.warning("Step %d was left out: %s.", step + 1, found)
+        if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if result.overflow else self.plan.train.max_skipped):
+            rows = self.rows(step)
+            shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+            raise MvarError(
+                f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {step + 1} ({found}) on"
+                f" rows {shown}. skipped.jsonl lists them all.",
+                "Try a lower learning rate or --dtype float32; the last checkpoint is from before.",
+            )
+
+
+def take_rows(batch: Any, start: int, stop: int) -> Any:
+    """Some rows of a batch: of a tensor, or of each tensor in a tuple."""
+    if isinstance(batch, Tensor):
+        return batch if (start, stop) == (0, len(batch)) else batch[start:stop]
+    return tuple(take_rows(tensor, start, stop) for tensor in batch)

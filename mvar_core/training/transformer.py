@@ -24,11 +24,10 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
-from mvar_core.training.distributed import choose_strategy
-from mvar_core.training.engine import optimise
 from mvar_core.training.objective import BatchPart, OnSample, OnStep, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
-from mvar_core.training.strategy import Strategy
+from mvar_core.training.parallel import Parallel, choose_parallel
+from mvar_core.training.trainer import optimise
 
 _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
 
@@ -46,7 +45,7 @@ class TokenSource(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TransformerOutcome:
     """How the training of a transformer ended.
 
     Attributes:
@@ -84,7 +83,7 @@ class TransformerObjective:
         dtype: torch.dtype,
         attention: str,
         seed: int,
-        strategy: Strategy | None = None,
+        parallel: Parallel | None = None,
     ):
         self.transformer = transformer
         self.quantizer = quantizer
@@ -96,7 +95,7 @@ class TransformerObjective:
         self.dtype = dtype
         self.attention = attention
         self.seed = seed
-        self.strategy = strategy or Strategy()
+        self.parallel = parallel or Parallel()
         self.num_scales = transformer.pyramid.num_scales
         scales = range(self.num_scales)
         self.metric_names = (*(f"loss_{s}" for s in scales), *(f"accuracy_{s}" for s in scales))
@@ -144,7 +143,7 @@ class TransformerObjective:
         sums, rows = torch.zeros(1 + 2 * self.num_scales, device=self.device), len(self.validation)
         for start in range(0, rows, self.batch_size):
             chosen = np.arange(start, min(start + self.batch_size, rows))
-            part = self.strategy.part(len(chosen))
+            part = self.parallel.part(len(chosen))
             # A process without a row computes one that does not count: all must go through the model together.
             batch = self.validation.batch(chosen[part.start : part.stop] if part.rows else chosen[:1])
             tokens_BL, conditions = (part.to(self.device) for part in batch)
@@ -160,7 +159,7 @@ class TransformerObjective:
                 )
             values = torch.cat([losses.loss.view(1), losses.scale_losses, losses.scale_accuracies])
             sums += values.float() * part.rows
-        loss, *rest = (self.strategy.add_up(sums) / rows).tolist()
+        loss, *rest = (self.parallel.world.all_reduce_sum(sums) / rows).tolist()
         self.val_loss = loss
         return {
             "val_loss": loss,
@@ -177,7 +176,7 @@ class TransformerObjective:
         return {} if self.val_loss is None else {"val_loss": torch.tensor(self.val_loss, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.val_loss = float(state["val_loss"]) if "val_loss" in state else None
 
     def _inputs(self, tokens_BL: Tensor) -> Tensor:
@@ -205,7 +204,7 @@ def train_transformer(
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
     fsdp: bool = False,
-) -> TrainResult:
+) -> TransformerOutcome:
     """Train a transformer and leave a run directory that is also a model directory.
 
     Running it again in the same `out` goes on from the last checkpoint; a finished run is only saved again. Processes
@@ -247,7 +246,7 @@ def train_transformer(
     if train.compile:
         check_compiler(device)
     partial = train.curriculum == "interleaved"
-    strategy = choose_strategy(device, dtype, train.batch_size, fsdp=fsdp, partial=partial)
+    parallel = choose_parallel(device, dtype, train.batch_size, fsdp=fsdp, partial=partial)
     if fsdp and train.sample_every:
         raise ConfigError(
             "train.sample_every draws with a model that --fsdp has sliced over the processes.",
@@ -267,7 +266,7 @@ def train_transformer(
         dtype=dtype,
         attention=attention,
         seed=seed,
-        strategy=strategy,
+        parallel=parallel,
     )
     settings = comparable_settings(config, _MODEL_SECTIONS, train)
     plan = Plan(
@@ -295,11 +294,11 @@ def train_transformer(
             out,
             no_decay=transformer.no_decay_names(),
             on_step=on_step,
-            on_sample=on_sample if strategy.first else None,
-            strategy=strategy,
+            on_sample=on_sample if parallel.world.is_rank_zero else None,
+            parallel=parallel,
         )
-    weights = strategy.full_state(transformer) if not outcome.interrupted else {}
-    if not outcome.interrupted and strategy.first:
+    weights = parallel.full_state(transformer) if not outcome.interrupted else {}
+    if not outcome.interrupted and parallel.world.is_rank_zero:
         facts = {**config.provenance, **(provenance or {}), "training_steps": outcome.steps, "seed": seed}
         model = config.model.model_copy(update={"provenance": facts})
         if outcome.best_step is not None:
@@ -307,8 +306,8 @@ def train_transformer(
             found = best_weights(out, outcome.best_step)
             save_model(out / BEST, best, transformer=found, tokenizer=tokenizer_state)
         save_model(out, model, transformer=weights, tokenizer=tokenizer_state)
-    strategy.wait()
-    return TrainResult(
+    parallel.world.barrier()
+    return TransformerOutcome(
         outcome.steps,
         outcome.loss,
         outcome.seconds,

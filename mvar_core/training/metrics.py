@@ -1,0 +1,360 @@
+"""What a run measures while it trains: metrics.jsonl, reports for progress bars, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvar_core.config.training import LoopConfig
+from mvar_core.errors import ConfigError
+from mvar_core.io.files import write_text
+from mvar_core.runtime import peak_memory_bytes
+from mvar_core.training.objective import Objective, Plan, StepReport
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave.
+
+    Attributes:
+        loss: Mean over the batch; nan where the step was left out.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: Of this step.
+        values: The loss and the objective's values; None where the step was left out.
+        found_loss: The loss, also where the step was left out.
+        overflow: Whether it was left out because float16 gradients overflowed, as they now and then do.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    values: Tensor | None
+    found_loss: float
+    overflow: bool = False
+
+
+class Recorder:
+    """Sums the measures of steps, and turns them into lines and reports.
+
+    Attributes:
+        window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
+        loss: Training loss, averaged over the last finished line.
+
+    Args:
+        objective: Names and describes the measures.
+        plan: When lines are due.
+    """
+
+    def __init__(self, objective: Objective[Any], plan: Plan):
+        self.objective = objective
+        self.plan = plan
+        self.window = torch.zeros(2, 1 + len(objective.metric_names), device=plan.device)
+        self.loss = math.nan
+        self.started = time.monotonic()
+        self.earlier_seconds = 0.0
+        self._log: MetricsLog | None = None
+        self._skipped_log: MetricsLog | None = None
+        self._trackers: list[Tracker] = []
+        self._first_step = 0
+        self._images = 0
+        self._line_started = self._first_step_started = self.started
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, over all sessions of the run."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput since the last line."""
+        return self._images / max(time.monotonic() - self._line_started, 1e-9)
+
+    def open(self, out: Path, step: int, settings: Mapping[str, Any]) -> None:
+        """Begin to write under `out`; without this call nothing is written, which is right for all processes but one.
+
+        Args:
+            out: The run directory.
+            step: Steps done; lines of later ones are dropped, they will be written again.
+            settings: The run's configuration, for the trackers.
+
+        Raises:
+            ConfigError: A tracker that is not installed.
+        """
+        self._trackers = open_trackers(self.plan.train, out, step, settings)
+        self._log = MetricsLog(out / "metrics.jsonl", step)
+        self._skipped_log = MetricsLog(out / "skipped.jsonl", step)
+
+    def start(self, step: int) -> None:
+        """The first step of this session comes next, after `step` steps of others."""
+        self._first_step = step
+        self.restart_clock()
+        self._first_step_started = self._line_started
+
+    def close(self) -> None:
+        """Write what the trackers still hold."""
+        for tracker in self._trackers:
+            tracker.close()
+
+    def restart_clock(self) -> None:
+        """Count images per second from now on."""
+        self._images, self._line_started = 0, time.monotonic()
+
+    def add(self, values: Tensor | None) -> None:
+        """Add one step's measures; None where the step was left out."""
+        self._images += self.plan.train.batch_size
+        if values is not None:
+            self.window += torch.stack([values.nan_to_num(), (~values.isnan()).float()])
+
+    def training_line(self, step: int, result: StepResult, skipped: int) -> dict[str, Any]:
+        """Write and return the line that is due after `step` steps; empty where none is."""
+        if step % self.plan.train.log_every and step != self.plan.total_steps:
+            return {}
+        means = dict(zip(("loss", *self.objective.metric_names), self._means(), strict=True))
+        self.loss = means["loss"]
+        speed = self.images_per_second
+        line = {
+            "step": step,
+            "loss": self.loss,
+            **self.objective.describe(means),
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "skipped": skipped,
+            "images_per_second": speed,
+            "tokens_per_second": speed * self.objective.tokens_per_image,
+            "peak_memory_bytes": peak_memory_bytes(self.plan.device),
+        }
+        self.write(line)
+        self.window.zero_()
+        return line
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self._log is not None:
+            self._log.append(line)
+        for tracker in self._trackers:
+            tracker.write(line["step"], {name: value for name, value in line.items() if name != "step"})
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """Show a picture of what the model makes."""
+        for tracker in self._trackers:
+            tracker.picture(step, image)
+
+    def write_skipped(self, step: int, result: StepResult, rows: Any) -> None:
+        """Append a step that was left out to skipped.jsonl, with the rows of the data that it trained on."""
+        if self._skipped_log is not None:
+            line = {"step": step, "loss": result.found_loss, "grad_norm": result.grad_norm, "rows": rows.tolist()}
+            self._skipped_log.append(line)
+
+    def report(self, step: int, result: StepResult, skipped: int, line: Mapping[str, Any]) -> StepReport:
+        """What a progress bar may show of a step."""
+        return StepReport(
+            step=step,
+            total_steps=self.plan.total_steps,
+            loss=result.loss,
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            images_per_second=self.images_per_second,
+            skipped=skipped,
+            metrics=line,
+            tokens_per_second=self.images_per_second * self.objective.tokens_per_image,
+            peak_memory_bytes=peak_memory_bytes(self.plan.device),
+            seconds_left=self._seconds_left(step),
+        )
+
+    def _seconds_left(self, step: int) -> float:
+        return (
+            (time.monotonic() - self._first_step_started) / (step - self._first_step) * (self.plan.total_steps - step)
+        )
+
+    def _means(self) -> list[float]:
+        sums, counts = self.window
+        means: list[float] = (sums / counts).tolist()  # nan where no step had the measure
+        return means
+
+
+class MetricsLog:
+    """metrics.jsonl of a run directory: one JSON object per line, each with the number of steps done.
+
+    Args:
+        path: The file.
+        resume_step: Lines of later steps, and a line that was cut off, are dropped: they will be written again.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path = path
+        lines = read_metrics(path) if resume_step > 0 else []
+        kept = [line for line in lines if line["step"] <= resume_step]
+        if kept or path.exists():
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one line; numbers that JSON does not have (nan, inf) become null."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(line)) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where it does not exist, and without one that was cut off."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+class Tracker(Protocol):
+    """Shows what a run measures."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, without its step."""
+        ...
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """A picture (H, W, 3) uint8 of what the model makes."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class TensorBoard:
+    """Event files under the run's tensorboard/.
+
+    Args:
+        directory: Where they are written.
+        step: Steps done before; what earlier sessions wrote of later steps is hidden.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers as scalars, lists as one scalar per scale."""
+        for name, value in flat_numbers(values):
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """A picture under "samples"."""
+        self._writer.add_image("samples", image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is still held."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases; project, entity and mode are what its environment variables say.
+
+    Its identifier is kept in the run directory, so that a resumed run continues there. Steps that a killed session had
+    logged after its last checkpoint are logged a second time, with equal values.
+
+    Args:
+        out: The run directory.
+        settings: Shown as the run's configuration.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]):
+        import wandb
+
+        self._wandb = wandb
+        name = out / "wandb-id.txt"
+        identifier = name.read_text(encoding="utf-8").strip() if name.is_file() else wandb.util.generate_id()
+        write_text(name, identifier + "\n")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "mvar"),
+            name=out.name,
+            id=identifier,
+            resume="allow",
+            dir=str(out),
+            config=dict(settings),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers, against the step as their axis."""
+        self._run.log({"step": step, **dict(flat_numbers(values))})
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """A picture under "samples"."""
+        self._run.log({"step": step, "samples": self._wandb.Image(image)})
+
+    def close(self) -> None:
+        """End the session."""
+        self._run.finish()
+
+
+def open_trackers(train: LoopConfig, out: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that the configuration asks for.
+
+    Args:
+        train: Says which.
+        out: The run directory.
+        step: Steps done before.
+        settings: The run's configuration.
+
+    Raises:
+        ConfigError: One that is asked for is not installed.
+    """
+    check_trackers(train)
+    trackers: list[Tracker] = []
+    if train.tensorboard:
+        trackers.append(TensorBoard(out / "tensorboard", step))
+    if train.wandb:
+        trackers.append(WeightsAndBiases(out, settings))
+    return trackers
+
+
+def check_trackers(train: LoopConfig) -> None:
+    """Refuse trackers that are not installed, before anything slow begins.
+
+    Raises:
+        ConfigError: Says what to install.
+    """
+    for wanted, package, name in (
+        (train.tensorboard, "tensorboard", "TensorBoard"),
+        (train.wandb, "wandb", "Weights & Biases"),
+    ):
+        if wanted and find_spec(package) is None:
+            raise ConfigError(
+                f"{name} is not installed.",
+                f"Install it with `pip install {package}`, or set {package}=false in the training section.",
+            )
+
+
+def flat_numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The finite numbers of a line, those in lists under name/index."""
+    for name, value in values.items():
+        items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        for index, item in items:
+            if isinstance(item, int | float) and np.isfinite(item):
+                yield (name if index is None else f"{name}/{index}"), float(item)

@@ -1,0 +1,286 @@
+"""How the processes of a job share a training step: one process, data parallel (DDP), or sharded (FSDP2).
+
+Each process computes some rows of every batch, and all end with the weights that one process alone would have. Data
+parallel: every process has the whole model. Sharded: every process has a shard of every parameter, of its gradient, its
+optimizer state and its average, and gathers a block's parameters when it computes the block.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mvar_core.distributed import World, world
+from mvar_core.errors import ConfigError
+from mvar_core.models.transformer import Transformer
+from mvar_core.training.checkpoints import (
+    SHARDED,
+    TrainingState,
+    checkpoint_path,
+    load_checkpoint,
+    load_shards,
+    prune_checkpoints,
+    save_checkpoint,
+    save_shards,
+    state_content,
+    state_of_content,
+)
+from mvar_core.training.objective import BatchPart
+from mvar_core.training.optim import by_kind
+
+_WHOLE = ("log_head_scale", "modulation_offset")
+"""Parameters too small to be worth sharding, and needed in full precision or outside their block's forward pass."""
+
+
+def choose_parallel(
+    device: torch.device, dtype: torch.dtype, batch_size: int, *, fsdp: bool = False, partial: bool = False
+) -> Parallel:
+    """How the processes that are connected share the work; alone, one process does it all.
+
+    Args:
+        device: Where this process computes.
+        dtype: What autocast computes in.
+        batch_size: Images per step, over all processes.
+        fsdp: Shard the model over the processes.
+        partial: Some steps do not use some parameters.
+
+    Raises:
+        ConfigError: Processes, batch and type do not go together.
+    """
+    here = world()
+    if fsdp and dtype == torch.float16:
+        raise ConfigError("--fsdp trains in float32 or bfloat16, found float16.", "Add --dtype bfloat16.")
+    check_batch(batch_size, here.world_size, fsdp=fsdp)
+    if fsdp:
+        if here.world_size == 1:
+            raise ConfigError(
+                "--fsdp shards a model over several processes, found one.", "Add --nproc N, or leave out --fsdp."
+            )
+        return Sharded(here, device, dtype)
+    return DataParallel(here, device, partial) if here.world_size > 1 else Parallel(here)
+
+
+def check_batch(batch_size: int, world_size: int, *, fsdp: bool = False) -> None:
+    """Refuse a batch that the processes cannot share.
+
+    Raises:
+        ConfigError: Too few images, or with FSDP shares that are not equal.
+    """
+    if batch_size >= world_size and not (fsdp and batch_size % world_size):
+        return
+    rule = "a multiple of the number of processes" if fsdp else "one image for each process at least"
+    raise ConfigError(
+        f"A batch of {batch_size} images cannot be shared by {world_size} processes{' with --fsdp' if fsdp else ''};"
+        f" expected {rule}.",
+        f"Try --batch-size {max(1, math.ceil(batch_size / world_size)) * world_size}.",
+    )
+
+
+class Parallel:
+    """One process that has the whole model; the other ways derive from it."""
+
+    def __init__(self, world: World | None = None):
+        self.world = world or World()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """What the forward pass goes through; called once, before the optimizer is built on `module`."""
+        return module
+
+    def part(self, batch_size: int) -> BatchPart:
+        """The rows of a step's batch that this process computes."""
+        rank, count = self.world.rank, self.world.world_size
+        return BatchPart(batch_size * rank // count, batch_size * (rank + 1) // count, batch_size)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Entered around the forward and backward pass of each micro-batch; only the last exchanges gradients."""
+        return nullcontext()
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradients to a total norm of `limit` at most (0 does not clip); returns the norm before."""
+        return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+
+    def full_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's whole state dict, in rank 0 at least; all processes ask together."""
+        return dict(module.state_dict())
+
+    def save(self, out: Path, state: TrainingState, keep: int) -> None:
+        """Write a checkpoint; all processes call this together."""
+        if self.world.is_rank_zero:
+            save_checkpoint(out, state, keep)
+
+    def load(self, path: Path, module: nn.Module) -> TrainingState:
+        """Read a checkpoint of any kind, with the tensors as `module` has them; all processes call this together.
+
+        Raises:
+            CheckpointError: It is damaged, or not a training checkpoint.
+        """
+        return load_checkpoint(path)
+
+
+class DataParallel(Parallel):
+    """Every process has the whole model; gradients are averaged while the backward pass still runs (DDP).
+
+    Args:
+        world: The processes.
+        device: Where this process computes.
+        partial: Some steps do not use some parameters, which have to be looked for.
+    """
+
+    def __init__(self, world: World, device: torch.device, partial: bool = False):
+        super().__init__(world)
+        self.device = device
+        self.partial = partial
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with its gradients exchanged."""
+        return nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.partial,
+        )
+
+    @contextmanager
+    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Exchange gradients with the last micro-batch alone."""
+        with nullcontext() if last else cast("nn.parallel.DistributedDataParallel", model).no_sync():
+            yield
+
+
+class Sharded(Parallel):
+    """Every process has a shard of the model (FSDP2).
+
+    A block's parameters are gathered for its forward and again for its backward pass, in bfloat16 where that is
+    computed in; shards, sums of gradients and optimizer state are float32.
+
+    Args:
+        world: The processes.
+        device: Where this process computes.
+        dtype: What autocast computes in.
+    """
+
+    def __init__(self, world: World, device: torch.device, dtype: torch.dtype):
+        super().__init__(world)
+        self.device = device
+        self.dtype = dtype
+        self.mesh = dist.device_mesh.init_device_mesh(device.type, (world.world_size,))
+        self._whole: list[nn.Parameter] = []
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Shard a transformer in place.
+
+        It must be the same in all processes, on any device: shards move to this process's, block by block.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        assert isinstance(module, Transformer)
+        # Nothing changes these outputs in place, which is what the warning is about.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        self._whole = [parameter for name, parameter in module.named_parameters() if name.endswith(_WHOLE)]
+        whole = set(self._whole)
+        for parameter in self._whole:
+            parameter.data = parameter.data.to(self.device)
+        # Activations keep their own types: autocast decides what is computed in which, as in one process.
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.dtype if self.dtype != torch.float32 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for block in module.blocks:
+            modulation = cast("nn.Module | None", block.modulation)
+            if modulation is not None:  # computed before the blocks are, so it is gathered by itself
+                fully_shard(modulation, mesh=self.mesh, mp_policy=policy)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
+        # Embeddings and head stay in float32: so they are computed.
+        fully_shard(module, mesh=self.mesh, ignored_params=whole)
+        return module
+
+    @contextmanager
+    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Exchange gradients with the last micro-batch alone."""
+        cast("Any", model).set_requires_gradient_sync(last)
+        yield
+        if last:
+            self._average_whole()
+
+    def _average_whole(self) -> None:
+        gradients = [parameter.grad for parameter in self._whole if parameter.grad is not None]
+        if gradients:
+            total = self.world.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            means = (total / self.world.world_size).split([gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradients to a total norm of `limit` at most, over all shards; returns the norm before."""
+        kinds = [[p for p in kind if p.grad is not None] for kind in by_kind(parameters)]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+        total = torch.linalg.vector_norm(torch.stack([whole_tensor(norm) for norm in norms]))
+        for kind in kinds:
+            if kind:
+                torch.nn.utils.clip_grads_with_norm_(kind, limit or math.inf, total)
+        return total
+
+    def full_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's state dict, whole, on the processor; all processes gather, rank 0 keeps it."""
+        gathered = {}
+        for name, value in module.state_dict().items():
+            whole = whole_tensor(value)
+            if self.world.is_rank_zero:
+                gathered[name] = whole.cpu()
+        return gathered
+
+    def save(self, out: Path, state: TrainingState, keep: int) -> None:
+        """Write a directory into which every process writes its shards."""
+        save_shards(checkpoint_path(out, state.step, SHARDED), state_content(state), self.world)
+        if self.world.is_rank_zero:
+            prune_checkpoints(out, state.best_step, keep)
+        self.world.barrier()
+
+    def load(self, path: Path, module: nn.Module) -> TrainingState:
+        """Read a checkpoint of any kind into this process's shards."""
+        if path.is_dir():
+            return state_of_content(path, load_shards(path, self.mesh))
+        state = load_checkpoint(path)
+        state.model = self._shards(state.model, module)
+        state.average = self._shards(state.average, module)
+        slots: dict[str, dict[str, Tensor]] = {}
+        for name, values in state.optimizer.items():
+            for slot, value in values.items():
+                slots.setdefault(slot, {})[name] = value
+        for slot, values in slots.items():
+            for name, value in self._shards(values, module).items():
+                state.optimizer[name][slot] = value
+        return state
+
+    def _shards(self, values: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        """Tensors by parameter names, sharded as the parameters are."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        own = dict(module.named_parameters())
+        placed = {}
+        for name, value in values.items():
+            parameter = own[name]
+            sharded = isinstance(parameter.data, DTensor) and value.shape == parameter.shape
+            placements = cast("DTensor", parameter.data).placements if sharded else None
+            placed[name] = (
+                distribute_tensor(value.to(self.device), self.mesh, placements, src_data_rank=None)
+                if sharded
+                else value
+            )
+        return placed
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    """A tensor that all processes have, of one that is sharded over them; all of them must ask."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,624 @@
+"""Training of a VAR or MVAR on a token cache, from scratch or from the weights of a VAR."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast, get_args
+
+import numpy as np
+from typing_extensions import Unpack
+
+from mvar_core.analysis.cost import cost_of
+from mvar_core.config import Machine, ModelConfig, RunConfig
+from mvar_core.config.presets import load_config, parse_setting
+from mvar_core.data.images import Views, open_images
+from mvar_core.data.tokens import TokenCache
+from mvar_core.distributed import World, connect, world
+from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
+from mvar_core.io.files import atomic_directory, write_json
+from mvar_core.io.pictures import make_grid, save_png
+from mvar_core.kernels import check_backend
+from mvar_core.models import official
+from mvar_core.models.directory import load_tokenizer, load_transformer, read_model_config, tokenizer_hash
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.pipeline import Pipeline
+from mvar_core.progress import Progress
+from mvar_core.pyramid import PatchSize, mvar_windows, read_sizes
+from mvar_core.results import DryRun, Result
+from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
+from mvar_core.sampling.conditions import by_labels
+from mvar_core.training.finetune import START_REPORT, Classes, check_start, describe_reports, load_pretrained
+from mvar_core.training.metrics import check_trackers
+from mvar_core.training.objective import PICTURES
+from mvar_core.training.order import planned_steps
+from mvar_core.training.transformer import TransformerOutcome, train_transformer
+from mvar_core.workflows.runs import LoopSettings, prepare_run, seeded, step_progress
+from mvar_core.workflows.tokenize import write_tokens
+
+DEFAULT_DEPTH = 8
+DEFAULT_TRAINING = {"batch_size": 64, "epochs": 100}
+LEARNING_RATE_TIMES_DEPTH = 4e-3
+FINETUNING_EPOCHS = 80
+WIDTH_PER_LAYER = 64
+PICTURED_CLASSES = 8
+
+logger = logging.getLogger("mvar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(Result):
+    """How a training ended.
+
+    Attributes:
+        steps: Steps done.
+        loss: Training loss, averaged over the last line of metrics.jsonl.
+        model: The run directory, which is also a model directory.
+        seconds: Time spent, over all sessions of the run.
+        images_per_second: Throughput over that time.
+        peak_memory_bytes: Highest memory of this process.
+        validation_loss: Loss on the validation tokens, where there are any.
+        best_step: The step of the lowest validation loss, whose weights are in `model`/best.
+        skipped: Steps that were left out because their loss or gradient was not finite.
+        interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
+        processes: How many processes shared the work.
+    """
+
+    steps: int
+    loss: float
+    model: Path
+    seconds: float
+    images_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    validation_loss: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    interrupted: bool = False
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """What gives a transformer its first weights.
+
+    Attributes:
+        directory: A model directory.
+        file: The published file that the directory was made from.
+        classes: What becomes of the class table (mvar_core.training.finetune.Classes).
+    """
+
+    directory: Path
+    file: Path | None = None
+    classes: str = "auto"
+
+    @property
+    def origin(self) -> str:
+        """What the user calls it."""
+        return str(self.file or self.directory)
+
+
+def train(
+    *,
+    out: Path | str,
+    tokens: Path | str | None = None,
+    data: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+    preset: str | None = None,
+    settings: Sequence[str] = (),
+    depth: int | None = None,
+    image_size: PatchSize | str | None = None,
+    seed: int | None = None,
+    validation: Path | str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    fsdp: bool = False,
+    dry_run: bool = False,
+    machine: Machine = Machine(),
+    progress: Progress | None = None,
+    **loop: Unpack[LoopSettings],
+) -> TrainResult:
+    """Train a VAR or MVAR from scratch on a token cache, or on images that are tokenized first.
+
+    Running it again in the same `out` resumes, also with another number of processes.
+
+        run = mvar.train(tokens="runs/tokens", out="runs/mvar", depth=4, steps=300)
+
+    Args:
+        out: The run directory, which is also a model directory.
+        tokens: Token cache.
+        data: Images, where there is no cache; they are tokenized into `out`/tokens.
+        tokenizer: Model directory with the tokenizer; by default the one that made `tokens`.
+        preset: Name of a preset or a YAML file. Without one the model is an MVAR with the pyramid, image size, codebook
+            and classes of `tokens`, or of `tokenizer` for `data`.
+        settings: Changes to single keys, as "attention.scale_prefixes=2".
+        depth: Number of blocks; the width is 64 · depth, with `depth` heads.
+        image_size: Side, or (height, width), also as "256x384"; pyramid and windows follow.
+        seed: Of everything random.
+        validation: Token cache of held-out images to measure on.
+        resume: Whether to resume what is in `out`; otherwise a run there is refused.
+        overwrite: Start over where a run is in `out`.
+        fsdp: Shard the model over the processes.
+        dry_run: Report what would be done, and do nothing.
+        machine: Device, dtype, attention backend, compilation.
+        progress: Called after every step.
+        **loop: steps, epochs, batch_size, micro_batch, ema, checkpoint_every and activation_checkpointing, as in the
+            preset's `train` section.
+
+    Raises:
+        MvarError: Configuration, tokens, tokenizer or the run in `out` do not fit.
+    """
+    cache = _cache_of(tokens, data)
+    directory = _tokenizer_of(cache, tokenizer)
+    base = None
+    if preset is None:
+        base = _own_configuration(cache, read_model_config(directory), depth or DEFAULT_DEPTH)
+    config = _configuration(preset, settings, loop, machine, base, seed=seed, image_size=image_size, depth=depth)
+    run = _Run(Path(out), config, directory, cache, str(data), validation, resume, overwrite, fsdp, machine, progress)
+    return run.plan() if dry_run else run.execute()
+
+
+def finetune_from_var(
+    *,
+    out: Path | str,
+    var_checkpoint: Path | str,
+    tokens: Path | str | None = None,
+    data: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+    preset: str | None = None,
+    settings: Sequence[str] = (),
+    scale_prefixes: int | str | None = None,
+    windows: int | Sequence[int] | str | None = None,
+    classes: str = "auto",
+    seed: int | None = None,
+    validation: Path | str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    fsdp: bool = False,
+    dry_run: bool = False,
+    machine: Machine = Machine(),
+    progress: Progress | None = None,
+    **loop: Unpack[LoopSettings],
+) -> TrainResult:
+    """Train an MVAR that starts from VAR weights; which token sees which follows from the arguments, never from a file.
+
+    Without a preset, sizes and pyramid are read off the weights, a token sees its own scale alone, windows of 7 are on
+    the last two scales (in large pyramids wherever they pay), and training is as published for fine-tuning. For another
+    pyramid, from a preset or `settings`, positions are interpolated scale by scale.
+
+        mvar.finetune_from_var(var_checkpoint="var_d16.pth", tokens="runs/tokens", out="runs/ft")
+
+    Args:
+        out: As of `train`, like all that are not listed.
+        var_checkpoint: Model directory, or a published .pth file. The pyramid of a file that is not a published one is
+            that of `settings` ("patch_sizes=1,2,3x4").
+        tokens: As of `train`.
+        data: As of `train`.
+        tokenizer: Model directory with the tokenizer, by default the VAR's own; or the published file of it, by default
+            the one next to `var_checkpoint`.
+        preset: As of `train`.
+        settings: As of `train`.
+        scale_prefixes: Scales that a token sees, its own included, or "all".
+        windows: One odd number for the windowed scales, one per scale (0 = whole scale), or "auto".
+        classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
+            or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and
+            starts from scratch otherwise.
+        seed: As of `train`.
+        validation: As of `train`.
+        resume: As of `train`.
+        overwrite: As of `train`.
+        fsdp: As of `train`.
+        dry_run: As of `train`.
+        machine: As of `train`.
+        progress: As of `train`.
+        **loop: As of `train`.
+
+    Raises:
+        MvarError: As of `train`, or weights that do not fit the configuration.
+    """
+    checkpoint, out = Path(var_checkpoint), Path(out)
+    if classes not in get_args(Classes):
+        raise ConfigError(f"--classes {classes!r} is not known. {nearest(classes, get_args(Classes))}")
+    if preset is None and any(setting.startswith(("transformer.", "tokenizer.")) for setting in settings):
+        raise ConfigError("Without a preset, sizes are read off the weights.", "Leave out --set transformer.*.")
+    file = Path(tokenizer) if tokenizer is not None and Path(tokenizer).is_file() else None
+    with ExitStack() as stack:
+        directory = checkpoint
+        if checkpoint.is_file():
+            scratch = Path(stack.enter_context(TemporaryDirectory())) if dry_run else None
+            world_ = stack.enter_context(connect(machine.device))
+            target = scratch / "start" if scratch else out.parent / f"{out.name}-start"
+            world_.run_on_rank_zero(lambda: _convert(checkpoint, file, target, settings))
+            directory = target
+        start = Start(directory, checkpoint if checkpoint.is_file() else None, classes)
+        cache = _cache_of(tokens, data)
+        base = _read_off(read_model_config(directory)) if preset is None else None
+        attention = {"scale_prefixes": _number(scale_prefixes), "windows": _number(windows)}
+        config = _configuration(preset, settings, loop, machine, base, seed=seed, attention=attention)
+        own = Path(tokenizer) if tokenizer is not None and file is None else directory
+        run = _Run(out, config, own, cache, str(data), validation, resume, overwrite, fsdp, machine, progress, start)
+        return run.plan() if dry_run else run.execute()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What was asked of one of the two functions, read and checked as far as that is quick."""
+
+    out: Path
+    config: RunConfig
+    tokenizer: Path
+    cache: TokenCache | None
+    data: str
+    validation: Path | str | None
+    resume: bool
+    overwrite: bool
+    fsdp: bool
+    machine: Machine
+    progress: Progress | None
+    start: Start | None = None
+
+    def check(self) -> None:
+        """Refuse, before anything slow, what cannot work.
+
+        Raises:
+            MvarError: Says what does not fit.
+        """
+        if self.out.resolve() == self.tokenizer.resolve():
+            raise DataError(f"--out {self.out} is the tokenizer's directory.", "Choose another --out.")
+        tokenizer = read_model_config(self.tokenizer)
+        if self.start is not None:
+            fitted = self.config.model_copy(update={"tokenizer": tokenizer.tokenizer})
+            check_start(fitted, read_model_config(self.start.directory), self.start.origin)
+
+    def execute(self) -> TrainResult:
+        """Tokenize where images were given, then train; every process does this."""
+        self.check()
+        with connect(self.machine.device) as world:
+            machine = self.machine.model_copy(update={"device": world.device(self.machine.device)})
+            device = resolve_device(machine.device)
+            dtype = resolve_dtype(machine.dtype, device)
+            check_trackers(self.config.train)
+            check_backend(machine.attention, self.config.patterns, device, dtype, needs_grad=True)
+            resume = world.run_on_rank_zero(lambda: prepare_run(self.out, self.resume, self.overwrite))
+            cache = self.cache or self.tokenize(machine)
+            config = fit_to_tokens(self.config, read_model_config(self.tokenizer), cache.class_names)
+            outcome = train_on_tokens(
+                config,
+                cache,
+                self.tokenizer,
+                self.out,
+                machine=machine,
+                resume=resume,
+                fsdp=self.fsdp,
+                validation=TokenCache.open(Path(self.validation)) if self.validation is not None else None,
+                start=self.start,
+                progress=self.progress,
+            )
+        return train_result(outcome, config, self.out, machine, world)
+
+    def tokenize(self, machine: Machine) -> TokenCache:
+        """The images as a token cache inside the run directory."""
+        classes = open_images(self.data).class_names
+        write_tokens(
+            self.out / "tokens",
+            data=self.data,
+            tokenizer=self.tokenizer,
+            config=fit_to_tokens(self.config, read_model_config(self.tokenizer), classes),
+            overwrite=self.overwrite,
+            machine=machine.model_copy(update={"dtype": "auto"}),
+            progress=self.progress,
+        )
+        return TokenCache.open(self.out / "tokens")
+
+    def plan(self) -> TrainResult:
+        """What would be done."""
+        self.check()
+        config, steps = self.config, []
+        if self.cache is not None:
+            rows = len(self.cache)
+        else:
+            source, views = open_images(self.data), len(Views(config.data, config.seed))
+            rows = len(source) * views
+            steps.append(f"encode {len(source)} images in {views} views into {self.out / 'tokens'}")
+        if self.start is not None:
+            steps.append(f"start from the transformer of {self.start.origin}")
+        total, batch = planned_steps(config.train, rows), config.train.batch_size
+        epochs = total * batch / max(rows, 1)
+        steps += [f"train {total} steps of {batch} of {rows} rows ({epochs:.3g} epochs)", f"write {self.out}"]
+        dry_run = DryRun(
+            configuration=config.model_dump(mode="json", exclude_none=True),
+            steps=tuple(steps),
+            cost=cost_of(config, self.machine),
+            facts={"steps": total, "rows": rows},
+        )
+        return TrainResult(steps=total, loss=float("nan"), model=self.out, seconds=0.0, dry_run=dry_run)
+
+
+def train_result(
+    outcome: TransformerOutcome, config: RunConfig, out: Path, machine: Machine, world: World
+) -> TrainResult:
+    """The result that belongs to an outcome of `train_on_tokens`."""
+    return TrainResult(
+        steps=outcome.steps,
+        loss=outcome.loss,
+        model=out,
+        seconds=outcome.seconds,
+        images_per_second=outcome.steps * config.train.batch_size / max(outcome.seconds, 1e-9),
+        peak_memory_bytes=peak_memory_bytes(resolve_device(machine.device)),
+        validation_loss=outcome.val_loss,
+        best_step=outcome.best_step,
+        skipped=outcome.skipped,
+        interrupted=outcome.interrupted,
+        processes=world.world_size,
+    )
+
+
+def train_on_tokens(
+    config: RunConfig,
+    tokens: TokenCache,
+    tokenizer: Path,
+    out: Path,
+    *,
+    machine: Machine = Machine(),
+    resume: bool = True,
+    fsdp: bool = False,
+    validation: TokenCache | None = None,
+    start: Start | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    stage: str = "training",
+) -> TransformerOutcome:
+    """Train a transformer with a configuration that is ready; `train` and what trains several models stand on this.
+
+    Args:
+        config: From `fit_to_tokens`.
+        tokens: The token cache.
+        tokenizer: Model directory with the tokenizer that made it.
+        out: The run directory.
+        machine: This process's device, and how it is used.
+        resume: Resume from a checkpoint in `out`.
+        fsdp: Shard the model over the processes.
+        validation: Held-out tokens.
+        start: What gives the first weights.
+        provenance: Further facts for config.json.
+        progress: Called after every step.
+        stage: What `progress` calls it.
+
+    Raises:
+        MvarError: Tokens, tokenizer, weights or checkpoint do not fit.
+    """
+    config = _naming_the_encoder(config, tokens)
+    digest = tokenizer_hash(tokenizer)
+    for cache in (tokens, validation):
+        if cache is not None:
+            cache.check(digest, config.pyramid)
+    device = resolve_device(machine.device)
+    vqvae = load_tokenizer(tokenizer, config.model, device)
+    transformer: Transformer = seeded(lambda: Transformer(config.model), "transformer", config.seed)
+    facts = {"data": tokens.manifest.source, "images": tokens.num_images, **(provenance or {})}
+    if start is not None:
+        _load_start(transformer, config, start, out)
+        facts["started_from"] = start.origin
+    return train_transformer(
+        transformer,
+        vqvae.quantizer,
+        tokens.conditioned(config.conditioning),
+        config,
+        out,
+        device=device,
+        dtype=resolve_dtype(machine.dtype, device),
+        attention=machine.attention,
+        resume=resume,
+        fsdp=fsdp,
+        validation=validation.conditioned(config.conditioning) if validation is not None else None,
+        tokenizer_state=vqvae.state_dict(),
+        provenance=facts,
+        on_step=step_progress(progress, stage),
+        on_sample=_sample_pictures(config, vqvae, transformer, out) if config.train.sample_every else None,
+    )
+
+
+def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[str, ...]) -> RunConfig:
+    """The configuration of a model for this tokenizer and these classes.
+
+    Raises:
+        ConfigError: The tokenizer does not fit the configuration's image size and pyramid.
+    """
+    if config.transformer is None:
+        raise ConfigError(f"{config.name} is a tokenizer's preset; training needs a transformer section.")
+    latent, downsample = config.pyramid.latent_grid, tokenizer.tokenizer.downsample
+    if (latent.height * downsample, latent.width * downsample) != config.image_shape:
+        raise ConfigError(
+            f"The tokenizer makes one token of {downsample}×{downsample} pixels; {config.name} has {latent} tokens for"
+            f" {config.image_shape[0]}×{config.image_shape[1]} pixels.",
+            "Choose the preset that the tokenizer was trained with, or set image_size and patch_sizes to fit.",
+        )
+    top_k = min(config.sampling.top_k, tokenizer.tokenizer.codebook_size)
+    return config.model_copy(
+        update={
+            "tokenizer": tokenizer.tokenizer,
+            "transformer": config.transformer.model_copy(update={"num_classes": len(class_names)}),
+            "class_names": class_names,
+            "sampling": config.sampling.model_copy(update={"top_k": top_k}),
+        }
+    )
+
+
+def _cache_of(tokens: Path | str | None, data: Path | str | None) -> TokenCache | None:
+    if (tokens is None) == (data is None):
+        raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
+    return TokenCache.open(Path(tokens)) if tokens is not None else None
+
+
+def _tokenizer_of(cache: TokenCache | None, given: Path | str | None) -> Path:
+    """The tokenizer's directory: the one that was given, or the one that the cache remembers.
+
+    Raises:
+        ConfigError: Neither is there.
+    """
+    if given is not None:
+        return Path(given)
+    if cache is None:
+        raise ConfigError("Training on images needs a tokenizer.", "Add --tokenizer DIR.")
+    if cache.manifest.tokenizer is None:
+        raise ConfigError(f"{cache.path} does not record where its tokenizer is.", "Add --tokenizer DIR.")
+    recorded = Path(cache.manifest.tokenizer)
+    if not (recorded / "config.json").is_file():
+        raise ConfigError(
+            f"{cache.path} was made by the tokenizer in {recorded}, which is not there.",
+            "Add --tokenizer DIR, where it is now.",
+        )
+    return recorded
+
+
+def _own_configuration(cache: TokenCache | None, tokenizer: ModelConfig, depth: int) -> dict[str, Any]:
+    """Without a preset: an MVAR for the cache's pyramid, or the tokenizer's where images are still to be encoded."""
+    fields = ("image_size", "patch_sizes")
+    values: dict[str, Any] = tokenizer.model_dump(mode="json", include={*fields, "tokenizer"})
+    if cache is not None:
+        values |= cache.manifest.model_dump(mode="json", include=set(fields))
+        if cache.manifest.vectors is not None:
+            values["conditioning"] = {"kind": "vector", "dim": cache.manifest.vectors.dim}
+    pyramid = cache.pyramid if cache is not None else tokenizer.pyramid
+    return {
+        **values,
+        "name": "mvar",
+        "transformer": _sized(depth),
+        "attention": {"scale_prefixes": 1, "windows": list(mvar_windows(pyramid))},
+        # Wider models need smaller steps; these learn small data sets in minutes.
+        "train": {
+            **DEFAULT_TRAINING,
+            "optimizer": {"lr": LEARNING_RATE_TIMES_DEPTH / depth, "lr_batch": None, "schedule": "cosine", "end": 0.0},
+        },
+    }
+
+
+def _read_off(source: ModelConfig) -> dict[str, Any]:
+    """The start's model with MVAR's attention, and the published settings of fine-tuning."""
+    return {
+        **source.model_dump(mode="json", exclude={"provenance", "class_names", "attention"}),
+        "name": f"{source.name}-ft",
+        "attention": {"scale_prefixes": 1, "windows": list(mvar_windows(source.pyramid))},
+        "train": {"epochs": FINETUNING_EPOCHS},
+    }
+
+
+def _sized(depth: int) -> dict[str, int]:
+    return {"depth": depth, "embed_dim": WIDTH_PER_LAYER * depth, "num_heads": depth}
+
+
+def _configuration(
+    preset: str | None,
+    settings: Sequence[str],
+    loop: LoopSettings,
+    machine: Machine,
+    base: Mapping[str, Any] | None,
+    *,
+    depth: int | None = None,
+    **flags: Any,
+) -> RunConfig:
+    """Preset or base, settings and flags, merged.
+
+    Raises:
+        ConfigError: A key or value that cannot be used, or flags that contradict each other.
+    """
+    if loop.get("steps") is not None and loop.get("epochs") is not None:
+        raise ConfigError("--steps and --epochs both specify how long to train.", "Use one of them.")
+    # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
+    settings = [*settings, *(["train.steps=null"] if loop.get("epochs") is not None else [])]
+    flags["train"] = {**loop, "compile": machine.compile or None}
+    if depth is not None:
+        flags["transformer"] = _sized(depth)
+    return load_config(preset, settings, flags, base=base)
+
+
+def _number(value: int | Sequence[int] | str | None) -> Any:
+    """A number, or a comma list of them, that was given as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numbers = [int(number) for number in value.split(",")]
+    except ValueError:
+        return value
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _naming_the_encoder(config: RunConfig, tokens: TokenCache) -> RunConfig:
+    """The configuration, which records what made the tokens' vectors, so that one knows what to sample by."""
+    vectors, conditioning = tokens.manifest.vectors, config.conditioning
+    if conditioning.dim is None or vectors is None or conditioning.encoder is not None:
+        return config
+    named = conditioning.model_copy(update={"encoder": vectors.encoder})
+    return config.model_copy(update={"conditioning": named})
+
+
+def _sample_pictures(
+    config: RunConfig, tokenizer: VQVAE, transformer: Transformer, out: Path
+) -> Callable[[int], np.ndarray]:
+    """Generate the same few samples with the model as it is, as a grid that is also written under `out`/samples.
+
+    Two samples, one below the other, of up to eight classes that are spread over all of them.
+    """
+    classes = config.transformer.num_classes if config.transformer is not None else 1
+    labels = sorted({round(place) for place in np.linspace(0, classes - 1, PICTURED_CLASSES)})
+
+    def sample(step: int) -> np.ndarray:
+        pipeline = Pipeline(config.model, tokenizer, transformer)
+        samples = pipeline.sample(**by_labels(config, labels * 2), seed=config.seed)
+        grid = make_grid(samples.images, columns=len(labels))
+        save_png(grid, out / PICTURES / f"step-{step:08d}.png")
+        return grid
+
+    return sample
+
+
+def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequence[str]) -> None:
+    """Make a published file into a model directory, once; the run resumes without converting it again.
+
+    Raises:
+        CheckpointError: A file that does not fit, or `directory` was made from another file.
+    """
+    if not (directory / "config.json").is_file():
+        named = dict(map(parse_setting, settings)).get(("patch_sizes",))
+        try:
+            sizes = read_sizes(named) if named is not None else None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"--set patch_sizes={named}: {error}.", "Write sides, as in patch_sizes=1,2,3.") from None
+        tokenizer = tokenizer or official.tokenizer_next_to(file)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(directory) as temporary:
+            official.import_official(file, tokenizer, temporary, kind="var", patch_sizes=sizes)
+    made_from = read_model_config(directory).provenance.get("source")
+    if made_from != file.name:
+        raise CheckpointError(
+            f"{directory} was made from {made_from}, not from {file.name}.", "Remove it, or choose another --out."
+        )
+
+
+def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out: Path) -> None:
+    """Copy the weights; what became of each is logged, and written to a file of the run."""
+    source = read_model_config(start.directory)
+    reports = load_pretrained(
+        transformer,
+        load_transformer(start.directory, source).state_dict(),
+        source.pyramid,
+        classes=cast("Classes", start.classes),
+        source_names=source.class_names,
+        target_names=config.class_names,
+    )
+    ignored = [name for name in official.read_official(start.file) if official.is_buffer(name)] if start.file else []
+    if world().is_rank_zero:
+        write_json(out / START_REPORT, describe_reports(start.origin, reports, ignored))
+    changed = [report for report in reports if report.action != "loaded"]
+    logger.info("%s: %d of %d parameters loaded as they are.", start.origin, len(reports) - len(changed), len(reports))
+    for report in changed:
+        logger.info("  %s: %s, %s", report.name, report.action, report.note)
+    counts = Counter(report.action for report in reports)
+    counts["ignored"] = len(ignored)
+    listed = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
+    logger.info("Weights: %s; %s lists each of them.", listed, out / START_REPORT)

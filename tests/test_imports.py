@@ -74,3 +74,9 @@ def test_importing_loads_no_optional_library() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""
+
+
+def test_the_document_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w/]+/[\w/.]*)`", text):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "mvar_core")), name

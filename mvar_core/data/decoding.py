@@ -16,22 +16,8 @@ from mvar_core.errors import DataError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "GIF",
-    "PPM",
-    "JPEG2000",
-    "AVIF",
-    "ICO",
-    "TGA",
-    "PCX",
-    "SGI",
-)
+    "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX", "SGI"
+)  # fmt: skip
 """What Pillow may recognise in a file's content, whatever its name says: raster formats that it decodes itself.
 
 Left to itself it would also open EPS, which it hands to Ghostscript: a program from a stranger's file would run.
@@ -44,45 +30,38 @@ Opener = Callable[[], IO[bytes]]
 """Opens an image file wherever it is stored: on its own, within an archive, or in memory."""
 
 
-def read_rgb(path: Path) -> Image.Image:
+def read_rgb(file: Path | Opener, where: str | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB, upright.
 
-    The EXIF orientation is applied; gray, palette and CMYK images are converted; transparent parts become white; 16-bit
-    gray is scaled to 8 bits.
+    The EXIF orientation is applied; gray, palette and CMYK images are converted; transparent regions become white;
+    16-bit gray is scaled to 8 bits.
+
+    Args:
+        file: The file's path, or what opens it.
+        where: What messages call the file; its path by default.
 
     Raises:
         DataError: The file is missing, damaged, or not an image.
     """
-    return decode_rgb(lambda: path.open("rb"), str(path))
-
-
-def decode_rgb(opener: Opener, where: str) -> Image.Image:
-    """As `read_rgb`, for a file that `opener` opens and messages call `where`."""
-    with _opened(opener, where) as (image, _):
+    with _opened(file, where) as (image, _):
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), image.format)
 
 
-def check_image(path: Path) -> tuple[int, int]:
+def check_image(file: Path | Opener, where: str | None = None) -> tuple[int, int]:
     """Height and width of an image file as it will be shown, from its header; a file cut off short is noticed too.
 
-    Raises:
-        DataError: The file is missing, damaged, or not an image.
+    The arguments and errors are those of `read_rgb`.
     """
-    return check_stored(lambda: path.open("rb"), str(path))
-
-
-def check_stored(opener: Opener, where: str) -> tuple[int, int]:
-    """As `check_image`, for a file that `opener` opens and messages call `where`."""
-    with _opened(opener, where) as (image, file):
+    with _opened(file, where) as (image, content):
         width, height = image.size
-        # Pillow decodes a whole PNG to look for EXIF data behind the pixels; what stands before them is enough here.
+        # Pillow decodes a whole PNG to look for EXIF data behind the pixels; what comes before them is enough here.
         has_exif = image.format != "PNG" or "exif" in image.info
         if has_exif and image.getexif().get(_ORIENTATION) in _SWAPS_SIDES:
             width, height = height, width
-        place = file.tell()
-        whole = _has_its_end(file, image.format)
-        file.seek(place)
+        place = content.tell()
+        whole = _has_its_end(content, image.format)
+        content.seek(place)
         if not whole:
             image.load()
     return height, width
@@ -96,21 +75,23 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened(opener: Opener, where: str) -> Iterator[tuple[Image.Image, IO[bytes]]]:
+def _opened(file: Path | Opener, where: str | None) -> Iterator[tuple[Image.Image, IO[bytes]]]:
     try:
-        with opener() as file, Image.open(file, formats=_formats()) as image:
-            yield image, file
+        content = file.open("rb") if isinstance(file, Path) else file()
+        with content, Image.open(content, formats=_formats()) as image:
+            yield image, content
     except DataError:
         raise
     except UnidentifiedImageError:
         raise DataError(
-            f"{where} is not an image in a format that mvar reads, whatever its name says.", "Remove or replace it."
+            f"{where or file} is not an image in a format that mvar reads, whatever its name says.",
+            "Remove or replace it.",
         ) from None
     except FileNotFoundError:
-        raise DataError(f"{where} does not exist.") from None
+        raise DataError(f"{where or file} does not exist.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything when given damaged bytes.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{where} cannot be read as an image: {reason}.", "Remove or replace it.") from None
+        raise DataError(f"{where or file} cannot be read as an image: {reason}.", "Remove or replace it.") from None
 
 
 def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:

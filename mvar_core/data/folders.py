@@ -41,7 +41,7 @@ class FolderSource(StoredSource):
         name: What the user typed; the folder's path where not given.
 
     Raises:
-        DataError: No such folder or split, no images, images beside class folders, or a class that train lacks.
+        DataError: No such folder or split, no images, images next to class folders, or a class that train lacks.
     """
 
     def __init__(self, root: Path, split: str = "train", name: str | None = None):
@@ -81,7 +81,7 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """The images of a folder: class names, paths relative to the folder (with forward slashes), and labels.
 
     Raises:
-        DataError: No images, or images beside class folders.
+        DataError: No images, or images next to class folders.
     """
     entries = sorted(entry for entry in os.listdir(folder) if _is_visible(entry))
     flat = [entry for entry in entries if _is_image(entry) and (folder / entry).is_file()]
@@ -91,7 +91,7 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
     classes = {directory: files for directory, files in classes.items() if files}
     if flat and classes:
         raise DataError(
-            f"{folder} holds images ({flat[0]}, …; {len(flat)} in all) beside folders of images"
+            f"{folder} holds images ({flat[0]}, …; {len(flat)} in all) next to folders of images"
             f" ({next(iter(classes))}, …; {len(classes)} in all), so its classes are not clear.",
             "Put every image into its class's folder, or all of them into one folder.",
         )
@@ -122,7 +122,7 @@ def split_folder(root: Path, split: str) -> tuple[Path, Path]:
     if split != "train":
         raise DataError(
             f"{root} has no split {split!r}: it is not divided into the folders train and {split}.",
-            "Put its images into these two folders, or give the folder of the images you want.",
+            "Put its images into these two folders, or name the folder of the images you want.",
         )
     return root, root
 

@@ -1,4 +1,4 @@
-"""Boolean masks of pictures: read from a file, drawn as a box, and resized and cropped as the picture is."""
+"""Boolean masks of pictures: read from a file, made from a box, and resized and cropped as the picture is."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Mask:
     height, width = shape
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise DataError(
-            f"The box {x0},{y0},{x1},{y1} does not lie in a picture of {width} pixels width and {height} height.",
-            f"Give x0,y0,x1,y1 with 0 ≤ x0 < x1 ≤ {width} and 0 ≤ y0 < y1 ≤ {height}.",
+            f"The box {x0},{y0},{x1},{y1} is not inside a picture of {width} pixels width and {height} height.",
+            f"Write x0,y0,x1,y1 with 0 ≤ x0 < x1 ≤ {width} and 0 ≤ y0 < y1 ≤ {height}.",
         )
     mask = np.zeros(shape, np.bool_)
     mask[y0:y1, x0:x1] = True
@@ -51,7 +51,7 @@ def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Mask:
 def crop_kept(kept: Mask, image_shape: tuple[int, int]) -> Mask:
     """Where pixels stay in a picture that `resize_and_crop` has brought to `image_shape`.
 
-    A pixel stays where every pixel of the picture that it shows, were it only a part of it, stays.
+    A pixel stays where every pixel of the picture that it shows, even partly, stays.
 
     Args:
         kept: (H, W) of the picture as it is stored.

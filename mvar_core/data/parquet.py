@@ -44,7 +44,7 @@ class ParquetSource(StoredSource):
         counts = [sum(groups) for groups in sizes]
         if not sum(counts):
             raise DataError(f"{shards.name} holds no rows.")
-        # Row r of the data set lies in group searchsorted(starts, r) of the list of all groups of all files.
+        # Row r of the data set is in group searchsorted(starts, r) of the list of all groups of all files.
         self._groups = [(number, group) for number, groups in enumerate(sizes) for group in range(len(groups))]
         self._starts = np.cumsum([0, *(size for groups in sizes for size in groups)])
         self._kept: OrderedDict[int, Any] = OrderedDict()
@@ -124,7 +124,7 @@ class _Table:
         raise NotImplementedError
 
     def class_names(self) -> list[str] | None:
-        """Names that the data set's features give to the labels."""
+        """Names of the labels, from the data set's features."""
         if self._metadata is None:
             return None
         feature = json.loads(self._metadata).get("info", {}).get("features", {}).get(self.label) or {}

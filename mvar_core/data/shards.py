@@ -75,7 +75,7 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
     if split != "train":
         raise DataError(
             f"{name} has no split {split!r}: the name says which files to read.",
-            "Name the files of that split, or give their folder.",
+            "Name the files of that split, or their folder.",
         )
     return Shards(_kind(files, name), tuple(files), name, split, tuple(files))
 
@@ -136,7 +136,7 @@ def number_classes(
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every name that a pattern with braces stands for: `a-{08..10}` is a-08, a-09, a-10; `{x,y}` is x, y.
+    """Every name that a pattern with braces means: `a-{08..10}` is a-08, a-09, a-10; `{x,y}` is x, y.
 
     Raises:
         DataError: Braces that hold neither a range nor a list.
@@ -198,7 +198,7 @@ def _of_folder(root: Path, name: str, split: str) -> Shards | None:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """The shards in a folder, sorted; none where images stand beside them."""
+    """The shards in a folder, sorted; none where images are next to them."""
     if not folder.is_dir():
         return []
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -224,9 +224,7 @@ def _suffix(name: str) -> str | None:
 def _kind(files: Sequence[Path], name: str) -> Kind:
     kinds = {_suffix(path.name) for path in files}
     if len(kinds) > 1:
-        raise DataError(
-            f"{name} holds several kinds of shards: {', '.join(sorted(map(str, kinds)))}.", "Give one kind."
-        )
+        raise DataError(f"{name} holds several kinds of shards: {', '.join(sorted(map(str, kinds)))}.", "Use one kind.")
     suffix = kinds.pop()
     if suffix is None:
         raise DataError(f"{name} names files that are not shards ({' '.join(_KINDS)}).")

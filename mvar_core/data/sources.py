@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvar_core.data.decoding import check_stored, decode_rgb
+from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.transforms import random_resized_crop, resize_and_crop
 from mvar_core.io.pixels import Pixels
 
@@ -124,7 +124,7 @@ class StoredSource(ImageSource):
         Raises:
             DataError: The image cannot be read.
         """
-        return decode_rgb(lambda: self.open(index), self.where(index))
+        return read_rgb(lambda: self.open(index), self.where(index))
 
     def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
         """Several crops of one image, see `ImageSource.crops`."""
@@ -144,7 +144,7 @@ class StoredSource(ImageSource):
         """
 
         def shape_of(index: int) -> tuple[int, int]:
-            return check_stored(lambda: self.open(index), self.where(index))
+            return check_image(lambda: self.open(index), self.where(index))
 
         chosen = list(indices)
         shapes = []

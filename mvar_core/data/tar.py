@@ -40,7 +40,7 @@ class TarSource(StoredSource):
     """Images in tar files: `KEY.jpg` with `KEY.cls` or `KEY.json` next to it, one after the other.
 
     A `.cls` holds the class's number or name as text; a `.json` holds it under label, cls, class, class_id or
-    class_index, and may give the name under class_name. Without any, all images are one class. Numbers get their names
+    class_index, and the name under class_name. Without any, all images are one class. Numbers get their names
     from the json files, from a file classes.json or classes.txt next to the shards, or are their own names.
 
     Args:
@@ -74,7 +74,7 @@ class TarSource(StoredSource):
         self._sizes = np.concatenate([np.asarray(index.sizes, np.int64) for index in indices])
 
     def open(self, index: int) -> IO[bytes]:
-        """A member, read from where it stands in its shard."""
+        """A member, read at its offset in its shard."""
         path = self.files[self._shard[index]]
         return io.BufferedReader(_Member(path, int(self._offsets[index]), int(self._sizes[index])), 1 << 16)
 
@@ -89,7 +89,7 @@ class TarSource(StoredSource):
 
 
 class _Member(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A range of a file, as a file."""
 
     def __init__(self, path: Path, offset: int, size: int):
         self._file = path.open("rb", buffering=0)

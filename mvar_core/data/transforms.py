@@ -98,7 +98,7 @@ class Views:
 
     View 0 is the image's centre crop as it is. Its mirror image follows if the configuration asks for flips, then
     `crops` - 1 random crops, each with its mirror image, then `augmented_views` views of the centre crop with a random
-    shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image. What lies
+    shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image. What is
     outside the image repeats its edge. A view depends on (seed, image index, view) alone.
 
     Args:

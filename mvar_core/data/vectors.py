@@ -28,11 +28,11 @@ from mvar_core.errors import DataError
 from mvar_core.models.vectors import pool_sequence
 
 ENCODER = "hashed-words"
-"""What a configuration's `conditioning.encoder` says where these vectors are meant."""
+"""`conditioning.encoder` of models that are conditioned on these vectors."""
 
 _WORD, _PIECES, _SMALL = 12, 400, 3
-"""How much a word counts; the squares of what its pieces do, taken together; and how much a word that says little."""
-_SAYING_LITTLE = frozenset(("a", "an", "the", "of", "this", "that", "is", "my", "please"))
+"""How much a word counts; the squares of what its pieces do, taken together; and how much a word that means little."""
+_MEANING_LITTLE = frozenset(("a", "an", "the", "of", "this", "that", "is", "my", "please"))
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
@@ -60,7 +60,7 @@ class Vectors:
     source: str
 
     def entry(self) -> VectorsEntry:
-        """What a cache's manifest says of them."""
+        """Their entry in a cache's manifest."""
         _, phrasings, dim = self.values.shape
         digest = hashlib.sha256()
         for start in range(0, len(self.values), _AT_ONCE):
@@ -89,7 +89,7 @@ def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None =
         path: As of `read_vectors`.
         classes: Number of the source's classes.
         images: Number of its images; a file of so many rows is of images.
-        encoder: What made the vectors; by default what the file says.
+        encoder: What made the vectors; by default the name in the file.
 
     Raises:
         DataError: As `read_vectors`; or another number of rows.
@@ -106,9 +106,9 @@ def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None =
 
 
 def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
-    """Vectors (rows, X) of a file, float16 or float32, and what made them where the file says so.
+    """Vectors (rows, X) of a file, float16 or float32, and the name of what made them where the file has it.
 
-    A .npy is mapped, not read. In a .npz or .safetensors they are called `vectors`; beside them may stand a `mask`
+    A .npy is mapped, not read. In a .npz or .safetensors they are called `vectors`; next to them may be a `mask`
     (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.models.vectors). What made them
     is the array `encoder` of an .npz, or the metadata `encoder` of a .safetensors.
 
@@ -123,7 +123,7 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
             raise DataError(f"{path}: a mask of shape {mask.shape} does not fit vectors of shape {found.shape}.")
         found = pool_sequence(torch.from_numpy(found.astype(np.float32)), torch.from_numpy(mask)).numpy()
     if found.ndim != 2 or not len(found) or found.dtype.kind != "f":
-        hint = "Sequences (rows, T, X) need a `mask` (rows, T) beside them." if found.ndim == 3 else None
+        hint = "Sequences (rows, T, X) need a `mask` (rows, T) next to them." if found.ndim == 3 else None
         raise DataError(f"{path} holds {found.dtype} of shape {found.shape}; expected floats (rows, numbers).", hint)
     if found.dtype not in (np.float16, np.float32):
         found = found.astype(np.float32)
@@ -154,7 +154,7 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
         raise DataError(f"{path} holds no array `vectors`.") from None
     except (ValueError, OSError, EOFError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as vectors: {str(error).splitlines()[0]}") from None
-    raise DataError(f"{path} is no file of vectors.", _FILES)
+    raise DataError(f"{path} is not a file of vectors.", _FILES)
 
 
 def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"]:
@@ -184,7 +184,7 @@ def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"
 
 
 def phrasings(class_name: str) -> tuple[str, ...]:
-    """Ways to say a class, the plain one first, as many for every class: a seven is also "the digit seven", and "7".
+    """Ways to name a class, the plain one first, as many for every class: a seven is also "the digit seven", and "7".
 
     Of synonyms that commas separate the first counts; numbers below twenty are said as words.
     """
@@ -216,7 +216,7 @@ def _features(text: str) -> dict[str, int]:
         counts[feature] = counts.get(feature, 0) + weight
 
     for word in _words(text):
-        if word in _SAYING_LITTLE:
+        if word in _MEANING_LITTLE:
             count(f"word {word}", _SMALL)
             continue
         count(f"word {word}", _WORD)

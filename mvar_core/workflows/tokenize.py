@@ -79,7 +79,7 @@ def tokenize(
 
     Args:
         tokenizer: Model directory with the tokenizer; image size and pyramid are its own unless a preset, `settings`
-            or `image_size` give others.
+            or `image_size` sets others.
         data: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files; `:test` chooses a
             split.
         out: The cache's directory.
@@ -93,10 +93,10 @@ def tokenize(
         skip_bad: Leave out images that cannot be read, and list them.
         words: Store vectors of the classes' names too, for models that are conditioned on words.
         vectors: Store the vectors of this file (.npy, .npz, .safetensors), one for each class or image.
-        encoder: Name of what made `vectors`; by default what the file says.
+        encoder: Name of what made `vectors`; by default the name in the file.
         overwrite: Replace what is in `out`.
         dry_run: Only report what would be done.
-        machine: Device and dtype; dtype auto is float32, since a code may hang on the last bits.
+        machine: Device and dtype; dtype auto is float32, since a code may depend on the last bits.
         progress: Called with the images that are checked, then encoded.
 
     Raises:

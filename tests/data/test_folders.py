@@ -90,7 +90,7 @@ def test_folders_without_images_are_refused(tmp_path):
 
 def test_images_beside_class_folders_are_refused(class_folders, write):
     write("pictures/stray.png")
-    with pytest.raises(DataError, match=r"holds images \(stray\.png.*beside folders of images \(ant.*3 in all"):
+    with pytest.raises(DataError, match=r"holds images \(stray\.png.*next to folders of images \(ant.*3 in all"):
         open_images(str(class_folders))
 
 

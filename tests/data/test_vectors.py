@@ -211,7 +211,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_vectors(tmp_path / "a.npy")
     (tmp_path / "a.txt").write_text("1 2")
-    with pytest.raises(DataError, match="is no file of vectors"):
+    with pytest.raises(DataError, match="is not a file of vectors"):
         read_vectors(tmp_path / "a.txt")
     np.save(tmp_path / "b.npy", numbers(4))
     with pytest.raises(DataError, match="4 vectors; expected 7"):

@@ -43,7 +43,7 @@ def measure(folder: Path, count: int, metrics: str) -> dict[str, Any]:
     """Seconds, peak resident bytes and figures of one evaluation."""
     command = [sys.executable, "-m", "mvar_cli", "evaluate", "--samples", str(folder / f"{count}.npz")]
     command += ["--reference", "digits", "--metrics", metrics, "--json"]
-    command += ["--features", "demo", "--demo-classifier", str(folder / "classifier.safetensors")]
+    command += ["--features", str(folder / "classifier.safetensors")]
     start = time.monotonic()
     with (folder / "result.json").open("w") as file:
         process = subprocess.Popen(command, stdout=file)

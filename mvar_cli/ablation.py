@@ -21,7 +21,6 @@ import torch
 from mvar_cli.ablation_judge import Judge
 from mvar_cli.ablation_request import ROW, Row
 from mvar_cli.costs import cost_of
-from mvar_cli.image_sets import DrawnImages
 from mvar_cli.old_console import Console, Progress, format_number, format_seconds, plain
 from mvar_cli.training import train_run
 from mvar_core.analysis.ablation import Setting
@@ -32,6 +31,7 @@ from mvar_core.pipeline import Pipeline
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.metrics import read_metrics
 from mvar_core.workflows.bench_row import Request, measure_alone
+from mvar_core.workflows.evaluate import SampledImages
 
 ROUNDS = 3
 REPEATS = 3
@@ -112,7 +112,7 @@ class Experiment:
             row.directory, device=self.device, dtype=self.dtype, attention=self.attention
         )
         count = self.num * pipeline.transformer.no_class
-        images = DrawnImages(row.setting.name, pipeline, count, pipeline.sampling_settings(), row.seed, None)
+        images = SampledImages(row.setting.name, pipeline, count, seed=row.seed)
         begun = time.monotonic()
         scores = self.judge.score(images, row.directory / "samples.png")
         validation = next(

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvar_cli import evaluation
 from mvar_cli.ablation_request import Scoring
-from mvar_cli.image_sets import DrawnImages, ImageShape
 from mvar_cli.old_console import Console
-from mvar_cli.processes import Processes
+from mvar_core.data.evaluation_images import ImageShape
 from mvar_core.data.images import split_name
 from mvar_core.errors import DataError, MvarError
+from mvar_core.evaluation.extractors import ExtractorChoice
 from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.measure import DEFAULT_BATCH, Measurer, Reference
 from mvar_core.evaluation.scores import METRICS, evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.runtime import resolve_device
+from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy
 
 _PICTURED = 80
 
@@ -33,7 +34,7 @@ class Judge:
     """
 
     console: Console
-    known: evaluation.Reference | None = None
+    known: Reference | None = None
     extractor: FeatureExtractor | None = None
     why_not: str | None = None
     _reference: FeatureSet | None = None
@@ -67,14 +68,13 @@ class Judge:
         """
         reference = scoring.reference or training_images
         try:
-            kind = evaluation.feature_kind(scoring.features, reference)
-            known = evaluation.Reference.open(reference, shape, kind)
-            weights, classifier = scoring.inception_weights, scoring.demo_classifier
-            if kind == "inception":
-                weights = evaluation.inception_file(weights, False, console, Processes())
-            if kind == "demo" and classifier is None:
-                classifier = _classifier(reference, shape, out, nearby)
-            extractor = evaluation.make_extractor(kind, weights, classifier, [], shape, resolve_device(device))
+            choice = ExtractorChoice(
+                scoring.demo_classifier or scoring.features, reference, inception_weights=scoring.inception_weights
+            )
+            known = Reference.open(reference, shape, choice.name)
+            if choice.name == "demo" and scoring.demo_classifier is None:
+                choice = ExtractorChoice(_classifier(reference, shape, out, nearby), reference)
+            extractor = choice.load(shape, resolve_device(device))
             known.check(extractor)
         except MvarError as error:
             named = (scoring.reference, scoring.inception_weights, scoring.demo_classifier)
@@ -82,7 +82,7 @@ class Judge:
                 raise
             return cls(console, why_not=str(error))
         judge = cls(console, known, extractor)
-        if kind == "demo" and split_name(reference) == ("digits", "train"):
+        if choice.name == "demo" and split_name(reference) == ("digits", "train"):
             from mvar_core.evaluation.demo import read_digits
 
             judge._digits = (read_digits("train", shape), read_digits("test", shape))
@@ -95,7 +95,7 @@ class Judge:
         names = {"features": self.extractor.name, "reference": self.known.name}
         return {**names, "weights_hash": self.extractor.weights_hash}
 
-    def score(self, images: DrawnImages, picture: Path) -> dict[str, Any]:
+    def score(self, images: SampledImages, picture: Path) -> dict[str, Any]:
         """Draw the images and score them.
 
         Args:
@@ -110,15 +110,13 @@ class Judge:
             _draw_picture(images, picture)
             reasons = dict.fromkeys(METRICS, self.why_not)
             return {**dict.fromkeys(METRICS), "classifier_accuracy": None, "reasons": reasons}
-        measurer = evaluation.Measurer(self.extractor, self.console, Processes(), batch_size=evaluation.DEFAULT_BATCH)
+        measurer = Measurer(self.extractor)
         if self._reference is None:
             self._reference = self.known.measure(measurer)
-            assert self._reference is not None
         kept = _Keeping(images, None if self._digits else _PICTURED)
         found = measurer.measure(kept, "samples")
-        assert found is not None
         scores = evaluate_features(found, self._reference)
-        scores["classifier_accuracy"] = self._accuracy(found, images)
+        scores["classifier_accuracy"] = classifier_accuracy(found, images.labels)
         _save_picture(kept, picture)
         if self._digits is not None:
             from mvar_core.evaluation.demo import DemoExtractor
@@ -130,22 +128,15 @@ class Judge:
             scores.update(vars(score_samples(self.extractor.classifier, samples, *self._digits)))
         return scores
 
-    def _accuracy(self, found: FeatureSet, images: DrawnImages) -> float | None:
-        if self.extractor is None or self.extractor.name != "demo" or found.logits is None or images.labels is None:
-            return None
-        if images.labels.max() >= found.logits.shape[1]:
-            return None
-        return float((found.logits.argmax(dim=1).numpy() == images.labels).mean())
-
 
 class _Keeping:
     """Images that are drawn, of which the first are kept while they pass; None keeps all."""
 
-    def __init__(self, images: DrawnImages, keep: int | None):
+    def __init__(self, images: SampledImages, keep: int | None):
         self.images = images
         self.keep = keep
         self.seen: list[Tensor] = []
-        self.name, self.verb, self.count = images.name, images.verb, images.count
+        self.name, self.count = images.name, images.count
         self.image_shape, self.labels, self.class_names = images.image_shape, images.labels, images.class_names
 
     def batches(self, batch_size: int, start: int, stop: int) -> Any:
@@ -158,7 +149,7 @@ class _Keeping:
                 held += len(batch)
             yield batch
 
-    def content(self) -> None:
+    def fingerprint(self) -> None:
         """Nothing is known of samples before they are drawn."""
 
 
@@ -170,10 +161,10 @@ def _save_picture(kept: _Keeping, path: Path) -> None:
     save_grid(images, path, classes if 2 <= classes <= 16 else 8)
 
 
-def _draw_picture(images: DrawnImages, path: Path) -> None:
+def _draw_picture(images: SampledImages, path: Path) -> None:
     """Draw the first images for their picture alone."""
     kept = _Keeping(images, _PICTURED)
-    for _ in kept.batches(evaluation.DEFAULT_BATCH, 0, min(_PICTURED, images.count)):
+    for _ in kept.batches(DEFAULT_BATCH, 0, min(_PICTURED, images.count)):
         pass
     _save_picture(kept, path)
 

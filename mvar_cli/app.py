@@ -51,6 +51,14 @@ COMMANDS = (
 
 SUBCOMMANDS = (
     CommandEntry("evaluate make-reference", "make_reference", "Measure a reference once, for `evaluate`.", "Use", True),
+    CommandEntry("evaluate reconstruction", "evaluate_reconstruction", "rFID, PSNR, SSIM of a tokenizer.", "Use"),
+    CommandEntry(
+        "evaluate likelihood",
+        "evaluate_likelihood",
+        "Bits per token of held-out images, zero-shot classes.",
+        "Use",
+        True,
+    ),
 )
 """Commands that are words behind another command."""
 
@@ -69,6 +77,15 @@ def _loop(section: str) -> dict[str, str]:
 
 MOVED: dict[str, dict[str, str]] = {
     "plan": {"--list": "`mvar plan` alone lists the presets."},
+    "evaluate": {
+        "--likelihood": "Use `mvar evaluate likelihood` instead.",
+        "--reconstruction": "Use `mvar evaluate reconstruction` instead.",
+        "--demo-classifier": "Use --features FILE.safetensors instead.",
+    },
+    "evaluate make-reference": {
+        "--samples": "Use --data instead.",
+        "--demo-classifier": "Use --features FILE.safetensors instead.",
+    },
     "tokenize": {"--shard-images": "Leave it out: the size of a shard follows from the number of images."},
     "train-tokenizer": _loop("train_tokenizer"),
     "train": _loop("train"),

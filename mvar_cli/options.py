@@ -75,6 +75,20 @@ ScalePrefixes = Annotated[
     str | None,
     typer.Option("--scale-prefixes", metavar="N|all", help="Scales that a token sees, its own included: 1 is MVAR."),
 ]
+Features = Annotated[
+    str,
+    typer.Option("--features", metavar="NAME|FILE",
+                 help="inception, demo, a demo classifier (.safetensors), a program from torch.export (.pt2), or a "
+                 "name registered with torch-fidelity; auto is demo for digits."),
+]  # fmt: skip
+InceptionWeights = Annotated[
+    Path | None,
+    typer.Option("--inception-weights", metavar="FILE", help="The network that FID is defined by."),
+]
+Download = Annotated[bool, typer.Option("--download", help="Download the Inception weights if they are absent.")]
+FeatureCache = Annotated[
+    Path | None, typer.Option("--cache", metavar="DIR", help="Save features there, and reuse those that are known.")
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")]
 SampleOut = Annotated[Path, typer.Option("--out", metavar="PATH", help="A directory, or a file for npz and grid.")]
 SampleFormat = Annotated[
@@ -179,8 +193,8 @@ class SamplingMachineOptions(MachineOptions):
     memory: Memory = None
 
 
-class SamplingOptions(Group):
-    """How to sample; what is not given is as the model recommends."""
+class BasicSamplingOptions(Group):
+    """How to sample for measures; what is not given is as the model recommends."""
 
     builds = "SamplingConfig"
 
@@ -189,6 +203,11 @@ class SamplingOptions(Group):
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Keep this much probability; 0 or 1 keep all.")] = (
         None
     )
+
+
+class SamplingOptions(BasicSamplingOptions):
+    """How to sample; what is not given is as the model recommends."""
+
     more_smooth: Annotated[
         bool | None, typer.Option("--more-smooth/--no-more-smooth", help="Smoother looks; never for metrics.")
     ] = None
@@ -207,13 +226,15 @@ if TYPE_CHECKING:  # what a command's function receives
     MemoryDevice = mvar.Machine
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
+    BasicSampling = mvar.SamplingConfig
     Sampling = mvar.SamplingConfig
     Loop = mvar.LoopSettings
     TokenizerLoop = mvar.TokenizerLoopSettings
 else:
     Device, Machine, SamplingMachine = DeviceOptions, MachineOptions, SamplingMachineOptions
-    MemoryDevice, Sampling = MemoryDeviceOptions, SamplingOptions
     Loop, TokenizerLoop = LoopOptions, TokenizerLoopOptions
+    MemoryDevice = MemoryDeviceOptions
+    BasicSampling, Sampling = BasicSamplingOptions, SamplingOptions
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

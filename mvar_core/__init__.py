@@ -22,6 +22,12 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.progress import Progress as Progress
     from mvar_core.workflows.edit import edit as edit
     from mvar_core.workflows.sample import sample_to as sample_to
+    from mvar_core.workflows.evaluate import Measured as Measured
+    from mvar_core.workflows.evaluate import evaluate as evaluate
+    from mvar_core.workflows.evaluate import make_reference as make_reference
+    from mvar_core.workflows.likelihood import Likelihood as Likelihood
+    from mvar_core.workflows.likelihood import evaluate_likelihood as evaluate_likelihood
+    from mvar_core.workflows.reconstruction import evaluate_reconstruction as evaluate_reconstruction
     from mvar_core.workflows.tokenize import tokenize as tokenize
     from mvar_core.workflows.convert import convert as convert
     from mvar_core.workflows.doctor import doctor as doctor
@@ -51,8 +57,8 @@ _MODULES = {
     "mvar_core.workflows.convert": ("convert",),
     "mvar_core.workflows.doctor": ("doctor",),
     "mvar_core.workflows.edit": ("edit",),
-    "mvar_core.workflows.evaluate": ("evaluate", "make_reference"),
-    "mvar_core.workflows.likelihood": ("evaluate_likelihood",),
+    "mvar_core.workflows.evaluate": ("Measured", "evaluate", "make_reference"),
+    "mvar_core.workflows.likelihood": ("Likelihood", "evaluate_likelihood"),
     "mvar_core.workflows.plan": ("PresetList", "list_presets", "plan"),
     "mvar_core.workflows.quickstart": ("quickstart",),
     "mvar_core.workflows.reconstruction": ("evaluate_reconstruction",),

@@ -99,6 +99,13 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def all_gather_object(self, value: Value) -> list[Value]:
+        """Every process's value, in the order of ranks, in all processes."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set in some process; all processes ask together."""
         if self.world_size == 1:

@@ -1,4 +1,4 @@
-"""How likely a model holds images to be, by their tokens: bits per token and scale, per class, and the class that fits.
+"""How likely images are under a model, by their tokens: bits per token and scale, per class, and the class that fits.
 
 A next-scale model gives the tokens of all scales a probability, p(tokens | class) = Π p(token | earlier scales, class).
 So it can be asked how well it knows held-out images, without any feature network, and which class makes an image most
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ from mvar_core.models.conditioning import Conditioner, Conditions, VectorConditi
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
+from mvar_core.results import Result
 
 TOP = 5
-"""Of so many classes one must be right, where the figure of the best few is given."""
+"""How many classes the figure of the best few looks at."""
 
 
 @torch.no_grad()
@@ -104,8 +105,8 @@ def read_candidates(conditioner: Conditioner, given: Conditions, images: int) ->
     return read.unflatten(0, (images, candidates)), several
 
 
-@dataclass(frozen=True)
-class LikelihoodReport:
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodReport(Result):
     """Means over images; without labels, what needs them is None and likelihoods are those under no class.
 
     Attributes:
@@ -118,38 +119,34 @@ class LikelihoodReport:
         bits_per_image: All tokens of an image.
         bits_per_image_error: Standard error of that mean.
         bits_per_pixel: Over the image's pixels (height × width). These are bits of tokens: what a tokenizer loses of
-            the pixels is not counted, so figures compare under one tokenizer alone.
+            the pixels is not counted, so figures are comparable only under one tokenizer.
         bits_per_token_no_class: Under no class.
-        class_information: Bits that the class tells of an image: bits under no class less those under its own.
+        class_information: Bits of an image that the class explains: bits under no class less those under its own.
         nll_by_class: For each class that occurs, -ln p(tokens | class) of its images, in nats per image.
         samples_by_class: How many images that mean is of.
         classes_scored: Classes that compete in zero-shot classification.
-        zero_shot_accuracy: Part of the images whose own class makes their tokens most likely.
-        zero_shot_top5: Part whose own class is among the five that do; None with five classes or fewer.
-        zero_shot_accuracy_by_scale: The same by the tokens of scales up to each alone.
+        zero_shot_accuracy: Fraction of the images whose own class makes their tokens most likely.
+        zero_shot_top5: Fraction whose own class is among the five that do; None with five classes or fewer.
+        zero_shot_accuracy_by_scale: The same, by only the tokens of the scales up to each.
     """
 
-    num_samples: int
-    num_tokens: int
-    patch_sizes: tuple[int | tuple[int, int], ...]
-    bits_per_token: float
-    bits_per_token_by_scale: tuple[float, ...]
-    uniform_bits_per_token: float
-    bits_per_image: float
-    bits_per_image_error: float | None
-    bits_per_pixel: float
-    bits_per_token_no_class: float
-    class_information: float | None
-    nll_by_class: dict[str, float] | None
-    samples_by_class: dict[str, int] | None
-    classes_scored: int
-    zero_shot_accuracy: float | None
-    zero_shot_top5: float | None
-    zero_shot_accuracy_by_scale: tuple[float, ...] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it."""
-        return asdict(self)
+    num_samples: int = 0
+    num_tokens: int = 0
+    patch_sizes: tuple[int | tuple[int, int], ...] = ()
+    bits_per_token: float = math.nan
+    bits_per_token_by_scale: tuple[float, ...] = ()
+    uniform_bits_per_token: float = math.nan
+    bits_per_image: float = math.nan
+    bits_per_image_error: float | None = None
+    bits_per_pixel: float = math.nan
+    bits_per_token_no_class: float = math.nan
+    class_information: float | None = None
+    nll_by_class: dict[str, float] | None = None
+    samples_by_class: dict[str, int] | None = None
+    classes_scored: int = 0
+    zero_shot_accuracy: float | None = None
+    zero_shot_top5: float | None = None
+    zero_shot_accuracy_by_scale: tuple[float, ...] | None = None
 
 
 def measure_likelihood(
@@ -182,7 +179,7 @@ def measure_likelihood(
 
     Raises:
         ConfigError: The model is conditioned on vectors.
-        DataError: No images, a label that does not exist or does not compete, or labels for some images alone.
+        DataError: No images, a label that does not exist or does not compete, or labels for only some images.
     """
     if config.conditioning.kind != "class":
         raise ConfigError("Likelihoods per class need a model that is conditioned on classes; this one is on vectors.")
@@ -217,8 +214,8 @@ def measure_likelihood(
             positions = (labels_B.view(-1, 1).cpu() == competing).int().argmax(1).numpy()
         tally.add(scored_BKS, labels_B.cpu().numpy() if labels_B is not None else None, positions)
     whole = Tally(config)
-    for part in gather(tally) if gather is not None else [tally]:
-        whole.extend(part)
+    for each in gather(tally) if gather is not None else [tally]:
+        whole.extend(each)
     return whole.report(len(classes) if classes is not None else 0)
 
 
@@ -237,7 +234,7 @@ class Tally:
         self.ranks: list[np.ndarray] = []
 
     def add(self, scored_BKS: np.ndarray, labels_B: np.ndarray | None, positions_B: np.ndarray | None) -> None:
-        """Take a batch, whose first column is under no class; then come the own class, or all that compete."""
+        """Add a batch, whose first column is under no class; the own class follows, or all that compete."""
         self.none_nats.append(-scored_BKS[:, 0])
         if labels_B is None:
             return
@@ -253,7 +250,7 @@ class Tally:
             self.ranks.append(((sums_BKS > own_B1S) | ((sums_BKS == own_B1S) & earlier_BK1)).sum(1))
 
     def extend(self, other: Tally) -> None:
-        """Put the images of another tally behind these."""
+        """Append the images of another tally."""
         for name in ("none_nats", "own_nats", "labels", "ranks"):
             getattr(self, name).extend(getattr(other, name))
 
@@ -264,7 +261,7 @@ class Tally:
             competing: How many classes competed.
 
         Raises:
-            DataError: No images, or labels for some alone.
+            DataError: No images, or labels for only some.
         """
         if not self.none_nats:
             raise DataError("There are no images to score.")

@@ -1,13 +1,19 @@
-"""Published results on ImageNet at 256×256, and what it takes to be comparable with them."""
+"""Published results on ImageNet at 256×256, and what keeps measured figures from being comparable with them."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from mvar_core.data.evaluation_images import EvaluationImages
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.measure import ImageSet, Reference
 from mvar_core.evaluation.statistics import FeatureSet
 
 PAPER_SAMPLES = 50_000
+USUAL_SIZES = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,52 @@ def comparability(
     if more_smooth:
         why_not.append("more-smooth samples are made for looks and change the measures")
     return not why_not, why_not
+
+
+def input_reasons(images: ImageSet, reference: Reference) -> list[str]:
+    """What about the images themselves keeps their figures from being comparable with published ones."""
+    found = []
+    if isinstance(images, EvaluationImages):
+        if images.num_lossy:
+            found.append(f"{images.num_lossy:,} samples are JPEG or WebP files, whose compression moves the features")
+        if images.stored_shape is not None:
+            found.append(f"samples were resized from {_size(images.stored_shape)}")
+    ours = images.image_shape
+    if reference.stored_shape is not None:
+        found.append(f"reference images were resized from {_size(reference.stored_shape)} to {_size(ours)}")
+    if reference.made is not None:
+        record = reference.made[1]
+        if record.resized:
+            found.append("some reference images were resized before they were measured")
+        if record.image_shape != ours:
+            found.append(f"the reference was measured at {_size(record.image_shape)}, the samples at {_size(ours)}")
+    if reference.statistics is not None and reference.stored_shape is None:
+        named = map(int, re.findall(r"(?<!\d)(\d{2,4})(?!\d)", Path(reference.name).stem))
+        size = next((number for number in named if number in USUAL_SIZES), None)
+        if size is not None and ours != (size, size):
+            found.append(f"the samples are {_size(ours)}, the reference {Path(reference.name).name} is for {size}")
+    return found
+
+
+def cautions(extractor: FeatureExtractor, num_samples: int, reference: FeatureSet) -> list[str]:
+    """What makes a figure larger or noisier than it would be with more images."""
+    found = []
+    if extractor.comparable_to_papers and num_samples < PAPER_SAMPLES:
+        found.append(f"FID of {num_samples:,} samples is larger than that of {PAPER_SAMPLES:,}, which papers report")
+    sets = [(num_samples, "samples")]
+    if reference.source is None and reference.num_images is not None:
+        sets.append((reference.num_images, "reference images"))
+    for count, what in sets:
+        if count < extractor.dim:
+            found.append(f"{count:,} {what} are fewer than {extractor.dim:,} features: their covariance is singular")
+    return found
+
+
+def comparable_rows(extractor: _Comparable, image_shape: tuple[int, int], reference: str) -> tuple[PublishedRow, ...]:
+    """Published results for the same data, size and features; the data is recognized by the reference's name."""
+    same = extractor.name == "inception" and image_shape == (256, 256) and "imagenet" in Path(reference).name.lower()
+    return IMAGENET_256 if same else ()
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}×{shape[1]}"

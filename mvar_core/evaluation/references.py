@@ -1,11 +1,16 @@
-"""Features and statistics in a file: references that were measured once, and say what they were measured with."""
+"""Features and statistics in files: references that were measured once, published statistics, a cache of features.
+
+One npz layout serves references, which say what they were measured with, and the cache.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, is_zipfile
@@ -23,6 +28,8 @@ FORMAT = "mvar-reference-1"
 """Version of the layout, in references and in caches of features."""
 
 RECORD_ARRAY = "record"
+
+logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,62 @@ def check_reference(
         )
 
 
+def read_statistics(path: Path, images: FeatureSet | None = None) -> FeatureSet | None:
+    """Read the statistics of a reference file in the ADM evaluator's layout: mu, sigma, and mu_s, sigma_s for sFID.
+
+    Args:
+        path: An npz file.
+        images: The features of the file's own images (`arr_0`), for precision, recall and KID; None leaves those out.
+
+    Returns:
+        The statistics; None where the file has none, and holds images only.
+
+    Raises:
+        DataError: Not an npz file, statistics that are incomplete or of shapes that do not fit.
+    """
+    if path.suffix.lower() != ".npz":
+        raise DataError(f"{path} is not an npz file.")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            pool = _read_gaussian(archive, path, "mu", "sigma")
+            spatial = _read_gaussian(archive, path, "mu_s", "sigma_s")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as an npz file: {' '.join(str(error).split())}.") from error
+    if pool is None:
+        return None
+    if images is not None:
+        _check_dimension(path, pool, images)
+        return replace(images, count=None, statistics=pool, spatial=spatial, source=str(path))
+    return FeatureSet("inception", None, None, pool, spatial, source=str(path))
+
+
+def _check_dimension(path: Path, pool: Statistics, images: FeatureSet) -> None:
+    width = images.width
+    if width is not None and width != len(pool["mu"]):
+        raise DataError(
+            f"{path} holds statistics of {len(pool['mu'])} features, but {images.extractor} features are {width}.",
+            "Choose the --features that the file was made with.",
+        )
+
+
+def _read_gaussian(archive: np.lib.npyio.NpzFile, path: Path, mean: str, covariance: str) -> Statistics | None:
+    present = [name for name in (mean, covariance) if name in archive.files]
+    if not present:
+        return None
+    if len(present) == 1:
+        raise DataError(f"{path} has {present[0]} but lacks {covariance if present[0] == mean else mean}.")
+    mu, sigma = archive[mean], archive[covariance]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise DataError(
+            f"{path}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; expected (F,) and (F, F)."
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{path}: {mean} or {covariance} holds numbers that are not finite.")
+    return Statistics(mu=mu.astype(np.float64), sigma=sigma.astype(np.float64))
+
+
 def write_features(path: Path, features: FeatureSet, description: Mapping[str, Any]) -> None:
     """Write a set of features and a description of it to an npz file, whole or not at all.
 
@@ -223,3 +286,65 @@ def _feature_set(archive: np.lib.npyio.NpzFile, known: Mapping[str, Any]) -> Fea
         labels=rows("labels"),
         content_keys=None if keys is None else torch.from_numpy(keys),
     )
+
+
+def feature_key(extractor: FeatureExtractor, content: str, count: int) -> str:
+    """The name of these images' features in a cache: a SHA-256 of all that they depend on.
+
+    Args:
+        extractor: What measures the images: its name and weights are part of the key.
+        content: A fingerprint of the images, as they are given to the extractor.
+        count: How many of them are measured.
+    """
+    parts = [FORMAT, extractor.name, extractor.weights_hash, content, count]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class FeatureCache:
+    """Features by key, one npz file each; a file that cannot be used counts as absent.
+
+    Args:
+        directory: Where the files are; made when the first is saved.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    @classmethod
+    def open(cls, directory: str | Path | None) -> FeatureCache | None:
+        """The cache in a directory, if there is to be one.
+
+        Raises:
+            DataError: The directory is a file.
+        """
+        if directory is not None and Path(directory).is_file():
+            raise DataError(f"--cache {directory} is a file; expected a directory.")
+        return None if directory is None else cls(Path(directory))
+
+    def path(self, key: str) -> Path:
+        """The file of a key."""
+        return self.directory / f"{key}.npz"
+
+    def load(self, key: str, *, features: bool = False) -> FeatureSet | None:
+        """The features of a key; None where there are none.
+
+        Args:
+            key: From `feature_key`.
+            features: Whether the features themselves are needed, not only their statistics.
+        """
+        path = self.path(key)
+        try:
+            content = read_features(path)
+            if content is None or content[1] != {"key": key}:
+                raise ValueError("it holds other features")
+        except FileNotFoundError:
+            return None
+        except (OSError, EOFError, BadZipFile, zlib.error, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("%s cannot be used and is measured again: %s.", path, reason)
+            return None
+        return None if features and content[0].features is None else content[0]
+
+    def save(self, key: str, features: FeatureSet) -> None:
+        """Keep features under a key; the file is written whole or not at all."""
+        write_features(self.path(key), features, {"key": key})

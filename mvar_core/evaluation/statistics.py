@@ -1,13 +1,11 @@
-"""Mean and covariance of features, gathered batch by batch in float64."""
+"""What is known of a set of images: features, and their mean and covariance, gathered batch by batch in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TypedDict
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -267,59 +265,3 @@ def collect(
         logits=logits.result(),
         content_keys=torch.cat(keys),
     )
-
-
-def read_statistics(path: Path, images: FeatureSet | None = None) -> FeatureSet | None:
-    """Read the statistics of a reference file in the ADM evaluator's layout: mu, sigma, and mu_s, sigma_s for sFID.
-
-    Args:
-        path: An npz file.
-        images: The features of the file's own images (`arr_0`), for precision, recall and KID; None leaves those out.
-
-    Returns:
-        The statistics; None where the file has none, and holds images only.
-
-    Raises:
-        DataError: Not an npz file, statistics that are incomplete or of shapes that do not fit.
-    """
-    if path.suffix.lower() != ".npz":
-        raise DataError(f"{path} is not an npz file.")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            pool = _read_gaussian(archive, path, "mu", "sigma")
-            spatial = _read_gaussian(archive, path, "mu_s", "sigma_s")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
-    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an npz file: {' '.join(str(error).split())}.") from error
-    if pool is None:
-        return None
-    if images is not None:
-        _check_dimension(path, pool, images)
-        return replace(images, count=None, statistics=pool, spatial=spatial, source=str(path))
-    return FeatureSet("inception", None, None, pool, spatial, source=str(path))
-
-
-def _check_dimension(path: Path, pool: Statistics, images: FeatureSet) -> None:
-    width = images.width
-    if width is not None and width != len(pool["mu"]):
-        raise DataError(
-            f"{path} holds statistics of {len(pool['mu'])} features, but {images.extractor} features are {width}.",
-            "Choose the --features that the file was made with.",
-        )
-
-
-def _read_gaussian(archive: np.lib.npyio.NpzFile, path: Path, mean: str, covariance: str) -> Statistics | None:
-    present = [name for name in (mean, covariance) if name in archive.files]
-    if not present:
-        return None
-    if len(present) == 1:
-        raise DataError(f"{path} has {present[0]} but lacks {covariance if present[0] == mean else mean}.")
-    mu, sigma = archive[mean], archive[covariance]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise DataError(
-            f"{path}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; expected (F,) and (F, F)."
-        )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise DataError(f"{path}: {mean} or {covariance} holds numbers that are not finite.")
-    return Statistics(mu=mu.astype(np.float64), sigma=sigma.astype(np.float64))

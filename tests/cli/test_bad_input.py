@@ -197,7 +197,7 @@ def test_evaluation_without_weights_says_so_before_sampling(mvar, model, images,
 
 
 def test_evaluation_of_things_that_are_not_images(mvar, images, classifier, tmp_path):
-    options = ["--reference", images, "--features", "demo", "--demo-classifier", classifier]
+    options = ["--reference", images, "--features", classifier]
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 16, 16, 3)))
     assert "uint8" in mvar("evaluate", "--samples", tmp_path / "floats.npz", *options).error
     assert "nowhere" in mvar("evaluate", "--samples", tmp_path / "nowhere", *options).error

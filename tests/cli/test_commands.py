@@ -221,7 +221,7 @@ def test_sample_settings_are_used(mvar, model, tmp_path):
 
 
 def test_evaluate_images(mvar, images, classifier):
-    options = ["--samples", images, "--reference", images, "--features", "demo", "--demo-classifier", classifier]
+    options = ["--samples", images, "--reference", images, "--features", classifier]
     scores = mvar("evaluate", *options, "--json").json
     keys = {
         "fid", "sfid", "inception_score", "precision", "recall", "kid", "num_samples", "num_reference", "features",
@@ -242,7 +242,7 @@ def test_evaluate_images(mvar, images, classifier):
 
 
 def test_evaluate_a_checkpoint_draws_the_same_samples(mvar, model, images, classifier, tmp_path):
-    options = ["--reference", images, "--features", "demo", "--demo-classifier", classifier, "--json"]
+    options = ["--reference", images, "--features", classifier, "--json"]
     drawn = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--batch-size", 5, *options).json
     assert drawn["num_samples"] == 12
     assert 0 <= drawn["classifier_accuracy"] <= 1
@@ -252,7 +252,7 @@ def test_evaluate_a_checkpoint_draws_the_same_samples(mvar, model, images, class
 
 def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_path):
     """With an Inception network's place taken by a small one: the real weights are not at hand in tests."""
-    from mvar_core.evaluation import features
+    from mvar_core.evaluation import extractors, features
 
     class Small:
         name, dim, comparable_to_papers, weights_hash = "inception", 4, True, "hash"
@@ -260,8 +260,8 @@ def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_pat
         def __call__(self, batch):
             return features.Features(batch.float().mean(dim=3)[:, 0, :4] / 255)
 
-    monkeypatch.setattr(features, "find_inception_weights", lambda path: path)
-    monkeypatch.setattr(features, "load_inception", lambda path, device: Small())
+    monkeypatch.setattr(extractors, "find_inception_weights", lambda path: path)
+    monkeypatch.setattr(extractors, "load_inception", lambda path, device: Small())
     random = np.random.default_rng(0)
     path = tmp_path / "imagenet.npz"
     np.savez(path, arr_0=random.integers(0, 256, (8, 256, 256, 3), np.uint8))

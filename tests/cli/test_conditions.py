@@ -167,7 +167,7 @@ def test_every_command_takes_a_model_of_words(
     assert mvar(*analyse, "--num", 2, "--overwrite").code == 0  # its own samples
     assert mvar("plan", "--checkpoint", trained, "--json").json["parameters"] > 0
     evaluate = ["evaluate", "--checkpoint", trained, "--num-samples", 6, "--reference", images]
-    evaluate += ["--features", "demo", "--demo-classifier", classifier]
+    evaluate += ["--features", classifier]
     found = mvar(*evaluate, "--metrics", "fid", "--json", *device).json
     assert found["num_samples"] == 6
     assert (

@@ -1,4 +1,4 @@
-"""`mvar evaluate` with Inception features: references of published statistics, comparability, the weights."""
+"""`mvar.evaluate` with Inception features: references of published statistics, comparability, the weights."""
 
 import shutil
 from pathlib import Path
@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from mvar_core import evaluate, make_reference
+from mvar_core.errors import DataError
+from mvar_core.evaluation.features import Features
 
 
 @pytest.fixture
@@ -27,28 +31,18 @@ class Small:
     name, dim, comparable_to_papers, weights_hash = "inception", 12, True, "hash"
 
     def __call__(self, batch: torch.Tensor) -> Any:
-        from mvar_core.evaluation.features import Features
-
         pool = batch.float().mean(dim=3)[:, :, :4].flatten(1) / 255
         return Features(pool, pool, pool)
 
 
-@pytest.fixture
-def inception(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvar_core.evaluation import features
-
-    monkeypatch.setattr(features, "find_inception_weights", lambda path: path)
-    monkeypatch.setattr(features, "load_inception", lambda path, device: Small())
+def judged(samples: Path, reference: Path, **options: Any) -> dict[str, Any]:
+    return evaluate(samples=samples, reference=reference, features=Small(), **options).to_dict()
 
 
-@pytest.mark.usefixtures("inception")
-def test_an_adm_reference_of_statistics_alone_says_what_is_missing(mvar, samples, tmp_path):
+def test_an_adm_reference_of_statistics_alone_says_what_is_missing(samples, tmp_path):
     statistics = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": np.zeros(12), "sigma_s": np.eye(12)}
     np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", **statistics)
-    outcome = mvar(
-        "evaluate", "--samples", samples, "--reference", tmp_path / "VIRTUAL_imagenet256_labeled.npz", "--json"
-    )
-    found = outcome.json
+    found = judged(samples, tmp_path / "VIRTUAL_imagenet256_labeled.npz")
     assert found["fid"] > 0
     assert found["sfid"] > 0
     for name in ("precision", "recall", "kid"):
@@ -60,58 +54,51 @@ def test_an_adm_reference_of_statistics_alone_says_what_is_missing(mvar, samples
     assert any("larger than that of 50,000" in warning for warning in found["warnings"])
 
 
-@pytest.mark.usefixtures("inception")
-def test_statistics_of_another_width_are_refused(mvar, samples, tmp_path):
+def test_statistics_of_another_width_are_refused(samples, tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
-    error = mvar("evaluate", "--samples", samples, "--reference", tmp_path / "other.npz").error
-    assert "5 features" in error
-    assert "are 12" in error
-    error = mvar("evaluate", "--samples", samples, "--reference", tmp_path / "other.npz", "--features", "demo").error
-    assert "no images" in error
+    with pytest.raises(DataError, match="5 features.* are 12"):
+        judged(samples, tmp_path / "other.npz")
+    with pytest.raises(DataError, match="no images"):
+        evaluate(samples=samples, reference=tmp_path / "other.npz", features="demo")
 
 
-@pytest.mark.usefixtures("inception")
-def test_an_adm_reference_with_images_has_everything(mvar, samples, pixels, tmp_path):
+def test_an_adm_reference_with_images_has_everything(samples, pixels, tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.full(12, 0.4), sigma=np.eye(12), arr_0=pixels[::4])
-    found = mvar("evaluate", "--samples", samples, "--reference", tmp_path / "adm.npz", "--json").json
+    found = judged(samples, tmp_path / "adm.npz")
     assert found["precision"] is not None
     assert found["kid"] is not None
     assert "mu_s" in found["reasons"]["sfid"]
     assert found["num_reference"] == 12
 
 
-@pytest.mark.usefixtures("inception")
-def test_inputs_that_move_figures_are_named(mvar, samples, pixels, tmp_path):
+def test_inputs_that_move_figures_are_named(samples, pixels, tmp_path):
     for number, image in enumerate(pixels[:16]):
         (tmp_path / "jpeg").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "jpeg" / f"{number}.jpg")
     large = pixels.repeat(2, 1).repeat(2, 2)
     np.savez(tmp_path / "large.npz", arr_0=large)
-    jpeg = mvar("evaluate", "--samples", tmp_path / "jpeg", "--reference", samples, "--json").json
+    jpeg = judged(tmp_path / "jpeg", samples)
     assert any("16 samples are JPEG" in reason for reason in jpeg["why_not"])
-    resized = mvar("evaluate", "--samples", samples, "--reference", tmp_path / "large.npz", "--json").json
+    resized = judged(samples, tmp_path / "large.npz")
     assert any("resized from 32×32 to 16×16" in reason for reason in resized["why_not"])
     made = tmp_path / "made.npz"
-    mvar("evaluate", "make-reference", "--data", tmp_path / "large.npz", "--out", made)
-    found = mvar("evaluate", "--samples", samples, "--reference", made, "--json").json
+    make_reference(made, data=tmp_path / "large.npz", features=Small())
+    found = judged(samples, made)
     assert any("measured at 32×32, the samples at 16×16" in reason for reason in found["why_not"])
 
 
-@pytest.mark.usefixtures("inception")
-def test_published_rows_stand_only_beside_the_same_data_at_the_same_size(mvar, samples, tmp_path):
+def test_published_rows_stand_only_next_to_the_same_data_at_the_same_size(samples, tmp_path):
     shutil.copy(samples, tmp_path / "imagenet.npz")
-    out = mvar("evaluate", "--samples", samples, "--reference", tmp_path / "imagenet.npz").out
-    assert "MVAR-d16" not in out
+    assert judged(samples, tmp_path / "imagenet.npz")["published"] == []
     np.savez(tmp_path / "faces.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), np.uint8))
-    large = ["--samples", tmp_path / "faces.npz", "--metrics", "fid", "--reference"]
-    assert "MVAR-d16" not in mvar("evaluate", *large, tmp_path / "faces.npz").out
+    assert judged(tmp_path / "faces.npz", tmp_path / "faces.npz", metrics="fid")["published"] == []
     shutil.copy(tmp_path / "faces.npz", tmp_path / "VIRTUAL_imagenet256_labeled.npz")
-    assert "MVAR-d16" in mvar("evaluate", *large, tmp_path / "VIRTUAL_imagenet256_labeled.npz").out
+    rows = judged(tmp_path / "faces.npz", tmp_path / "VIRTUAL_imagenet256_labeled.npz", metrics="fid")["published"]
+    assert "MVAR-d16" in [row["model"] for row in rows]
 
 
 def test_weights_are_fetched_only_where_that_is_asked_for(mvar, samples, images, monkeypatch, tmp_path):
-    from mvar_core.errors import DataError
-    from mvar_core.evaluation import features
+    from mvar_core.evaluation import extractors
 
     fetched: list[Path] = []
 
@@ -125,9 +112,9 @@ def test_weights_are_fetched_only_where_that_is_asked_for(mvar, samples, images,
         fetched.append(tmp_path / "weights.pth")
         return fetched[0]
 
-    monkeypatch.setattr(features, "find_inception_weights", find)
-    monkeypatch.setattr(features, "download_inception", download)
-    monkeypatch.setattr(features, "load_inception", lambda path, device: Small())
+    monkeypatch.setattr(extractors, "find_inception_weights", find)
+    monkeypatch.setattr(extractors, "download_inception", download)
+    monkeypatch.setattr(extractors, "load_inception", lambda path, device: Small())
     options = ["--samples", samples, "--reference", images]
     assert "not on this machine" in mvar("evaluate", *options).error
     assert not fetched

@@ -56,8 +56,8 @@ def test_every_shared_command_has_the_option_and_no_other():
 
 @pytest.mark.slow
 def test_two_processes_print_one_result_and_leave_nothing_behind(model, classifier, images, tmp_path):
-    options = ["--checkpoint", model, "--num-samples", 5, "--reference", images, "--features", "demo"]
-    options += ["--demo-classifier", classifier, "--metrics", "fid", "--save-samples", tmp_path / "drawn.npz", "--json"]
+    options = ["--checkpoint", model, "--num-samples", 5, "--reference", images]
+    options += ["--features", classifier, "--metrics", "fid", "--save-samples", tmp_path / "drawn.npz", "--json"]
     code, out, err = finish(start("evaluate", *options, "--nproc", "2"))
     assert code == 0, err
     assert json.loads(out)["processes"] == 2
@@ -65,8 +65,8 @@ def test_two_processes_print_one_result_and_leave_nothing_behind(model, classifi
 
 
 def test_what_all_processes_find_wrong_is_said_once(model, classifier, images):
-    options = ["--checkpoint", model, "--num-samples", 3, "--reference", images, "--features", "demo"]
-    options += ["--demo-classifier", classifier, "--metrics", "fid"]
+    options = ["--checkpoint", model, "--num-samples", 3, "--reference", images]
+    options += ["--features", classifier, "--metrics", "fid"]
     code, out, err = finish(start("evaluate", *options, "--nproc", "2"))  # each process needs two images
     lines = [line for line in err.splitlines() if not line.startswith("--attention")]
     assert (code, out) == (1, "")
@@ -169,8 +169,8 @@ def test_the_first_process_is_watched_and_a_finished_one_is_not_missed():
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals")
 def test_ctrl_c_ends_all_processes_with_130(model, classifier, images, tmp_path):
-    options = ["--checkpoint", model, "--num-samples", 100_000, "--reference", images, "--features", "demo"]
-    options += ["--demo-classifier", classifier, "--save-samples", tmp_path / "drawn.npz"]
+    options = ["--checkpoint", model, "--num-samples", 100_000, "--reference", images]
+    options += ["--features", classifier, "--save-samples", tmp_path / "drawn.npz"]
     process = start("evaluate", *options, "--nproc", "2")
     until = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:  # both are at work

@@ -157,7 +157,7 @@ def test_the_whole_path(mvar, run, wide, pictures, tmp_path):
     network = DemoClassifier(2, (48, 64))
     network.initialise(torch.Generator().manual_seed(0))
     network.save(classifier)
-    demo = ["--features", "demo", "--demo-classifier", classifier]
+    demo = ["--features", classifier]
     run("evaluate", "make-reference", "--data", pictures, "--image-size", "48x64", *demo, "--out", tmp_path / "r.npz")
     scores = [
         run("evaluate", *judged, "--reference", reference, *demo, "--metrics", "fid")["fid"]
@@ -166,7 +166,7 @@ def test_the_whole_path(mvar, run, wide, pictures, tmp_path):
     ]
     assert scores[0] > 0
     assert scores == pytest.approx([scores[0]] * 4 + [scores[-1]] * 2, rel=1e-6)
-    judged = run("evaluate", "--reconstruction", "--checkpoint", model, "--reference", pictures, *demo)
+    judged = run("evaluate", "reconstruction", "--checkpoint", model, "--reference", pictures, *demo)
     assert judged["psnr"] > 0
 
     # To the published files and back: the pyramid is spelled as the messages spell it.

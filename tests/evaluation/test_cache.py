@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mvar_core.evaluation.cache import FeatureCache, feature_key
+from mvar_core.evaluation.references import FeatureCache, feature_key
 from mvar_core.evaluation.statistics import FeatureSet, StreamingStatistics
 
 TINY = SimpleNamespace(name="tiny", weights_hash="abc", dim=4, comparable_to_papers=False)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mvar_core.errors import DataError
-from mvar_core.evaluation import per_class as module
-from mvar_core.evaluation.per_class import per_class, unbiased_kernel_distance
-from mvar_core.evaluation.scores import kernel_distance
+from mvar_core.evaluation import scores as module
+from mvar_core.evaluation.scores import kernel_distance, unbiased_kernel_distance
+from mvar_core.evaluation.scores import per_class_scores as per_class
 from mvar_core.evaluation.statistics import FeatureSet
 
 

@@ -14,10 +14,11 @@ from mvar_core.evaluation.references import (
     ReferenceRecord,
     check_reference,
     load_reference,
+    read_statistics,
     save_reference,
     write_features,
 )
-from mvar_core.evaluation.statistics import FeatureSet, StreamingStatistics, read_statistics
+from mvar_core.evaluation.statistics import FeatureSet, StreamingStatistics
 
 
 def measured(count: int = 9, dim: int = 5) -> FeatureSet:

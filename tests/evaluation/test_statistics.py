@@ -12,8 +12,9 @@ from torch import Tensor
 from mvar_core.errors import DataError
 from mvar_core.evaluation.features import Features
 from mvar_core.evaluation.fidelity import fidelity_module
+from mvar_core.evaluation.references import read_statistics
 from mvar_core.evaluation.scores import evaluate_features
-from mvar_core.evaluation.statistics import BLOCK_ROWS, StreamingStatistics, collect, content_keys, read_statistics
+from mvar_core.evaluation.statistics import BLOCK_ROWS, StreamingStatistics, collect, content_keys
 
 
 class PixelExtractor:

@@ -1,0 +1,318 @@
+"""One pass over a set of images, shared by the processes of a job; and what images are compared with.
+
+A process measures a contiguous block of the images. Features that a cache knows are not measured again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvar_core import progress as reporting
+from mvar_core.config.presets import load_config
+from mvar_core.data.evaluation_images import EvaluationImages, ImageShape, open_evaluation_images
+from mvar_core.data.images import split_name
+from mvar_core.distributed import world
+from mvar_core.errors import DataError
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.references import (
+    FeatureCache,
+    ReferenceRecord,
+    check_reference,
+    feature_key,
+    load_reference,
+    read_statistics,
+)
+from mvar_core.evaluation.statistics import FeatureSet, Statistics, collect, merge_statistics
+
+logger = logging.getLogger("mvar")
+
+IMAGES_PER_PROCESS = 2
+"""A process needs a covariance of its own to merge."""
+DEFAULT_BATCH = 64
+
+
+class ImageSet(Protocol):
+    """Images that can be measured: read from disk, or made when they are needed."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls them."""
+
+    @property
+    def count(self) -> int:
+        """How many there are, N."""
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Height and width in pixels."""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) the class of each, where it is known."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name per class, where they are known."""
+
+    def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
+        """The images `start` up to `stop`, uint8 (B, 3, H, W)."""
+
+    def fingerprint(self) -> str | None:
+        """What stands for the images in a cache; None where they are not known before they are made."""
+
+
+@dataclass
+class Measurer:
+    """Measures sets of images with one network.
+
+    Attributes:
+        extractor: The network.
+        cache: Where features are saved, if anywhere.
+        keep_features: Whether single images' features are needed as well as their mean and covariance.
+        batch_size: Images at a time; decides speed and memory, never the result.
+        progress: Called as images are done.
+    """
+
+    extractor: FeatureExtractor
+    cache: FeatureCache | None = None
+    keep_features: bool = True
+    batch_size: int = DEFAULT_BATCH
+    progress: reporting.Progress | None = None
+
+    def measure(self, images: ImageSet, title: str) -> FeatureSet:
+        """Features of all images, in every process.
+
+        Args:
+            images: The images.
+            title: What the progress is called.
+
+        Raises:
+            DataError: An image cannot be read, or there are too few images for the number of processes.
+        """
+        found = world().run_on_rank_zero(lambda: self._cached(images, title))
+        if found is None:
+            own = shards(images.count)[world().rank]
+            local = collect(
+                self.extractor,
+                images.batches(self.batch_size, own.start, own.stop),
+                len(own),
+                reporting.stage(self.progress, title),
+                keep_features=self.keep_features,
+                first=own.start,
+            )
+            found = merge_features(local, images.count)
+            self.save(images, found)
+        return replace(found, labels=images.labels)
+
+    def save(self, images: ImageSet, features: FeatureSet) -> None:
+        """Save the features in the cache, if there is one and the images have a fingerprint; only rank 0 does."""
+        if self.cache is not None and world().is_rank_zero and (content := images.fingerprint()) is not None:
+            self.cache.save(feature_key(self.extractor, content, images.count), features)
+
+    def _cached(self, images: ImageSet, title: str) -> FeatureSet | None:
+        content = images.fingerprint() if self.cache is not None else None
+        if self.cache is None or content is None:
+            return None
+        key = feature_key(self.extractor, content, images.count)
+        known = self.cache.load(key, features=self.keep_features)
+        if known is not None:
+            logger.info("%s: features of %s images are taken from the cache.", title, f"{images.count:,}")
+        return known
+
+
+def shards(total: int) -> list[range]:
+    """The images, of `total`, that each process measures: contiguous blocks in the order of ranks, even to one image.
+
+    Raises:
+        DataError: Too few images for the number of processes; every process raises it, so that none waits.
+    """
+    count = world().world_size
+    if count > 1 and total < IMAGES_PER_PROCESS * count:
+        raise DataError(
+            f"{total} images are too few for {count} processes, each of which needs {IMAGES_PER_PROCESS}.",
+            "Use fewer processes.",
+        )
+    return [range(total * rank // count, total * (rank + 1) // count) for rank in range(count)]
+
+
+def merge_features(local: FeatureSet, total: int) -> FeatureSet:
+    """The features of all processes, in every process.
+
+    Features, logits, labels and content keys are in the order of the images, bit for bit as one process would have
+    them, so that precision, recall, KID and the shuffled inception score are the same. Means and covariances are merged
+    rank by rank in float64 (Chan, Golub and LeVeque 1979): they differ from one process's by the rounding of float64
+    sums, some 1e-13 relative. Networks may round differently in batches of another size.
+
+    Args:
+        local: What this process has measured: its block of `shards`.
+        total: Number of images of all processes.
+
+    Raises:
+        DataError: The processes did not measure all images, or measured differently.
+    """
+    sets = world().all_gather_object(local)
+    if len(sets) == 1:
+        return local
+    if len({_description(features) for features in sets}) > 1:
+        raise DataError(f"The {len(sets)} processes measured with different extractors or kept different features.")
+    counts = [features.count or 0 for features in sets]
+    if sum(counts) != total:
+        raise DataError(f"The {len(sets)} processes measured {sum(counts)} images; expected {total}.")
+
+    def joined(name: str) -> Tensor | None:
+        rows = [getattr(features, name) for features in sets]
+        return None if rows[0] is None else torch.cat(rows)
+
+    def merged(statistics: list[Statistics | None]) -> Statistics | None:
+        known = [each for each in statistics if each is not None]
+        return merge_statistics(list(zip(counts, known, strict=True))) if known else None
+
+    return replace(
+        local,
+        count=total,
+        statistics=merged([features.statistics for features in sets]),
+        spatial=merged([features.spatial for features in sets]),
+        features=joined("features"),
+        logits=joined("logits"),
+        content_keys=joined("content_keys"),
+        labels=None if local.labels is None else np.concatenate([features.labels for features in sets]),
+    )
+
+
+def _description(features: FeatureSet) -> tuple[object, ...]:
+    """What must be the same in all processes."""
+    rows = (features.features, features.logits, features.labels, features.content_keys)
+    shapes = tuple(None if each is None else tuple(each.shape[1:]) for each in rows)
+    known = (features.statistics is not None, features.spatial is not None)
+    return features.extractor, features.weights_hash, shapes, known
+
+
+@dataclass
+class Reference:
+    """What images are compared with: images, published statistics (with or without images), or features made before.
+
+    Attributes:
+        name: What the user typed.
+        images: The reference's images, where they are there.
+        statistics: A file in the ADM evaluator's layout, for Inception features.
+        made: A file of `make_reference`: its features and its record.
+    """
+
+    name: str
+    images: EvaluationImages | None = None
+    statistics: Path | None = None
+    made: tuple[FeatureSet, ReferenceRecord] | None = None
+
+    @classmethod
+    def open(cls, text: str, image_shape: ImageShape, kind: str) -> Reference:
+        """Check that the reference is there and can be used, before anything slow.
+
+        Args:
+            text: What the user typed.
+            image_shape: Height and width of the images that it is compared with.
+            kind: From `feature_kind`.
+
+        Raises:
+            DataError: It is neither images nor statistics.
+        """
+        path = Path(text).expanduser()
+        if path.suffix.lower() != ".npz":
+            return cls(text, open_evaluation_images(text, image_shape))
+        made = load_reference(path) if path.is_file() else None
+        if made is not None:
+            return cls(text, made=made)
+        has_statistics = read_statistics(path) is not None
+        try:
+            images = open_evaluation_images(text, image_shape)
+        except DataError:
+            if not has_statistics:
+                raise
+            if kind != "inception":
+                raise DataError(
+                    f"{text} holds statistics of Inception features and no images, so it cannot serve {kind} features.",
+                    "Use --features inception, or images as the reference.",
+                ) from None
+            images = None
+        return cls(text, images, path if has_statistics and kind == "inception" else None)
+
+    @property
+    def count(self) -> int | None:
+        """Number of images, where it is known before anything is measured."""
+        if self.made is not None:
+            return self.made[1].count
+        return None if self.images is None else self.images.count
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) the class of each reference image, where it is known."""
+        if self.made is not None:
+            return self.made[0].labels
+        return None if self.images is None else self.images.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name per class, where they are known."""
+        if self.made is not None:
+            return self.made[1].class_names
+        return None if self.images is None else self.images.class_names
+
+    @property
+    def stored_shape(self) -> ImageShape | None:
+        """Height and width of reference images that had to be brought to the samples' size, if there are any."""
+        return None if self.images is None else self.images.stored_shape
+
+    def check(self, extractor: FeatureExtractor) -> None:
+        """Refuse a file whose features are not the extractor's, before anything is measured.
+
+        Raises:
+            DataError: Another network, other weights, or another number of features.
+        """
+        if self.made is not None:
+            check_reference(self.made[1], extractor, Path(self.name).expanduser(), self.made[0])
+        if self.statistics is not None:
+            known = read_statistics(self.statistics)
+            assert known is not None
+            if known.width != extractor.dim:
+                raise DataError(
+                    f"{self.name} holds statistics of {known.width} features, {extractor.name} features are"
+                    f" {extractor.dim}.",
+                    "Choose the --features that the file was made with.",
+                )
+
+    def measure(self, measurer: Measurer) -> FeatureSet:
+        """Features and statistics of the reference; its images are measured only where they are needed."""
+        if self.made is not None:
+            return self.made[0]
+        measured = None
+        if self.images is not None and (self.statistics is None or measurer.keep_features):
+            measured = measurer.measure(self.images, "reference")
+        if self.statistics is not None:
+            measured = read_statistics(self.statistics, measured)
+        assert measured is not None
+        return measured
+
+
+def open_measured_images(
+    text: str, limit: int | None = None, image_shape: ImageShape | None = None
+) -> EvaluationImages:
+    """The first images of a set, as they are; digits, which have no size of their own, at that of their preset.
+
+    Raises:
+        DataError: No such images, or images of several sizes.
+    """
+    if image_shape is None and split_name(text)[0] == "digits":
+        image_shape = load_config("digits").image_shape
+    images = open_evaluation_images(text, image_shape)
+    if limit is not None and limit < images.count:
+        images.count = limit
+        images.labels = None if images.labels is None else images.labels[:limit]
+    return images

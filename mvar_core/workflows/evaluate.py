@@ -1,0 +1,538 @@
+"""`mvar evaluate`: how good images are, measured against a reference; and references that are measured once."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvar_core import __version__
+from mvar_core.config import Machine, SamplingConfig
+from mvar_core.data.evaluation_images import open_evaluation_images
+from mvar_core.distributed import connect, world
+from mvar_core.errors import ConfigError, DataError, nearest
+from mvar_core.evaluation.extractors import ExtractorChoice, Network
+from mvar_core.evaluation.features import FeatureExtractor
+from mvar_core.evaluation.measure import (
+    DEFAULT_BATCH,
+    ImageSet,
+    Measurer,
+    Reference,
+    open_measured_images,
+    shards,
+)
+from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
+from mvar_core.evaluation.references import FeatureCache, ReferenceRecord, save_reference
+from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
+from mvar_core.evaluation.statistics import FeatureSet
+from mvar_core.io.files import atomic_path
+from mvar_core.pipeline import Pipeline
+from mvar_core.progress import Progress
+from mvar_core.pyramid import read_size
+from mvar_core.results import DryRun, Result
+from mvar_core.runtime import resolve_device
+from mvar_core.sampling.conditions import by_labels
+
+SAMPLES_FOR_INCEPTION = 50_000
+SAMPLES_FOR_OTHERS = 1_000
+NEED_FEATURES = ("precision", "recall", "kid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Result):
+    """What a figure depends on, next to the images themselves.
+
+    Attributes:
+        num_samples: Images that were judged.
+        num_reference: Images that they were compared with; None where the reference does not say.
+        samples: What the samples are called: their path, or the checkpoint.
+        reference: What the user named.
+        image_shape: Height and width of the samples.
+        features: Name of the features.
+        feature_width: Number of features.
+        weights_hash: SHA-256 of the feature network's weights.
+        shuffle_seed: Seed of the shuffle and the subsets.
+        sampling: Settings, seed, device, dtype and attention of samples that were generated.
+        device: Where features were measured.
+        dtype: In which precision.
+        processes: How many processes shared the work.
+        versions: Of mvar, torch and torch-fidelity.
+        reasons: Why a score is None.
+        comparable_to_papers: Whether the figures are comparable with published ones.
+        why_not: Every reason why they are not.
+        warnings: What makes a figure noisier than it would be with more images.
+        seconds: Time for measuring.
+    """
+
+    num_samples: int = 0
+    num_reference: int | None = None
+    samples: str = ""
+    reference: str = ""
+    image_shape: tuple[int, int] = (0, 0)
+    features: str = ""
+    feature_width: int = 0
+    weights_hash: str = ""
+    shuffle_seed: int = 0
+    sampling: Mapping[str, Any] | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    processes: int = 1
+    versions: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    comparable_to_papers: bool = False
+    why_not: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Measured):
+    """Scores of images against a reference; a score that cannot be computed is None, and `reasons` says why.
+
+    Attributes:
+        fid: Fréchet distance of the features (Heusel et al. 2017).
+        sfid: The same of spatial features.
+        inception_score: Mean over the splits (Salimans et al. 2016).
+        inception_score_std: Standard deviation over the splits.
+        precision: Fraction of the samples within the reference's manifold (Kynkäänniemi et al. 2019).
+        recall: Fraction of the reference within the samples' manifold.
+        kid: Mean over the subsets (Bińkowski et al. 2018).
+        kid_std: Standard deviation over the subsets.
+        classifier_accuracy: Fraction of the samples that the demo classifier takes for their class.
+        per_class: A score for each class, worst first, where that was asked for.
+        settings: Seed, splits and subset sizes.
+        published: Published results for the same data, size and features.
+    """
+
+    fid: float | None = None
+    sfid: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    classifier_accuracy: float | None = None
+    per_class: tuple[Mapping[str, Any], ...] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[Mapping[str, Any], ...] = ()
+
+
+def evaluate(
+    *,
+    reference: str | Path,
+    samples: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    num_samples: int | None = None,
+    metrics: str | Sequence[str] = "all",
+    kid_subset: int | None = None,
+    per_class: bool = False,
+    save_samples: str | Path | None = None,
+    overwrite: bool = False,
+    features: Network = "auto",
+    inception_weights: str | Path | None = None,
+    download: bool = False,
+    cache: str | Path | None = None,
+    settings: SamplingConfig | None = None,
+    tokenizer: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Evaluation:
+    """FID, sFID, inception score, precision, recall and KID of images, or of a checkpoint, against a reference.
+
+        scores = mvar.evaluate(samples="out", reference="digits")
+        scores.fid, scores.comparable_to_papers, scores.why_not
+
+    Under torchrun the processes share the images, and each returns the figures of one process.
+
+    Args:
+        reference: A folder, an npz, an npz of the ADM evaluator, a file of `make_reference`, "digits" or "digits:test".
+        samples: A folder or npz of images.
+        checkpoint: A model whose samples are measured, in place of `samples`; balanced over its classes.
+        num_samples: How many to generate (by default 50,000 for Inception features, else 1,000), or to read.
+        metrics: "all", or names of metrics: those that are named must be computable.
+        kid_subset: Images per subset of KID; by default 1000, or all.
+        per_class: Also score each class.
+        save_samples: An npz to write generated samples to, with their labels.
+        overwrite: Whether that file may be replaced.
+        features: The network that measures images.
+        inception_weights: The file of the Inception weights, where it is not in torch's cache.
+        download: Whether they may be downloaded.
+        cache: A directory where features are saved, and from which known ones are read.
+        settings: How to sample; what is not set is as the model recommends.
+        tokenizer: The published tokenizer, where `checkpoint` is a .pth file.
+        seed: Of the samples, the shuffle and the subsets.
+        batch_size: Images at a time; decides speed and memory, never the result.
+        machine: Device, dtype and attention backend.
+        progress: Called as images are measured.
+        dry_run: Check everything, and measure nothing.
+
+    Raises:
+        ConfigError: Arguments that contradict each other, or an unknown metric or network.
+        DataError: Images, a reference or weights that cannot be used, or too few images.
+    """
+    machine = machine or Machine()
+    asked = check_metrics(metrics)
+    if (samples is None) == (checkpoint is None):
+        raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
+    save_to = _checked_output(save_samples, checkpoint, overwrite)
+    with connect(machine.device) as here:
+        known_features = FeatureCache.open(cache)
+        choice = ExtractorChoice(
+            features,
+            str(reference),
+            inception_weights=inception_weights,
+            download=download and not dry_run,
+            progress=progress,
+        )
+        images: ImageSet
+        if checkpoint is None:
+            images = open_measured_images(str(samples), num_samples)
+        else:
+            default = SAMPLES_FOR_INCEPTION if choice.name == "inception" else SAMPLES_FOR_OTHERS
+            pipeline = load_pipeline(checkpoint, tokenizer, machine)
+            images = SampledImages(str(checkpoint), pipeline, num_samples or default, settings, seed, save_to)
+        known = Reference.open(str(reference), images.image_shape, choice.name)
+        # What is asked for by name must be computed; of all metrics, those that cannot be say why.
+        named = asked if metrics != "all" else ("kid",) if kid_subset is not None else ()
+        check_counts(named, images.count, known.count, kid_subset)
+        if per_class:
+            _require_labels(images, known)
+        if dry_run:
+            return Evaluation(dry_run=_plan(images, known, choice, asked), num_samples=images.count)
+        start = time.monotonic()
+        nearby = [] if checkpoint is None else [Path(checkpoint), Path(checkpoint).parent]
+        extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)), nearby)
+        known.check(extractor)
+        keep_features = per_class or any(name in asked for name in NEED_FEATURES)
+        measurer = Measurer(extractor, known_features, keep_features, batch_size or DEFAULT_BATCH, progress)
+        reference_set = known.measure(measurer)
+        sample_set = measurer.measure(images, "samples")
+        if isinstance(images, SampledImages) and save_to is not None:
+            here.run_on_rank_zero(images.assemble)
+            measurer.save(open_evaluation_images(str(save_to)), sample_set)
+
+        def scored() -> Evaluation:
+            scores = evaluate_features(sample_set, reference_set, asked, seed=seed, kid_subset_size=kid_subset)
+            classes = _class_scores(images, known, sample_set, reference_set, seed) if per_class else None
+            rows = comparable_rows(extractor, images.image_shape, known.name)
+            return Evaluation(
+                **scores,
+                classifier_accuracy=classifier_accuracy(sample_set, images.labels),
+                per_class=None if classes is None else tuple(asdict(row) for row in classes),
+                published=tuple(asdict(row) for row in rows),
+                **comparison(images, known, extractor, reference_set),
+                **circumstances(images, known, extractor, reference_set, machine, seed),
+                seconds=time.monotonic() - start,
+            )
+
+        return here.run_on_rank_zero(scored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFile(Result):
+    """A reference that was measured.
+
+    Attributes:
+        reference: The file.
+        num_reference: Number of images.
+        features: Name of the features.
+        weights_hash: SHA-256 of the feature network's weights.
+        image_shape: Height and width at which the images were measured.
+        resized: Whether some were resized to it.
+        seconds: Time for measuring.
+    """
+
+    reference: Path
+    num_reference: int
+    features: str
+    weights_hash: str
+    image_shape: tuple[int, int]
+    resized: bool
+    seconds: float
+
+
+def make_reference(
+    out: str | Path,
+    *,
+    data: str | Path,
+    image_size: int | str | tuple[int, int] | None = None,
+    features: Network = "auto",
+    inception_weights: str | Path | None = None,
+    download: bool = False,
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+) -> ReferenceFile:
+    """Measure a reference once: features, statistics and labels of images, and a record of how they were measured.
+
+        mvar.make_reference("digits.npz", data="digits")
+        mvar.evaluate(samples="out", reference="digits.npz", features="demo")
+
+    Args:
+        out: The npz file to write.
+        data: A folder, an npz, "digits" or "digits:test".
+        image_size: Resize and crop the images to this size first: N, (height, width), or text such as "48x64".
+        features: The network that measures images, as of `evaluate`.
+        inception_weights: As of `evaluate`.
+        download: As of `evaluate`.
+        batch_size: Images at a time.
+        overwrite: Whether the file may be replaced.
+        machine: The device.
+        progress: Called as images are measured.
+
+    Raises:
+        DataError: Images or weights that cannot be used, or a file that is already there.
+    """
+    machine, out = machine or Machine(), Path(out)
+    _require_free(out, overwrite, "--out")
+    start = time.monotonic()
+    with connect(machine.device) as here:
+        choice = ExtractorChoice(
+            features, str(data), inception_weights=inception_weights, download=download, progress=progress
+        )
+        images = open_measured_images(str(data), None, _image_shape(image_size))
+        extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
+        measurer = Measurer(extractor, batch_size=batch_size or DEFAULT_BATCH, progress=progress)
+        found = measurer.measure(images, "reference")
+        record = ReferenceRecord(
+            extractor=extractor.name,
+            weights_hash=extractor.weights_hash,
+            count=images.count,
+            image_shape=images.image_shape,
+            resized=images.stored_shape is not None,
+            source=str(data),
+            mvar_version=__version__,
+            class_names=images.class_names,
+        )
+        here.run_on_rank_zero(lambda: save_reference(out, found, record))
+        return ReferenceFile(
+            reference=out,
+            num_reference=images.count,
+            features=extractor.name,
+            weights_hash=extractor.weights_hash,
+            image_shape=images.image_shape,
+            resized=record.resized,
+            seconds=time.monotonic() - start,
+        )
+
+
+class SampledImages:
+    """Samples of a model, balanced over its classes, generated while they are measured.
+
+    Args:
+        name: The checkpoint.
+        pipeline: The model.
+        count: How many to generate.
+        settings: How to sample; what is not set is as the model recommends.
+        seed: The run's seed.
+        save_to: An npz to write the samples and their labels to, with `assemble`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pipeline: Pipeline,
+        count: int,
+        settings: SamplingConfig | None = None,
+        seed: int = 0,
+        save_to: Path | None = None,
+    ):
+        self.name = name
+        self.pipeline = pipeline
+        self.count = count
+        self.settings = pipeline.sampling_settings(settings)
+        self.seed = seed
+        self.save_to = save_to
+        self.image_shape = pipeline.config.image_shape
+        self.num_classes = pipeline.transformer.config.num_classes
+        self.labels = np.arange(count) % self.num_classes
+        self.class_names = pipeline.config.class_names
+
+    def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
+        """The samples `start` up to `stop`, uint8 (B, 3, H, W)."""
+        with ExitStack() as stack:
+            file = None
+            if self.save_to is not None:
+                # atomic_path removes an unfinished file; `assemble` finds the finished ones.
+                file = stack.enter_context(stack.enter_context(atomic_path(self._piece(start))).open("wb"))
+            for first in range(start, stop, batch_size):
+                indices = range(first, min(first + batch_size, stop))
+                samples = self.pipeline.sample(
+                    **by_labels(self.pipeline.config, self.labels[first : indices.stop].tolist()),
+                    settings=self.settings,
+                    seed=self.seed,
+                    indices=indices,
+                    batch_size=batch_size,
+                )
+                if file is not None:
+                    file.write(samples.images.numpy().tobytes())
+                yield samples.images.permute(0, 3, 1, 2).contiguous()
+
+    def fingerprint(self) -> None:
+        """Nothing is known of samples before they are generated."""
+
+    def assemble(self) -> None:
+        """Make one npz of what the processes wrote, in order: `arr_0` and `labels`."""
+        assert self.save_to is not None
+        pieces = [self._piece(block.start) for block in shards(self.count)]
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.image_shape, 3)}
+        with atomic_path(self.save_to) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    with piece.open("rb") as file:
+                        shutil.copyfileobj(file, member, 1 << 20)
+            with archive.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, self.labels, allow_pickle=False)
+        for piece in pieces:
+            piece.unlink()
+
+    def _piece(self, start: int) -> Path:
+        assert self.save_to is not None
+        return self.save_to.with_name(f".{self.save_to.name}.{start}")
+
+
+def load_pipeline(checkpoint: str | Path, tokenizer: str | Path | None, machine: Machine) -> Pipeline:
+    """The model, on this process's device."""
+    own = machine.model_copy(update={"device": world().device(machine.device)})
+    return Pipeline.from_pretrained(checkpoint, tokenizer=tokenizer, machine=own)
+
+
+def model_description(pipeline: Pipeline) -> dict[str, Any]:
+    """Where and how a model ran."""
+    dtype = next(iter(pipeline.tokenizer.parameters())).dtype
+    return {"device": str(pipeline.device), "dtype": str(dtype).removeprefix("torch."), "attention": pipeline.attention}
+
+
+def comparison(
+    images: ImageSet, known: Reference, extractor: FeatureExtractor, reference_set: FeatureSet
+) -> dict[str, Any]:
+    """Whether figures are comparable with published ones, and why not."""
+    smooth = isinstance(images, SampledImages) and images.settings.more_smooth
+    _, why_not = comparability(extractor, images.count, reference_set, more_smooth=smooth)
+    why_not += input_reasons(images, known)
+    if isinstance(images, SampledImages) and images.count % images.num_classes:
+        why_not.append(f"{images.count:,} samples cannot be balanced over {images.num_classes:,} classes")
+    return {"comparable_to_papers": not why_not, "why_not": tuple(why_not)}
+
+
+def circumstances(
+    images: ImageSet,
+    known: Reference,
+    extractor: FeatureExtractor,
+    reference_set: FeatureSet,
+    machine: Machine,
+    seed: int,
+) -> dict[str, Any]:
+    """What a figure depends on; fields of `Measured`."""
+    sampling = None
+    if isinstance(images, SampledImages):
+        sampling = {**images.settings.model_dump(), "seed": images.seed, **model_description(images.pipeline)}
+    device = resolve_device(world().device(machine.device))
+    return {
+        "num_samples": images.count,
+        "num_reference": reference_set.num_images,
+        "samples": images.name,
+        "reference": known.name,
+        "image_shape": images.image_shape,
+        "features": extractor.name,
+        "feature_width": extractor.dim,
+        "weights_hash": extractor.weights_hash,
+        "shuffle_seed": seed,
+        "sampling": sampling,
+        "device": "cpu" if extractor.name == "demo" else str(device),
+        "processes": world().world_size,
+        "versions": {"mvar": __version__, "torch": torch.__version__, "torch-fidelity": version("torch-fidelity")},
+        "warnings": tuple(cautions(extractor, images.count, reference_set)),
+    }
+
+
+def classifier_accuracy(samples: FeatureSet, labels: NDArray[np.int64] | None) -> float | None:
+    """Fraction of the samples that the demo classifier takes for what they are labelled as."""
+    if samples.extractor != "demo" or samples.logits is None or labels is None:
+        return None
+    if labels.max() >= samples.logits.shape[1]:
+        return None
+    return float((samples.logits.argmax(dim=1).numpy() == labels).mean())
+
+
+def _image_shape(size: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
+    try:
+        parsed = read_size(size) if isinstance(size, str) else size
+    except ValueError as error:
+        raise ConfigError(f"--image-size: {error}.") from None
+    return (parsed, parsed) if isinstance(parsed, int) else parsed
+
+
+def _checked_output(save_samples: str | Path | None, checkpoint: object, overwrite: bool) -> Path | None:
+    if save_samples is None:
+        return None
+    if checkpoint is None:
+        raise ConfigError("--save-samples keeps what is sampled from a checkpoint.", "Use it with --checkpoint DIR.")
+    _require_free(Path(save_samples), overwrite, "--save-samples")
+    return Path(save_samples)
+
+
+def _require_free(path: Path, overwrite: bool, option: str) -> None:
+    if path.suffix.lower() != ".npz":
+        raise DataError(f"{option} {path} does not end in .npz.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise DataError(f"{path} is already there.", f"Choose another {option}, or add --overwrite to replace it.")
+
+
+def _require_labels(images: ImageSet, known: Reference) -> None:
+    for labels, what in (
+        (images.labels, "the samples lack it"),
+        (known.labels, f"the reference {known.name} lacks it"),
+    ):
+        if labels is None:
+            raise DataError(
+                f"--per-class needs the class of every image, and {what}.",
+                "Class folders have it, an npz with labels, a checkpoint, digits.",
+            )
+
+
+def _class_scores(
+    images: ImageSet, known: Reference, sample_set: FeatureSet, reference_set: FeatureSet, seed: int
+) -> list[ClassScore]:
+    """Scores per class, which are matched by name where both sides name them."""
+    ours, theirs, labels = images.class_names, known.class_names, images.labels
+    assert labels is not None
+    assert known.labels is not None
+    if ours is not None and theirs is not None and ours != theirs:
+        index = {name: number for number, name in enumerate(theirs)}
+        for name in ours:
+            if name not in index:
+                raise DataError(
+                    f"Class {name!r} of the samples is not a class of the reference. {nearest(name, theirs)}"
+                )
+        labels = np.asarray([index[name] for name in ours], np.int64)[labels]
+    return per_class_scores(sample_set, labels, reference_set, known.labels, class_names=theirs or ours, seed=seed)
+
+
+def _plan(images: ImageSet, known: Reference, choice: ExtractorChoice, asked: Sequence[str]) -> DryRun:
+    sampled = isinstance(images, SampledImages)
+    return DryRun(
+        configuration={"sampling": images.settings.model_dump()} if isinstance(images, SampledImages) else {},
+        steps=(
+            f"{'sample' if sampled else 'read'} {images.count} images of {images.name}",
+            f"measure {', '.join(asked)} with {choice.name} features against {known.name}",
+        ),
+        facts={"num_samples": images.count, "features": choice.name, "metrics": list(asked)},
+    )

@@ -1,0 +1,250 @@
+"""`mvar evaluate likelihood`: how well a model knows held-out images, by the probability it gives their tokens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvar_core.analysis.likelihood import LikelihoodReport, measure_likelihood
+from mvar_core.config import Machine, ModelConfig
+from mvar_core.data.images import ImageRows, open_images
+from mvar_core.data.tokens import TokenCache
+from mvar_core.distributed import connect
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.evaluation.measure import shards
+from mvar_core.models.micro_batches import DECODED_AT_ONCE
+from mvar_core.models.official import tokenizer_hash_of
+from mvar_core.pipeline import Pipeline
+from mvar_core.progress import Progress, stage
+from mvar_core.results import DryRun
+from mvar_core.runtime import peak_memory_bytes
+from mvar_core.sampling.conditions import parse_classes
+from mvar_core.workflows.evaluate import load_pipeline
+
+logger = logging.getLogger("mvar")
+
+IMAGES_AT_ONCE = 16
+"""Images whose inputs are held together; what goes through the model at once is smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood(LikelihoodReport):
+    """Likelihoods of images, and what they depend on.
+
+    Attributes:
+        model: The checkpoint.
+        source: The cache or the images.
+        seed: Of the choice of images.
+        conditions: Conditions under which each image was scored.
+        device: Where the model ran.
+        processes: How many processes shared the work.
+        seconds: Time in all.
+        peak_memory_bytes: Of this process on its device.
+    """
+
+    model: str
+    source: str
+    seed: int
+    conditions: int
+    device: str = ""
+    processes: int = 1
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+def evaluate_likelihood(
+    *,
+    checkpoint: str | Path,
+    tokens: str | Path | None = None,
+    data: str | Path | None = None,
+    classes: Sequence[str | int] | None = None,
+    zero_shot: bool = True,
+    num_samples: int | None = None,
+    tokenizer: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Likelihood:
+    """Bits per token of held-out images under a model, scale by scale, and zero-shot classification by it.
+
+        mvar.evaluate_likelihood(checkpoint="runs/mvar", data="digits:test").bits_per_token
+
+    Under torchrun the processes share the images, and each returns the figures of one process.
+
+    Args:
+        checkpoint: A model that is conditioned on classes.
+        tokens: A token cache; one of this and `data`.
+        data: Images.
+        classes: Score only images of these classes, which compete in zero-shot classification; by default all.
+        zero_shot: Score each image under all classes; otherwise only under its own and under none.
+        num_samples: At most so many images, chosen by the seed.
+        tokenizer: The published tokenizer, where `checkpoint` is a .pth file.
+        seed: Of that choice.
+        batch_size: Images at a time; decides speed and memory, never the result.
+        machine: Device, dtype and attention backend.
+        progress: Called as images are scored.
+        dry_run: Check everything, and score nothing.
+
+    Raises:
+        ConfigError: A model that is not conditioned on classes, or both or neither of `tokens` and `data`.
+        DataError: Images, tokens or classes that are not the model's.
+    """
+    if (tokens is None) == (data is None):
+        raise ConfigError("Likelihoods are of tokens or of images.", "Use one of --tokens CACHE and --data IMAGES.")
+    machine, start = machine or Machine(), time.monotonic()
+    with connect(machine.device) as here:
+        pipeline = load_pipeline(checkpoint, tokenizer, machine)
+        config, num_classes = pipeline.config, pipeline.transformer.config.num_classes
+        if config.conditioning.kind != "class":
+            raise ConfigError(f"{config.name} is conditioned on vectors; likelihoods are scored under classes.")
+        if tokens is not None:
+            cache = TokenCache.open(Path(tokens))
+            cache.check(
+                tokenizer_hash_of(Path(checkpoint), None if tokenizer is None else Path(tokenizer)), config.pyramid
+            )
+            images = ScoredImages.of_cache(cache, str(tokens), config)
+        else:
+            images = ScoredImages.of_images(pipeline, str(data))
+        asked = parse_classes(classes or ["all"], num_classes, config.class_names)
+        rows, labels = images.chosen(asked if classes else None, num_samples, seed)
+        competing = asked if zero_shot and labels is not None else None
+        conditions = 1 if labels is None else 2 if competing is None else 1 + len(competing)
+        known: dict[str, Any] = {
+            "model": str(checkpoint),
+            "source": images.source,
+            "seed": seed,
+            "conditions": conditions,
+        }
+        if dry_run:
+            steps = (
+                f"{'encode' if tokens is None else 'read the tokens of'} {len(rows)} images of {images.source}",
+                f"score each under {conditions} conditions: {len(rows) * conditions} passes of one image",
+            )
+            facts = {"num_samples": len(rows), "pairs": len(rows) * conditions}
+            return Likelihood(**known, dry_run=DryRun(configuration={}, steps=steps, facts=facts))
+        block = shards(len(rows))[here.rank]
+        own = slice(block.start, block.stop)
+        report_pairs = stage(progress, "scoring", "passes")
+        report = measure_likelihood(
+            pipeline.transformer,
+            pipeline.quantizer,
+            images.batches(rows[own], None if labels is None else labels[own], batch_size or IMAGES_AT_ONCE),
+            config,
+            classes=competing,
+            attention=pipeline.attention,
+            gather=here.all_gather_object,
+            progress=lambda done: report_pairs(done, len(block) * conditions),
+        )
+        return Likelihood(
+            **{each.name: getattr(report, each.name) for each in fields(LikelihoodReport)},
+            **known,
+            device=str(pipeline.device),
+            processes=here.world_size,
+            seconds=time.monotonic() - start,
+            peak_memory_bytes=peak_memory_bytes(pipeline.device),
+        )
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Images whose tokens are scored.
+
+    Attributes:
+        source: What the user calls them.
+        count: How many there are.
+        labels: (count,) in the model's numbering; None where the images have no classes.
+        read: Tokens (B, L) of the images at these positions.
+    """
+
+    source: str
+    count: int
+    labels: NDArray[np.int64] | None
+    read: Callable[[NDArray[np.int64]], Tensor]
+
+    @classmethod
+    def of_cache(cls, cache: TokenCache, source: str, config: ModelConfig) -> ScoredImages:
+        """The images of a token cache, as they are: none of their augmented views."""
+        labels = model_labels(cache.class_names, cache.labels, config, source)
+        return cls(source, cache.num_images, labels, lambda rows: cache.tokens_of(rows, np.zeros_like(rows)))
+
+    @classmethod
+    def of_images(cls, pipeline: Pipeline, source: str) -> ScoredImages:
+        """Images that are encoded when they are needed."""
+        opened = open_images(source)
+        images = ImageRows(opened, pipeline.config.image_shape)
+        at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
+
+        def encode(rows: NDArray[np.int64]) -> Tensor:
+            pixels, _ = images.batch(rows)
+            return torch.cat([pipeline.encode(few) for few in pixels.split(at_once)])
+
+        labels = model_labels(tuple(opened.class_names), opened.labels, pipeline.config, source)
+        return cls(source, len(images), labels, encode)
+
+    def chosen(
+        self, classes: Sequence[int] | None, num: int | None, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Positions of the images that are scored, and their labels.
+
+        Args:
+            classes: Leave out images of other classes.
+            num: At most so many.
+            seed: Decides which.
+
+        Raises:
+            DataError: No image of these classes.
+        """
+        rows = np.arange(self.count)
+        if self.labels is None:
+            logger.info("%s has no classes: its images are scored under no class only.", self.source)
+        elif classes is not None:
+            rows = rows[np.isin(self.labels, classes)]
+            if not len(rows):
+                raise DataError(f"{self.source} holds no image of the classes that --class names.")
+        if num is not None and num < len(rows):
+            rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num])
+        return rows, None if self.labels is None else self.labels[rows]
+
+    def batches(
+        self, rows: NDArray[np.int64], labels: NDArray[np.int64] | None, size: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Tokens (B, L) and labels (B,) of some images."""
+        for start in range(0, len(rows), size):
+            batch = slice(start, start + size)
+            yield self.read(rows[batch]), None if labels is None else torch.from_numpy(labels[batch])
+
+
+def model_labels(
+    names: Sequence[str], labels: NDArray[np.int64], config: ModelConfig, source: str
+) -> NDArray[np.int64] | None:
+    """Labels in the model's numbering; None where the images have no classes.
+
+    Classes are matched by name, or by their number where there are as many as the model has.
+
+    Raises:
+        DataError: They are other classes.
+    """
+    assert config.transformer is not None
+    known = {name: label for label, name in enumerate(config.class_names or ())}
+    if known and all(name in known for name in names):
+        return np.array([known[name] for name in names], np.int64)[labels]
+    if len(names) == config.transformer.num_classes:
+        return labels
+    if len(names) <= 1:
+        return None
+    raise DataError(
+        f"{source} has {len(names)} classes ({', '.join(names[:3])}, …), which are not the model's"
+        f" {config.transformer.num_classes}.",
+        "Name its folders as the model's classes, or put all images into one folder to score them under no class.",
+    )

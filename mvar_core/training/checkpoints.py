@@ -58,7 +58,7 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return CheckpointError(
         f"{path} cannot be read as a training checkpoint: {reason[0]}",
-        "Delete it to resume from the one before, or start anew with --overwrite.",
+        "Delete it to resume from the one before, or start over with --overwrite.",
     )
 
 
@@ -118,7 +118,7 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 
 def remove_checkpoints(out: Path) -> None:
-    """Forget the checkpoints of a run directory, and the model made of the best one, to start it anew."""
+    """Forget the checkpoints of a run directory, and the model made of the best one, to start over."""
     for path in checkpoints(out):
         _remove(path)
     shutil.rmtree(out / BEST, ignore_errors=True)
@@ -200,7 +200,7 @@ def state_of_content(path: Path, content: Any) -> TrainingState:
         found = f"format {content.get('format')!r}" if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} is not a training checkpoint of this version (found {found}, expected format {_FORMAT}).",
-            "Start anew with --overwrite or another --out.",
+            "Start over with --overwrite or another --out.",
         )
     values = {name: content[name] for name in fields if name in content}
     values["settings"] = json.loads(content["settings"])
@@ -368,8 +368,8 @@ def _enum_member(kind: Any, name: str) -> Enum:
 def random_state(device: torch.device) -> dict[str, Any]:
     """State of the global generators of torch (CPU and device), numpy and Python, as tensors and plain values.
 
-    Nothing in mvar uses them while it trains: what a step draws follows from (seed, step). A user's data source or
-    callback may.
+    Nothing in mvar uses them while it trains: what is random in a step follows from (seed, step). A user's data
+    source or callback may.
     """
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()

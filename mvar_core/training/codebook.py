@@ -94,14 +94,14 @@ def revive_dead_codes(
     optimizer: torch.optim.Optimizer,
     source: torch.Generator,
 ) -> int:
-    """Move codes that nothing used onto vectors that are now quantized, and forget their Adam moments.
+    """Move codes that nothing used onto vectors that are now quantized, and reset their optimizer state.
 
     Args:
         quantizer: Its codebook is changed in place.
         features: Features of the current batch.
         counts_V: Uses since the last call.
-        optimizer: Holds the codebook's moments.
-        source: Draws the vectors.
+        optimizer: Holds the codebook's state.
+        source: Chooses the vectors.
 
     Returns:
         How many codes were moved.

@@ -33,7 +33,7 @@ class ScaleLosses(NamedTuple):
     scale_losses: Tensor
     """(S,) Mean cross-entropy of each scale's tokens; nan for a scale that this step left out."""
     scale_accuracies: Tensor
-    """(S,) Part of each scale's tokens whose likeliest code is the true one; nan for a scale that was left out."""
+    """(S,) Fraction of each scale's tokens whose likeliest code is the true one; nan for a scale that was left out."""
 
 
 class Curriculum(Protocol):

@@ -150,12 +150,12 @@ def load_pretrained(
 
     * keep: they are taken over as they are; another number of classes is refused.
     * resize: a class takes over the row of the same name where both models name their classes and some names agree,
-      else of the same number; one that has none starts as no class does, which is what the model draws without knowing.
-    * reinit: they start anew.
+      else of the same number; one that has none starts as the null label, by which the model generates without a class.
+    * reinit: they start from scratch.
     * auto: keep where the numbers of classes agree, else reinit.
 
     Where the source is conditioned on classes and the target on vectors, or the other way round, what makes embeddings
-    of conditions starts anew, but for the embedding that stands for none.
+    of conditions starts from scratch, but for the embedding that stands for none.
 
     Args:
         transformer: The target, already initialised.
@@ -256,7 +256,7 @@ def _class_table(
     if classes == "reinit":
         table = wanted.clone()
         table[-1] = value[-1]
-        return table, ParameterReport(_CLASSES, "initialised", f"{counts}: all but no-class start anew")
+        return table, ParameterReport(_CLASSES, "initialised", f"{counts}: all but the null label start from scratch")
     numbers = {name: number for number, name in reversed(list(enumerate(source_names or ())))}
     rows = [numbers.get(name, before) for name in target_names or ()]
     named = any(row != before for row in rows)

@@ -18,7 +18,7 @@ Fetched = TypeVar("Fetched")
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch, drawn whole.
+    """The order of one epoch, made whole.
 
     At 2.56 M rows this takes 0.1 s an epoch and 10 MB; a batch is then a look-up of microseconds. A Feistel network
     would need no memory and no such pause, but 0.25 ms for each batch of 448: more time over the epoch, for an order
@@ -33,7 +33,7 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 def batch_rows(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
     """Rows of one step, over consecutive epochs that are each a fresh permutation.
 
-    A batch at the end of an epoch goes on into the next, so that every row is seen equally often.
+    A batch at the end of an epoch continues into the next, so that every row is seen equally often.
 
     Args:
         step: Steps done before this one.

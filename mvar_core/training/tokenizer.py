@@ -43,7 +43,7 @@ class ImageBatchSource(Protocol):
         ...
 
     def batch(self, rows: np.ndarray, step: int = 0) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of rows, float32; what is drawn at random, as crops, is the step's."""
+        """Images (B, 3, H, W) in [-1, 1] of rows, float32; what is random, as crops, is the step's."""
         ...
 
 
@@ -55,10 +55,10 @@ class TokenizerOutcome:
         steps: Steps done.
         loss: Training loss, averaged over the last line of metrics.jsonl.
         psnr: In dB, on the validation images where there are any; nan where the run was interrupted, as the next two.
-        usage_per_scale: Part of the codebook that each scale uses.
-        code_usage: Part of the codebook that some scale uses.
+        usage_per_scale: Fraction of the codebook that each scale uses.
+        code_usage: Fraction of the codebook that some scale uses.
         seconds: Time spent, over all sessions of the run.
-        interrupted: Whether Ctrl-C ended it early; run the same again to go on.
+        interrupted: Whether Ctrl-C ended it early; run the same again to resume.
         skipped: Steps left out because their loss or gradient was not finite.
     """
 
@@ -84,11 +84,11 @@ class TokenizerObjective:
         train: Losses and their weights.
         total_steps: Of the run.
         device: Where to compute.
-        seed: Of everything that is drawn.
+        seed: Of everything random.
         image_shape: Height and width of the images.
         dtype: Type that autocast computes in.
         perceptual: The perceptual loss, where `train` gives it a weight.
-        keep_codebook: Do not start the codebook anew, because the tokenizer was trained before.
+        keep_codebook: Keep the codebook, because the tokenizer was trained before.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class TokenizerObjective:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        own = int(self.parallel.world.is_rank_zero)  # the counts of all processes go on in one of them
+        own = int(self.parallel.world.is_rank_zero)  # one of them keeps the counts of all processes
         self.line_counts_SV = state["line"].to(self.device) * own
         self.revival_counts_V = state["revival"].to(self.device) * own
         self.revived = state["revived"]
@@ -301,7 +301,7 @@ def train_tokenizer(
 ) -> TokenizerOutcome:
     """Train a tokenizer and leave a run directory that is also a model directory without a transformer.
 
-    Running it again in the same `out` goes on from the last checkpoint; a finished run is only measured again.
+    Running it again in the same `out` resumes from the last checkpoint; a finished run is only measured again.
     Processes that torch.distributed connects share every batch.
 
     Args:
@@ -312,14 +312,14 @@ def train_tokenizer(
         device: Where to compute; by default where the tokenizer is.
         dtype: Type that autocast computes the convolutions in.
         seed: Of the order of the data, of k-means and of restarts; by default `config.seed`.
-        resume: Whether to go on from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
+        resume: Whether to resume from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
         validation: Held-out images for the measures; without them, training images are measured.
         provenance: Further facts for config.json.
         on_step: Called after every step.
         perceptual: The perceptual loss; needed where the configuration gives it a weight.
         started_from: What tells the files apart that the run started from (first weights, perceptual loss): a resumed
             run must agree on it.
-        keep_codebook: Go on with the codebook that `vqvae` has, rather than start it by k-means.
+        keep_codebook: Keep the codebook that `vqvae` has, rather than start it by k-means.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
@@ -420,9 +420,9 @@ class TokenizerMeasures:
 
     Attributes:
         psnr: Mean over images, in dB, on clamped reconstructions.
-        usage_per_scale: Part of the codebook that each scale uses.
+        usage_per_scale: Fraction of the codebook that each scale uses.
         perplexity_per_scale: How many codes each scale uses as if evenly.
-        code_usage: Part of the codebook that some scale uses.
+        code_usage: Fraction of the codebook that some scale uses.
         images: How many images were measured.
         psnr_by_scales: Mean PSNR of what the first scale, the first two, … decode to; empty where not asked for.
     """

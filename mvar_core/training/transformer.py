@@ -52,7 +52,7 @@ class TransformerOutcome:
         steps: Steps done.
         loss: Training loss, averaged over the last line of metrics.jsonl.
         seconds: Time spent, over all sessions of the run.
-        interrupted: Whether Ctrl-C or SIGTERM ended it early; run the same again to go on.
+        interrupted: Whether Ctrl-C or SIGTERM ended it early; run the same again to resume.
         skipped: Steps left out because their loss or gradient was not finite.
         val_loss: Loss on the validation tokens, where there are any.
         best_step: The step of the lowest validation loss, whose weights are in `out`/best.
@@ -207,7 +207,7 @@ def train_transformer(
 ) -> TransformerOutcome:
     """Train a transformer and leave a run directory that is also a model directory.
 
-    Running it again in the same `out` goes on from the last checkpoint; a finished run is only saved again. Processes
+    Running it again in the same `out` resumes from the last checkpoint; a finished run is only saved again. Processes
     that torch.distributed connects share every batch; they may be more or fewer than those that wrote the checkpoint.
 
     Args:
@@ -217,18 +217,18 @@ def train_transformer(
         tokens: Token maps and conditions.
         config: The run's configuration.
         out: The run directory.
-        tokenizer_state: Weights of the tokenizer, saved beside the transformer's, so that the directory can sample.
+        tokenizer_state: Weights of the tokenizer, saved next to the transformer's, so that the directory can sample.
         total_steps: Optimizer steps; by default what `config.train` asks for.
         device: Where to compute; by default where the transformer is.
         dtype: Type that autocast computes in.
         attention: Attention backend.
         seed: Of the order of the data and of everything dropped; by default `config.seed`.
-        resume: Whether to go on from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
+        resume: Whether to resume from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
         validation: Held-out tokens, measured at every checkpoint and at the end.
         provenance: Further facts for config.json.
         on_step: Called after every step.
         on_sample: Called every `train.sample_every` steps, to make a picture of what the transformer generates.
-        fsdp: Slice the transformer over the processes; it stays sliced.
+        fsdp: Shard the transformer over the processes; it stays sharded.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
@@ -249,7 +249,7 @@ def train_transformer(
     parallel = choose_parallel(device, dtype, train.batch_size, fsdp=fsdp, partial=partial)
     if fsdp and train.sample_every:
         raise ConfigError(
-            "train.sample_every draws with a model that --fsdp has sliced over the processes.",
+            "train.sample_every samples from a model that --fsdp has sharded over the processes.",
             "Set train.sample_every=0, and use `mvar sample` on what the run leaves.",
         )
     if not fsdp:  # which moves slice by slice
@@ -319,7 +319,7 @@ def train_transformer(
 
 
 def _conditioning(config: RunConfig) -> dict[str, Any]:
-    """What a run on vectors must agree on beside the rest; runs on classes say nothing, as they always did."""
+    """What a run on vectors must agree on as well; runs on classes record nothing, as they always did."""
     return {} if config.conditioning.dim is None else {"conditioning": config.conditioning.model_dump(mode="json")}
 
 

@@ -1,0 +1,80 @@
+"""Training from Python: what a cache alone is enough for, resuming, interruption, dry runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import mvar_core as mvar
+from mvar_core.errors import ConfigError
+from mvar_core.models.directory import read_model_config
+
+SMALL = {"depth": 1, "steps": 3, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def cache(model, images, tmp_path_factory):
+    """A token cache that records a tokenizer of its own, which a test may move."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(model, folder / "tokenizer")
+    return mvar.tokenize(tokenizer=folder / "tokenizer", data=str(images), out=folder / "tokens").path
+
+
+def test_a_cache_is_enough(cache, tmp_path):
+    steps = []
+    result = mvar.train(
+        tokens=str(cache), out=str(tmp_path / "run"), progress=lambda stage, done, *_, **__: steps.append(done), **SMALL
+    )
+    assert (result.steps, result.model, result.interrupted, steps) == (3, tmp_path / "run", False, [1, 2, 3])
+    config = read_model_config(result.model)
+    assert config.patch_sizes == (1, 2, 4)
+    assert config.image_size == 16
+    assert config.tokenizer.codebook_size == 16
+    assert config.class_names == ("cat", "dog", "golden retriever")
+    assert (config.transformer.depth, config.transformer.embed_dim, config.transformer.num_heads) == (1, 64, 1)
+    assert config.attention.scale_prefixes == 1
+    again = mvar.train(tokens=cache, out=tmp_path / "run", **SMALL)
+    assert (again.loss, again.steps) == (result.loss, 3)
+    assert json.loads(json.dumps(result.to_dict()))["model"] == str(tmp_path / "run")
+
+
+def test_depth_is_laid_over_a_preset(cache, preset, tmp_path):
+    result = mvar.train(tokens=cache, preset=str(preset), out=tmp_path / "run", depth=2, steps=1, dry_run=True)
+    transformer = result.to_dict()["configuration"]["transformer"]
+    assert (transformer["depth"], transformer["embed_dim"], transformer["num_heads"]) == (2, 128, 2)
+    assert {"cost", "plan", "steps", "rows"} <= result.to_dict().keys()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_gone_is_named(cache, model, tmp_path):
+    moved = tmp_path / "tokens"
+    shutil.copytree(cache, moved)
+    path = moved / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "tokenizer": str(tmp_path / "gone")}))
+    with pytest.raises(ConfigError, match=r"gone.*--tokenizer"):
+        mvar.train(tokens=moved, out=tmp_path / "run", **SMALL)
+    assert mvar.train(tokens=moved, tokenizer=model, out=tmp_path / "run", **SMALL).steps == 3
+
+
+def test_an_interruption_is_saved_and_resumed(cache, tmp_path):
+    def interrupt(stage, done, *_, **__):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    result = mvar.train(tokens=cache, out=tmp_path / "run", progress=interrupt, **SMALL)
+    assert (result.steps, result.interrupted) == (2, True)
+    resumed = mvar.train(tokens=cache, out=tmp_path / "run", **SMALL)
+    assert (resumed.steps, resumed.interrupted) == (3, False)
+    assert resumed.loss == mvar.train(tokens=cache, out=tmp_path / "whole", **SMALL).loss
+
+
+def test_a_tokenizer_from_python(images, preset, tmp_path):
+    settings = {"data": str(images), "out": tmp_path / "tok", "preset": str(preset)}
+    result = mvar.train_tokenizer(**settings, steps=2)
+    assert (result.steps, result.model) == (2, tmp_path / "tok")
+    assert read_model_config(result.model).transformer is None
+    longer = mvar.train_tokenizer(**settings, steps=3)
+    assert longer.steps == 3

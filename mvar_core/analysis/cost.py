@@ -174,7 +174,9 @@ def plan(
     if device not in TOKENS_AT_ONCE:
         raise ConfigError(f"device is {device!r}. {nearest(device, TOKENS_AT_ONCE)}")
     sampling = config.sampling
-    setting = Setting(dtype_bytes, guided, sampling.top_k, sampling.top_p, device)
+    if sampling.guided != guided:
+        sampling = sampling.model_copy(update={"cfg": 1.0 if guided else 0.0, "cfg_schedule": "linear"})
+    setting = Setting(dtype_bytes, sampling, device)
     batches = memory_model.sample_batches(config, batch_size, setting, memory)
     trains = train is not None and config.transformer is not None
     scales = [_scale_row(config, scale, batch_size, setting, batches) for scale in range(config.pyramid.num_scales)]

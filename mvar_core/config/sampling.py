@@ -66,6 +66,11 @@ class SamplingConfig(Section):
             return self.cfg > 0
         return any(strength > 0 for strength in self.cfg_schedule)
 
+    @property
+    def summary(self) -> str:
+        """The settings that people compare, in words."""
+        return f"cfg {self.cfg}, top-k {self.top_k}, top-p {self.top_p}"
+
     def over(self, recommended: SamplingConfig) -> SamplingConfig:
         """These settings, with what is not set here as recommended."""
         return recommended.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})

@@ -211,12 +211,11 @@ def model_card(config: ModelConfig) -> str:
         if (dim := config.conditioning.dim) is not None:
             encoder = f" ({config.conditioning.encoder})" if config.conditioning.encoder else ""
             conditions = f"conditioned on vectors of {dim} values{encoder}"
-        sampling = config.sampling
         facts = [
             f"transformer: depth {transformer.depth}, width {transformer.embed_dim},"
             f" {transformer.num_heads} heads, {conditions}",
             f"a token sees {sees}; windows per scale: {windows}",
-            f"recommended sampling: cfg {sampling.cfg}, top-k {sampling.top_k}, top-p {sampling.top_p}",
+            f"recommended sampling: {config.sampling.summary}",
         ]
     codebook = f"{config.tokenizer.codebook_size} × {config.tokenizer.latent_channels}"
     facts.append(f"token maps: {config.pyramid} ({config.pyramid.num_tokens} tokens); codebook of {codebook}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mvar_core.config import ModelConfig, TokenizerConfig, TransformerConfig
+from mvar_core.config import ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
 from mvar_core.pyramid import Grid
 
 FLOAT32 = 4
@@ -31,9 +31,7 @@ class Setting:
 
     Attributes:
         dtype_bytes: Bytes per value of the compute dtype.
-        guided: Whether the unconditional half runs too.
-        top_k: Codes that the drawing keeps; 0 for all.
-        top_p: Probability that it then keeps; 0 or 1 for all.
+        sampling: Guidance, which doubles the rows, and filters.
         device: cpu, cuda or mps.
         keep_stages: f̂ is kept after every scale, and decoded.
         bfloat16_unit: Whether a CPU computes in bfloat16 (mvar_core.runtime.has_bfloat16_unit), as those with AVX-512
@@ -41,12 +39,15 @@ class Setting:
     """
 
     dtype_bytes: int = 4
-    guided: bool = True
-    top_k: int = 0
-    top_p: float = 0.0
+    sampling: SamplingConfig = SamplingConfig(top_k=0, top_p=0)
     device: str = "cpu"
     keep_stages: bool = False
     bfloat16_unit: bool = True
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half runs too."""
+        return self.sampling.guided
 
 
 def image_bytes(config: ModelConfig, keep_stages: bool = False) -> int:
@@ -187,8 +188,8 @@ def _head_bytes(config: ModelConfig, sizes: TransformerConfig, scale: int, halve
 
 def drawing_bytes(codes: int, setting: Setting) -> int:
     """Bytes beside the logits that the drawing of one token takes: codes in order, and two float64 rows of them."""
-    limited, nucleus = 0 < setting.top_k < codes, 0 < setting.top_p < 1
-    kept = setting.top_k + 1 if limited else codes
+    limited, nucleus = 0 < setting.sampling.top_k < codes, 0 < setting.sampling.top_p < 1
+    kept = setting.sampling.top_k + 1 if limited else codes
     ordered = FLOAT32 + INT64 if limited or nucleus else 0
     return kept * (ordered + 2 * FLOAT64)
 

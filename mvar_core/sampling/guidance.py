@@ -99,10 +99,15 @@ def keep_top_p(logits_BlV: Float[Tensor, "B l V"], top_p: float) -> Float[Tensor
     return logits_BlV.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 
 
+def keep_likely(logits_BlV: Float[Tensor, "B l V"], settings: SamplingConfig) -> Float[Tensor, "B l V"]:
+    """All filters of the settings, in order: top-k, then top-p."""
+    return keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p)
+
+
 def draw_most_likely(
-    logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], top_k: int, top_p: float
+    logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], settings: SamplingConfig
 ) -> Int[Tensor, "B l"]:
-    """`draw` of what `keep_top_k` and then `keep_top_p` keep, without sorting the vocabulary.
+    """`draw` of what `keep_likely` keeps, without sorting the vocabulary.
 
     The k most likely codes come in descending order, so that their running sums tell both where top-p ends and where
     the draw falls; nothing else is touched. Sums are float64 where the device has it. Without filters the codes stay in
@@ -111,10 +116,9 @@ def draw_most_likely(
     Args:
         logits_BlV: Guided logits.
         uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
-        top_k: Keep the k most likely codes and ties with the k-th; 0 keeps all.
-        top_p: Then keep the most likely of this total probability; 0 or 1 keep all.
+        settings: The filters; codes that are tied with the k-th stay.
     """
-    size = logits_BlV.shape[-1]
+    size, top_k, top_p = logits_BlV.shape[-1], settings.top_k, settings.top_p
     limited, nucleus = 0 < top_k < size, 0 < top_p < 1
     if not limited:
         if nucleus:
@@ -128,7 +132,8 @@ def draw_most_likely(
     tied_Bl = descending[..., -2] == descending[..., -1]
     if tied_Bl.any():
         rows_1nV = keep_top_k(logits_BlV[tied_Bl].unsqueeze(0), top_k)
-        tokens_Bl[tied_Bl] = draw_most_likely(rows_1nV, uniforms_Bl[tied_Bl].unsqueeze(0), 0, top_p)[0]
+        unlimited = settings.model_copy(update={"top_k": 0})
+        tokens_Bl[tied_Bl] = draw_most_likely(rows_1nV, uniforms_Bl[tied_Bl].unsqueeze(0), unlimited)[0]
     return tokens_Bl
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,32 @@ from torch import Tensor
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.io.pixels import to_uint8
 from mvar_core.models.compilation import is_compiled, room_for_shapes
-from mvar_core.models.micro_batches import PROCESS_BYTES
+from mvar_core.models.footprint import Setting
+from mvar_core.models.micro_batches import PROCESS_BYTES, MicroBatches, choose
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.sampling.budget import PART_OF_FREE_MEMORY, MicroBatches, choose_micro_batches, free_memory
+from mvar_core.runtime import has_bfloat16_unit
 from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.sampler import sample_tokens
+
+PART_OF_FREE_MEMORY = 0.5
+"""Of what the device has free, where no budget is given."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that the device has free, or None where it does not say."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,18 +133,14 @@ class ImageSampler:
             budget = None if free is None else int(PART_OF_FREE_MEMORY * free)
         else:
             budget = memory - self.weight_bytes() - (PROCESS_BYTES if self.device.type == "cpu" else 0)
-        return choose_micro_batches(
-            self.config,
-            images,
-            device=self.device,
+        setting = Setting(
             dtype_bytes=self.transformer.input_projection.weight.element_size(),
-            guided=settings.guided,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            budget=budget,
-            batch_size=batch_size,
+            sampling=settings,
+            device=self.device.type,
             keep_stages=stages,
+            bfloat16_unit=has_bfloat16_unit(),
         )
+        return choose(self.config, images, setting, budget=budget, batch_size=batch_size)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights that sampling uses."""

@@ -20,7 +20,7 @@ from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.conditioning import Conditions
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.sampling.guidance import guide, keep_top_k, keep_top_p
+from mvar_core.sampling.guidance import guide, keep_likely
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def sample_published_style(
             transformer.drop_unseen(cache, scale)
             conditional_BlV, unconditional_BlV = logits_GlV.chunk(2)
             logits_BlV = guide(conditional_BlV, unconditional_BlV, settings.cfg * pyramid.ratio(scale))
-            logits_BlV = keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p)
+            logits_BlV = keep_likely(logits_BlV, settings)
             probabilities_NV = logits_BlV.softmax(dim=-1).flatten(0, 1)
             tokens_Bl = torch.multinomial(probabilities_NV, 1, generator=generator).view(batch, -1)
             fhat_BZhw = fhat_BZhw + quantizer.increment(quantizer.embed(tokens_Bl), scale)

@@ -31,10 +31,10 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import sample_uniforms
 from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.guidance import (
+    draw,
     draw_most_likely,
     guidance_strengths,
-    keep_top_k,
-    keep_top_p,
+    keep_likely,
     soft_embeddings,
     unconditional_scales,
 )
@@ -186,11 +186,11 @@ class _Run:
         logits_BlV = self.transformer.head_logits(x_GlC, conditioning, strength)
         uniforms_Bl = self.uniforms_NL[images, span]
         if settings.more_smooth:
-            logits_BlV = keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p)
-            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, 0, 0)
+            logits_BlV = keep_likely(logits_BlV, settings)
+            tokens_Bl = draw(logits_BlV, uniforms_Bl)
             embeddings_BlZ = self._soft_embeddings(logits_BlV, scale, images)
         else:
-            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, settings.top_k, settings.top_p)
+            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, settings)
             embeddings_BlZ = self.quantizer.embed(tokens_Bl)
         if self.kept is not None:
             given_Bl, kept_Bl = self.kept.tokens_NL[images, span], self.kept.kept_NL[images, span]

@@ -192,7 +192,7 @@ def test_largest_batch_fits_and_one_more_does_not():
     train = TrainConfig(batch_size=4)
     gib = 1 << 30
     result = plan(config, device_memory=24 * gib, train=train)
-    setting = Setting(2, True, config.sampling.top_k, config.sampling.top_p)
+    setting = Setting(2, config.sampling)
     assert memory.sample_batches(config, result.largest_batch, setting, 24 * gib).images == result.largest_batch
     assert memory.sample_batches(config, result.largest_batch + 1, setting, 24 * gib).images == result.largest_batch
     assert memory.sample_peak_bytes(config, result.largest_batch, setting, 24 * gib) <= 24 * gib

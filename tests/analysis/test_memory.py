@@ -23,9 +23,7 @@ def sample(config, settings, images, dtype, *, memory_budget=None, stages=False)
     """Measured and predicted peak beside the weights."""
     transformer, tokenizer = random_transformer(config, dtype=dtype), random_tokenizer(config, dtype=dtype)
     sampler = ImageSampler(config, transformer, tokenizer)
-    setting = Setting(
-        dtype.itemsize, settings.guided, settings.top_k, settings.top_p, "cpu", stages, has_bfloat16_unit()
-    )
+    setting = Setting(dtype.itemsize, settings, "cpu", stages, has_bfloat16_unit())
     sizes = choose(config, images, setting, budget=memory_budget, batch_size=images)
     labels = torch.arange(images) % config.transformer.num_classes
     list(sampler.stream(labels[:1], range(1), 0, settings, sizes))  # what is made once is made now

@@ -3,12 +3,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mvar_core.config import SamplingConfig
 from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError
 from mvar_core.models import footprint, micro_batches
 from mvar_core.models.footprint import Setting
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE, MicroBatches
-from mvar_core.sampling.budget import free_memory
+from mvar_core.sampling.images import free_memory
 
 CPU = torch.device("cpu")
 D16 = load_config("mvar-d16-256").model
@@ -16,7 +17,7 @@ VAR = load_config("var-d16-256").model
 
 
 def choose(config=D16, images=64, budget=None, **options) -> MicroBatches:
-    setting = Setting(dtype_bytes=2, guided=True, top_k=900, device="cpu")
+    setting = Setting(dtype_bytes=2, sampling=SamplingConfig(top_k=900, top_p=0), device="cpu")
     return micro_batches.choose(config, images, setting, budget=budget, **options)
 
 

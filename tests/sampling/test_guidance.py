@@ -9,6 +9,7 @@ from mvar_core.sampling.guidance import (
     draw_most_likely,
     guidance_strengths,
     guide,
+    keep_likely,
     keep_top_k,
     keep_top_p,
     soft_embeddings,
@@ -38,7 +39,7 @@ def published_filter(row: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (5, 0.0), (0, 0.8), (7, 0.5), (1, 0.96), (40, 1.0), (12, 0.96)])
 def test_filters_follow_the_published_rule(logits: torch.Tensor, top_k: int, top_p: float) -> None:
-    found = keep_top_p(keep_top_k(logits, top_k), top_p)
+    found = keep_likely(logits, SamplingConfig(top_k=top_k, top_p=top_p))
     expected = torch.stack([published_filter(row, top_k, top_p) for row in logits.flatten(0, 1)])
     assert torch.equal(found.flatten(0, 1), expected)
 
@@ -95,32 +96,34 @@ def test_the_quick_draw_is_the_draw_of_what_the_filters_keep(top_k: int, top_p: 
     """Equal tokens where the filtered codes are laid out in descending order, in which the quick one draws."""
     logits = torch.randn(50, 8, 40, generator=torch.Generator().manual_seed(2)) * 3
     uniforms = torch.rand(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    filtered = keep_top_p(keep_top_k(logits, top_k), top_p)
+    filtered = keep_likely(logits, SamplingConfig(top_k=top_k, top_p=top_p))
     if top_k in (0, 40) and top_p in (0, 1):
         expected = draw(filtered, uniforms)
     else:
         descending, order = filtered.sort(dim=-1, descending=True)
         expected = order.gather(-1, draw(descending, uniforms).unsqueeze(-1)).squeeze(-1)
-    assert torch.equal(draw_most_likely(logits, uniforms, top_k, top_p), expected)
+    assert torch.equal(draw_most_likely(logits, uniforms, SamplingConfig(top_k=top_k, top_p=top_p)), expected)
 
 
 def test_ties_with_the_kth_are_drawn_too() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 1.0, 1.0, -4.0]).expand(1, 4000, 6)
     uniforms = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)[None]
     for top_p in (0.0, 1.0, 0.9999):
-        drawn = draw_most_likely(logits, uniforms, 2, top_p)[0].bincount(minlength=6)
+        drawn = draw_most_likely(logits, uniforms, SamplingConfig(top_k=2, top_p=top_p))[0].bincount(minlength=6)
         assert drawn[[0, 5]].tolist() == [0, 0]
         expected = 4000 * logits[0, 0, 1:5].softmax(0)
         assert (drawn[1:5] - expected).abs().max() <= 2
-    assert set(draw_most_likely(torch.zeros(1, 4000, 6), uniforms, 1, 0.0)[0].tolist()) == set(range(6))
+    assert set(
+        draw_most_likely(torch.zeros(1, 4000, 6), uniforms, SamplingConfig(top_k=1, top_p=0.0))[0].tolist()
+    ) == set(range(6))
 
 
 def test_the_quick_draw_at_the_ends() -> None:
     logits = torch.tensor([[[1.0, 4.0, 2.0, 3.0]]]).expand(1, 2, 4)
     uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    assert draw_most_likely(logits, uniforms, 3, 0.0).tolist() == [[1, 2]]
-    assert draw_most_likely(logits, uniforms, 3, 1e-9).tolist() == [[1, 1]]
-    assert draw_most_likely(logits, uniforms, 0, 0.9).tolist() == [[1, 2]]
+    assert draw_most_likely(logits, uniforms, SamplingConfig(top_k=3, top_p=0.0)).tolist() == [[1, 2]]
+    assert draw_most_likely(logits, uniforms, SamplingConfig(top_k=3, top_p=1e-9)).tolist() == [[1, 1]]
+    assert draw_most_likely(logits, uniforms, SamplingConfig(top_k=0, top_p=0.9)).tolist() == [[1, 2]]
 
 
 def test_guidance_schedules() -> None:

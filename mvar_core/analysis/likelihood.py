@@ -183,7 +183,7 @@ def measure_likelihood(
     """
     if config.conditioning.kind != "class":
         raise ConfigError("Likelihoods per class need a model that is conditioned on classes; this one is on vectors.")
-    device, no_class = quantizer.codebook.device, transformer.no_class
+    device, null_label = quantizer.codebook.device, transformer.null_label
     competing = torch.tensor(classes if classes is not None else [], dtype=torch.long)
     tally = Tally(config)
     done = 0
@@ -195,9 +195,9 @@ def measure_likelihood(
             progress(done)
 
     for tokens_BL, labels_B in batches:
-        candidates = [torch.full((len(tokens_BL), 1), no_class)]
+        candidates = [torch.full((len(tokens_BL), 1), null_label)]
         if labels_B is not None:
-            _check_labels(labels_B, classes, no_class)
+            _check_labels(labels_B, classes, null_label)
             own = labels_B.view(-1, 1) if classes is None else competing.expand(len(tokens_BL), -1)
             candidates.append(own.long().cpu())
         scored_BKS = log_likelihoods(
@@ -308,9 +308,9 @@ class Tally:
         return found
 
 
-def _check_labels(labels_B: Tensor, classes: Sequence[int] | None, no_class: int) -> None:
+def _check_labels(labels_B: Tensor, classes: Sequence[int] | None, null_label: int) -> None:
     for label in labels_B.unique().tolist():
-        if not 0 <= label < no_class:
-            raise DataError(f"An image is of class {label}; the model has classes 0 … {no_class - 1}.")
+        if not 0 <= label < null_label:
+            raise DataError(f"An image is of class {label}; the model has classes 0 … {null_label - 1}.")
         if classes is not None and label not in classes:
             raise DataError(f"An image is of class {label}, which is not among the classes that are scored.")

@@ -57,7 +57,7 @@ def brute_force(pipeline: Pipeline, tokens: torch.Tensor, label: int) -> torch.T
 def test_equal_to_brute_force(pipeline: Pipeline, tokens: torch.Tensor) -> None:
     report = measured(pipeline, tokens, LABELS, classes=range(CLASSES))
     each = torch.stack([brute_force(pipeline, tokens, label) for label in range(CLASSES)], dim=1)
-    nothing = brute_force(pipeline, tokens, pipeline.transformer.no_class)
+    nothing = brute_force(pipeline, tokens, pipeline.transformer.null_label)
     own = each[torch.arange(5), LABELS]
     spans = pipeline.config.pyramid.spans
     close = {"rel": 1e-5}

@@ -61,8 +61,8 @@ def test_sampling_without_a_cache_agrees(golden: GoldenCase, pipeline: Pipeline)
     labels = torch.from_numpy(golden.tensors["labels"])
     pipeline.attention = "auto"
     sampled = pipeline.sample(labels.tolist(), cfg=1.5, top_k=1).tokens
-    no_class = torch.full_like(labels, pipeline.transformer.null_label)
-    conditional, unconditional = pipeline.logits(sampled, labels), pipeline.logits(sampled, no_class)
+    null_label = torch.full_like(labels, pipeline.transformer.null_label)
+    conditional, unconditional = pipeline.logits(sampled, labels), pipeline.logits(sampled, null_label)
     for scale, span in enumerate(pipeline.config.pyramid.spans):
         strength = 1.5 * pipeline.config.pyramid.ratio(scale)
         guided = (1 + strength) * conditional[:, span] - strength * unconditional[:, span]

@@ -173,7 +173,7 @@ def test_nothing_kept_is_sampling_and_everything_kept_is_the_image(pipeline: Pip
 def test_without_a_class_nothing_guides(pipeline: Pipeline) -> None:
     images, mask = pictures(2), box((64, 64), 0, 0, 64, 40)
     free = pipeline.edit(images, mask, **SETTINGS)
-    nothing = [pipeline.transformer.no_class] * 2
+    nothing = [pipeline.transformer.null_label] * 2
     assert free.labels == tuple(nothing)
     assert torch.equal(free.tokens, pipeline.edit(images, mask, labels=nothing, **SETTINGS).tokens)
     guided = pipeline.edit(images, mask, labels=[1, 2], **SETTINGS)

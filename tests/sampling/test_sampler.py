@@ -100,7 +100,7 @@ def test_guidance_schedules_follow_their_definition(
     settings = pipeline.sampling_settings(cfg=3.0, top_k=1, top_p=0, cfg_schedule=schedule, cfg_scales=scales)
     tokens = pipeline.sample(LABELS, cfg=3.0, top_k=1, top_p=0, cfg_schedule=schedule, cfg_scales=scales).tokens
     conditional = pipeline.logits(tokens, LABELS)
-    unconditional = pipeline.logits(tokens, [pipeline.transformer.no_class] * len(LABELS))
+    unconditional = pipeline.logits(tokens, [pipeline.transformer.null_label] * len(LABELS))
     pyramid = pipeline.config.pyramid
     for strength, span in zip(guidance_strengths(settings, pyramid), pyramid.spans, strict=True):
         guided = guide(conditional[:, span], unconditional[:, span], strength)

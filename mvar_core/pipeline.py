@@ -239,16 +239,9 @@ class Pipeline:
         self,
         labels: Conditions | None = None,
         *,
-        conditions: Conditions | None = None,
         settings: SamplingConfig | None = None,
         seed: int = 0,
-        indices: Sequence[int] | None = None,
-        kept: KeptTokens | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
-        stages: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-        **shorthand: Any,
+        **options: Any,
     ) -> Samples:
         """Images of classes, or of vectors where the model is conditioned on them.
 
@@ -258,37 +251,16 @@ class Pipeline:
             pipe.sample([3, 3, 7], cfg=1.5, seed=0)
 
         Args:
-            labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class". With `conditions`, what
-                the samples are labelled with.
-            conditions: Vectors (N, X), one per sample; a row of nan stands for none.
+            labels: One class label per sample.
             settings: Guidance and filters; fields that are not set are as the model recommends.
             seed: The run's seed.
-            indices: Global index of each sample; by default 0 … N-1.
-            kept: Tokens of given images, one for each sample, that replace sampled ones where it says so; see `edit`.
-            batch_size: Samples that advance from scale to scale together; decides speed and memory, never the result.
-            memory: Bytes that sampling may use, weights included, and on a CPU the process as well; by default as the
-                machine says that the pipeline was loaded for, otherwise half of what the device has free.
-            stages: Also decode each sample after every scale.
-            progress: Called as progress(done, total), in images; also while images are being sampled.
-            **shorthand: Any field of `SamplingConfig`, over `settings`; None is as if it were not there.
+            **options: Any field of `SamplingConfig`, and what else `stream` accepts: conditions, indices, kept,
+                batch_size, memory, stages, progress.
 
         Raises:
             ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
         """
-        batches = list(
-            self.stream(
-                labels,
-                conditions=conditions,
-                settings=self.sampling_settings(settings, **shorthand),
-                seed=seed,
-                indices=indices,
-                kept=kept,
-                batch_size=batch_size,
-                memory=memory,
-                stages=stages,
-                progress=progress,
-            )
-        )
+        batches = list(self.stream(labels, settings=settings, seed=seed, **options))
         if batches:
             return join_samples(batches)
         return Samples(
@@ -313,6 +285,21 @@ class Pipeline:
         **shorthand: Any,
     ) -> Iterator[Samples]:
         """`sample`, a batch at a time: samples that were yielded are not held.
+
+        Args:
+            labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class". With `conditions`, what
+                the samples are labelled with.
+            conditions: Vectors (N, X), one per sample; a row of nan stands for none.
+            settings: Guidance and filters; fields that are not set are as the model recommends.
+            seed: The run's seed.
+            indices: Global index of each sample; by default 0 … N-1.
+            kept: Tokens of given images, one for each sample, that replace sampled ones where it says so; see `edit`.
+            batch_size: Samples that advance from scale to scale together; decides speed and memory, never the result.
+            memory: Bytes that sampling may use, weights included, and on a CPU the process as well; by default as the
+                machine says that the pipeline was loaded for, otherwise half of what the device has free.
+            stages: Also decode each sample after every scale.
+            progress: Called as progress(done, total), in images; also while images are being sampled.
+            **shorthand: Any field of `SamplingConfig`, over `settings`; None is as if it were not there.
 
         Yields:
             Samples in order, `batch_size` at a time.

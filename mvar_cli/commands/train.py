@@ -58,7 +58,7 @@ def train(
     show(result)
 
 
-def show(result: mvar.TrainResult) -> None:
+def show(result: "mvar.TrainResult") -> None:
     """The end of a training, of this command and of `mvar finetune-from-var`."""
     if result.dry_run is None and not result.interrupted:
         console.end_progress()

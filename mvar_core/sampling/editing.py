@@ -1,9 +1,9 @@
-"""Which tokens of a given image stay when a part of it is drawn anew: VAR's zero-shot editing, as geometry.
+"""Which tokens of a given image stay when a region of it is generated again: VAR's zero-shot editing, as geometry.
 
-The image is encoded; sampling then puts the image's own tokens in the place of those it drew wherever they are to stay,
-at every scale, and goes on from there. What was drawn anew sees what stays, at its own scale and through f̂.
+The image is encoded; sampling then replaces what it sampled by the image's own tokens wherever they are to stay,
+at every scale, and continues from there. What was generated sees what stays, at its own scale and through f̂.
 
-A token stays at the last, finest scale where all of its cell is kept, so that whatever is to change is drawn anew
+A token stays at the last, finest scale where all of its cell is kept, so that whatever is to change is sampled
 there. That token map, resized by area, decides at the coarser scales: a token stays where at least `coverage` of its
 cell stays at the last scale. Half, the default, is the published method's threshold. Coarse tokens hold what larger
 areas have in common and finer ones correct them, so a kept area keeps its looks only with the coarse tokens under it;
@@ -36,7 +36,7 @@ class KeptTokens:
 
     Attributes:
         tokens_NL: Tokens of all scales.
-        kept_NL: Where they stay; elsewhere tokens are drawn.
+        kept_NL: Where they stay; elsewhere tokens are sampled.
     """
 
     tokens_NL: Int[Tensor, "N L"]
@@ -79,7 +79,7 @@ def checked_mask(mask: Tensor | np.ndarray, images: int, shape: tuple[int, int])
 
 
 def kept_pixels(mask: Bool[Tensor, "*N H W"], keep: str) -> Bool[Tensor, "*N H W"]:
-    """Where pixels stay: inside the mask (out-painting draws around it) or outside (in-painting fills it).
+    """Where pixels stay: inside the mask (out-painting generates around it) or outside (in-painting fills it).
 
     Raises:
         ConfigError: Neither "inside" nor "outside".
@@ -131,5 +131,5 @@ def _overlaps(coarse: int, fine: int) -> Tensor:
 def pasted(
     images_NHWC: UInt8[Tensor, "N H W 3"], given_NHWC: UInt8[Tensor, "N H W 3"], pixels: Bool[Tensor, "*N H W"]
 ) -> UInt8[Tensor, "N H W 3"]:
-    """The given image's pixels where they stay, the drawn one's elsewhere."""
+    """The given image's pixels where they stay, the generated one's elsewhere."""
     return torch.where(pixels.unsqueeze(-1), given_NHWC, images_NHWC)

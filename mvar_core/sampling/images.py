@@ -206,7 +206,7 @@ class ImageSampler:
     def _decode(
         self, fhat_NZhw: Float[Tensor, "N Z h w"], at_once: int, on_images: Callable[[int], None] | None = None
     ) -> UInt8[Tensor, "N H W 3"]:
-        """Bytes of images on the CPU, decoded a few at a time; copies from a GPU run beside the next decoding."""
+        """Bytes of images on the CPU, decoded a few at a time; copies from a GPU overlap the next decoding."""
         on_gpu = self.device.type == "cuda"
         shape = (len(fhat_NZhw), *self.config.image_shape, 3)
         pixels_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
@@ -222,7 +222,7 @@ class ImageSampler:
 
 
 class _Progress:
-    """Tells how many images are done, where drawing the tokens of one and decoding it are taken for half of it each."""
+    """Tells how many images are done, counting sampling the tokens of one and decoding it as half of it each."""
 
     def __init__(self, report: Callable[[int, int], None] | None, total: int, tokens_per_image: int):
         self.report = report

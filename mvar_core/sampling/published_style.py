@@ -1,6 +1,6 @@
 """Sampling as the published VAR code does it: the baseline that is to be beaten, not a way to use.
 
-Weights in float32 under autocast, the whole batch at once with its cache of keys and values, modulation vectors anew at
+Weights in float32 under autocast, the whole batch at once with its cache of keys and values, modulation again at
 every scale, guidance at every scale, the vocabulary sorted for top-p, one multinomial draw over all codes, and the
 decoder on the whole batch. Samples depend on their batch.
 """

@@ -97,14 +97,14 @@ def sample_tokens(
         indices: Global index of each sample; its random stream follows from it and the seed.
         seed: The run's seed.
         settings: Guidance and filters, from `resolve_settings`.
-        kept: Tokens of given images, one for each sample, which take the place of drawn ones where they stay.
+        kept: Tokens of given images, one for each sample, which replace sampled ones where they stay.
         micro_batches: For each scale how many images go through the transformer in one pass; by default all. Decides
             speed and memory, never the result.
         attention: Attention backend.
         keep_stages: Keep f̂ after each scale.
         static_shapes: Fill the last micro-batch of a scale up, so that a compiled transformer sees one shape per scale;
             only where no keys are kept.
-        on_tokens: Called with the number of tokens drawn since the last call.
+        on_tokens: Called with the number of tokens sampled since the last call.
 
     Raises:
         ConfigError: The settings do not fit the model.

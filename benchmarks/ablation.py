@@ -40,10 +40,10 @@ def main() -> None:
     command = [sys.executable, "-m", "mvar_cli", *COMMAND, "--out", str(out), "--json"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     minutes = (time.monotonic() - start) / 60
-    # A run that was stopped and gone on with has no time of its own as a whole.
+    # A run that was stopped and resumed has no time of its own as a whole.
     found["minutes"] = minutes if fresh else None
     found["promised_minutes"] = PROMISED_MINUTES
-    for name in ("outputs", "seconds", "machine"):  # the machine is described anew, with the commit
+    for name in ("outputs", "seconds", "machine"):  # the machine is described again, with the commit
         del found[name]
     machine.save("ablation", found)
     for name in ("ablation.png", "ablation.svg"):

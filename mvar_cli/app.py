@@ -76,6 +76,11 @@ def _loop(section: str) -> dict[str, str]:
 
 
 MOVED: dict[str, dict[str, str]] = {
+    "ablate": {
+        "--epochs": "Use --steps, or --set train.epochs=N.",
+        "--bench-batch": "Leave it out: eight images together are timed.",
+        "--demo-classifier": "Use --features FILE.safetensors.",
+    },
     "plan": {"--list": "`mvar plan` alone lists the presets."},
     "evaluate": {
         "--likelihood": "Use `mvar evaluate likelihood` instead.",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.workflows.likelihood import evaluate_likelihood as evaluate_likelihood
     from mvar_core.workflows.reconstruction import evaluate_reconstruction as evaluate_reconstruction
     from mvar_core.workflows.tokenize import tokenize as tokenize
+    from mvar_core.workflows.ablate import ablate as ablate
     from mvar_core.workflows.convert import convert as convert
     from mvar_core.workflows.doctor import doctor as doctor
     from mvar_core.workflows.bench import bench as bench

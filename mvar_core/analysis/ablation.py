@@ -1,24 +1,26 @@
-"""Which models an ablation of scale prefixes and of windows compares, and what their runs come to over seeds; no torch.
+"""Which models an ablation of scale prefixes and of windows compares, and what their rows show over seeds; no torch.
 
 Letters: S scales, n seeds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from mvar_core.analysis.seed_noise import compare, over_seeds, sentence
 from mvar_core.config import RunConfig
 from mvar_core.errors import ConfigError
+from mvar_core.evaluation.scores import METRICS
 from mvar_core.pyramid import ScalePrefixes, ScalePyramid, auto_windows, check_attention, spread_window
 
 WHOLE = "whole"
 WindowEntry = int | str | tuple[int, ...]
 """One window for all windowed scales, "whole" for none, "auto" or "auto:K", or one window per scale (0 = whole)."""
+FROM_ROW = ("loss", "validation_loss", "validation_scale_loss", "validation_scale_accuracy", "training_seconds")
+FROM_SCORES = (*METRICS, "classifier_accuracy", "pixel_diversity", "nearest_distance")
+PLANNED = ("parameters", "attention_gmacs", "total_gmacs", "kv_cache_bytes")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Entry:
     """A line of a table.
 
     Attributes:
-        label: What the user asked for, and what it comes to where that is something else.
+        label: What the user asked for, and the setting that it amounts to where that is written differently.
         setting: What is trained.
     """
 
@@ -91,13 +93,12 @@ class Ablation:
     baseline: Setting
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Every setting once, in order."""
-        return tuple(dict.fromkeys(entry.setting for entry in self.entries))
-
-    def label(self, setting: Setting) -> str:
-        """The shortest label of a setting in this table."""
-        return min((entry.label for entry in self.entries if entry.setting == setting), key=len)
+    def labels(self) -> dict[Setting, str]:
+        """Every setting once, in order, and its shortest label."""
+        found: dict[Setting, str] = {}
+        for entry in self.entries:
+            found[entry.setting] = min(found.get(entry.setting, entry.label), entry.label, key=len)
+        return found
 
 
 def plan_ablations(
@@ -114,101 +115,116 @@ def plan_ablations(
     Raises:
         ConfigError: Nothing to compare, or an entry that does not fit the pyramid.
     """
-    tables = []
-    if prefixes:
-        tables.append(_prefix_table(config, prefixes))
-    if windows:
-        tables.append(_window_table(config, windows))
-    if not tables:
+    if not prefixes and not windows:
         raise ConfigError("There is nothing to compare.", "Give --prefixes, --windows, or both.")
+    tables = []
+    pyramid = config.pyramid
+    whole = (0,) * pyramid.num_scales
+    if prefixes:
+        settings = [(count, Setting.of(pyramid, count, whole)) for count in dict.fromkeys(prefixes)]
+        entries = [Entry(str(n) if s.scale_prefixes == n else f"{n} = all", s) for n, s in settings]
+        tables.append(_table("prefixes", "Scale prefixes, whole scales", entries, Setting("all", whole)))
+    if windows:
+        windowed = zip(pyramid.grids, spread_window(3, config.windows), strict=True)
+        title = (
+            f"Windows, one scale prefix; a single number is the window on {', '.join(str(g) for g, k in windowed if k)}"
+        )
+        entries = [_window_entry(config, window) for window in dict.fromkeys(windows)]
+        tables.append(_table("windows", title, entries, Setting.of(pyramid, 1, whole)))
     return tuple(tables)
 
 
 def settings_of(ablations: Iterable[Ablation]) -> tuple[Setting, ...]:
     """Every setting of some tables once, in order: what several tables show is trained once."""
-    return tuple(dict.fromkeys(setting for ablation in ablations for setting in ablation.settings))
+    return tuple(dict.fromkeys(setting for ablation in ablations for setting in ablation.labels))
 
 
-def _prefix_table(config: RunConfig, prefixes: Sequence[ScalePrefixes]) -> Ablation:
-    pyramid = config.pyramid
-    whole = (0,) * pyramid.num_scales
-    entries = []
-    for count in dict.fromkeys(prefixes):
-        setting = Setting.of(pyramid, count, whole)
-        label = str(count) if setting.scale_prefixes == count else f"{count} = all"
-        entries.append(Entry(label, setting))
-    every = Setting("all", whole)
+def _table(kind: str, title: str, entries: Sequence[Entry], baseline: Setting) -> Ablation:
     settings = [entry.setting for entry in entries]
-    return Ablation(
-        "prefixes", "Scale prefixes, whole scales", tuple(entries), every if every in settings else settings[0]
-    )
+    return Ablation(kind, title, tuple(entries), baseline if baseline in settings else settings[0])
 
 
-def _window_table(config: RunConfig, windows: Sequence[WindowEntry]) -> Ablation:
+def _window_entry(config: RunConfig, window: WindowEntry) -> Entry:
     pyramid = config.pyramid
-    whole = Setting.of(pyramid, 1, (0,) * pyramid.num_scales)
-    entries = []
-    for window in dict.fromkeys(windows):
-        if isinstance(window, tuple):
-            sides, label = window, ",".join(map(str, window))
-        elif isinstance(window, str):
-            sides, label = whole.windows if window == WHOLE else auto_windows(window, pyramid), window
-        else:
-            sides, label = spread_window(window, config.windows), str(window)
-        setting = Setting.of(pyramid, 1, sides)
-        if setting == whole and label != WHOLE:
-            label = f"{label} = {WHOLE}"
-        elif setting.windows != tuple(sides) or (isinstance(window, str) and window != WHOLE):
-            label = f"{label} = {','.join(map(str, setting.windows))}"
-        entries.append(Entry(label, setting))
-    settings = [entry.setting for entry in entries]
-    scales = [number for number, window in enumerate(spread_window(3, config.windows)) if window]
-    sides_shown = ", ".join(str(pyramid.grids[scale]) for scale in scales)
-    return Ablation(
-        "windows",
-        f"Windows, one scale prefix; a single number is the window on {sides_shown}",
-        tuple(entries),
-        whole if whole in settings else settings[0],
-    )
+    if isinstance(window, tuple):
+        sides, label = window, ",".join(map(str, window))
+    elif isinstance(window, int):
+        sides, label = tuple(spread_window(window, config.windows)), str(window)
+    else:
+        sides = (0,) * pyramid.num_scales if window == WHOLE else tuple(auto_windows(window, pyramid))
+        label = window
+    setting = Setting.of(pyramid, 1, sides)
+    if not any(setting.windows) and label != WHOLE:
+        label = f"{label} = {WHOLE}"
+    elif setting.windows != sides or (isinstance(window, str) and window != WHOLE):
+        label = f"{label} = {','.join(map(str, setting.windows))}"
+    return Entry(label, setting)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """One quantity over seeds.
-
-    Attributes:
-        values: One per seed that has it.
-        mean: Their mean; None without any.
-        std: Their standard deviation with n - 1 in the denominator; None of fewer than two.
-    """
-
-    values: tuple[float, ...]
-    mean: float | None
-    std: float | None
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread:
-        """From one value per seed; None and numbers that are not finite are left out."""
-        kept = tuple(float(value) for value in values if value is not None and math.isfinite(value))
-        mean = float(np.mean(kept)) if kept else None
-        return cls(kept, mean, float(np.std(kept, ddof=1)) if len(kept) > 1 else None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {"mean": self.mean, "std": self.std, "n": len(self.values), "values": list(self.values)}
-
-
-def over_seeds(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Mean and standard deviation of the named quantities over rows that differ in their seed alone.
-
-    A quantity is a number, or a list with one number per scale; of a list, a list of spreads is made.
-    """
-    found: dict[str, Any] = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        lists = [value for value in values if isinstance(value, list | tuple)]
-        if lists:
-            found[name] = [Spread.of(column).to_dict() for column in zip(*lists, strict=True)]
-        else:
-            found[name] = Spread.of(values).to_dict()
+def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One mapping per setting: what all its rows share, and the spread of what they measured over seeds."""
+    found = []
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        found.append(
+            {
+                "setting": name,
+                "scale_prefixes": own[0]["scale_prefixes"],
+                "windows": own[0]["windows"],
+                "seeds": [row["seed"] for row in own],
+                **{key: own[0][key] for key in PLANNED},
+                **over_seeds(own, FROM_ROW),
+                **over_seeds([row["scores"] for row in own], FROM_SCORES),
+                "cost": own[0]["cost"],
+            }
+        )
     return found
+
+
+def qualities(features: str | None, settings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Names of the measures that decide, by key, less is better: FID where there is one, and the validation loss.
+
+    Args:
+        features: What FID is computed from; other than Inception's, its name says so.
+        settings: From `aggregate`.
+    """
+    name = "FID" if features in (None, "inception") else f"{features}-FID"
+    scored = any(setting["fid"]["values"] for setting in settings)
+    return {**({"fid": name} if scored else {}), "validation_loss": "validation loss"}
+
+
+def summarize(ablation: Ablation, settings: Iterable[Mapping[str, Any]], features: str | None) -> dict[str, Any]:
+    """A table of an ablation as ablation.json holds it, with what its differences mean and what its settings save."""
+    found = {setting["setting"]: setting for setting in settings}
+    baseline = ablation.labels[ablation.baseline]
+    sentences, verdicts = [], []
+    for key, quantity in qualities(features, found.values()).items():
+        values = {label: found[setting.name][key]["values"] for setting, label in ablation.labels.items()}
+        verdict = compare(quantity, values, baseline)
+        if verdict is not None:
+            sentences.append(sentence(verdict, values))
+            verdicts.append(asdict(verdict))
+    base = found[ablation.baseline.name]
+    savings = [
+        f"{label} needs {', '.join(_ratios(found[setting.name], base))}"
+        for setting, label in ablation.labels.items()
+        if setting != ablation.baseline
+    ]
+    return {
+        "kind": ablation.kind,
+        "title": ablation.title,
+        "baseline": ablation.baseline.name,
+        "entries": [{"label": entry.label, "setting": entry.setting.name} for entry in ablation.entries],
+        "sentences": sentences,
+        "savings": f"Cost compared with {baseline}: {'; '.join(savings)}." if savings else "",
+        "verdicts": verdicts,
+    }
+
+
+def _ratios(found: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    quantities = {
+        "attention": (found["attention_gmacs"], base["attention_gmacs"]),
+        "time": (found["cost"]["seconds_per_image"], base["cost"]["seconds_per_image"]),
+        "allocated memory": (found["cost"]["allocated_bytes"], base["cost"]["allocated_bytes"]),
+    }
+    return [f"{a / b:.2f} of the {what}" for what, (a, b) in quantities.items() if a is not None and b]

@@ -1,0 +1,218 @@
+"""The report of an ablation, made from ablation.json: tables, Markdown, and a figure of quality against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mvar_core.analysis.ablation import qualities
+from mvar_core.formatting import format_bytes, format_count, format_number
+from mvar_core.reports.figures import COLOURS, MARKERS, new_figure, save_figure
+
+FIGURES = ("ablation.png", "ablation.svg")
+SCORES = {"fid": "FID", "precision": "precision", "recall": "recall", "classifier_accuracy": "accuracy"}
+TINY_GMACS = 0.1
+NOT_FOUND = "–"
+
+
+class ReportTable(NamedTuple):
+    """A table as a console or a page shows it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Section(NamedTuple):
+    """One of the two ablations, or, without a title, what a reader of all tables has to know."""
+
+    title: str
+    tables: list[ReportTable]
+    sentences: list[str]
+
+
+def ablation_sections(found: Mapping[str, Any]) -> list[Section]:
+    """The report of what ablation.json holds."""
+    sections = []
+    for ablation in found["ablations"]:
+        texts = [text for text in (*ablation["sentences"], ablation["savings"]) if text]
+        sections.append(Section(ablation["title"], _tables(found, ablation), texts))
+    return [*sections, Section("", [], _notes(found))]
+
+
+def _tables(found: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[ReportTable]:
+    """Quality, cost, and loss of each scale."""
+    settings = {setting["setting"]: setting for setting in found["aggregate"]}
+    lines = [(entry["label"], settings[entry["setting"]]) for entry in ablation["entries"]]
+    first = "prefixes" if ablation["kind"] == "prefixes" else "window"
+    names = {**SCORES, **qualities(found["features"], settings.values())}
+    scores = [key for key in SCORES if any(setting[key]["values"] for _, setting in lines)]
+    quality = ["validation_loss", *scores]
+    unit, factor = _attention_unit(found)
+    batch = lines[0][1]["cost"]["batch_size"]
+    cost_columns = [
+        first, "parameters", f"attention, {unit}", "KV cache", "ms an image", "resident", "allocated",
+        "seconds of training",
+    ]  # fmt: skip
+    costs = []
+    for label, setting in lines:
+        cost = setting["cost"]
+        seconds = cost["seconds_per_image"]
+        costs.append(
+            [
+                label,
+                format_count(setting["parameters"]),
+                format_number(factor * setting["attention_gmacs"]),
+                format_bytes(setting["kv_cache_bytes"]),
+                NOT_FOUND if seconds is None else format_number(1000 * seconds),
+                format_bytes(cost["peak_memory_bytes"]),
+                format_bytes(cost["allocated_bytes"]),
+                format_spread(setting["training_seconds"]),
+            ]
+        )
+    return [
+        ReportTable(
+            f"{ablation['title']}; {_seeds(found)}",
+            [first, *(names[key] for key in quality)],
+            [[label, *(format_spread(setting[key]) for key in quality)] for label, setting in lines],
+        ),
+        ReportTable(
+            f"cost; time and memory of sampling {batch} image{'s together' if batch > 1 else ''}", cost_columns, costs
+        ),
+        ReportTable(
+            "validation loss of each scale",
+            [first, *found["scales"]],
+            [[label, *map(format_spread, setting["validation_scale_loss"])] for label, setting in lines],
+        ),
+    ]
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    notes = []
+    scores = found["rows"][0]["scores"]
+    if scores.get("demo_fid_real") is not None:
+        notes.append(
+            f"For comparison: {qualities(found['features'], found['aggregate'])['fid']} of real test images"
+            f" {format_number(scores['demo_fid_real'])}, of training images resampled"
+            f" {format_number(scores['demo_fid_floor'])}, of class means"
+            f" {format_number(scores['demo_fid_class_means'])}; accuracy"
+            f" on real test images {scores['classifier_accuracy_real']:.3f}."
+        )
+    memory = found["aggregate"][0]["cost"]["memory_is"]
+    notes.append(
+        f"KV cache of one image; time{f' (memory {memory})' if memory else ''} as `mvar bench` measures it, medians of"
+        " rounds over all settings; allocated: the most that torch's allocator handed out."
+    )
+    if reason := scores.get("reasons", {}).get("fid"):
+        notes.append(f"FID is not computed: {reason.rstrip('.')}.")
+    equal = [entry["label"] for table in found["ablations"] for entry in table["entries"] if " = " in entry["label"]]
+    if equal:
+        notes.append(f"Lines with = are one model, trained once: {'; '.join(equal)}.")
+    if len(found["seeds"]) > 1:
+        notes.append(
+            "p: Welch's t test against the baseline, corrected for the comparisons of the table (Holm); seed std:"
+            " standard deviation over seeds, pooled over the table's settings. Settings share data, order and first"
+            " weights of a seed."
+        )
+    return notes
+
+
+def ablation_markdown(found: Mapping[str, Any]) -> str:
+    """Tables, what they show, and the figure."""
+    machine = found["machine"]
+    lines = [
+        f"`{found['command']}`",
+        "",
+        f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} on {found['images']:,} images"
+        f" ({found['data']}), {_seeds(found)}; scored on {found['num_samples']:,} samples."
+        f" {machine.get('cores', '?')} cores of {machine.get('processor', '?')}, {machine.get('date', '?')}.",
+        "",
+    ]
+    *ablations, notes = ablation_sections(found)
+    for section in ablations:
+        lines += [f"### {section.title}", ""]
+        for table in section.tables:
+            title = table.title.removeprefix(f"{section.title}; ")
+            lines += [f"{title[0].upper()}{title[1:]}:", ""]
+            cells = (table.columns, ["---"] * len(table.columns), *table.rows)
+            lines += [*(f"| {' | '.join(line)} |" for line in cells), ""]
+        lines += [*(f"- {text}" for text in section.sentences), ""]
+    lines += [f"![Quality against cost, with the spread over seeds]({FIGURES[0]})", ""]
+    lines += [line for note in notes.sentences for line in (note, "")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plot_ablation(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """One column per ablation, one row per quality: mean and standard deviation over seeds, each seed a small dot.
+
+    Args:
+        found: What ablation.json holds.
+        paths: Files to write, .png or .svg.
+    """
+    settings = {setting["setting"]: setting for setting in found["aggregate"]}
+    shown = qualities(found["features"], settings.values())
+    unit, factor = _attention_unit(found)
+    real = found["rows"][0]["scores"].get("demo_fid_real")
+    ablations = found["ablations"]
+    figure = new_figure(0.8 + 4.9 * len(ablations), 0.9 + 3.1 * len(shown))
+    grid = figure.subplots(len(shown), len(ablations), squeeze=False, sharey="row")
+    for column, ablation in enumerate(ablations):
+        labels: dict[str, str] = {}
+        for entry in ablation["entries"]:
+            name, label = entry["setting"], entry["label"]
+            labels[name] = min(labels.get(name, label), label, key=len)
+        for row, (key, quality) in enumerate(shown.items()):
+            axes = grid[row][column]
+            for order, (name, label) in enumerate(labels.items()):
+                spread, cost = settings[name][key], factor * settings[name]["attention_gmacs"]
+                if spread["mean"] is None:
+                    continue
+                colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
+                axes.errorbar(
+                    cost, spread["mean"], yerr=spread["std"], fmt=marker, color=colour, markersize=9, capsize=4,
+                    linewidth=1.4, label=label,
+                )  # fmt: skip
+                axes.plot(
+                    [cost] * spread["n"], spread["values"], "o", color=colour, markersize=5, markeredgecolor="white",
+                    markeredgewidth=0.8, zorder=3,
+                )  # fmt: skip
+            if key == "fid" and real is not None:
+                axes.axhline(real, color="#555555", linewidth=1, linestyle=":")
+                axes.annotate("real test images", (0.99, real), xycoords=("axes fraction", "data"), ha="right",
+                              va="bottom", fontsize=8, color="#555555")  # fmt: skip
+            axes.grid(alpha=0.3)
+            axes.margins(x=0.12)
+            if row == 0:
+                axes.set_title(ablation["title"].split(",")[0])
+                axes.legend(frameon=False, fontsize=8)
+            if row == len(shown) - 1:
+                axes.set_xlabel(f"attention of one image ({unit})")
+            if column == 0:
+                axes.set_ylabel(f"{quality} (lower is better)")
+    figure.suptitle(f"{found['model']}: {_seeds(found)}")
+    for path in paths:
+        save_figure(figure, path)
+
+
+def format_spread(spread: Mapping[str, Any]) -> str:
+    """Mean ± standard deviation, to two figures of the latter."""
+    mean, std = spread["mean"], spread["std"]
+    if mean is None:
+        return NOT_FOUND
+    if not std:
+        return format_number(mean) + ("" if std is None else " ± 0")
+    decimals = min(6, max(0, 1 - math.floor(math.log10(std))))
+    return f"{mean:,.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _attention_unit(found: Mapping[str, Any]) -> tuple[str, float]:
+    """The unit that attention is shown in, and how many of them are 10⁹ multiply-accumulates."""
+    most = max(setting["attention_gmacs"] for setting in found["aggregate"])
+    return ("MMACs", 1000.0) if most < TINY_GMACS else ("GMACs", 1.0)
+
+
+def _seeds(found: Mapping[str, Any]) -> str:
+    seeds = found["seeds"]
+    return f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"

@@ -1,0 +1,107 @@
+"""The quickstart's page: samples, how they are generated, metrics, training curves, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mvar_core.evaluation.demo_scores import DemoScores
+from mvar_core.formatting import format_number, format_seconds
+from mvar_core.io.pictures import make_grid
+from mvar_core.io.pixels import Pixels
+from mvar_core.reports.figures import plot_metrics
+from mvar_core.reports.pages import TableRows, picture, svg_figure, write_page
+
+
+def metric_rows(scores: DemoScores, psnr: float, code_usage: float) -> TableRows:
+    """The table of metrics: value, what to compare it with, what it would detect."""
+    diversity = scores.pixel_diversity / scores.pixel_diversity_real
+    distance = scores.nearest_distance / scores.nearest_distance_real
+    return [
+        ["metric", "value", "compare with", "what it detects"],
+        [
+            "classifier accuracy",
+            f"{scores.classifier_accuracy:.1%}",
+            f"real {scores.classifier_accuracy_real:.1%}",
+            "the wrong digit",
+        ],
+        [
+            "demo-FID to training images",
+            format_number(scores.demo_fid),
+            f"training images resampled {format_number(scores.demo_fid_floor)},"
+            f" real test {format_number(scores.demo_fid_real)},"
+            f" class means {format_number(scores.demo_fid_class_means)}",
+            "features unlike those of digits",
+        ],
+        [
+            "pixel diversity within a class",
+            format_number(scores.pixel_diversity),
+            f"{diversity:.0%} of real {format_number(scores.pixel_diversity_real)}",
+            "the same image over and over",
+        ],
+        [
+            "distance to the nearest training image",
+            format_number(scores.nearest_distance),
+            f"{distance:.0%} of real {format_number(scores.nearest_distance_real)}",
+            "copies of training images",
+        ],
+        ["reconstruction PSNR (dB)", format_number(psnr), "test images", "a tokenizer that blurs"],
+        ["codebook usage", f"{code_usage:.1%}", "all codes", "dead codes"],
+    ]
+
+
+def time_rows(seconds: Mapping[str, float]) -> TableRows:
+    """The table of stages."""
+    return [["stage", "time"], *([name, format_seconds(spent)] for name, spent in seconds.items())]
+
+
+def write_quickstart_page(
+    path: Path,
+    *,
+    grid: Pixels,
+    stages: Tensor,
+    originals: Tensor,
+    reconstructions: Tensor,
+    attention: Mapping[str, str],
+    attention_lines: int,
+    **texts: object,
+) -> None:
+    """Write the page, and the training curves of the runs `tokenizer` and `mvar` in its directory.
+
+    Args:
+        path: The file.
+        grid: Samples, one row per class.
+        stages: One sample per class after each scale, uint8 (classes, scales, H, W, 3).
+        originals: Test images, uint8 (N, H, W, 3).
+        reconstructions: The same after tokens alone.
+        attention: SVG files of the attention report by name.
+        attention_lines: Ordered lines in its figure of windows.
+        **texts: What else the template shows.
+    """
+    out = path.parent
+    curves = []
+    for run, title, keys in (
+        ("tokenizer", "Tokenizer", ("reconstruction", "quantizer")),
+        ("mvar", "MVAR, cross-entropy per token", ("loss", "val_loss")),
+    ):
+        lines = plot_metrics(out / run / "metrics.jsonl", out / f"{run}.svg", keys=keys, title=title)
+        curves.append((svg_figure(out / f"{run}.svg", f"{title}.", lines), lines))
+    write_page(
+        path,
+        "quickstart.html.j2",
+        lines=tuple({attention_lines, *(lines for _, lines in curves)}),
+        samples=picture(grid, "samples"),
+        stages=picture(make_grid(stages.flatten(0, 1), stages.shape[1]), "after each scale"),
+        reconstructions=picture(
+            make_grid(torch.cat([originals, reconstructions]), len(originals)), "original, reconstruction"
+        ),
+        curves=[figure for figure, _ in curves],
+        attention=[
+            svg_figure(Path(attention["scale_mass"]), "Which scales are attended to."),
+            svg_figure(Path(attention["window_mass"]), "How near, within a scale.", attention_lines),
+        ],
+        **texts,
+    )

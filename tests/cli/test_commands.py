@@ -288,34 +288,6 @@ def test_sampling_from_a_published_file(mvar, golden_mvar, tmp_path):
     assert "--pyramid" in mvar("sample", "--checkpoint", golden_mvar.model, "--class", 0, "--out", tmp_path / "x").error
 
 
-def test_quickstart(mvar, tmp_path):
-    settings = [
-        "image_size=16", "patch_sizes=[1,2,4]", "attention.windows=[0,0,3]", "data.augmented_views=0",
-        "transformer.embed_dim=16", "train.steps=4", "train_tokenizer.steps=4", "train_tokenizer.kmeans_batches=1",
-    ]  # fmt: skip
-    options = [word for setting in settings for word in ("--set", setting)]
-    out = tmp_path / "quickstart"
-    outcome = mvar("quickstart", "--out", out, "--num", 4, "--device", "cpu", "--json", *options)
-    result = outcome.json
-    keys = {
-        "seconds", "classifier_accuracy", "demo_fid", "demo_fid_floor", "reconstruction_psnr", "model", "report",
-    }  # fmt: skip
-    assert keys <= result.keys()
-    page = (out / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 7
-    assert "mvar convert" in page
-    assert read(out / "grid.png").ndim == 3
-    samples = np.load(out / "samples.npz")
-    again = tmp_path / "again.npz"
-    mvar("sample", "--checkpoint", result["model"], "--class", "all", "--num", 4, "--format", "npz", "--out", again)
-    with samples, np.load(again) as file:
-        assert np.array_equal(samples["arr_0"], file["arr_0"])
-    given = ["--checkpoint", result["model"], "--reference", "digits", "--num-samples", 40]
-    assert mvar("evaluate", *given, "--json").json["features"] == "demo"
-    resumed = mvar("quickstart", "--out", out, "--num", 4, "--device", "cpu", "--json", *options).json
-    assert resumed["loss"] == result["loss"]
-
-
 def test_dry_runs_do_nothing(mvar, preset, images, tokens, model, tmp_path):
     out = tmp_path / "out"
     commands = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from mvar_core.evaluation.statistics import Statistics, collect
 from mvar_core.runtime import generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoScores:
     """Scores that only together show that a model is good: each alone can be good for a bad model.
 
@@ -31,16 +32,16 @@ class DemoScores:
         nearest_distance_real: The same for real test images.
     """
 
-    classifier_accuracy: float
-    classifier_accuracy_real: float
-    demo_fid: float
-    demo_fid_floor: float
-    demo_fid_real: float
-    demo_fid_class_means: float
-    pixel_diversity: float
-    pixel_diversity_real: float
-    nearest_distance: float
-    nearest_distance_real: float
+    classifier_accuracy: float = math.nan
+    classifier_accuracy_real: float = math.nan
+    demo_fid: float = math.nan
+    demo_fid_floor: float = math.nan
+    demo_fid_real: float = math.nan
+    demo_fid_class_means: float = math.nan
+    pixel_diversity: float = math.nan
+    pixel_diversity_real: float = math.nan
+    nearest_distance: float = math.nan
+    nearest_distance_real: float = math.nan
 
 
 def score_samples(

@@ -29,13 +29,8 @@ from mvar_core.models.directory import read_model_config
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
+from mvar_core.reports import attention_page as page
 from mvar_core.reports.attention_figures import plot_attention_report
-from mvar_core.reports.attention_page import (
-    recommendation_sentence,
-    saving_rows,
-    scale_rows,
-    write_attention_page,
-)
 from mvar_core.reports.pages import TableRows
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import peak_memory_bytes
@@ -205,8 +200,8 @@ def analyze_attention(
         **values,
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(pipeline.device),
-        sentences=[*values["reading"]["sentences"], *report.notes, recommendation_sentence(report)],
-        tables={"scales": scale_rows(report), "savings": saving_rows(values["savings"])},
+        sentences=[*values["reading"]["sentences"], *report.notes, page.recommendation_sentence(report)],
+        tables={"scales": page.scale_rows(report), "savings": page.saving_rows(values["savings"])},
     )
 
 
@@ -227,7 +222,7 @@ def write_attention_report(
         "report": str(out / PAGE),
         "preset": str(preset) if preset else None,
     }
-    write_attention_page(out / PAGE, report, values)
+    page.write_attention_page(out / PAGE, report, values)
     write_json(out / "report.json", values)
     return values
 

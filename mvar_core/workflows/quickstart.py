@@ -20,7 +20,7 @@ from mvar_core.config.training import DataConfig
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.demo import DemoClassifier, read_digits, train_digits_classifier
-from mvar_core.evaluation.demo_scores import score_samples
+from mvar_core.evaluation.demo_scores import DemoScores, score_samples
 from mvar_core.formatting import format_count
 from mvar_core.io.files import atomic_path, require_new_directory
 from mvar_core.io.pictures import make_grid, save_png
@@ -48,21 +48,11 @@ logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartResult(Result):
-    """What the quickstart trained and measured.
+class QuickstartResult(DemoScores, Result):
+    """What the quickstart trained, and the scores of its samples.
 
     Attributes:
         seconds: What this call took.
-        classifier_accuracy: Fraction of the samples that the classifier assigns to their class.
-        classifier_accuracy_real: The same for real test images.
-        demo_fid: Fréchet distance of the samples' demo features to the training images'.
-        demo_fid_floor: The same for training images resampled with replacement: the least to expect.
-        demo_fid_real: The same for real test images.
-        demo_fid_class_means: The same for the mean image of each class: what a model without diversity gets.
-        pixel_diversity: Mean distance between samples of a class.
-        pixel_diversity_real: The same for real test images.
-        nearest_distance: Mean distance from a sample to the nearest training image.
-        nearest_distance_real: The same for real test images.
         reconstruction_psnr: Of the tokenizer on test images, in dB.
         code_usage: Fraction of the codebook that some scale uses.
         loss: Training loss of the MVAR at its last logged step.
@@ -78,16 +68,6 @@ class QuickstartResult(Result):
     """
 
     seconds: float = 0.0
-    classifier_accuracy: float | None = None
-    classifier_accuracy_real: float | None = None
-    demo_fid: float | None = None
-    demo_fid_floor: float | None = None
-    demo_fid_real: float | None = None
-    demo_fid_class_means: float | None = None
-    pixel_diversity: float | None = None
-    pixel_diversity_real: float | None = None
-    nearest_distance: float | None = None
-    nearest_distance_real: float | None = None
     reconstruction_psnr: float | None = None
     code_usage: float | None = None
     loss: float | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def quickstart(
     out = Path(out)
     config = _configuration(minutes, seed, settings)
     model_dir, page = out / "mvar", out / "index.html"
-    names = {"model": str(model_dir), "report": str(page), "grid": str(out / "grid.png")}
+    names: dict[str, Any] = {"model": str(model_dir), "report": str(page), "grid": str(out / "grid.png")}
     if dry_run:
         return QuickstartResult(**names, dry_run=_planned(config, out, num))
     _check_directory(out, overwrite)

@@ -22,17 +22,14 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.progress import Progress as Progress
     from mvar_core.workflows.edit import edit as edit
     from mvar_core.workflows.sample import sample_to as sample_to
-<<<<<<< HEAD
     from mvar_core.workflows.evaluate import Measured as Measured
     from mvar_core.workflows.evaluate import evaluate as evaluate
     from mvar_core.workflows.evaluate import make_reference as make_reference
     from mvar_core.workflows.likelihood import Likelihood as Likelihood
     from mvar_core.workflows.likelihood import evaluate_likelihood as evaluate_likelihood
     from mvar_core.workflows.reconstruction import evaluate_reconstruction as evaluate_reconstruction
-=======
     from mvar_core.workflows.quickstart import quickstart as quickstart
     from mvar_core.workflows.attention import analyze_attention as analyze_attention
->>>>>>> 8f45a73 (Changelog: report pages)
     from mvar_core.workflows.tokenize import tokenize as tokenize
     from mvar_core.workflows.ablate import ablate as ablate
     from mvar_core.workflows.convert import convert as convert

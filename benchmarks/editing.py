@@ -14,6 +14,8 @@ import torch
 
 from mvar_core import Pipeline
 from mvar_core.analysis.likelihood import measure_likelihood
+from mvar_core.analysis.random_models import random_tokenizer, random_transformer
+from mvar_core.config.presets import load_config
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.io.pixels import to_uint8
 
@@ -73,13 +75,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="runs/quickstart/mvar")
     parser.add_argument("--images", type=int, default=100)
     given = parser.parse_args()
-    pipeline = Pipeline.from_pretrained(given.checkpoint, device="cpu", dtype="float32")
+    if machine.SMOKE:
+        config = load_config("digits").model
+        pipeline, images, digits = Pipeline(config, random_tokenizer(config), random_transformer(config)), 2, 2
+    else:
+        pipeline = Pipeline.from_pretrained(given.checkpoint, device="cpu", dtype="float32")
+        images, digits = given.images, 360
     result = {
         "model": pipeline.config.name,
-        "images": given.images,
-        "psnr_of_what_stays": editing(pipeline, given.images),
-        "held_out": likelihood(pipeline, "digits:test", 360),
-        "training": likelihood(pipeline, "digits", 360),
+        "images": images,
+        "psnr_of_what_stays": editing(pipeline, images),
+        "held_out": likelihood(pipeline, "digits:test", digits),
+        "training": likelihood(pipeline, "digits", digits),
     }
     machine.save("editing", result)
 

@@ -46,7 +46,7 @@ def main() -> None:
         for name, (side, bound) in PROMISES.items()
     }
     machine.save("quickstart", {"promises": PROMISES, "kept": kept, "seeds": rows})
-    sys.exit(0 if all(kept.values()) else 1)
+    sys.exit(machine.exit_code(kept.values()))
 
 
 if __name__ == "__main__":

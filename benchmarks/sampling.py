@@ -21,8 +21,9 @@ from typing import Any
 
 import machine
 
-SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
-FLAGS = ["--cfg", "1.5", "--top-k", "900", "--top-p", "0.96"]
+TOP_K = 64 if machine.SMOKE else 900
+SETTINGS = {"cfg": 1.5, "top_k": TOP_K, "top_p": 0.96}
+FLAGS = ["--cfg", "1.5", "--top-k", str(TOP_K), "--top-p", "0.96"]
 GFLOP_PER_IMAGE = 957
 """Of one guided image: 563 in the transformer, 394 in the decoder (a multiply-accumulate is two operations)."""
 PUBLISHED_CPU = {"MVAR float32": 7.1, "MVAR bfloat16 autocast": 4.6, "VAR float32": 6.9, "VAR bfloat16 autocast": 4.7}
@@ -30,6 +31,7 @@ PUBLISHED_CPU = {"MVAR float32": 7.1, "MVAR bfloat16 autocast": 4.6, "VAR float3
 SPEED = {"bfloat16": (8, 3), "float32": (4, 2)}
 ROOFLINE = 0.75
 GROWTH, PEAK_BYTES = 1.05, 1.7e9
+MODEL, BATCHES = ("digits", (1, 2)) if machine.SMOKE else ("mvar-d16-256", (8, 64))
 GPU_MODELS = ("mvar-d16-256", "mvar-d20-256", "mvar-d24-256", "mvar-d30-256", "mvar-d24-512")
 RESULT = machine.RESULTS / "sampling.json"
 
@@ -45,7 +47,7 @@ def measure_speed(dtype: str) -> dict[str, Any]:
 
     keep_freed_memory()
     kind = getattr(torch, dtype)
-    config = load_config("mvar-d16-256").model
+    config = load_config(MODEL).model
     tokenizer = random_tokenizer(config, dtype=kind, encoder=False)
     pipeline = Pipeline(config, tokenizer, random_transformer(config, dtype=kind))
     batch, repeats = SPEED[dtype]
@@ -91,12 +93,12 @@ def memory() -> dict[str, Any]:
         code = f"import pathlib, sampling; sampling.write_model(pathlib.Path({name!r}) / 'd16')"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
         rows = {}
-        for batch in (8, 64):
+        for batch in BATCHES:
             command = [*mvar("sample"), "--checkpoint", str(folder / "d16"), "--class", "1", "--num", str(batch)]
             command += ["--batch-size", str(batch), "--format", "npz", "--out", str(folder / f"{batch}.npz")]
             found = run_json([*command, "--dtype", "bfloat16", "--device", "cpu", *FLAGS, "--json"])
             rows[batch] = {"peak_resident_bytes": found["peak_memory_bytes"]}
-    growth = rows[64]["peak_resident_bytes"] / rows[8]["peak_resident_bytes"]
+    growth = rows[BATCHES[1]]["peak_resident_bytes"] / rows[BATCHES[0]]["peak_resident_bytes"]
     return {"rows": rows, "batch_64_over_batch_8": round(growth, 4)}
 
 
@@ -108,7 +110,7 @@ def write_model(directory: Path) -> None:
     from mvar_core.config.presets import load_config
     from mvar_core.models.directory import save_model
 
-    config = load_config("mvar-d16-256").model
+    config = load_config(MODEL).model
     tokenizer = random_tokenizer(config, dtype=torch.bfloat16).state_dict()
     save_model(
         directory,
@@ -127,7 +129,9 @@ def bench(preset: str, batches: tuple[int, ...], *flags: str) -> list[dict[str, 
 def baseline() -> dict[str, Any]:
     flags = ("--dtype", "bfloat16", "--device", "cpu", "--repeats", "1")
     kept = ("name", "batch_size", "peak_memory_bytes", "kv_cache_bytes")
-    return {"rows": [{key: row[key] for key in kept} for row in bench("mvar-d16-256", (1, 4, 8), *flags)]}
+    return {
+        "rows": [{key: row[key] for key in kept} for row in bench(MODEL, (1,) if machine.SMOKE else (1, 4, 8), *flags)]
+    }
 
 
 def gpu() -> dict[str, Any]:
@@ -164,13 +168,15 @@ def judge(parts: dict[str, Any]) -> dict[str, bool]:
 def main() -> None:
     every = {"speed": speed, "memory": memory, "baseline": baseline, "gpu": gpu}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=list(every), default=list(every))
-    parts = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    parser.add_argument(
+        "--part", nargs="+", choices=list(every), default=["speed", "memory"] if machine.SMOKE else list(every)
+    )
+    parts = json.loads(RESULT.read_text()) if RESULT.exists() and not machine.SMOKE else {}
     for name in parser.parse_args().part:
         parts[name] = {"machine": machine.describe(), **every[name]()}
         kept = judge(parts)
         machine.save("sampling", {**{part: parts[part] for part in every if part in parts}, "kept": kept})
-    sys.exit(0 if all(kept.values()) else 1)
+    sys.exit(machine.exit_code(kept.values()))
 
 
 if __name__ == "__main__":

@@ -25,21 +25,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar_core.allocator import keeping_all_freed_memory
 from mvar_core.analysis import counts
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.kernels import attend
 from mvar_core.kernels.backend import visibility_mask
-from mvar_core.models.blocks import MAX_LOG_HEAD_SCALE, AttentionContext, ScaleAttention, normalised_heads
+from mvar_core.models.blocks import MAX_LOG_HEAD_SCALE, AttentionContext, ScaleAttention
 from mvar_core.models.linear import row_stable_linear
+from mvar_core.models.steps import normalise_heads
 from mvar_core.models.transformer import Transformer
-from mvar_core.runtime import generator, keeping_freed_memory
+from mvar_core.runtime import generator
 from mvar_core.training.curriculum import build_curriculum
 from mvar_core.training.optim import build_optimizer
 
 BATCH = 4
-ROUNDS = 3
+ROUNDS = 1 if machine.SMOKE else 3
+MODEL = ("digits", []) if machine.SMOKE else ("mvar-d16-256", ["transformer.depth=4"])
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMISED_ROOFLINE, PROMISED_ATTENTION = 0.65, 3.0
@@ -55,7 +58,7 @@ class PackedAttention(ScaleAttention):
         qkv = row_stable_linear(x_BLC, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.unbind(2)
         scale_H = self.log_head_scale.float().clamp(max=MAX_LOG_HEAD_SCALE).exp()
-        q, k = normalised_heads(q, scale_H), normalised_heads(k, None)
+        q, k = normalise_heads(q, scale_H), normalise_heads(k, None)
         mask = packed_mask([context.patterns[scale] for scale in context.scales])
         output = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=self.softmax_scale
@@ -72,8 +75,10 @@ class Workbench:
     """A model, data, an optimizer, and the styles of its step."""
 
     def __init__(self, dtype: torch.dtype):
-        self.config: RunConfig = load_config("mvar-d16-256", ["transformer.depth=4"])
+        self.config: RunConfig = load_config(*MODEL)
         self.dtype = dtype
+        assert self.config.transformer is not None
+        self.classes = self.config.transformer.num_classes
         torch.manual_seed(0)
         self.model = Transformer(self.config.model).train()
         self.optimizer = build_optimizer(self.model, self.config.train.optimizer, self.model.no_decay_names())
@@ -83,7 +88,7 @@ class Workbench:
         tokens = self.pyramid.num_tokens
         self.tokens_BL = torch.randint(self.config.tokenizer.codebook_size, (BATCH, tokens), generator=random)
         self.inputs_BLZ = torch.randn(BATCH, tokens - 1, self.config.tokenizer.latent_channels, generator=random)
-        self.labels_B = torch.randint(1000, (BATCH,), generator=random)
+        self.labels_B = torch.randint(self.classes, (BATCH,), generator=random)
 
     @property
     def operations(self) -> float:
@@ -270,7 +275,7 @@ def gpu() -> Any:
 
 
 def main() -> None:
-    with keeping_freed_memory(CPU):
+    with keeping_all_freed_memory():
         steps = {name: step_rows(dtype) for name, dtype in DTYPES.items()}
         attention = {name: attention_rows(dtype) for name, dtype in DTYPES.items()}
     checks = {}
@@ -295,7 +300,7 @@ def main() -> None:
         "training_step",
         {"model": model, "steps": steps, "attention": attention, "promises": checks, "gpu": gpu()},
     )
-    sys.exit(0 if all(checks.values()) else 1)
+    sys.exit(machine.exit_code(checks.values()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.io.files import sha256_of_file
 
 OWN_NAMES = ("inception", "demo")
-"""Names of features that a file must not pass itself off as."""
+"""Names of features that a file must not claim."""
 
 INCEPTION_NAME = "inception-v3-compat"
 
@@ -116,7 +116,7 @@ class RegisteredExtractor:
         kind = fidelity_module("registry").FEATURE_EXTRACTORS_REGISTRY[name]
         try:
             layer = kind.get_default_feature_layer_for_metric("fid")
-            # Building draws from the global generator, and some networks print while they load.
+            # Building advances the global generator, and some networks print while they load.
             with torch.random.fork_rng(devices=[]), redirect_stdout(StringIO()):
                 network = fidelity_module("utils").create_feature_extractor(name, [layer], cuda=False, verbose=False)
         except (OSError, RuntimeError, ValueError, ImportError, AssertionError) as error:
@@ -186,7 +186,7 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
         names = []
     if not any(name.endswith("archive_format") for name in names):
         kind = "a TorchScript file, which torch no longer supports" if _is_torchscript(names) else "not one"
-        raise DataError(f"{path} is to be a program that torch.export.save wrote, but is {kind}.", HOW_TO_EXPORT)
+        raise DataError(f"{path} should be a program that torch.export.save wrote, but is {kind}.", HOW_TO_EXPORT)
     try:
         with _quiet_export():
             return torch.export.load(path)

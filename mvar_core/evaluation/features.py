@@ -40,7 +40,7 @@ DOWNLOAD_TIMEOUT_SECONDS = 30
 
 
 class Features(NamedTuple):
-    """What an extractor says of a batch of images; on the CPU, in float32.
+    """What an extractor computes for a batch of images; on the CPU, in float32.
 
     Attributes:
         pool: (B, F), compared by FID, precision, recall and KID.
@@ -94,7 +94,7 @@ def check_images(images: Tensor) -> None:
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Measure in float32 proper: no TensorFloat-32 in CUDA's matrix products and convolutions inside the block.
+    """Measure in true float32: no TensorFloat-32 in CUDA's matrix products and convolutions inside the block.
 
     TensorFloat-32 moves features by more than other machines' rounding does. Settings from outside are restored.
     """
@@ -125,7 +125,7 @@ class InceptionExtractor:
     """The Inception network of 2015-12-05 that FID was defined with, as torch-fidelity's inception-v3-compat.
 
     uint8 images, TensorFlow 1's bilinear resize to 299×299, (x - 128) / 128; pool3 (2048), pool3·W without bias (1008),
-    and the first 7 channels of mixed_6/conv (Mixed_6d.branch1x1), 17×17×7 = 2023 numbers in N, H, W, C order, as in the
+    and the first 7 channels of mixed_6/conv (Mixed_6d.branch1x1), 17×17×7 = 2023 values in N, H, W, C order, as in the
     ADM evaluator.
 
     Args:
@@ -151,7 +151,7 @@ class InceptionExtractor:
         torch.save(dict(state_dict), file)
         file.seek(0)
         try:
-            with torch.random.fork_rng(devices=[]):  # building the layers draws from the global generator
+            with torch.random.fork_rng(devices=[]):  # building the layers advances the global generator
                 network = module.FeatureExtractorInceptionV3(
                     "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
                 )
@@ -206,7 +206,7 @@ def find_inception_weights(path: Path | str | None = None) -> Path:
 
 
 def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
-    """Fetch the Inception weights into torch's cache of downloads, unless the verified file is there already.
+    """Download the Inception weights into torch's cache of downloads, unless the verified file is there already.
 
     Args:
         progress: Called with the bytes that have arrived and their total.
@@ -241,7 +241,7 @@ def download_inception(progress: Callable[[int, int], None] | None = None) -> Pa
                 raise DataError(f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.")
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"The Inception weights cannot be fetched: {reason}.", _how_to_get_weights()) from error
+        raise DataError(f"The Inception weights cannot be downloaded: {reason}.", _how_to_get_weights()) from error
     except DataError as error:
         raise DataError(error.message, _how_to_get_weights()) from None
     return target

@@ -1,6 +1,6 @@
-"""torch-fidelity, imported when it is first needed, also beside a torchvision whose compiled part cannot load.
+"""torch-fidelity, imported when it is first needed, also next to a torchvision whose compiled part cannot load.
 
-torch-fidelity imports torchvision, and some torchvision wheels beside a CPU build of torch fail there: their compiled
+torch-fidelity imports torchvision, and some torchvision wheels with a CPU build of torch fail there: their compiled
 part wants CUDA, its operators stay undeclared, and registering their shape rules raises "operator torchvision::nms does
 not exist". Nothing that is measured here needs those operators, so declaring their schemas is enough. It must happen
 only after that very error: a working torchvision declares them itself, and a second declaration aborts the process.

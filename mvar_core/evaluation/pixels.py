@@ -92,7 +92,7 @@ def nearest_neighbours(images: Images, reference: Shaped[Tensor, "M C H W"]) -> 
 
 
 def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:
-    """The images, each replaced by the mean image of its class: what a sampler without diversity would draw.
+    """The images, each replaced by the mean image of its class: what a sampler without diversity would generate.
 
     Raises:
         DataError: Labels do not match the images.
@@ -120,6 +120,6 @@ def _unit_range(images: Tensor) -> Tensor:
 
 
 def _vectors(images: Tensor) -> Tensor:
-    # float64: torch finds distances through products, which loses those that are small beside the vectors' lengths.
+    # float64: torch finds distances through products, which loses those much smaller than the vectors' lengths.
     vectors: Tensor = _unit_range(images).flatten(1) / float(images.shape[1]) ** 0.5
     return vectors

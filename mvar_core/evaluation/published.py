@@ -68,7 +68,7 @@ class _Comparable(Protocol):
 def comparability(
     extractor: _Comparable, num_samples: int, reference: FeatureSet | None = None, *, more_smooth: bool = False
 ) -> tuple[bool, list[str]]:
-    """Whether figures may stand beside published ones, and every reason why not.
+    """Whether figures are comparable with published ones, and every reason why not.
 
     Papers measure 50,000 samples, with the Inception network of 2015-12-05, against statistics of the whole training
     set from the ADM evaluator's reference file.

@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back: PSNR, SSIM, and how much of its codebook it uses.
+"""How well a tokenizer reconstructs images: PSNR, SSIM, and how much of its codebook it uses.
 
 Letters: B batch, H, W height and width in pixels, L tokens.
 """
@@ -104,10 +104,10 @@ class ReconstructionMeter:
 
         Returns:
             psnr: Mean over the images of each image's own ratio in dB, which is more than the ratio of the mean error;
-                infinite where an image is given back without an error.
+                infinite where a reconstruction is exact.
             ssim: Mean over the images.
-            usage_per_scale: Part of the codebook that each scale uses.
-            code_usage: Part of the codebook that some scale uses.
+            usage_per_scale: Fraction of the codebook that each scale uses.
+            code_usage: Fraction of the codebook that some scale uses.
             images: Number of images.
 
         Raises:

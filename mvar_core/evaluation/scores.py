@@ -30,7 +30,7 @@ KID_CLASS_MINIMUM = 20
 """Images of a class in both sets from which on its KID says more than its noise."""
 
 KID_CLASS_MAXIMUM = 1000
-"""Images of a class that KID reads at most; of more, as many are drawn."""
+"""Images of a class that KID reads at most; of more, a random subset of that size."""
 
 
 def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def inception_score(
     Args:
         logits: What the images are classified as.
         seed: Decides the shuffle.
-        splits: Number of parts that are scored one by one.
+        splits: How many splits are scored separately.
 
     Raises:
         DataError: Fewer images than splits.
@@ -141,7 +141,7 @@ def check_counts(
             lacking["inception_score"] = INCEPTION_SPLITS
         if lacking:
             wanted = ", ".join(f"{name} needs {least}" for name, least in lacking.items())
-            raise DataError(f"There are {count} {what}: {wanted}.", "Give more images, or leave out those --metrics.")
+            raise DataError(f"There are {count} {what}: {wanted}.", "Use more images, or leave out those --metrics.")
 
 
 def kid_subsets(num_samples: int, num_reference: int, subset_size: int | None = None) -> tuple[int, int]:
@@ -201,7 +201,7 @@ def evaluate_features(
         samples: The images that are judged.
         reference: What they are judged by.
         metrics: Names out of METRICS.
-        seed: Decides the shuffle of the inception score and the subsets of KID, which are drawn from the images in the
+        seed: Decides the shuffle of the inception score and the subsets of KID, which are chosen from the images in the
             order of their content: the order in which they were measured changes no score.
         splits: Splits of the inception score.
         kid_subset_size: Images per subset of KID; None for 1000, or what there is.
@@ -410,7 +410,7 @@ def _labelled(role: str, images: FeatureSet, labels: NDArray[np.int64]) -> Tenso
 
 
 def _at_most(rows: NDArray[np.int64], seed: int, label: int, role: int) -> Tensor:
-    """The images that KID reads of a class; the draw does not depend on the other classes."""
+    """The images that KID reads of a class; the choice does not depend on the other classes."""
     if len(rows) > KID_CLASS_MAXIMUM:
         rows = np.sort(np.random.default_rng((seed, label, role)).choice(rows, KID_CLASS_MAXIMUM, replace=False))
     return torch.from_numpy(rows)

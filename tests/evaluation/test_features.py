@@ -262,9 +262,9 @@ def test_a_download_replaces_a_damaged_file(no_weights: Path, pretend: bytes, mo
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (urllib.error.URLError("no route to host"), "cannot be fetched: .*no route to host"),
-        (TimeoutError("timed out"), "cannot be fetched: timed out"),
-        (http.client.IncompleteRead(b"x"), "cannot be fetched: IncompleteRead"),
+        (urllib.error.URLError("no route to host"), "cannot be downloaded: .*no route to host"),
+        (TimeoutError("timed out"), "cannot be downloaded: timed out"),
+        (http.client.IncompleteRead(b"x"), "cannot be downloaded: IncompleteRead"),
         (b"<html>", "is not the Inception weights: it has 6 bytes"),
     ],
 )

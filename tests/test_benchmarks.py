@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-QUICK = ("attention", "editing", "plan_memory", "startup", "token_cache")
-SLOW = ("attention_report", "sampling", "training_step")
+QUICK = ("attention", "editing", "plan_memory", "token_cache")
+SLOW = ("attention_report", "sampling", "startup", "training_step")
 
 
 @pytest.mark.parametrize("script", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

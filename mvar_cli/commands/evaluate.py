@@ -106,7 +106,7 @@ def evaluate(
     console.show(result)
 
 
-def show_comparability(result: mvar.Measured) -> None:
+def show_comparability(result: "mvar.Measured") -> None:
     """Whether figures are comparable with published ones, why not, and what makes them noisy."""
     if result.comparable_to_papers:
         console.say("Comparable with published figures.")

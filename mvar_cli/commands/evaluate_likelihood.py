@@ -51,7 +51,7 @@ def evaluate_likelihood(
     console.show(result)
 
 
-def show_report(result: mvar.Likelihood) -> None:
+def show_report(result: "mvar.Likelihood") -> None:
     """Bits by scale, their means, and the classes."""
     accuracies = result.zero_shot_accuracy_by_scale
     columns = ["side", "tokens", "bits per token", *(["zero-shot up to this scale"] if accuracies else [])]

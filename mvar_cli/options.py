@@ -203,6 +203,10 @@ class BasicSamplingOptions(Group):
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Keep this much probability; 0 or 1 keep all.")] = (
         None
     )
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Keep codes at least this fraction as likely as the likeliest; 0 keeps all."),
+    ] = None
 
 
 class SamplingOptions(BasicSamplingOptions):

@@ -60,8 +60,7 @@ def convert(
         ]
         if config.transformer is not None:
             size = f"depth {config.transformer.depth}, {console.format_count(result.parameters)}"
-            sampling = f"cfg {config.sampling.cfg}, top-k {config.sampling.top_k}, top-p {config.sampling.top_p}"
-            rows = [("transformer", size), *rows, ("recommended sampling", sampling)]
+            rows = [("transformer", size), *rows, ("recommended sampling", config.sampling.summary)]
         console.table(config.name, ("what", "as read from the file"), rows)
     console.show(result)
     if result.dry_run is None:

@@ -10,7 +10,7 @@ from mvar_core.config.model import (
     TokenizerConfig,
     TransformerConfig,
 )
-from mvar_core.config.sampling import GuidanceSchedule, SamplingConfig
+from mvar_core.config.sampling import GuidanceSchedule, SamplingConfig, recorded
 
 __all__ = [
     "AttentionConfig",
@@ -23,4 +23,5 @@ __all__ = [
     "SamplingConfig",
     "TokenizerConfig",
     "TransformerConfig",
+    "recorded",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -9,6 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from mvar_core.config.section import Section
 
 GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
+
+LATER_SETTINGS = {"min_p": 0}
+"""Settings that runs were begun without, and the value at which they change nothing."""
 
 
 class SamplingConfig(Section):
@@ -21,6 +25,9 @@ class SamplingConfig(Section):
     top_k: int = Field(900, ge=0, description="keep the k most likely codes; 0 keeps all")
     top_p: float = Field(
         0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
+    )
+    min_p: float = Field(
+        0, ge=0, le=1, description="keep codes at least this fraction as likely as the likeliest; 0 keeps all"
     )
     cfg_schedule: GuidanceSchedule = Field(
         "linear", description="how cfg grows over the scales: linear, constant, cosine, or one number per scale"
@@ -69,8 +76,19 @@ class SamplingConfig(Section):
     @property
     def summary(self) -> str:
         """The settings that people compare, in words."""
-        return f"cfg {self.cfg}, top-k {self.top_k}, top-p {self.top_p}"
+        filters = f"top-k {self.top_k}, top-p {self.top_p}" + (f", min-p {self.min_p}" if self.min_p else "")
+        return f"cfg {self.cfg}, {filters}"
 
     def over(self, recommended: SamplingConfig) -> SamplingConfig:
         """These settings, with what is not set here as recommended."""
         return recommended.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
+
+def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling settings as the record of unfinished work holds them: `LATER_SETTINGS` only where they change something.
+
+    So work that was begun before there was a setting is the same work while the setting is off.
+    """
+    return {
+        name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]
+    }

@@ -99,9 +99,21 @@ def keep_top_p(logits_BlV: Float[Tensor, "B l V"], top_p: float) -> Float[Tensor
     return logits_BlV.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 
 
+def keep_min_p(logits_BlV: Float[Tensor, "B l V"], min_p: float) -> Float[Tensor, "B l V"]:
+    """Set to -∞ the entries that are less than `min_p` times as likely as the likeliest of their row. 0 keeps all."""
+    if min_p == 0:
+        return logits_BlV
+    return logits_BlV.masked_fill(logits_BlV < _smallest_logit(logits_BlV, min_p), -torch.inf)
+
+
+def _smallest_logit(logits_BlV: Tensor, min_p: float) -> Tensor:
+    """Per row the logit of a code that is `min_p` > 0 times as likely as the likeliest."""
+    return logits_BlV.amax(dim=-1, keepdim=True) + math.log(min_p)
+
+
 def keep_likely(logits_BlV: Float[Tensor, "B l V"], settings: SamplingConfig) -> Float[Tensor, "B l V"]:
-    """All filters of the settings, in order: top-k, then top-p."""
-    return keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p)
+    """All filters of the settings, in order: top-k, top-p, min-p."""
+    return keep_min_p(keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p), settings.min_p)
 
 
 def draw_most_likely(
@@ -110,24 +122,24 @@ def draw_most_likely(
     """`draw` of what `keep_likely` keeps, without sorting the vocabulary.
 
     The k most likely codes come in descending order, so that their running sums tell both where top-p ends and where
-    the draw falls; nothing else is touched. Sums are float64 where the device has it. Without filters the codes stay in
-    the codebook's order.
+    the draw falls; nothing else is touched. Sums are float64 where the device has it. Without top-k and top-p the codes
+    stay in the codebook's order.
 
     Args:
         logits_BlV: Guided logits.
         uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
         settings: The filters; codes that are tied with the k-th stay.
     """
-    size, top_k, top_p = logits_BlV.shape[-1], settings.top_k, settings.top_p
+    size, top_k, top_p, min_p = logits_BlV.shape[-1], settings.top_k, settings.top_p, settings.min_p
     limited, nucleus = 0 < top_k < size, 0 < top_p < 1
     if not limited:
         if nucleus:
             descending, order = logits_BlV.sort(dim=-1, descending=True)
-            return order.gather(-1, _draw_ranks(descending, uniforms_Bl, top_p).unsqueeze(-1)).squeeze(-1)
-        return draw(logits_BlV, uniforms_Bl)
+            return order.gather(-1, _draw_ranks(descending, uniforms_Bl, top_p, min_p).unsqueeze(-1)).squeeze(-1)
+        return draw(logits_BlV, uniforms_Bl, min_p)
     # One more than k tells whether the k-th is tied with a code that would be left out.
     descending, order = logits_BlV.topk(top_k + 1, dim=-1)
-    ranks_Bl1 = _draw_ranks(descending[..., :-1], uniforms_Bl, top_p if nucleus else 1.0).unsqueeze(-1)
+    ranks_Bl1 = _draw_ranks(descending[..., :-1], uniforms_Bl, top_p if nucleus else 1.0, min_p).unsqueeze(-1)
     tokens_Bl = order.gather(-1, ranks_Bl1).squeeze(-1)
     tied_Bl = descending[..., -2] == descending[..., -1]
     if tied_Bl.any():
@@ -137,24 +149,34 @@ def draw_most_likely(
     return tokens_Bl
 
 
-def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float) -> Tensor:
-    """Where draws fall among codes in descending order, of which the first that reach `top_p` are kept."""
+def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float, min_p: float) -> Tensor:
+    """Where draws fall among codes in descending order, of which the first that reach `top_p` are kept.
+
+    Of these, those that are at least `min_p` times as likely as the first.
+    """
     cumulative_Blk = _exact(descending_Blk).softmax(dim=-1).cumsum(dim=-1)
     total_Bl1 = cumulative_Blk[..., -1:]
     if top_p < 1:
         last_Bl1 = torch.searchsorted(cumulative_Blk, top_p * total_Bl1)
         total_Bl1 = cumulative_Blk.gather(-1, last_Bl1)
+    if min_p > 0:
+        kept_Bl1 = (descending_Blk >= _smallest_logit(descending_Blk, min_p)).sum(dim=-1, keepdim=True)
+        total_Bl1 = torch.minimum(total_Bl1, cumulative_Blk.gather(-1, kept_Bl1 - 1))
     return _invert(cumulative_Blk, uniforms_Bl, total_Bl1)
 
 
-def draw(logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"]) -> Int[Tensor, "B l"]:
+def draw(logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], min_p: float = 0) -> Int[Tensor, "B l"]:
     """One token per row by the inverse of the cumulative distribution, in the order in which the codes stand.
 
     Args:
         logits_BlV: Filtered logits; -∞ is never drawn.
         uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
+        min_p: Draw of what `keep_min_p` keeps, without a copy of the logits.
     """
-    cumulative_BlV = _exact(logits_BlV).softmax(dim=-1).cumsum(dim=-1)
+    probabilities_BlV = _exact(logits_BlV).softmax(dim=-1)
+    if min_p > 0:
+        probabilities_BlV.masked_fill_(logits_BlV < _smallest_logit(logits_BlV, min_p), 0)
+    cumulative_BlV = probabilities_BlV.cumsum(dim=-1)
     return _invert(cumulative_BlV, uniforms_Bl, cumulative_BlV[..., -1:])
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mvar_core.config import recorded
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.io.files import atomic_path, read_json, require_new_directory, write_json
 from mvar_core.io.npz import npz_member
@@ -230,6 +231,7 @@ class SampleSpec:
     def record(self) -> dict[str, Any]:
         """The record by which an interrupted run is recognised."""
         values = {"format": "mvar-samples", **asdict(self), "shard_size": self.shard_size}
+        values["settings"] = recorded(self.settings)
         if self.vectors is not None:
             values["vectors"] = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
         return values

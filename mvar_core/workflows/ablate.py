@@ -36,7 +36,7 @@ from mvar_core.analysis.ablation import (
     summarize,
 )
 from mvar_core.analysis.cost import Plan, plan
-from mvar_core.config import Machine, RunConfig
+from mvar_core.config import Machine, RunConfig, recorded
 from mvar_core.config.presets import load_config
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images, split_name
@@ -311,6 +311,7 @@ class Experiment:
         config = self.config
         sections = {"image_size", "patch_sizes", "tokenizer", "transformer", "sampling", "data", "seed"}
         record = config.model_dump(mode="json", include=sections)
+        record["sampling"] = recorded(record["sampling"])
         record["train"] = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
         if self.tokenizer is None:
             record["train_tokenizer"] = config.train_tokenizer.model_dump(mode="json", exclude=FREE_SETTINGS)

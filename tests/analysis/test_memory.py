@@ -35,13 +35,17 @@ def sample(config, settings, images, dtype, *, memory_budget=None, stages=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prefixes", ["all", 1, 2])
 @pytest.mark.parametrize(
-    ("codes", "cfg", "top_k", "top_p"), [(64, 0, 0, 0), (64, 1.5, 20, 0.9), (2048, 1.5, 600, 0.96), (2048, 1, 0, 0.96)]
-)
-def test_sampling_peak_is_what_is_allocated(prefixes, codes, cfg, top_k, top_p, dtype):
+    ("codes", "cfg", "top_k", "top_p", "min_p"),
+    [
+        (64, 0, 0, 0, 0), (64, 1.5, 20, 0.9, 0), (2048, 1.5, 600, 0.96, 0), (2048, 1, 0, 0.96, 0),
+        (2048, 1.5, 600, 0.96, 0.1), (2048, 1, 0, 0, 0.1),
+    ],
+)  # fmt: skip
+def test_sampling_peak_is_what_is_allocated(prefixes, codes, cfg, top_k, top_p, min_p, dtype):
     config = load_config(
         "digits", [*MIDDLING, f"attention.scale_prefixes={prefixes}", f"tokenizer.codebook_size={codes}"]
     )
-    settings = SamplingConfig(cfg=cfg, top_k=top_k, top_p=top_p)
+    settings = SamplingConfig(cfg=cfg, top_k=top_k, top_p=top_p, min_p=min_p)
     for images in (4, 24):  # the second in micro-batches
         measured, predicted = sample(config, settings, images, dtype)
         assert predicted == pytest.approx(measured, rel=PROMISED), images

@@ -37,6 +37,13 @@ def test_a_copy_is_the_same_model(mvar_directory: Path, copy: Path) -> None:
     assert config["provenance"]["tokenizer_hash"] == tokenizer_hash(copy)
 
 
+def test_a_config_that_was_written_before_min_p_loads(copy: Path) -> None:
+    values = json.loads((copy / CONFIG_FILE).read_text())
+    del values["sampling"]["min_p"]
+    (copy / CONFIG_FILE).write_text(json.dumps(values))
+    assert read_model_config(copy).sampling.min_p == 0
+
+
 def test_the_hash_follows_the_values(copy: Path) -> None:
     before = tokenizer_hash(copy)
     state = load_file(copy / TOKENIZER_FILE)

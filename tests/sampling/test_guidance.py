@@ -10,6 +10,7 @@ from mvar_core.sampling.guidance import (
     guidance_strengths,
     guide,
     keep_likely,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     soft_embeddings,
@@ -103,6 +104,68 @@ def test_the_quick_draw_is_the_draw_of_what_the_filters_keep(top_k: int, top_p: 
         descending, order = filtered.sort(dim=-1, descending=True)
         expected = order.gather(-1, draw(descending, uniforms).unsqueeze(-1)).squeeze(-1)
     assert torch.equal(draw_most_likely(logits, uniforms, SamplingConfig(top_k=top_k, top_p=top_p)), expected)
+
+
+MIN_P = [1e-3, 0.05, 0.3, 1.0]
+
+
+@pytest.mark.parametrize("min_p", MIN_P)
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_min_p_keeps_a_fraction_of_the_likeliest(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None:
+    found = keep_likely(logits, SamplingConfig(top_k=top_k, top_p=top_p, min_p=min_p)).flatten(0, 1)
+    for row, kept in zip(logits.flatten(0, 1), found, strict=True):
+        expected = published_filter(row, top_k, top_p)
+        probabilities = expected.double().softmax(0).tolist()
+        for code, probability in enumerate(probabilities):
+            if probability < min_p * max(probabilities):
+                expected[code] = -torch.inf
+        assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("min_p", MIN_P)
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_the_quick_draw_keeps_min_p(top_k: int, top_p: float, min_p: float) -> None:
+    logits = torch.randn(50, 8, 40, generator=torch.Generator().manual_seed(2)) * 3
+    uniforms = torch.rand(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    settings = SamplingConfig(top_k=top_k, top_p=top_p, min_p=min_p)
+    filtered = keep_likely(logits, settings)
+    if top_k in (0, 40) and top_p in (0, 1):
+        expected = draw(filtered, uniforms)
+    else:
+        descending, order = filtered.sort(dim=-1, descending=True)
+        expected = order.gather(-1, draw(descending, uniforms).unsqueeze(-1)).squeeze(-1)
+    given = logits.clone()
+    assert torch.equal(draw_most_likely(logits, uniforms, settings), expected)
+    assert torch.equal(logits, given), "what was passed is left as it is"
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_min_p_of_zero_changes_no_bit(logits: torch.Tensor, top_k: int, top_p: float) -> None:
+    """Against the draw and the filters as they were before there was the setting."""
+    settings = SamplingConfig(top_k=top_k, top_p=top_p, min_p=0)
+    assert torch.equal(keep_likely(logits, settings), keep_top_p(keep_top_k(logits, top_k), top_p))
+    uniforms = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    limited, nucleus = 0 < top_k < 40, 0 < top_p < 1
+    values, order = (
+        logits.topk(top_k if limited else 40) if limited or nucleus else (logits, torch.arange(40).expand_as(logits))
+    )
+    cumulative = values.double().softmax(-1).cumsum(-1)
+    total = cumulative[..., -1:]
+    if nucleus:
+        total = cumulative.gather(-1, torch.searchsorted(cumulative, top_p * total))
+    below = torch.nextafter(total, torch.zeros_like(total))
+    ranks = torch.searchsorted(cumulative, torch.minimum(uniforms.unsqueeze(-1) * total, below), right=True)
+    assert torch.equal(draw_most_likely(logits, uniforms, settings), order.gather(-1, ranks).squeeze(-1))
+
+
+def test_min_p_counts_ties() -> None:
+    logits = torch.tensor([0.0, 3.0, 3.0, 1.0, 1.0, -4.0]).expand(1, 4000, 6)
+    uniforms = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)[None]
+    assert keep_min_p(logits, 1.0)[0, 0].isfinite().tolist() == [False, True, True, False, False, False]
+    for top_k in (0, 1, 2, 3):  # the first and the last are cut within a tie
+        for top_p in (0.0, 0.9999):
+            settings = SamplingConfig(top_k=top_k, top_p=top_p, min_p=1.0)
+            assert draw_most_likely(logits, uniforms, settings)[0].bincount(minlength=6).tolist()[1:3] == [2000, 2000]
 
 
 def test_ties_with_the_kth_are_drawn_too() -> None:

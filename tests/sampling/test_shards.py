@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mvar_core.errors import DataError
+from mvar_core.io.files import read_json
 from mvar_core.io.npz import NpzWriter
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.shards import (
@@ -172,6 +173,18 @@ def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
     assert other.present() == set()
     assert other.difference() == ""
     other.release()
+
+
+def test_a_run_that_was_begun_without_min_p_resumes(tmp_path):
+    parts = make_all(tmp_path / "x.npz", spec(), shards=range(3))
+    parts.release()
+    assert "min_p" not in read_json(parts.record_path)["settings"]
+    off = shards_of(tmp_path / "x.npz", spec(settings={"cfg": 1.0, "seed": 0, "min_p": 0.0}))
+    assert off.spec.settings["min_p"] == 0, "what is reported is whole"
+    assert off.check(overwrite=False) == {0, 1, 2}
+    on = shards_of(tmp_path / "x.npz", spec(settings={"cfg": 1.0, "seed": 0, "min_p": 0.1}))
+    with pytest.raises(DataError, match=r"settings.min_p is absent there, 0.1 asked"):
+        on.check(overwrite=False)
 
 
 def test_two_runs_do_not_work_in_one_place(tmp_path):

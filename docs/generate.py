@@ -37,7 +37,7 @@ def _command(entry: CommandEntry) -> str:
     command = load_command(entry)
     lines = [f"## mvar {entry.name}", "", command.help or "", ""]
     lines += ["```bash", str(command.epilog).split("\n\n", 1)[1], "```", ""]
-    lines += ["| option | what it says | default |", "|---|---|---|"]
+    lines += ["| option | meaning | default |", "|---|---|---|"]
     lines += [_option_row(parameter) for parameter in command.params if parameter.name != "help"]
     return "\n".join([*lines, ""])
 
@@ -65,20 +65,20 @@ presets and from what `mvar plan --preset NAME` predicts; a test keeps it true.
 
 ```bash
 mvar plan --preset mvar-d16-256 --device-memory 24GB        # the whole prediction of one of them
-mvar train --preset mvar-d16-256 --checkpoint TOKENIZER --tokens TOKENS --out runs/d16
+mvar train --preset mvar-d16-256 --tokenizer TOKENIZER --tokens TOKENS --out runs/d16
 mvar finetune-from-var --preset mvar-d16-256-ft --var-checkpoint var_d16.pth --tokens TOKENS --out runs/d16-ft
 ```
 
 - *Attention* is the MVAR paper's count for one image without guidance: projections and products.
 - *Images a step and device*: the largest batch whose training step is predicted to fit into a device of that memory in
   bfloat16, without activation checkpointing; weights, gradients and AdamW's state in float32 on every device. A larger
-  batch than that is spread over devices or accumulated. "-": not even one image.
+  batch than that is spread over devices or accumulated. "-" means that not even one image fits.
 - *Reported*: FID and inception score as the source reports them for ImageNet, 50,000 samples; nothing here was trained
   by this project.
 
-MVAR was published with the interleaved curriculum (`train.curriculum=interleaved`, `train.ratio_k=8`). The presets take
-`joint`, which has the exact gradient of all scales in every step; see [how it works](how-it-works.md#training). A step
-of it trains 680 tokens an image where the published one trains 246.5 on average.
+MVAR was published with the interleaved curriculum (`train.curriculum=interleaved`, `train.ratio_k=8`). The presets use
+`joint`, which has the exact gradient of all scales in every step; see [how it works](how-it-works.md#training). Its steps
+train 680 tokens per image; the published ones train 246.5 on average.
 """
 
 

@@ -77,8 +77,8 @@ mvar finetune-from-var --preset mvar-d16-256-ft --var-checkpoint var_d16.pth --t
   by this project.
 
 MVAR was published with the interleaved curriculum (`train.curriculum=interleaved`, `train.ratio_k=8`). The presets use
-`joint`, which has the exact gradient of all scales in every step; see [how it works](how-it-works.md#training). Its steps
-train 680 tokens per image; the published ones train 246.5 on average.
+`joint`, which has the exact gradient of all scales in every step; see [how it works](how-it-works.md#training). Its
+steps train 680 tokens per image; the published ones train 246.5 on average.
 """
 
 

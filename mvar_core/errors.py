@@ -36,6 +36,11 @@ class BackendError(MvarError):
     """An attention backend or device that cannot run what was asked of it."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its kind where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     """A phrase that offers the names most like `name`, or lists the choices when none is near.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, StoredSource, reading_threads
 from mvar_core.data.transforms import resize_and_crop
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
 from mvar_core.io.files import sha256_of_file
 from mvar_core.io.pixels import Pixels
 
@@ -37,17 +37,11 @@ ImageShape = tuple[int, int]
 class EvaluationImages(ABC):
     """Images of one size that can be read from the start any number of times, never all at once.
 
-    Args:
-        name: What the user typed.
-        count: Number of images, N.
-        found: Height and width that images have where they are stored.
-        wanted: Height and width to bring them to; as they are where None.
-        labels: int64 (N,), or None where they are not known.
-        class_names: One name per class, or None where they are not known.
-        num_lossy: How many images are stored with lossy compression, which moves features.
-
     Attributes:
+        name: What the user typed.
         image_shape: Height and width in pixels.
+        labels: int64 (N,), or None where they are not known.
+        num_lossy: How many images are stored with lossy compression, which moves features.
         stored_shape: Height and width that some images have where they are stored, if not `image_shape`.
     """
 
@@ -99,10 +93,6 @@ def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> 
     Images are measured as they are: where no `image_shape` is given they must all have one size. With `image_shape`,
     which suits a reference of photographs, images of another size are resized and cropped as for training.
 
-    Args:
-        text: What the user typed.
-        image_shape: Height and width to bring the images to.
-
     Raises:
         DataError: No such images, images of several sizes, or an npz without uint8 images (N, H, W, 3).
     """
@@ -120,15 +110,9 @@ class _SourceImages(EvaluationImages):
         stored = isinstance(source, StoredSource)
         found = self._common_shape(wanted)
         has_classes = not stored or len(source.class_names) > 1
-        super().__init__(
-            text,
-            len(source),
-            found,
-            wanted,
-            source.labels if has_classes else None,
-            source.class_names if has_classes else None,
-            sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names),
-        )
+        classes = (source.labels, source.class_names) if has_classes else (None, None)
+        num_lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names)
+        super().__init__(text, len(source), found, wanted, *classes, num_lossy)
 
     def _common_shape(self, wanted: ImageShape | None) -> ImageShape:
         """The size that all images have; where one is wanted, the size of one image that differs, if any."""
@@ -218,8 +202,7 @@ def _size(shape: ImageShape) -> str:
 
 
 def _damaged(text: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{text} is not a whole npz file: {reason}.", "Write or download it again.")
+    return DataError(f"{text} is not a whole npz file: {one_line(error)}.", "Write or download it again.")
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -35,11 +35,6 @@ class FolderSource(StoredSource):
     ignored. A folder whose sub-folders are train and test (or val) has these splits, with the classes of train;
     otherwise all of its images are the split train.
 
-    Args:
-        root: The folder.
-        split: train, test or val.
-        name: What the user typed; the folder's path where not given.
-
     Raises:
         DataError: No such folder or split, no images, images next to class folders, or a class that train lacks.
     """
@@ -51,13 +46,7 @@ class FolderSource(StoredSource):
             known, _, _ = find_images(reference)
             labels = _relabel(class_names, known, labels, folder, reference)
             class_names = known
-        super().__init__(
-            name=name or str(root),
-            split=split,
-            class_names=class_names,
-            labels=np.asarray(labels, dtype=np.int64),
-            item_names=files,
-        )
+        super().__init__(name or str(root), split, class_names, np.asarray(labels, np.int64), files)
         self.folder = folder
 
     def path(self, index: int) -> Path:

@@ -77,10 +77,7 @@ class ImageRows:
     Row r is view r % V of image r // V, where V is the number of views. A set that is small enough is kept in memory
     once read.
 
-    Args:
-        source: Where the images come from.
-        image_shape: Height and width to bring them to.
-        views: The views of every image; none is the image alone.
+    Images are brought to `image_shape` (height, width); without views, each is its only view.
     """
 
     def __init__(self, source: ImageSource, image_shape: tuple[int, int], views: Views | None = None):
@@ -96,13 +93,7 @@ class ImageRows:
         return len(self.source) * (len(self.views) if self.views else 1)
 
     def batch(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The images of some rows.
-
-        Args:
-            rows: Row numbers, B of them.
-
-        Returns:
-            Images float32 (B, 3, H, W) in [-1, 1] and labels int64 (B,).
+        """The images of B rows, float32 (B, 3, H, W) in [-1, 1], and their labels int64 (B,).
 
         Raises:
             DataError: An image cannot be read.
@@ -124,13 +115,8 @@ class ImageRows:
 class RandomCrops:
     """The images of a source as random crops, mirrored every second time where flips are wanted.
 
-    Size, place and flip follow from (seed, step, row), so a run that resumes sees what it would have seen.
-
-    Args:
-        source: Where the images come from; row r is its image r.
-        image_shape: Height and width to bring crops to.
-        data: `crop_scale` and `flip`.
-        seed: Of everything random.
+    Row r is image r of the source. Size, place and flip follow from (seed, step, row), so a run that resumes sees what
+    it would have seen.
     """
 
     def __init__(self, source: ImageSource, image_shape: tuple[int, int], data: DataConfig, seed: int = 0):

@@ -15,7 +15,7 @@ import numpy as np
 
 from mvar_core.data.shards import Label, Shards, number_classes
 from mvar_core.data.sources import Report, StoredSource
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "class_name")
@@ -29,9 +29,6 @@ class ParquetSource(StoredSource):
     The `datasets` package writes such files, but only pyarrow is needed, which it brings along. Class names come from
     the files' metadata (ClassLabel), or are the labels themselves. Arrow files are mapped into memory; of parquet files
     whole row groups are decoded and some kept, so that they suit reading in order better than in any order.
-
-    Args:
-        shards: The files.
 
     Raises:
         DataError: pyarrow is missing, a damaged file, or no column that holds images.
@@ -108,7 +105,6 @@ class _Table:
     """One file: its columns, and its images by groups of rows."""
 
     def __init__(self, path: Path, schema: Any):
-        self.path = path
         self.image = _image_column(path, schema)
         self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
         self._metadata = (schema.metadata or {}).get(b"huggingface")
@@ -190,8 +186,7 @@ def _open(path: Path, name: str) -> _Table:
     try:
         return _ParquetTable(path) if path.suffix.lower() == ".parquet" else _ArrowTable(path)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read: {reason}.", "Write or download it again.") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}.", "Write or download it again.") from None
 
 
 def _image_column(path: Path, schema: Any) -> str:

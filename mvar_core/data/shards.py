@@ -32,10 +32,8 @@ class Shards:
     """The files of one split of a data set.
 
     Attributes:
-        kind: What they are.
         files: In the order in which their images count.
         name: What the user typed.
-        split: Which split.
         reference: The files of the split train, whose classes count; those of this split where there is no other.
     """
 

@@ -43,9 +43,6 @@ class TarSource(StoredSource):
     class_index, and the name under class_name. Without any, all images are one class. Numbers get their names
     from the json files, from a file classes.json or classes.txt next to the shards, or are their own names.
 
-    Args:
-        shards: The files.
-
     Raises:
         DataError: A damaged file, no images, or images with and without classes.
     """

@@ -70,8 +70,6 @@ class CacheSummary:
     """What writing a cache leaves behind.
 
     Attributes:
-        images: Images in the cache.
-        views: Views per image.
         bytes: Size of its tokens and labels.
         encoded: Images encoded by this call; the others were there already.
         skipped: Names of images that could not be read and were left out.
@@ -224,8 +222,7 @@ class CacheWriter:
     def prepare(self, overwrite: bool = False) -> Work:
         """Look at what is there, make room, and return what is left to do.
 
-        Args:
-            overwrite: Replace a complete cache, one of other settings, or write next to files that are not a cache's.
+        `overwrite` replaces a complete cache, one of other settings, or writes next to files that are not a cache's.
 
         Raises:
             DataError: `out` holds something else, or a cache of other settings; or another process works there.
@@ -244,11 +241,7 @@ class CacheWriter:
         return work
 
     def _is_complete(self, overwrite: bool) -> bool:
-        """Whether the cache is there already; what may not stay there is removed.
-
-        Raises:
-            DataError: `out` holds something else, or a cache of other settings.
-        """
+        """Whether the cache is there already; what may not stay there is removed."""
         complete, unfinished = (self.out / MANIFEST).exists(), (self.out / PARTIAL).exists()
         if not complete and not unfinished:
             require_new_directory(self.out, overwrite)
@@ -289,11 +282,7 @@ class CacheWriter:
             self.source.check(progress, [image for number in self._share(work) for image in work.images_of(number)])
 
     def write(self, work: Work, progress: Report | None = None) -> None:
-        """Encode and write this process's shards.
-
-        Args:
-            work: From `prepare`.
-            progress: Called with images done, by all processes as far as is known, and images in all.
+        """Encode and write this process's shards; `progress` counts the images of all processes, as far as is known.
 
         Raises:
             DataError: An image cannot be read.
@@ -372,11 +361,9 @@ class CacheWriter:
         return tokens
 
     def _write_shard(self, number: int, tokens: NDArray[np.unsignedinteger], kept: list[int], images: range) -> None:
-        names = self.source.item_names
-        arrays: dict[str, NDArray[Any]] = {
-            "tokens": tokens,
-            "labels": self.source.labels[kept].astype(smallest_unsigned(len(self.source.class_names) - 1)),
-        }
+        names, labels = self.source.item_names, self.source.labels[kept]
+        label_dtype = smallest_unsigned(len(self.source.class_names) - 1)
+        arrays: dict[str, NDArray[Any]] = {"tokens": tokens, "labels": labels.astype(label_dtype)}
         if self.vectors is not None and self.vectors.of == "image":
             arrays["vectors"] = np.ascontiguousarray(self.vectors.values[kept, 0])
         for kind, array in arrays.items():
@@ -413,15 +400,7 @@ def write_token_cache(
     """Encode all views of all images into a token cache; the processes that are connected share the work.
 
     Finished shards are kept: the same call again resumes where it was interrupted, and leaves a complete cache of the
-    same settings as it is.
-
-    Args:
-        out: The cache's directory.
-        source: The images.
-        encode: The tokenizer.
-        overwrite: Replace what is in `out`.
-        progress: Called with the images that are checked, then encoded.
-        **options: As of `CacheWriter`.
+    same settings as it is. `options` are those of `CacheWriter`.
 
     Raises:
         DataError: `out` holds something else, or an image cannot be read.

@@ -68,9 +68,7 @@ class Shard(_Record):
     """Some consecutive images of a cache.
 
     Attributes:
-        images: Images in the shard.
         tokens: The file of their tokens (images, views, L).
-        labels: The file of their labels (images).
         names: The file of their names, a line for each image; None in caches of version 1.
         vectors: The file of their vectors (images, X), where each image has one of its own.
         skipped: Names of images that could not be read and were left out.
@@ -104,7 +102,6 @@ class VectorsEntry(_Record):
         of: Whether each class has some or each image has one.
         dim: Values of a vector, X.
         phrasings: Vectors of a class, which its images use in turn.
-        dtype: As which they are stored.
         encoder: What made them: "hashed-words", or what the user called it.
         source: The file that they came from.
         sha256: Of their values.
@@ -126,23 +123,17 @@ class Manifest(_Record):
 
     Attributes:
         tokenizer_hash: SHA-256 of the tokenizer's weights file.
-        patch_sizes: The pyramid.
         codebook_size: V; every token is below it.
         image_size: Side, or (height, width), of the images that were encoded.
-        class_names: One name per label.
         images: Number of images, N, without those that were left out.
         skipped: How many images were left out because they could not be read.
-        views: Views per image.
         view_names: What each view is.
         data: The settings of the views.
         seed: Seed of the augmented views.
-        dtype: Of the tokens: the smallest unsigned type.
         source: Name and split of the images, as typed.
         fingerprint: SHA-256 over names, labels and sizes of all images.
         images_per_shard: Images of the source in every shard but the last.
         tokenizer: The tokenizer's directory, as it was given; None in caches of earlier versions.
-        vectors: What the vectors are, where there are any.
-        shards: The files, in order.
     """
 
     format: Literal["mvar-token-cache"] = "mvar-token-cache"
@@ -168,11 +159,7 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read a manifest.
-
-        Raises:
-            DataError: Not the manifest of a token cache, or one of a later version.
-        """
+        """Read a manifest; DataError for another file, or one of a later version."""
         values = read_json(path)
         if not isinstance(values, Mapping) or values.get("format") != "mvar-token-cache":
             raise DataError(f"{path} is not the manifest of a token cache.")
@@ -381,11 +368,7 @@ class TokenCache:
         return self._names[1][line]
 
     def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
-        """Refuse a cache whose tokens mean something else to a model.
-
-        Args:
-            tokenizer_hash: SHA-256 of the model's tokenizer weights.
-            pyramid: The model's pyramid.
+        """Refuse a cache whose tokens mean something else to a model with this tokenizer (SHA-256) and pyramid.
 
         Raises:
             DataError: The cache was made by another tokenizer, or for another pyramid.
@@ -430,10 +413,7 @@ class TokenCache:
 def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache, TokenCache]:
     """A cache in two: what is trained on, and images held out to measure on, no view of which is trained on.
 
-    Args:
-        cache: The cache.
-        fraction: Fraction of the images that is held out; at least one image is, and at least one is not.
-        seed: Decides which.
+    The seed decides which images are held out; at least one image is, and at least one is not.
 
     Raises:
         DataError: A single image cannot be split.

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
+from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest, one_line
 from mvar_core.evaluation.features import Features, check_images, exact_matmul
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.io.files import sha256_of_file
@@ -37,11 +37,7 @@ HOW_TO_EXPORT = (
 class ExportedExtractor:
     """Features of a program that torch.export.save wrote: uint8 (B, 3, H, W) in, float (B, F) out.
 
-    The program is code: load only files that you trust.
-
-    Args:
-        path: The .pt2 file; its stem names the features.
-        device: Where it runs.
+    The program is code: load only files that you trust. The stem of the .pt2 file names the features.
 
     Raises:
         DataError: Not such a file, or a program with other inputs or outputs.
@@ -81,9 +77,8 @@ class ExportedExtractor:
             with exact_matmul():
                 features = self._network(images.to(self._device))
         except (AssertionError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
             raise DataError(
-                f"{self._path} fails on {len(images)} images of {height}×{width}: {reason[:300]}."
+                f"{self._path} fails on {len(images)} images of {height}×{width}: {one_line(error)[:300]}."
             ) from error
         return Features(_checked(features, self.name, len(images), self.dim))
 
@@ -93,10 +88,6 @@ class RegisteredExtractor:
 
     Its weights are fetched by torch-fidelity where they are not on the machine. The layer is the one that
     torch-fidelity measures FID on.
-
-    Args:
-        name: The registered name.
-        device: Where it runs: the CPU or a CUDA device.
 
     Raises:
         ConfigError: No such name, or the name of the Inception network, whose weights are checked elsewhere.
@@ -120,9 +111,8 @@ class RegisteredExtractor:
             with torch.random.fork_rng(devices=[]), redirect_stdout(StringIO()):
                 network = fidelity_module("utils").create_feature_extractor(name, [layer], cuda=False, verbose=False)
         except (OSError, RuntimeError, ValueError, ImportError, AssertionError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(
-                f"torch-fidelity cannot build {name}: {reason[:300]}.",
+                f"torch-fidelity cannot build {name}: {one_line(error)[:300]}.",
                 "Its weights are fetched when they are first needed; on a machine without a network, copy torch's"
                 " cache of downloads there.",
             ) from error
@@ -154,8 +144,8 @@ class RegisteredExtractor:
             with exact_matmul():
                 outputs = self._network(images.to(self._device))
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{self.name} fails on images of {tuple(images.shape[2:])}: {reason[:300]}.") from error
+            shape = tuple(images.shape[2:])
+            raise DataError(f"{self.name} fails on images of {shape}: {one_line(error)[:300]}.") from error
         features = _checked(outputs[0] if isinstance(outputs, tuple) else outputs, self.name, len(images), self._dim)
         self._dim = features.shape[1]
         return Features(features)
@@ -185,21 +175,17 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
     except (zipfile.BadZipFile, OSError):
         names = []
     if not any(name.endswith("archive_format") for name in names):
-        kind = "a TorchScript file, which torch no longer supports" if _is_torchscript(names) else "not one"
+        is_torchscript = any("/code/" in name for name in names)
+        kind = "a TorchScript file, which torch no longer supports" if is_torchscript else "not one"
         raise DataError(f"{path} should be a program that torch.export.save wrote, but is {kind}.", HOW_TO_EXPORT)
     try:
         with _quiet_export():
             return torch.export.load(path)
     except Exception as error:  # whatever a damaged archive makes torch's readers raise
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{path} cannot be loaded as an exported program by torch {torch.__version__}: {reason[:300]}.",
+            f"{path} cannot be loaded as an exported program by torch {torch.__version__}: {one_line(error)[:300]}.",
             "Export it again, with this version of torch.",
         ) from error
-
-
-def _is_torchscript(names: list[str]) -> bool:
-    return any("/code/" in name for name in names)
 
 
 @contextmanager

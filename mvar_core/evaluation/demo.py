@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvar_core.data.evaluation_images import open_evaluation_images
-from mvar_core.errors import CheckpointError, DataError
+from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.evaluation.features import Features, check_images
 from mvar_core.io.files import atomic_path
 from mvar_core.runtime import generator
@@ -109,7 +109,7 @@ class DemoClassifier(nn.Module):
 
     @torch.inference_mode()
     def accuracy(self, images: UInt8[Tensor, "B 3 H W"], labels: Int64[Tensor, " B"]) -> float:
-        """Share of the images that are classified as their labels say."""
+        """Fraction of the images that are classified as their labels say."""
         _check_labels(images, labels, self.num_classes)
         predictions = [self(batch.to(self.head.weight.device)).argmax(dim=1).cpu() for batch in images.split(512)]
         return (torch.cat(predictions) == labels.cpu()).double().mean().item()
@@ -143,6 +143,7 @@ class DemoClassifier(nn.Module):
         Raises:
             CheckpointError: No such file, another kind of file, or weights that are not those that were saved.
         """
+        again = "Delete it to have it trained again."
         if not path.is_file():
             raise CheckpointError(f"There is no demo classifier at {path}.")
         try:
@@ -150,12 +151,12 @@ class DemoClassifier(nn.Module):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}.", "Delete it to have it trained again.") from None
+            raise CheckpointError(f"{path} cannot be read: {error}.", again) from None
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} is not a demo classifier of this version: its format is {metadata.get('format')!r},"
                 f" expected {FORMAT!r}.",
-                "Delete it to have it trained again.",
+                again,
             )
         try:
             description: dict[str, Any] = json.loads(metadata["description"])
@@ -168,24 +169,14 @@ class DemoClassifier(nn.Module):
             classifier.load_state_dict(tensors)
             intact = classifier.weights_hash == description["weights_hash"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{path} is damaged: {reason[:200]}.", "Delete it to have it trained again."
-            ) from None
+            raise CheckpointError(f"{path} is damaged: {one_line(error)[:200]}.", again) from None
         if not intact:
-            raise CheckpointError(
-                f"{path} is damaged: its weights are not those that were saved.", "Delete it to have it trained again."
-            )
+            raise CheckpointError(f"{path} is damaged: its weights are not those that were saved.", again)
         return classifier.eval()
 
 
 class DemoExtractor:
-    """Features of a demo classifier; its classes take the place of Inception's in the inception score.
-
-    Args:
-        classifier: The network; it can be asked for again as `classifier`.
-        device: Where it runs.
-    """
+    """Features of a demo classifier; its classes take the place of Inception's in the inception score."""
 
     name = "demo"
     comparable_to_papers = False
@@ -198,11 +189,7 @@ class DemoExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
-        """Features of a batch of images.
-
-        Raises:
-            DataError: Not uint8 images of the classifier's size.
-        """
+        """Features of a batch of images; see `DemoClassifier.features`."""
         pool = self.classifier.features(images.to(self._device))
         return Features(pool.cpu(), self.classifier.head(pool).cpu())
 
@@ -311,11 +298,6 @@ def train_digits_classifier(path: Path, image_shape: tuple[int, int], seed: int 
 
 def find_classifier(named: Path | None, nearby: Sequence[Path], image_shape: tuple[int, int]) -> DemoClassifier:
     """The classifier that was named, else one near the model, else the cached one, trained where it is absent.
-
-    Args:
-        named: What the user asked for.
-        nearby: Directories to look into.
-        image_shape: Height and width of the images.
 
     Raises:
         CheckpointError: A file that is not a classifier.

@@ -12,12 +12,7 @@ from mvar_core.distributed import world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.custom import OWN_NAMES, ExportedExtractor, RegisteredExtractor, registered_names
 from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor, find_classifier
-from mvar_core.evaluation.features import (
-    FeatureExtractor,
-    download_inception,
-    find_inception_weights,
-    load_inception,
-)
+from mvar_core.evaluation.features import FeatureExtractor, download_inception, find_inception_weights, load_inception
 from mvar_core.progress import Progress, stage
 
 CLASSIFIER_SUFFIX, PROGRAM_SUFFIX = ".safetensors", ".pt2"
@@ -30,12 +25,8 @@ torch-fidelity has registered; auto, which is demo for digits and else inception
 class ExtractorChoice:
     """A network that is known to exist before the slow work, and loaded when it is needed.
 
-    Args:
-        network: Which one.
-        reference: What images are compared with, which decides "auto".
-        inception_weights: The file of the Inception weights; by default where `find_inception_weights` looks.
-        download: Whether they may be downloaded.
-        progress: Called as they arrive.
+    `reference` decides "auto"; the Inception weights are where `find_inception_weights` looks, or are downloaded if
+    that is allowed.
 
     Raises:
         ConfigError: No such network.
@@ -73,12 +64,7 @@ class ExtractorChoice:
             self._file = _inception_file(inception_weights, download, progress)
 
     def load(self, image_shape: tuple[int, int], device: torch.device, nearby: Iterable[Path] = ()) -> FeatureExtractor:
-        """The network.
-
-        Args:
-            image_shape: Height and width of the images; there is one demo classifier for each.
-            device: Where it runs; demo features are measured on the CPU.
-            nearby: Directories that may hold a demo classifier.
+        """The network; of demo classifiers the one for this size, also from a directory `nearby`.
 
         Raises:
             MvarError: Its file cannot be used.
@@ -87,11 +73,11 @@ class ExtractorChoice:
             return self._extractor
         device = torch.device("cpu") if device.type == "mps" else device  # float64 is unknown there
         if self.name == "demo":
-            if self._file is None:
-                # Rank 0 alone trains the classifier that is not there yet.
-                world().run_on_rank_zero(lambda: find_classifier(None, list(nearby), image_shape) is None)
-                return DemoExtractor(find_classifier(None, list(nearby), image_shape))
-            return DemoExtractor(DemoClassifier.load(self._file))
+            if self._file is not None:
+                return DemoExtractor(DemoClassifier.load(self._file))
+            # Rank 0 alone trains the classifier that is not there yet.
+            world().run_on_rank_zero(lambda: find_classifier(None, list(nearby), image_shape) is None)
+            return DemoExtractor(find_classifier(None, list(nearby), image_shape))
         if self.name == "inception":
             return load_inception(self._file, device)
         if self._file is not None:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mvar_core.errors import CheckpointError, DataError
+from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.io.files import atomic_path, sha256_of_file
 
@@ -55,13 +55,9 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """A network that turns images into features.
+    """A network that turns images into `dim` features; `weights_hash` is a SHA-256 that identifies its weights.
 
-    Attributes:
-        name: What tables call the features.
-        dim: Number of features, F.
-        comparable_to_papers: Whether published figures were measured with these very features.
-        weights_hash: SHA-256 that identifies the network's weights.
+    `comparable_to_papers` says whether published figures were measured with these very features.
     """
 
     @property
@@ -80,11 +76,7 @@ class FeatureExtractor(Protocol):
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse what is not a batch of uint8 RGB images.
-
-    Raises:
-        DataError: Another dtype or shape.
-    """
+    """Raise DataError for what is not a batch of uint8 RGB images."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise DataError(
             f"Features are measured on uint8 images (B, 3, H, W), found {str(images.dtype).removeprefix('torch.')}"
@@ -156,8 +148,9 @@ class InceptionExtractor:
                     "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
                 )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"These weights do not fit the Inception network: {reason[:300]}.") from error
+            raise CheckpointError(
+                f"These weights do not fit the Inception network: {one_line(error)[:300]}."
+            ) from error
         self._network: torch.nn.Module = network.to(self._device)
         self._spatial: Tensor | None = None
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -183,9 +176,6 @@ class InceptionExtractor:
 def find_inception_weights(path: Path | str | None = None) -> Path:
     """The verified file of Inception weights: `path`, or $MVAR_INCEPTION_WEIGHTS, or torch's cache of downloads.
 
-    Args:
-        path: Where the user says it is.
-
     Raises:
         DataError: No such file, or a file of another size or SHA-256; says where to get it and where to put it.
     """
@@ -208,11 +198,7 @@ def find_inception_weights(path: Path | str | None = None) -> Path:
 def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
     """Download the Inception weights into torch's cache of downloads, unless the verified file is there already.
 
-    Args:
-        progress: Called with the bytes that have arrived and their total.
-
-    Returns:
-        The file, which `find_inception_weights` finds; its size and SHA-256 were checked before it took its name.
+    Its size and SHA-256 are checked before it takes its name. `progress` is called with bytes done and their total.
 
     Raises:
         DataError: The network or the disk failed, or other bytes arrived; says where to get the file by hand.
@@ -236,12 +222,11 @@ def download_inception(progress: Callable[[int, int], None] | None = None) -> Pa
                     done += len(block)
                     if progress:
                         progress(done, INCEPTION_BYTES)
-            wrong = _difference(temporary)
-            if wrong:
+            if wrong := _difference(temporary):
                 raise DataError(f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.")
     except (OSError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"The Inception weights cannot be downloaded: {reason}.", _how_to_get_weights()) from error
+        message = f"The Inception weights cannot be downloaded: {one_line(error)}."
+        raise DataError(message, _how_to_get_weights()) from error
     except DataError as error:
         raise DataError(error.message, _how_to_get_weights()) from None
     return target
@@ -250,20 +235,15 @@ def download_inception(progress: Callable[[int, int], None] | None = None) -> Pa
 def load_inception(path: Path | str | None = None, device: torch.device | str = "cpu") -> InceptionExtractor:
     """The extractor that published figures were measured with, from the verified file of weights.
 
-    Args:
-        path: The file; None looks where `find_inception_weights` looks.
-        device: Where it runs.
-
     Raises:
-        DataError: The file is absent or is another file.
+        DataError: The file, found as `find_inception_weights` does, is absent or is another file.
         CheckpointError: The file cannot be read.
     """
     file = find_inception_weights(path)
     try:
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{file} cannot be read as weights: {reason[:300]}.") from error
+        raise CheckpointError(f"{file} cannot be read as weights: {one_line(error)[:300]}.") from error
     return InceptionExtractor(state_dict, INCEPTION_SHA256, device)
 
 
@@ -280,8 +260,7 @@ def _how_to_get_weights() -> str:
 
 
 def _verify(path: Path) -> None:
-    wrong = _difference(path)
-    if wrong:
+    if wrong := _difference(path):
         raise DataError(
             f"{path} is not the Inception weights: {wrong}.",
             f"Delete it or name another file. {_how_to_get_weights()}",

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from mvar_core.errors import BackendError
+from mvar_core.errors import BackendError, one_line
 
 MISSING_OPERATOR = "operator torchvision::nms does not exist"
 
@@ -30,10 +30,7 @@ _libraries: list[torch.library.Library] = []
 
 @cache
 def fidelity_module(name: str = "") -> ModuleType:
-    """Import torch-fidelity, or one of its modules.
-
-    Args:
-        name: A module of the package, for example "metric_fid"; empty for the package itself.
+    """Import torch-fidelity, or one of its modules, such as "metric_fid".
 
     Raises:
         BackendError: The package, or the torchvision it needs, cannot be imported.
@@ -48,9 +45,8 @@ def fidelity_module(name: str = "") -> ModuleType:
             _declare_operators()
             return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise BackendError(
-            f"torch-fidelity cannot be imported: {reason}.",
+            f"torch-fidelity cannot be imported: {one_line(error)}.",
             f"Install the torchvision that belongs to torch {torch.__version__}, or reinstall torch-fidelity.",
         ) from error
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvar_core import progress as reporting
 from mvar_core.config.presets import load_config
 from mvar_core.data.evaluation_images import EvaluationImages, ImageShape, open_evaluation_images
 from mvar_core.data.images import split_name
@@ -32,6 +31,7 @@ from mvar_core.evaluation.references import (
     read_statistics,
 )
 from mvar_core.evaluation.statistics import FeatureSet, Statistics, collect, merge_statistics
+from mvar_core.progress import Progress, stage
 
 logger = logging.getLogger("mvar")
 
@@ -74,26 +74,17 @@ class ImageSet(Protocol):
 class Measurer:
     """Measures sets of images with one network.
 
-    Attributes:
-        extractor: The network.
-        cache: Where features are saved, if anywhere.
-        keep_features: Whether single images' features are needed as well as their mean and covariance.
-        batch_size: Images at a time; decides speed and memory, never the result.
-        progress: Called as images are done.
+    `keep_features` says whether single images' features are needed as well as their mean and covariance.
     """
 
     extractor: FeatureExtractor
     cache: FeatureCache | None = None
     keep_features: bool = True
     batch_size: int = DEFAULT_BATCH
-    progress: reporting.Progress | None = None
+    progress: Progress | None = None
 
     def measure(self, images: ImageSet, title: str) -> FeatureSet:
-        """Features of all images, in every process.
-
-        Args:
-            images: The images.
-            title: What the progress is called.
+        """Features of all images, in every process; `title` is what the progress is called.
 
         Raises:
             DataError: An image cannot be read, or there are too few images for the number of processes.
@@ -101,13 +92,10 @@ class Measurer:
         found = world().run_on_rank_zero(lambda: self._cached(images, title))
         if found is None:
             own = shards(images.count)[world().rank]
+            batches = images.batches(self.batch_size, own.start, own.stop)
+            report = stage(self.progress, title)
             local = collect(
-                self.extractor,
-                images.batches(self.batch_size, own.start, own.stop),
-                len(own),
-                reporting.stage(self.progress, title),
-                keep_features=self.keep_features,
-                first=own.start,
+                self.extractor, batches, len(own), report, keep_features=self.keep_features, first=own.start
             )
             found = merge_features(local, images.count)
             self.save(images, found)
@@ -153,7 +141,7 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     sums, some 1e-13 relative. Networks may round differently in batches of another size.
 
     Args:
-        local: What this process has measured: its block of `shards`.
+        local: What this process measured: its block of `shards`.
         total: Number of images of all processes.
 
     Raises:
@@ -162,7 +150,14 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     sets = world().all_gather_object(local)
     if len(sets) == 1:
         return local
-    if len({_description(features) for features in sets}) > 1:
+
+    def description(features: FeatureSet) -> tuple[object, ...]:
+        rows = (features.features, features.logits, features.labels, features.content_keys)
+        shapes = tuple(None if each is None else tuple(each.shape[1:]) for each in rows)
+        known = (features.statistics is not None, features.spatial is not None)
+        return features.extractor, features.weights_hash, shapes, known
+
+    if len(set(map(description, sets))) > 1:
         raise DataError(f"The {len(sets)} processes measured with different extractors or kept different features.")
     counts = [features.count or 0 for features in sets]
     if sum(counts) != total:
@@ -188,14 +183,6 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     )
 
 
-def _description(features: FeatureSet) -> tuple[object, ...]:
-    """What must be the same in all processes."""
-    rows = (features.features, features.logits, features.labels, features.content_keys)
-    shapes = tuple(None if each is None else tuple(each.shape[1:]) for each in rows)
-    known = (features.statistics is not None, features.spatial is not None)
-    return features.extractor, features.weights_hash, shapes, known
-
-
 @dataclass
 class Reference:
     """What images are compared with: images, published statistics (with or without images), or features made before.
@@ -214,12 +201,7 @@ class Reference:
 
     @classmethod
     def open(cls, text: str, image_shape: ImageShape, kind: str) -> Reference:
-        """Check that the reference is there and can be used, before anything slow.
-
-        Args:
-            text: What the user typed.
-            image_shape: Height and width of the images that it is compared with.
-            kind: From `feature_kind`.
+        """Check, before anything slow, that the reference is there and serves images of this size and these features.
 
         Raises:
             DataError: It is neither images nor statistics.

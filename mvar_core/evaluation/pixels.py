@@ -1,4 +1,4 @@
-"""Measures on the pixels themselves: reconstruction, diversity, closeness to the training images.
+"""Measures on the pixels themselves: diversity, closeness to the training images.
 
 Distances are Euclidean between pixels in [-1, 1], divided by the root of the number of channels. So gray images count
 once, however many equal channels they are stored in, and a distance is that of one channel's H·W pixels.
@@ -18,23 +18,6 @@ BLOCK_IMAGES = 1024
 
 Images = Shaped[Tensor, "N C H W"]
 """uint8 in 0 … 255, or floating point in [-1, 1]."""
-
-
-def psnr(images: Images, originals: Images) -> float:
-    """Peak signal-to-noise ratio in dB, averaged over the images; infinite where an image is equal to its original.
-
-    Raises:
-        DataError: No images, or sets that do not match.
-    """
-    if images.shape != originals.shape or len(images) == 0:
-        raise DataError(
-            f"PSNR compares image by image, found sets of {tuple(images.shape)} and {tuple(originals.shape)}."
-        )
-    total = 0.0
-    for ours, theirs in zip(images.split(BLOCK_IMAGES), originals.split(BLOCK_IMAGES), strict=True):
-        error = (_unit_range(ours) - _unit_range(theirs)).square().flatten(1).mean(dim=1)
-        total += float((10 * torch.log10(4 / error)).sum())
-    return total / len(images)
 
 
 def pixel_diversity(images: Images, labels: Int64[Tensor, " N"]) -> float:
@@ -62,33 +45,20 @@ def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H 
     Raises:
         DataError: A set is empty, or image sizes differ.
     """
-    return float(nearest_neighbours(images, reference)[0].mean())
-
-
-def nearest_neighbours(images: Images, reference: Shaped[Tensor, "M C H W"]) -> tuple[Tensor, Tensor]:
-    """For each image, the distance to the nearest reference image, (N,), and that image's index, (N,).
-
-    Raises:
-        DataError: A set is empty, or image sizes differ.
-    """
     if len(images) == 0 or len(reference) == 0 or images.shape[1:] != reference.shape[1:]:
         raise DataError(
             "Nearest neighbours need two sets of images of one size, found"
             f" {tuple(images.shape)} and {tuple(reference.shape)}."
         )
-    distances, indices = [], []
+    distances = []
     for block in images.split(BLOCK_IMAGES):
         vectors = _vectors(block)
         best = torch.full((len(block),), torch.inf, dtype=torch.float64)
-        index = torch.zeros(len(block), dtype=torch.int64)
         for start in range(0, len(reference), BLOCK_IMAGES):
-            nearest = torch.cdist(vectors, _vectors(reference[start : start + BLOCK_IMAGES])).cpu().min(dim=1)
-            closer = nearest.values < best
-            best = torch.where(closer, nearest.values, best)
-            index = torch.where(closer, nearest.indices + start, index)
+            nearest = torch.cdist(vectors, _vectors(reference[start : start + BLOCK_IMAGES])).cpu().min(dim=1).values
+            best = torch.minimum(best, nearest)
         distances.append(best)
-        indices.append(index)
-    return torch.cat(distances), torch.cat(indices)
+    return float(torch.cat(distances).mean())
 
 
 def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from mvar_core.data.evaluation_images import EvaluationImages
 from mvar_core.evaluation.features import FeatureExtractor
@@ -18,17 +17,7 @@ USUAL_SIZES = (64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """What a paper, or its code's README, reports of a model; None where it reports nothing.
-
-    Attributes:
-        model: The model's name.
-        kind: What generates.
-        fid: Fréchet inception distance.
-        inception_score: Inception score.
-        precision: Precision.
-        recall: Recall.
-        parameters: Number of parameters, as printed.
-    """
+    """What a paper, or its code's README, reports of a model; None where it reports nothing."""
 
     model: str
     kind: str
@@ -56,28 +45,15 @@ IMAGENET_256 = (
 """Rows of the VAR and MVAR papers' tables, as printed; VAR-d30's is from its README."""
 
 
-@runtime_checkable
-class _Comparable(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def comparable_to_papers(self) -> bool: ...
-
-
 def comparability(
-    extractor: _Comparable, num_samples: int, reference: FeatureSet | None = None, *, more_smooth: bool = False
+    extractor: FeatureExtractor, num_samples: int, reference: FeatureSet | None = None, *, more_smooth: bool = False
 ) -> tuple[bool, list[str]]:
     """Whether figures are comparable with published ones, and every reason why not.
 
     Papers measure 50,000 samples, with the Inception network of 2015-12-05, against statistics of the whole training
     set from the ADM evaluator's reference file.
 
-    Args:
-        extractor: What measured the images.
-        num_samples: How many images were judged.
-        reference: What they were judged by; None for the inception score alone, which has no reference.
-        more_smooth: Whether the samples are mixtures of codes, made for looks.
+    Without a `reference` only the samples and their features are judged; `more_smooth` samples are mixtures of codes.
     """
     why_not = []
     if not extractor.comparable_to_papers:
@@ -133,7 +109,9 @@ def cautions(extractor: FeatureExtractor, num_samples: int, reference: FeatureSe
     return found
 
 
-def comparable_rows(extractor: _Comparable, image_shape: tuple[int, int], reference: str) -> tuple[PublishedRow, ...]:
+def comparable_rows(
+    extractor: FeatureExtractor, image_shape: tuple[int, int], reference: str
+) -> tuple[PublishedRow, ...]:
     """Published results for the same data, size and features; the data is recognized by the reference's name."""
     same = extractor.name == "inception" and image_shape == (256, 256) and "imagenet" in Path(reference).name.lower()
     return IMAGENET_256 if same else ()

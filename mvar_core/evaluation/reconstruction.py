@@ -76,12 +76,7 @@ class ReconstructionMeter:
         reconstructions: UInt8[Tensor, "B 3 H W"],
         tokens: Int64[Tensor, "B L"],
     ) -> None:
-        """Add a batch.
-
-        Args:
-            originals: The images.
-            reconstructions: What the tokenizer makes of them.
-            tokens: The codes between the two.
+        """Add a batch: images, what the tokenizer makes of them, and the codes between the two.
 
         Raises:
             DataError: Images that do not match, or tokens that do not fit the pyramid or the codebook.

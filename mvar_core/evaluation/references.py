@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
 from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.statistics import FeatureSet, Statistics
 from mvar_core.io.files import atomic_path
@@ -37,14 +37,9 @@ class ReferenceRecord:
     """What a reference was measured with and of.
 
     Attributes:
-        extractor: Name of the features.
-        weights_hash: SHA-256 of the network's weights.
-        count: Number of images.
         image_shape: Height and width at which they were measured, in pixels.
         resized: Whether some were resized or cropped to that size.
         source: What the images were called.
-        mvar_version: Version that measured them.
-        class_names: One name per class; None where unknown.
     """
 
     extractor: str
@@ -60,10 +55,7 @@ class ReferenceRecord:
 def save_reference(path: Path, features: FeatureSet, record: ReferenceRecord) -> None:
     """Write a reference, whole or not at all: statistics, features and labels where known, and the record.
 
-    Args:
-        path: An npz file; its `mu`, `sigma` (`mu_s`, `sigma_s`) are laid out as in the ADM evaluator's files.
-        features: What was measured.
-        record: What it was measured with.
+    `mu` and `sigma` (`mu_s`, `sigma_s`) are laid out as in the ADM evaluator's files.
 
     Raises:
         DataError: The path does not end in .npz, the record does not describe the features, or there are too few
@@ -73,11 +65,8 @@ def save_reference(path: Path, features: FeatureSet, record: ReferenceRecord) ->
         raise DataError(f"{path} does not end in .npz.", "Choose another --out.")
     if features.statistics is None:
         raise DataError(f"A reference needs at least 2 images, found {features.num_images}.")
-    if (features.extractor, features.weights_hash, features.count) != (
-        record.extractor,
-        record.weights_hash,
-        record.count,
-    ):
+    described = (record.extractor, record.weights_hash, record.count)
+    if (features.extractor, features.weights_hash, features.count) != described:
         raise DataError(
             f"The record says {record.count} images with {record.extractor} features, but there are"
             f" {features.count} with {features.extractor} features."
@@ -99,8 +88,7 @@ def load_reference(path: Path) -> tuple[FeatureSet, ReferenceRecord] | None:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (OSError, EOFError, BadZipFile, zlib.error, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be read as an npz file: {reason}.") from error
+        raise DataError(f"{path} cannot be read as an npz file: {one_line(error)}.") from error
     if content is None:
         return None
     features, description = content
@@ -121,13 +109,7 @@ def load_reference(path: Path) -> tuple[FeatureSet, ReferenceRecord] | None:
 def check_reference(
     record: ReferenceRecord, extractor: FeatureExtractor, path: Path, features: FeatureSet | None = None
 ) -> None:
-    """Refuse a reference that was measured with another network.
-
-    Args:
-        record: What the reference says of itself.
-        extractor: What the images are going to be measured with.
-        path: The reference's file, for the message.
-        features: The reference's features, whose width must be the extractor's.
+    """Refuse a reference, the file `path`, that was measured with another network, or with features of another width.
 
     Raises:
         DataError: Names both extractors, hashes or widths.
@@ -167,22 +149,18 @@ def read_statistics(path: Path, images: FeatureSet | None = None) -> FeatureSet 
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an npz file: {' '.join(str(error).split())}.") from error
+        raise DataError(f"{path} cannot be read as an npz file: {one_line(error)}.") from error
     if pool is None:
         return None
     if images is not None:
-        _check_dimension(path, pool, images)
+        if images.width not in (None, len(pool["mu"])):
+            raise DataError(
+                f"{path} holds statistics of {len(pool['mu'])} features, but {images.extractor} features are"
+                f" {images.width}.",
+                "Choose the --features that the file was made with.",
+            )
         return replace(images, count=None, statistics=pool, spatial=spatial, source=str(path))
     return FeatureSet("inception", None, None, pool, spatial, source=str(path))
-
-
-def _check_dimension(path: Path, pool: Statistics, images: FeatureSet) -> None:
-    width = images.width
-    if width is not None and width != len(pool["mu"]):
-        raise DataError(
-            f"{path} holds statistics of {len(pool['mu'])} features, but {images.extractor} features are {width}.",
-            "Choose the --features that the file was made with.",
-        )
 
 
 def _read_gaussian(archive: np.lib.npyio.NpzFile, path: Path, mean: str, covariance: str) -> Statistics | None:
@@ -211,12 +189,9 @@ def write_features(path: Path, features: FeatureSet, description: Mapping[str, A
     for statistics, suffix in ((features.statistics, ""), (features.spatial, "_s")):
         if statistics is not None:
             arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = statistics["mu"], statistics["sigma"]
-    if features.features is not None:
-        arrays["features"] = features.features.float().numpy()
-    if features.logits is not None:
-        arrays["logits"] = features.logits.float().numpy()
-    if features.content_keys is not None:
-        arrays["content_keys"] = features.content_keys.numpy()
+    for name in ("features", "logits", "content_keys"):
+        if (rows := getattr(features, name)) is not None:
+            arrays[name] = (rows.float() if rows.is_floating_point() else rows).numpy()
     if features.labels is not None:
         arrays["labels"] = features.labels.astype(np.int64)
     text = {
@@ -265,47 +240,31 @@ def _feature_set(archive: np.lib.npyio.NpzFile, known: Mapping[str, Any]) -> Fea
         return Statistics(mu=mu, sigma=sigma)
 
     count = known["count"]
-
-    def rows(name: str) -> NDArray[Any] | None:
-        if name not in archive.files:
-            return None
-        array = archive[name]
+    rows = {name: archive[name] for name in ("features", "logits", "content_keys", "labels") if name in archive.files}
+    for name, array in rows.items():
         if len(array) != count:
             raise ValueError(f"{name} has {len(array)} rows, expected {count}")
-        return array
-
-    features, logits, keys = rows("features"), rows("logits"), rows("content_keys")
+    labels = rows.pop("labels", None)
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in rows.items()}
     return FeatureSet(
-        extractor=known["extractor"],
-        weights_hash=known["weights_hash"],
-        count=count,
-        statistics=statistics(""),
-        spatial=statistics("_s"),
-        features=None if features is None else torch.from_numpy(features),
-        logits=None if logits is None else torch.from_numpy(logits),
-        labels=rows("labels"),
-        content_keys=None if keys is None else torch.from_numpy(keys),
+        known["extractor"],
+        known["weights_hash"],
+        count,
+        statistics(""),
+        statistics("_s"),
+        labels=labels,
+        **tensors,
     )
 
 
 def feature_key(extractor: FeatureExtractor, content: str, count: int) -> str:
-    """The name of these images' features in a cache: a SHA-256 of all that they depend on.
-
-    Args:
-        extractor: What measures the images: its name and weights are part of the key.
-        content: A fingerprint of the images, as they are given to the extractor.
-        count: How many of them are measured.
-    """
+    """The name of features in a cache: SHA-256 of the network and of the first `count` images of this fingerprint."""
     parts = [FORMAT, extractor.name, extractor.weights_hash, content, count]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class FeatureCache:
-    """Features by key, one npz file each; a file that cannot be used counts as absent.
-
-    Args:
-        directory: Where the files are; made when the first is saved.
-    """
+    """Features by key, one npz file each in `directory`; a file that cannot be used counts as absent."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -326,12 +285,7 @@ class FeatureCache:
         return self.directory / f"{key}.npz"
 
     def load(self, key: str, *, features: bool = False) -> FeatureSet | None:
-        """The features of a key; None where there are none.
-
-        Args:
-            key: From `feature_key`.
-            features: Whether the features themselves are needed, not only their statistics.
-        """
+        """The features of a key; None where there are none, or only statistics although `features` are needed."""
         path = self.path(key)
         try:
             content = read_features(path)
@@ -340,8 +294,7 @@ class FeatureCache:
         except FileNotFoundError:
             return None
         except (OSError, EOFError, BadZipFile, zlib.error, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("%s cannot be used and is measured again: %s.", path, reason)
+            logger.warning("%s cannot be used and is measured again: %s.", path, one_line(error))
             return None
         return None if features and content[0].features is None else content[0]
 

@@ -34,10 +34,7 @@ KID_CLASS_MAXIMUM = 1000
 
 
 def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The metrics asked for, each once, in the usual order; "all" is all of them.
-
-    Args:
-        names: Names out of METRICS, also as one comma list.
+    """The metrics asked for, each once, in the order of METRICS; names, also as one comma list, or "all".
 
     Raises:
         ConfigError: A name that is not a metric.
@@ -77,11 +74,6 @@ def inception_score(
     """exp(E KL(p(y|x) ‖ p(y))), mean and standard deviation over the splits (Salimans et al. 2016).
 
     The images are shuffled first: unshuffled, images in the order of their classes leave few classes in a split.
-
-    Args:
-        logits: What the images are classified as.
-        seed: Decides the shuffle.
-        splits: How many splits are scored separately.
 
     Raises:
         DataError: Fewer images than splits.
@@ -123,12 +115,6 @@ def check_counts(
 ) -> None:
     """Refuse, before anything is measured, metrics that sets of these sizes do not have.
 
-    Args:
-        metrics: Names out of METRICS that must be computed.
-        num_samples: Images that are judged.
-        num_reference: Images they are judged by; None where that is not known.
-        kid_subset_size: Images per subset of KID, where the user chose it.
-
     Raises:
         DataError: Too few images; says how many are needed.
     """
@@ -159,14 +145,7 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: unbiased squared maximum mean discrepancy, kernel (xᵀy/F + 1)³ (Bińkowski et al. 2018).
 
-    Args:
-        samples: The images that are judged.
-        reference: What they are judged by.
-        seed: Decides the subsets.
-        subset_size: Images per subset, at most what the sets have; None for 1000.
-
-    Returns:
-        Mean and standard deviation over the subsets.
+    Mean and standard deviation over subsets that `seed` decides, of 1000 images, or `subset_size`, or what there is.
 
     Raises:
         DataError: A set has fewer than two images.
@@ -176,12 +155,7 @@ def kernel_distance(
         raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
     metric = fidelity_module("metric_kid")
     result = metric.kid_features_to_metric(
-        samples.double(),
-        reference.double(),
-        kid_subsets=subsets,
-        kid_subset_size=size,
-        rng_seed=seed,
-        verbose=False,
+        samples.double(), reference.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
     )
     return float(result[metric.KEY_METRIC_KID_MEAN]), float(result[metric.KEY_METRIC_KID_STD])
 
@@ -262,10 +236,6 @@ class ClassScore:
     """How far a class is from the reference.
 
     Attributes:
-        label: Index of the class.
-        name: Its name.
-        num_samples: Its images that are judged.
-        num_reference: Its images in the reference.
         score: Distance from the reference, 0 at best; KID may fall below. None where a set has no image of the class.
         measure: What the score is, "kid" or "mean_distance"; the same for all classes of a table.
     """

@@ -96,11 +96,7 @@ class StreamingStatistics:
 
 
 def merge_statistics(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
-    """Mean and covariance of the union of sets whose own are known (Chan, Golub and LeVeque 1979).
-
-    Args:
-        parts: Number of rows and statistics of each set; at least one set, each of at least two rows.
-    """
+    """Mean and covariance of the union of sets of at least two rows, whose own are known (Chan et al. 1979)."""
     merged = StreamingStatistics()
     for count, part in parts:
         merged._merge_moments(count, part["mu"], part["sigma"] * (count - 1))
@@ -109,15 +105,7 @@ def merge_statistics(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
 
 
 def check_finite(features: Tensor, first: int = 0) -> None:
-    """Refuse features that are not finite numbers.
-
-    Args:
-        features: (B, F).
-        first: Index of the first row among all images.
-
-    Raises:
-        DataError: Names the first image whose features are not finite.
-    """
+    """Raise DataError that names the first image, counted from `first`, whose features (B, F) are not finite."""
     finite = torch.isfinite(features).flatten(1).all(dim=1)
     if not bool(finite.all()):
         index = first + int((~finite).nonzero()[0, 0])

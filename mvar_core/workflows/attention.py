@@ -48,12 +48,9 @@ class AttentionResult(Result):
     Scales are the token maps of the pyramid, S of them; mass is attention probability.
 
     Attributes:
-        model: Name of the model.
-        source: What was measured.
         patch_sizes: The model's scales.
         scale_prefixes: How many scales a token of the model sees.
         model_windows: The model's own windows.
-        num_images: Images measured.
         scale_mass: Mass by query scale and key scale, S×S; rows sum to 1.
         even_scale_mass: The same for attention that is spread evenly over all that a token sees.
         window_mass: For each k, the mass within k×k of the query in its own scale, per scale.
@@ -65,15 +62,7 @@ class AttentionResult(Result):
         recommended: Smallest `scale_prefixes` and `windows` that keep the requested fraction, and what they keep.
         notes: What is zero by construction.
         reading: What the numbers say about the papers' observations, also as `sentences`.
-        savings: What the recommended settings save.
-        plots: The figures' PNG files by name.
-        plots_svg: Their SVG files.
-        report: The page.
-        preset: The preset that was written.
-        seconds: What this call took.
-        peak_memory_bytes: The most memory it used.
         sentences: What to tell a reader: findings, notes, recommendation.
-        tables: For a console: "scales" and "savings".
     """
 
     model: str
@@ -106,13 +95,7 @@ class AttentionResult(Result):
 
 @dataclass(frozen=True)
 class TokenSource:
-    """The tokens whose attention is measured.
-
-    Attributes:
-        name: What a reader of the report is told.
-        total: Images.
-        batches: Pairs of tokens (B, L) and conditions.
-    """
+    """What is measured: its name in the report, the number of images, and tokens (B, L) with conditions."""
 
     name: str
     total: int
@@ -230,12 +213,7 @@ def write_attention_report(
 def tokens_of_cache(
     pipeline: Pipeline, tokens: Path, tokenizer_hash: str, *, num: int, batch_size: int, seed: int
 ) -> TokenSource:
-    """Rows of a token cache, chosen at random.
-
-    Raises:
-        DataError: The cache was made by another tokenizer or for another pyramid, or has no vectors for a model that is
-            conditioned on them.
-    """
+    """Rows of a token cache, chosen at random."""
     cache = TokenCache.open(tokens)
     cache.check(tokenizer_hash, pipeline.config.pyramid)
     rows = cache.conditioned(pipeline.config.conditioning)
@@ -244,12 +222,7 @@ def tokens_of_cache(
 
 
 def tokens_of_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, seed: int) -> TokenSource:
-    """Images, chosen at random, encoded a few at a time.
-
-    Raises:
-        DataError: There are no such images.
-        ConfigError: A label that the model does not have.
-    """
+    """Images, chosen at random, encoded a few at a time."""
     images = ImageRows(open_images(data), pipeline.config.image_shape)
     chosen = _chosen(len(images), num, seed)
     encoded_at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
@@ -270,9 +243,6 @@ def tokens_of_model(
     """Samples of the model itself, its classes evenly spread, with its recommended settings.
 
     The images are never decoded. Sample i is what `Pipeline.sample` generates with this seed, number and class.
-
-    Raises:
-        ConfigError: One image does not fit in memory.
     """
     logging.getLogger("mvar").info("No --tokens and no --data: the model's own samples are measured.")
     config, transformer = pipeline.config, pipeline.transformer
@@ -357,11 +327,7 @@ def _check_preset_path(path: Path | None, overwrite: bool) -> None:
 
 
 def _run_settings(checkpoint: Path) -> dict[str, Any] | None:
-    """The configuration of a run; None for a model without its run.
-
-    Raises:
-        ConfigError: The run's config.yaml cannot be read.
-    """
+    """The configuration of a run; None for a model without its run."""
     recorded = checkpoint / "config.yaml"
     if not recorded.is_file():
         return None
@@ -371,13 +337,8 @@ def _run_settings(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _write_preset(path: Path, config: ModelConfig, report: AttentionReport, training: dict[str, Any] | None) -> None:
-    """Write the recommended model as a preset.
-
-    Raises:
-        ConfigError: The recommended attention and the run's settings do not fit together.
-    """
     values = preset_values(config, report.recommended, training)
-    load_config(None, base=values)
+    load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit together
     head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
 
@@ -392,10 +353,6 @@ def _planned(config: ModelConfig, source: str, num: int, out: Path, preset: Path
     steps = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]
     if preset is not None:
         steps.append(f"write the recommended preset to {preset}")
-    dry_run = DryRun(
-        configuration=config.model_dump(mode="json", exclude_none=True),
-        steps=tuple(steps),
-        cost=cost_of(config),
-        facts={},
-    )
+    configuration = config.model_dump(mode="json", exclude_none=True)
+    dry_run = DryRun(configuration=configuration, steps=tuple(steps), cost=cost_of(config), facts={})
     return AttentionResult(model=config.name, source=source, report=str(out / PAGE), dry_run=dry_run)

@@ -31,8 +31,6 @@ class BenchResult(Result):
     """What was measured.
 
     Attributes:
-        what: "sample", "train" or "attention".
-        model: Name of the model.
         rows: One mapping for each model and batch size, or for each side, window and backend of attention: name,
             batch_size, seconds (median), images_per_second, peak_memory_bytes, kv_cache_bytes; for models also runs,
             times_faster and memory_ratio (against `baseline`), stages (seconds by stage), and the `reason` where there
@@ -110,10 +108,11 @@ def bench(
     if what == "attention":
         rows = _attention(config, sides, windows, batches, repeats, backward, machine, progress)
     else:
+        weights = Path(checkpoint) if checkpoint is not None else None
         request = Request(
             what=what,
             config=config,
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
+            checkpoint=weights,
             repeats=repeats,
             machine=machine,
             seed=seed,
@@ -186,13 +185,8 @@ def _check(request: Request) -> None:
     """Refuse before the first process is started what every one of them would refuse."""
     for _, twin in twins(request.config):
         try:
-            check_backend(
-                request.machine.attention,
-                twin.patterns,
-                request.device,
-                request.dtype,
-                needs_grad=request.what == "train",
-            )
+            backend, needs_grad = request.machine.attention, request.what == "train"
+            check_backend(backend, twin.patterns, request.device, request.dtype, needs_grad=needs_grad)
         except BackendError as error:
             raise BackendError(f"{error.message} ({twin.name})", error.hint) from None
 
@@ -207,7 +201,6 @@ def _attention(
     machine: Machine,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """Time every backend over sides and windows."""
     device = resolve_device(machine.device)
     dtype = resolve_dtype(machine.dtype, device)
     assert config.transformer is not None
@@ -233,19 +226,11 @@ def _attention(
             progress("measuring", next(started), total, unit="scales", note=note)
 
     for batch in batches:
+        heads, head_dim = config.transformer.num_heads, config.transformer.head_dim
         rows += sweep(
-            sides,
-            windows,
-            names,
-            heads=config.transformer.num_heads,
-            head_dim=config.transformer.head_dim,
-            batch=batch,
-            dtype=dtype,
-            device=device,
-            backward=backward,
-            repeats=repeats,
-            progress=report,
-        )
+            sides, windows, names, heads=heads, head_dim=head_dim, batch=batch, dtype=dtype, device=device,
+            backward=backward, repeats=repeats, progress=report,
+        )  # fmt: skip
     for row in rows:
         seen = f"window {row['window']}" if row["window"] else "whole"
         side = row["side"] if isinstance(row["side"], int) else "×".join(map(str, row["side"]))

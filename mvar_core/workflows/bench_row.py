@@ -22,7 +22,7 @@ from mvar_core.allocator import keep_freed_memory
 from mvar_core.analysis.cost import plan
 from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
-from mvar_core.config import Machine, RunConfig, SamplingConfig
+from mvar_core.config import Machine, RunConfig
 from mvar_core.errors import MvarError
 from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.directory import load_tokenizer, load_transformer
@@ -40,14 +40,10 @@ class Request(BaseModel):
     """What to measure.
 
     Attributes:
-        what: "sample" or "train", or "sample-memory" or "train-memory".
+        what: A key of `MEASUREMENTS`.
         config: The model, and how it is trained; its sampling settings are those that are measured.
         checkpoint: Its directory; without it, random weights.
         published_style: Sample as the published code does.
-        batch_size: Images together.
-        repeats: Measured repetitions.
-        machine: Device, dtype and attention.
-        seed: Of everything random.
         breakdown: Also measure the seconds of each stage, in a run of its own.
     """
 
@@ -70,11 +66,6 @@ class Request(BaseModel):
     def dtype(self) -> torch.dtype:
         """What to compute in."""
         return resolve_dtype(self.machine.dtype, self.device)
-
-    @property
-    def settings(self) -> SamplingConfig:
-        """How to sample."""
-        return self.config.sampling
 
     def conditions(self, transformer: Transformer) -> torch.Tensor:
         """Conditions of the batch: all classes in turn, or so many different vectors."""
@@ -141,7 +132,7 @@ def measure_sampling(request: Request) -> dict[str, Any]:
     if request.published_style:
         transformer, vqvae = request.transformer(torch.float32), request.tokenizer(torch.float32)
         vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        sample = _published_style(request, transformer, vqvae, device, dtype)
+        sample = _published_style(request, transformer, vqvae)
     else:
         transformer, vqvae = request.transformer(dtype), request.tokenizer(dtype)
         sample = _sampling(request, transformer, vqvae)
@@ -152,7 +143,12 @@ def measure_sampling(request: Request) -> dict[str, Any]:
     row["kv_cache_bytes"] = cached["peak"]
     if request.breakdown:
         clock = StageClock(device)
-        _watch_sampling(clock, transformer, vqvae)
+        clock.watch(transformer, "condition", "conditioning")
+        clock.watch(transformer, "hidden_states", lambda scales, *_, **__: f"transformer, scale {scales.start + 1}")
+        clock.watch(transformer, "head_logits", "head", then="drawing")
+        for method in ("embed", "increment", "scale_input", "empty_features"):
+            clock.watch(vqvae.quantizer, method, "quantizer", then="other")
+        clock.watch(vqvae, "decode_features", "decoder")
         row["stages"] = clock.run(lambda: sample(request.batch_size))
     return row
 
@@ -163,12 +159,8 @@ def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Calla
     conditions = request.conditions(transformer)
 
     def sample(count: int) -> object:
-        return pipeline.sample(
-            conditions=conditions[:count],
-            settings=request.settings,
-            seed=request.seed,
-            batch_size=request.batch_size,
-        )
+        settings, size = request.config.sampling, request.batch_size
+        return pipeline.sample(conditions=conditions[:count], settings=settings, seed=request.seed, batch_size=size)
 
     return sample
 
@@ -192,7 +184,7 @@ def measure_training(request: Request) -> dict[str, Any]:
 def measure_memory(request: Request) -> dict[str, Any]:
     """The most memory that torch's allocator hands out, weights included, next to what `mvar plan` predicts."""
     device, dtype = request.device, request.dtype
-    config, settings = request.config, request.settings
+    config, settings = request.config, request.config.sampling
     work: Callable[[], object]
     if request.what == "train-memory":
         step = _training_step(request, device)
@@ -235,7 +227,6 @@ def measure_memory(request: Request) -> dict[str, Any]:
 
 
 def _training_step(request: Request, device: torch.device) -> TrainingStep:
-
     train = request.config.train.model_copy(update={"batch_size": request.batch_size})
     return TrainingStep(
         request.config.model_copy(update={"train": train}),
@@ -251,7 +242,6 @@ class _Beginning:
     """The process before anything is built."""
 
     def __init__(self, device: torch.device):
-
         self.device = device
         self.bytes = peak_memory_bytes(device)
 
@@ -274,28 +264,15 @@ class _Beginning:
         }
 
 
-def _published_style(
-    request: Request, transformer: Transformer, vqvae: VQVAE, device: torch.device, dtype: torch.dtype
-) -> Callable[[int], object]:
+def _published_style(request: Request, transformer: Transformer, vqvae: VQVAE) -> Callable[[int], object]:
     """Sampling as the published code does it; its attention is SDPA."""
-    random = generator("bench", request.seed, device=device)
-    conditions = request.conditions(transformer)
+    random, dtype = generator("bench", request.seed, device=request.device), request.dtype
+    conditions, settings = request.conditions(transformer), request.config.sampling
 
     def sample(count: int) -> object:
-        images = sample_published_style(transformer, vqvae, conditions[:count], request.settings, random, dtype=dtype)
-        return images.cpu()
+        return sample_published_style(transformer, vqvae, conditions[:count], settings, random, dtype=dtype).cpu()
 
     return sample
-
-
-def _watch_sampling(clock: Any, transformer: Transformer, vqvae: VQVAE) -> None:
-    """Tell the clock which call belongs to which stage."""
-    clock.watch(transformer, "condition", "conditioning")
-    clock.watch(transformer, "hidden_states", lambda scales, *_, **__: f"transformer, scale {scales.start + 1}")
-    clock.watch(transformer, "head_logits", "head", then="drawing")
-    for method in ("embed", "increment", "scale_input", "empty_features"):
-        clock.watch(vqvae.quantizer, method, "quantizer", then="other")
-    clock.watch(vqvae, "decode_features", "decoder")
 
 
 @contextmanager

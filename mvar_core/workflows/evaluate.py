@@ -24,14 +24,7 @@ from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import (
-    DEFAULT_BATCH,
-    ImageSet,
-    Measurer,
-    Reference,
-    open_measured_images,
-    shards,
-)
+from mvar_core.evaluation.measure import DEFAULT_BATCH, ImageSet, Measurer, Reference, open_measured_images, shards
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
 from mvar_core.evaluation.references import FeatureCache, ReferenceRecord, save_reference
 from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
@@ -54,23 +47,13 @@ class Measured(Result):
     """What a figure depends on, next to the images themselves.
 
     Attributes:
-        num_samples: Images that were judged.
-        num_reference: Images that they were compared with; None where the reference does not say.
+        num_reference: Images that the samples were compared with; None where the reference does not say.
         samples: What the samples are called: their path, or the checkpoint.
-        reference: What the user named.
         image_shape: Height and width of the samples.
-        features: Name of the features.
-        feature_width: Number of features.
-        weights_hash: SHA-256 of the feature network's weights.
         shuffle_seed: Seed of the shuffle and the subsets.
         sampling: Settings, seed, device, dtype and attention of samples that were generated.
-        device: Where features were measured.
-        dtype: In which precision.
-        processes: How many processes shared the work.
-        versions: Of mvar, torch and torch-fidelity.
         reasons: Why a score is None.
-        comparable_to_papers: Whether the figures are comparable with published ones.
-        why_not: Every reason why they are not.
+        why_not: Every reason why figures are not comparable with published ones.
         warnings: What makes a figure noisier than it would be with more images.
         seconds: Time for measuring.
     """
@@ -104,11 +87,9 @@ class Evaluation(Measured):
         fid: Fréchet distance of the features (Heusel et al. 2017).
         sfid: The same of spatial features.
         inception_score: Mean over the splits (Salimans et al. 2016).
-        inception_score_std: Standard deviation over the splits.
         precision: Fraction of the samples within the reference's manifold (Kynkäänniemi et al. 2019).
         recall: Fraction of the reference within the samples' manifold.
         kid: Mean over the subsets (Bińkowski et al. 2018).
-        kid_std: Standard deviation over the subsets.
         classifier_accuracy: Fraction of the samples that the demo classifier takes for their class.
         per_class: A score for each class, worst first, where that was asked for.
         settings: Seed, splits and subset sizes.
@@ -189,15 +170,18 @@ def evaluate(
     asked = check_metrics(metrics)
     if (samples is None) == (checkpoint is None):
         raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
-    save_to = _checked_output(save_samples, checkpoint, overwrite)
+    save_to = None if save_samples is None else Path(save_samples)
+    if save_to is not None:
+        if checkpoint is None:
+            raise ConfigError(
+                "--save-samples keeps what is sampled from a checkpoint.", "Use it with --checkpoint DIR."
+            )
+        _require_free(save_to, overwrite, "--save-samples")
     with connect(machine.device) as here:
         known_features = FeatureCache.open(cache)
+        may_download = download and not dry_run
         choice = ExtractorChoice(
-            features,
-            str(reference),
-            inception_weights=inception_weights,
-            download=download and not dry_run,
-            progress=progress,
+            features, str(reference), inception_weights=inception_weights, download=may_download, progress=progress
         )
         images: ImageSet
         if checkpoint is None:
@@ -227,6 +211,11 @@ def evaluate(
             measurer.save(open_evaluation_images(str(save_to)), sample_set)
 
         def scored() -> Evaluation:
+            smooth = isinstance(images, SampledImages) and images.settings.more_smooth
+            _, why_not = comparability(extractor, images.count, reference_set, more_smooth=smooth)
+            why_not += input_reasons(images, known)
+            if isinstance(images, SampledImages) and images.count % images.num_classes:
+                why_not.append(f"{images.count:,} samples cannot be balanced over {images.num_classes:,} classes")
             scores = evaluate_features(sample_set, reference_set, asked, seed=seed, kid_subset_size=kid_subset)
             classes = _class_scores(images, known, sample_set, reference_set, seed) if per_class else None
             rows = comparable_rows(extractor, images.image_shape, known.name)
@@ -235,7 +224,8 @@ def evaluate(
                 classifier_accuracy=classifier_accuracy(sample_set, images.labels),
                 per_class=None if classes is None else tuple(asdict(row) for row in classes),
                 published=tuple(asdict(row) for row in rows),
-                **comparison(images, known, extractor, reference_set),
+                comparable_to_papers=not why_not,
+                why_not=tuple(why_not),
                 **circumstances(images, known, extractor, reference_set, machine, seed),
                 seconds=time.monotonic() - start,
             )
@@ -245,17 +235,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFile(Result):
-    """A reference that was measured.
-
-    Attributes:
-        reference: The file.
-        num_reference: Number of images.
-        features: Name of the features.
-        weights_hash: SHA-256 of the feature network's weights.
-        image_shape: Height and width at which the images were measured.
-        resized: Whether some were resized to it.
-        seconds: Time for measuring.
-    """
+    """A reference that was measured at `image_shape`, to which some images may have been `resized`."""
 
     reference: Path
     num_reference: int
@@ -333,16 +313,7 @@ def make_reference(
 
 
 class SampledImages:
-    """Samples of a model, balanced over its classes, generated while they are measured.
-
-    Args:
-        name: The checkpoint.
-        pipeline: The model.
-        count: How many to generate.
-        settings: How to sample; what is not set is as the model recommends.
-        seed: The run's seed.
-        save_to: An npz to write the samples and their labels to, with `assemble`.
-    """
+    """Samples of a model, balanced over its classes, generated while they are measured; `assemble` writes `save_to`."""
 
     def __init__(
         self,
@@ -420,18 +391,6 @@ def model_description(pipeline: Pipeline) -> dict[str, Any]:
     return {"device": str(pipeline.device), "dtype": str(dtype).removeprefix("torch."), "attention": pipeline.attention}
 
 
-def comparison(
-    images: ImageSet, known: Reference, extractor: FeatureExtractor, reference_set: FeatureSet
-) -> dict[str, Any]:
-    """Whether figures are comparable with published ones, and why not."""
-    smooth = isinstance(images, SampledImages) and images.settings.more_smooth
-    _, why_not = comparability(extractor, images.count, reference_set, more_smooth=smooth)
-    why_not += input_reasons(images, known)
-    if isinstance(images, SampledImages) and images.count % images.num_classes:
-        why_not.append(f"{images.count:,} samples cannot be balanced over {images.num_classes:,} classes")
-    return {"comparable_to_papers": not why_not, "why_not": tuple(why_not)}
-
-
 def circumstances(
     images: ImageSet,
     known: Reference,
@@ -478,15 +437,6 @@ def _image_shape(size: int | str | tuple[int, int] | None) -> tuple[int, int] | 
     except ValueError as error:
         raise ConfigError(f"--image-size: {error}.") from None
     return (parsed, parsed) if isinstance(parsed, int) else parsed
-
-
-def _checked_output(save_samples: str | Path | None, checkpoint: object, overwrite: bool) -> Path | None:
-    if save_samples is None:
-        return None
-    if checkpoint is None:
-        raise ConfigError("--save-samples keeps what is sampled from a checkpoint.", "Use it with --checkpoint DIR.")
-    _require_free(Path(save_samples), overwrite, "--save-samples")
-    return Path(save_samples)
 
 
 def _require_free(path: Path, overwrite: bool, option: str) -> None:

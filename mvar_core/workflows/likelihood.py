@@ -41,13 +41,9 @@ class Likelihood(LikelihoodReport):
     """Likelihoods of images, and what they depend on.
 
     Attributes:
-        model: The checkpoint.
         source: The cache or the images.
         seed: Of the choice of images.
         conditions: Conditions under which each image was scored.
-        device: Where the model ran.
-        processes: How many processes shared the work.
-        seconds: Time in all.
         peak_memory_bytes: Of this process on its device.
     """
 
@@ -121,11 +117,8 @@ def evaluate_likelihood(
         competing = asked if zero_shot and labels is not None else None
         conditions = 1 if labels is None else 2 if competing is None else 1 + len(competing)
         known: dict[str, Any] = {
-            "model": str(checkpoint),
-            "source": images.source,
-            "seed": seed,
-            "conditions": conditions,
-        }
+            "model": str(checkpoint), "source": images.source, "seed": seed, "conditions": conditions
+        }  # fmt: skip
         if dry_run:
             steps = (
                 f"{'encode' if tokens is None else 'read the tokens of'} {len(rows)} images of {images.source}",
@@ -158,14 +151,7 @@ def evaluate_likelihood(
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images whose tokens are scored.
-
-    Attributes:
-        source: What the user calls them.
-        count: How many there are.
-        labels: (count,) in the model's numbering; None where the images have no classes.
-        read: Tokens (B, L) of the images at these positions.
-    """
+    """Images whose tokens (B, L) are scored; labels are in the model's numbering, None where there are no classes."""
 
     source: str
     count: int
@@ -195,16 +181,7 @@ class ScoredImages:
     def chosen(
         self, classes: Sequence[int] | None, num: int | None, seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """Positions of the images that are scored, and their labels.
-
-        Args:
-            classes: Leave out images of other classes.
-            num: At most so many.
-            seed: Decides which.
-
-        Raises:
-            DataError: No image of these classes.
-        """
+        """Positions and labels of the images to score: of these classes, and at most `num`, which the seed decides."""
         rows = np.arange(self.count)
         if self.labels is None:
             logger.info("%s has no classes: its images are scored under no class only.", self.source)
@@ -231,9 +208,6 @@ def model_labels(
     """Labels in the model's numbering; None where the images have no classes.
 
     Classes are matched by name, or by their number where there are as many as the model has.
-
-    Raises:
-        DataError: They are other classes.
     """
     assert config.transformer is not None
     known = {name: label for label, name in enumerate(config.class_names or ())}

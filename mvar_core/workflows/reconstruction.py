@@ -36,11 +36,9 @@ class Reconstruction(Measured):
     Attributes:
         rfid: FID of the reconstructions against their originals; None where `reasons` says why.
         psnr: Peak signal-to-noise ratio in dB, the mean over the images of each one's own.
-        ssim: Structural similarity, the mean over the images.
         code_usage: Fraction of the codebook that some scale uses.
         usage_per_scale: Fraction of the codebook that each scale uses.
         scales: The scales, as height×width of their grids of tokens.
-        images: Number of images.
     """
 
     rfid: float | None = None
@@ -94,12 +92,9 @@ def evaluate_reconstruction(
         if here.world_size > 1:
             raise ConfigError(f"Reconstructions are measured in one process, found {here.world_size}.")
         kept = FeatureCache.open(cache)
+        may_download = download and not dry_run
         choice = ExtractorChoice(
-            features,
-            str(reference),
-            inception_weights=inception_weights,
-            download=download and not dry_run,
-            progress=progress,
+            features, str(reference), inception_weights=inception_weights, download=may_download, progress=progress
         )
         pipeline = load_pipeline(checkpoint, tokenizer, machine)
         originals = open_measured_images(str(reference), num_samples, pipeline.config.image_shape)
@@ -135,13 +130,7 @@ def evaluate_reconstruction(
 
 
 class ReconstructedImages:
-    """What a tokenizer makes of images; while they pass, each is compared with its original.
-
-    Args:
-        name: The tokenizer's model directory.
-        pipeline: The tokenizer.
-        originals: The images.
-    """
+    """What a tokenizer makes of images; while they pass, each is compared with its original."""
 
     def __init__(self, name: str, pipeline: Pipeline, originals: EvaluationImages):
         self.name = name

@@ -10,9 +10,7 @@ from mvar_core.errors import DataError
 from mvar_core.evaluation.pixels import (
     class_mean_images,
     nearest_neighbour_distance,
-    nearest_neighbours,
     pixel_diversity,
-    psnr,
 )
 
 
@@ -23,20 +21,6 @@ def pictures(count: int, seed: int = 0) -> Tensor:
 def plain(images: Tensor) -> Tensor:
     """Images as vectors, by the definition."""
     return (images.double() / 255 * 2 - 1).flatten(1) / math.sqrt(3)
-
-
-def test_psnr_of_a_known_error() -> None:
-    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    assert psnr(black + 1, black) == pytest.approx(20 * math.log10(255))
-    assert psnr(torch.full((1, 3, 4, 4), 0.1), torch.zeros(1, 3, 4, 4)) == pytest.approx(20 * math.log10(2 / 0.1))
-    mixed = torch.cat([black[:1] + 1, black[:1] + 10])
-    assert psnr(mixed, black) == pytest.approx(20 * math.log10(255) - 10 * math.log10(10))
-    assert psnr(black, black) == math.inf
-
-
-def test_psnr_refuses_sets_that_do_not_match() -> None:
-    with pytest.raises(DataError, match=r"\(2, 3, 4, 5\) and \(3, 3, 4, 5\)"):
-        psnr(pictures(2), pictures(3))
 
 
 def test_diversity_is_the_mean_distance_between_two_images_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +58,6 @@ def test_finds_the_nearest_reference_image(monkeypatch: pytest.MonkeyPatch) -> N
     table = (plain(images)[:, None] - plain(reference)).norm(dim=2)
     for block in (1024, 4):
         monkeypatch.setattr("mvar_core.evaluation.pixels.BLOCK_IMAGES", block)
-        distances, indices = nearest_neighbours(images, reference)
-        assert torch.allclose(distances, table.min(dim=1).values)
-        assert torch.equal(indices, table.argmin(dim=1))
         assert nearest_neighbour_distance(images, reference) == pytest.approx(float(table.min(dim=1).values.mean()))
     with pytest.raises(DataError, match="one size"):
         nearest_neighbour_distance(images, reference[:, :, :3])
@@ -92,7 +73,7 @@ def test_class_means_replace_every_image() -> None:
     floats = class_mean_images(images.float() / 127.5 - 1, labels)
     assert torch.allclose(floats[1], (images[[1, 3]].float() / 127.5 - 1).mean(dim=0), atol=1e-6)
     with pytest.raises(DataError, match="uint8, or floating point"):
-        psnr(images.int(), images.int())
+        nearest_neighbour_distance(images.int(), images.int())
 
 
 def test_real_digits_have_the_diversity_and_distances_of_one_gray_channel(

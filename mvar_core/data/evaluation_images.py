@@ -63,7 +63,7 @@ class EvaluationImages(ABC):
         self.class_names = class_names
         self.num_lossy = num_lossy
         if self.stored_shape is not None:
-            sizes = _size(self.stored_shape), _size(self.image_shape)
+            sizes = shape_text(self.stored_shape), shape_text(self.image_shape)
             logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, *sizes)
 
     def batches(self, batch_size: int = 64, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
@@ -78,7 +78,7 @@ class EvaluationImages(ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 that equal images of an equal form have, wherever they are: of their stored bytes and their size."""
-        return hashlib.sha256(f"{self._content()} {_size(self.image_shape)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._content()} {shape_text(self.image_shape)}".encode()).hexdigest()
 
     @abstractmethod
     def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]: ...
@@ -110,9 +110,9 @@ class _SourceImages(EvaluationImages):
         stored = isinstance(source, StoredSource)
         found = self._common_shape(wanted)
         has_classes = not stored or len(source.class_names) > 1
-        classes = (source.labels, source.class_names) if has_classes else (None, None)
+        labels, class_names = (source.labels, source.class_names) if has_classes else (None, None)
         num_lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names)
-        super().__init__(text, len(source), found, wanted, *classes, num_lossy)
+        super().__init__(text, len(source), found, wanted, labels, class_names, num_lossy)
 
     def _common_shape(self, wanted: ImageShape | None) -> ImageShape:
         """The size that all images have; where one is wanted, the size of one image that differs, if any."""
@@ -128,8 +128,8 @@ class _SourceImages(EvaluationImages):
             return expected
         if wanted is None:
             raise DataError(
-                f"{source.name} holds images of several sizes: {source.item_names[0]} is {_size(expected)},"
-                f" {source.item_names[other]} is {_size(shapes[other])} pixels (height×width).",
+                f"{source.name} holds images of several sizes: {source.item_names[0]} is {shape_text(expected)},"
+                f" {source.item_names[other]} is {shape_text(shapes[other])} pixels (height×width).",
                 "Images are measured as they are, so bring them to one size first.",
             )
         return shapes[other]
@@ -197,7 +197,8 @@ class _NpzImages(EvaluationImages):
         return sha256_of_file(self.path)
 
 
-def _size(shape: ImageShape) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Height×width, as messages write it."""
     return f"{shape[0]}×{shape[1]}"
 
 

@@ -191,13 +191,8 @@ def row_batches(
 ) -> Iterator[tuple[Pixels | None, NDArray[np.int64]]]:
     """Batches of given rows, in order; threads read the next ones while the caller works on this one.
 
-    Args:
-        source: Where the images come from.
-        image_shape: Height and width to bring them to.
-        batches: The rows of each batch, as in `pixel_batches`.
-        views: The views of every image; none is the image alone.
-        on_bad: Called with the index of an image that cannot be read, and why; its rows are then left out. Without it
-            the error is raised.
+    The arguments are those of `pixel_batches`; `on_bad` is called with the index of an image that cannot be read, and
+    why, and its rows are left out. Without it the error is raised.
 
     Yields:
         uint8 (B, H, W, 3), or None where no row of a batch is left, and the rows int64 (B,).

@@ -149,22 +149,9 @@ class CacheWriter:
     Rank 0 calls `prepare` and broadcasts the result; each process calls `check`, `write` and `finish`. They must see
     the same directory.
 
-    Args:
-        out: The cache's directory.
-        source: The images.
-        encode: The tokenizer.
-        config: The model, for its pyramid, codebook and image size.
-        tokenizer_hash: SHA-256 of the tokenizer's weights.
-        data: Which views.
-        seed: Seed of random crops and augmented views.
-        batch_size: Views per call of `encode`. No batch spans two shards.
-        images_per_shard: Images in a shard; by default those of the cache that is there, else as many as make a shard
-            some tens of megabytes, and fewer where the images are few.
-        skip_bad: Leave out images that cannot be read instead of raising an error.
-        vectors: Of the source's classes or images, for models that are conditioned on them.
-        tokenizer: The tokenizer's directory, for the manifest.
-        rank: Number of this process.
-        world_size: How many there are.
+    No batch of `batch_size` views spans two shards. `images_per_shard` is by default that of the cache that is there,
+    else as many as make a shard some tens of megabytes, and fewer where the images are few. `skip_bad` leaves out
+    images that cannot be read instead of raising an error; `vectors` are for models that are conditioned on them.
     """
 
     def __init__(

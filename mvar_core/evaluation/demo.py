@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mvar_core.data.evaluation_images import open_evaluation_images
+from mvar_core.data.evaluation_images import open_evaluation_images, shape_text
 from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.evaluation.features import Features, check_images
 from mvar_core.io.files import atomic_path
@@ -93,7 +93,8 @@ class DemoClassifier(nn.Module):
         check_images(images)
         if tuple(images.shape[2:]) != self.image_shape:
             raise DataError(
-                f"The demo classifier is for {_size(self.image_shape)} images, found {_size(tuple(images.shape[2:]))}.",
+                f"The demo classifier is for {shape_text(self.image_shape)} images, found"
+                f" {shape_text(tuple(images.shape[2:]))}.",
                 "Train one on images of this size, or use --features inception.",
             )
         x = images.to(self.head.weight.dtype) / 127.5 - 1
@@ -271,10 +272,6 @@ def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise DataError(f"Labels run from {low} to {high}; expected 0 to {num_classes - 1}.")
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
 
 
 def read_digits(split: str, image_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -43,25 +43,11 @@ DEFAULT_BATCH = 64
 class ImageSet(Protocol):
     """Images that can be measured: read from disk, or made when they are needed."""
 
-    @property
-    def name(self) -> str:
-        """What the user calls them."""
-
-    @property
-    def count(self) -> int:
-        """How many there are, N."""
-
-    @property
-    def image_shape(self) -> ImageShape:
-        """Height and width in pixels."""
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """(N,) the class of each, where it is known."""
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """One name per class, where they are known."""
+    name: str
+    count: int
+    image_shape: ImageShape
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...] | None
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """The images `start` up to `stop`, uint8 (B, 3, H, W)."""
@@ -192,12 +178,18 @@ class Reference:
         images: The reference's images, where they are there.
         statistics: A file in the ADM evaluator's layout, for Inception features.
         made: A file of `make_reference`: its features and its record.
+        count: Number of images, where it is known before anything is measured.
+        stored_shape: Height and width of images that had to be brought to the samples' size, if there are any.
     """
 
     name: str
     images: EvaluationImages | None = None
     statistics: Path | None = None
     made: tuple[FeatureSet, ReferenceRecord] | None = None
+    count: int | None = field(default=None, init=False)
+    labels: NDArray[np.int64] | None = field(default=None, init=False)
+    class_names: tuple[str, ...] | None = field(default=None, init=False)
+    stored_shape: ImageShape | None = field(default=None, init=False)
 
     @classmethod
     def open(cls, text: str, image_shape: ImageShape, kind: str) -> Reference:
@@ -226,31 +218,13 @@ class Reference:
             images = None
         return cls(text, images, path if has_statistics and kind == "inception" else None)
 
-    @property
-    def count(self) -> int | None:
-        """Number of images, where it is known before anything is measured."""
+    def __post_init__(self) -> None:
         if self.made is not None:
-            return self.made[1].count
-        return None if self.images is None else self.images.count
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """(N,) the class of each reference image, where it is known."""
-        if self.made is not None:
-            return self.made[0].labels
-        return None if self.images is None else self.images.labels
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """One name per class, where they are known."""
-        if self.made is not None:
-            return self.made[1].class_names
-        return None if self.images is None else self.images.class_names
-
-    @property
-    def stored_shape(self) -> ImageShape | None:
-        """Height and width of reference images that had to be brought to the samples' size, if there are any."""
-        return None if self.images is None else self.images.stored_shape
+            features, record = self.made
+            self.count, self.labels, self.class_names = record.count, features.labels, record.class_names
+        elif self.images is not None:
+            self.count, self.stored_shape = self.images.count, self.images.stored_shape
+            self.labels, self.class_names = self.images.labels, self.images.class_names
 
     def check(self, extractor: FeatureExtractor) -> None:
         """Refuse a file whose features are not the extractor's, before anything is measured.

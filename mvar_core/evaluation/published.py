@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mvar_core.data.evaluation_images import EvaluationImages
+from mvar_core.data.evaluation_images import EvaluationImages, shape_text
 from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.measure import ImageSet, Reference
 from mvar_core.evaluation.statistics import FeatureSet
@@ -77,21 +77,23 @@ def input_reasons(images: ImageSet, reference: Reference) -> list[str]:
         if images.num_lossy:
             found.append(f"{images.num_lossy:,} samples are JPEG or WebP files, whose compression moves the features")
         if images.stored_shape is not None:
-            found.append(f"samples were resized from {_size(images.stored_shape)}")
+            found.append(f"samples were resized from {shape_text(images.stored_shape)}")
     ours = images.image_shape
     if reference.stored_shape is not None:
-        found.append(f"reference images were resized from {_size(reference.stored_shape)} to {_size(ours)}")
+        found.append(f"reference images were resized from {shape_text(reference.stored_shape)} to {shape_text(ours)}")
     if reference.made is not None:
         record = reference.made[1]
         if record.resized:
             found.append("some reference images were resized before they were measured")
         if record.image_shape != ours:
-            found.append(f"the reference was measured at {_size(record.image_shape)}, the samples at {_size(ours)}")
+            found.append(
+                f"the reference was measured at {shape_text(record.image_shape)}, the samples at {shape_text(ours)}"
+            )
     if reference.statistics is not None and reference.stored_shape is None:
         named = map(int, re.findall(r"(?<!\d)(\d{2,4})(?!\d)", Path(reference.name).stem))
         size = next((number for number in named if number in USUAL_SIZES), None)
         if size is not None and ours != (size, size):
-            found.append(f"the samples are {_size(ours)}, the reference {Path(reference.name).name} is for {size}")
+            found.append(f"the samples are {shape_text(ours)}, the reference {Path(reference.name).name} is for {size}")
     return found
 
 
@@ -115,7 +117,3 @@ def comparable_rows(
     """Published results for the same data, size and features; the data is recognized by the reference's name."""
     same = extractor.name == "inception" and image_shape == (256, 256) and "imagenet" in Path(reference).name.lower()
     return IMAGENET_256 if same else ()
-
-
-def _size(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}×{shape[1]}"

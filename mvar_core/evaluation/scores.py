@@ -194,40 +194,27 @@ def evaluate_features(
     reasons = {metric: "not asked for" for metric in METRICS if metric not in asked}
     settings = {"seed": seed, "splits": splits, "neighbourhood": NEIGHBOURHOOD}
 
-    def fill(names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
-        """Fill in `names`; where `compute` cannot, say why."""
-        try:
-            scores.update(zip(names, compute(), strict=True))
-        except DataError as error:
-            reasons.update({name: error.message for name in names if name in METRICS})
+    def both(read: Callable[[str, FeatureSet], Any]) -> tuple[Any, Any]:
+        return read("sample", samples), read("reference", reference)
 
-    if "fid" in asked:
-        fill(["fid"], lambda: [frechet_distance(_statistics("sample", samples), _statistics("reference", reference))])
-    if "sfid" in asked:
-        fill(["sfid"], lambda: [frechet_distance(_spatial("sample", samples), _spatial("reference", reference))])
-    if "inception_score" in asked:
-        fill(
-            ["inception_score", "inception_score_std"],
-            lambda: inception_score(_logits(samples), seed=seed, splits=splits),
-        )
-    if "precision" in asked or "recall" in asked:
-        fill(
-            ["precision", "recall"],
-            lambda: precision_recall(_features("sample", samples), _features("reference", reference)),
-        )
-        for metric in ("precision", "recall"):
-            if metric not in asked:
-                scores[metric], reasons[metric] = None, "not asked for"
-    if "kid" in asked:
-        fill(
-            ["kid", "kid_std"],
-            lambda: kernel_distance(
-                _features("sample", samples), _features("reference", reference), seed=seed, subset_size=kid_subset_size
-            ),
-        )
-        if scores["kid"] is not None:
-            sizes = len(_features("sample", samples)), len(_features("reference", reference))
-            settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(*sizes, kid_subset_size)
+    measures: dict[tuple[str, ...], Callable[[], Sequence[float]]] = {
+        ("fid",): lambda: [frechet_distance(*both(_statistics))],
+        ("sfid",): lambda: [frechet_distance(*both(_spatial))],
+        ("inception_score", "inception_score_std"): lambda: inception_score(_logits(samples), seed=seed, splits=splits),
+        ("precision", "recall"): lambda: precision_recall(*both(_features)),
+        ("kid", "kid_std"): lambda: kernel_distance(*both(_features), seed=seed, subset_size=kid_subset_size),
+    }
+    for names, compute in measures.items():
+        if wanted := [name for name in names if name in asked]:
+            try:
+                found = dict(zip(names, compute(), strict=True))
+            except DataError as error:
+                reasons.update(dict.fromkeys(wanted, error.message))
+            else:
+                scores.update({name: found[name] for name in names if name not in reasons})
+    if scores["kid"] is not None:
+        sizes = [len(features) for features in both(_features)]
+        settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(*sizes, kid_subset_size)
     return {**scores, "reasons": reasons, "settings": settings}
 
 

@@ -175,7 +175,22 @@ def analyze_attention(
         source = tokens_of_images(pipeline, str(data), num=num, batch_size=at_once, seed=seed)
     else:
         source = tokens_of_model(pipeline, num=num, batch_size=at_once, seed=seed, progress=progress)
-    report = _measure(pipeline, source, keep, progress)
+    depth = len(pipeline.transformer.blocks)
+
+    def layers_done(done: int) -> None:
+        if progress is not None:
+            note = f"image {done // depth} of {source.total}"
+            progress("attention", done, source.total * depth, unit="layers", note=note)
+
+    report = measure_attention(
+        pipeline.transformer,
+        pipeline.quantizer,
+        source.batches,
+        pipeline.config,
+        keep=keep,
+        attention=pipeline.attention,
+        progress=layers_done,
+    )
     if preset is not None:
         _write_preset(preset, pipeline.config, report, training)
     values = write_attention_report(report, out, pipeline, source.name, preset)
@@ -282,25 +297,6 @@ def tokens_of_model(
 def spread_classes(num: int, classes: int) -> list[int]:
     """`num` ascending labels: every class equally often, give or take one, or evenly spread where there are more."""
     return [index * classes // num for index in range(num)]
-
-
-def _measure(pipeline: Pipeline, source: TokenSource, keep: float, progress: Progress | None) -> AttentionReport:
-    depth = len(pipeline.transformer.blocks)
-
-    def layers_done(done: int) -> None:
-        if progress is not None:
-            note = f"image {done // depth} of {source.total}"
-            progress("attention", done, source.total * depth, unit="layers", note=note)
-
-    return measure_attention(
-        pipeline.transformer,
-        pipeline.quantizer,
-        source.batches,
-        pipeline.config,
-        keep=keep,
-        attention=pipeline.attention,
-        progress=layers_done,
-    )
 
 
 def _note(config: ModelConfig) -> str:

@@ -128,7 +128,7 @@ def main() -> None:
 def measure_sampling(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of sampling one batch, class labels in and bytes of images out."""
     device, dtype = request.device, request.dtype
-    begin = _Beginning(device)
+    before = peak_memory_bytes(device)
     if request.published_style:
         transformer, vqvae = request.transformer(torch.float32), request.tokenizer(torch.float32)
         vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -139,7 +139,7 @@ def measure_sampling(request: Request) -> dict[str, Any]:
     # A GPU warms up on the very shapes that it will be measured on; a CPU on one image, which is faster.
     warm = request.batch_size if device.type == "cuda" else 1
     with _cache_bytes(transformer) as cached:
-        row = begin.row(request, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
+        row = _timed(request, before, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
     row["kv_cache_bytes"] = cached["peak"]
     if request.breakdown:
         clock = StageClock(device)
@@ -168,9 +168,9 @@ def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Calla
 def measure_training(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of a training step of all scales: inputs, forward, backward, clipping, AdamW."""
     device = request.device
-    begin = _Beginning(device)
+    before = peak_memory_bytes(device)
     step = _training_step(request, device)
-    row = begin.row(request, step)
+    row = _timed(request, before, step)
     row["tokens_per_second"] = row["images_per_second"] * request.config.pyramid.num_tokens
     row["kv_cache_bytes"] = 0
     if request.breakdown:
@@ -238,30 +238,23 @@ def _training_step(request: Request, device: torch.device) -> TrainingStep:
     )
 
 
-class _Beginning:
-    """The process before anything is built."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.bytes = peak_memory_bytes(device)
-
-    def row(
-        self, request: Request, run: Callable[[], object], *, warmup: Callable[[], object] | None = None
-    ) -> dict[str, Any]:
-        """Time `run` and take the process's peak."""
-        seconds, runs = median_seconds(run, self.device, repeats=request.repeats, warmup=warmup)
-        gpu = self.device.type == "cuda"
-        return {
-            "batch_size": request.batch_size,
-            "seconds": seconds,
-            "runs": runs,
-            "images_per_second": request.batch_size / seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "memory_is": "allocated on the GPU" if gpu else "resident in the process, Python and torch included",
-            "process_bytes": 0 if gpu else self.bytes,
-            "device": torch.cuda.get_device_name(self.device) if gpu else str(self.device),
-            "dtype": str(request.dtype).removeprefix("torch."),
-        }
+def _timed(
+    request: Request, process_bytes: int, run: Callable[[], object], warmup: Callable[[], object] | None = None
+) -> dict[str, Any]:
+    """Time `run` and take the process's peak; `process_bytes` is what it held before anything was built."""
+    device, gpu = request.device, request.device.type == "cuda"
+    seconds, runs = median_seconds(run, device, repeats=request.repeats, warmup=warmup)
+    return {
+        "batch_size": request.batch_size,
+        "seconds": seconds,
+        "runs": runs,
+        "images_per_second": request.batch_size / seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "memory_is": "allocated on the GPU" if gpu else "resident in the process, Python and torch included",
+        "process_bytes": 0 if gpu else process_bytes,
+        "device": torch.cuda.get_device_name(device) if gpu else str(device),
+        "dtype": str(request.dtype).removeprefix("torch."),
+    }
 
 
 def _published_style(request: Request, transformer: Transformer, vqvae: VQVAE) -> Callable[[int], object]:

@@ -332,7 +332,8 @@ class SampledImages:
         self.save_to = save_to
         self.image_shape = pipeline.config.image_shape
         self.num_classes = pipeline.transformer.config.num_classes
-        self.labels = np.arange(count) % self.num_classes
+        self._classes = np.arange(count) % self.num_classes
+        self.labels: NDArray[np.int64] | None = self._classes
         self.class_names = pipeline.config.class_names
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
@@ -345,7 +346,7 @@ class SampledImages:
             for first in range(start, stop, batch_size):
                 indices = range(first, min(first + batch_size, stop))
                 samples = self.pipeline.sample(
-                    **by_labels(self.pipeline.config, self.labels[first : indices.stop].tolist()),
+                    **by_labels(self.pipeline.config, self._classes[first : indices.stop].tolist()),
                     settings=self.settings,
                     seed=self.seed,
                     indices=indices,
@@ -370,7 +371,7 @@ class SampledImages:
                     with piece.open("rb") as file:
                         shutil.copyfileobj(file, member, 1 << 20)
             with archive.open("labels.npy", "w") as member:
-                np.lib.format.write_array(member, self.labels, allow_pickle=False)
+                np.lib.format.write_array(member, self._classes, allow_pickle=False)
         for piece in pieces:
             piece.unlink()
 

@@ -85,7 +85,9 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
             "Put every image into its class's folder, or all of them into one folder.",
         )
     if not flat and not classes:
-        raise DataError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {_describe(entries)}.")
+        more = ", …" if len(entries) > 3 else ""
+        shown = f"{', '.join(entries[:3])}{more} ({len(entries)} in all)" if entries else "nothing"
+        raise DataError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {shown}.")
     if flat:
         return [folder.resolve().name], flat, [0] * len(flat)
     if empty:
@@ -152,9 +154,3 @@ def _is_visible(name: str) -> bool:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
-
-
-def _describe(entries: Sequence[str]) -> str:
-    if not entries:
-        return "nothing"
-    return f"{', '.join(entries[:3])}{', …' if len(entries) > 3 else ''} ({len(entries)} in all)"

@@ -25,16 +25,8 @@ from mvar_core.errors import DataError
 from mvar_core.io.pixels import Pixels, from_uint8
 
 __all__ = [
-    "ImageRows",
-    "ImageSource",
-    "Pixels",
-    "RandomCrops",
-    "Views",
-    "open_images",
-    "pixel_batches",
-    "row_batches",
-    "split_name",
-]
+    "ImageRows", "ImageSource", "RandomCrops", "Views", "open_images", "pixel_batches", "row_batches", "split_name",
+]  # fmt: skip
 
 CACHE_BYTES = 256 * 2**20
 """Largest set of images that `ImageRows` keeps in memory once they have been read."""
@@ -49,11 +41,8 @@ def open_images(source: str, split: str = "train") -> ImageSource:
     """Open what `--data` names: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
 
     A folder has one sub-folder per class, or all images in itself, or holds shards. Shards are also named by a pattern:
-    `shard-{000..146}.tar`, `shard-*.tar`.
-
-    Args:
-        source: The name; `:train` or `:test` at its end chooses the split. A folder called digits is `./digits`.
-        split: Which split of the data, unless `source` names one.
+    `shard-{000..146}.tar`, `shard-*.tar`. A folder called digits is `./digits`. `:train` or `:test` at the end chooses
+    the split, before `split` does.
 
     Raises:
         DataError: No such data or split, or a folder without images.
@@ -161,12 +150,7 @@ def pixel_batches(
 ) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
     """Images in order, batch by batch, the next batches being read while the caller works on this one.
 
-    Args:
-        source: Where the images come from.
-        image_shape: Height and width to bring them to.
-        indices: Which rows, all by default: image indices, or image · V + view where `views` has V views.
-        batch_size: Images per batch; the last may be smaller.
-        views: The views of every image; none is the image alone.
+    `indices` are rows, all by default: image indices, or image · V + view where `views` has V views.
 
     Yields:
         Pixels uint8 (B, H, W, 3) and labels int64 (B,).

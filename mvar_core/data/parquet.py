@@ -115,9 +115,12 @@ class _Table:
     def images(self, group: int) -> Any:
         raise NotImplementedError
 
+    def column(self, name: str) -> list[Label]:
+        raise NotImplementedError
+
     def labels(self) -> list[Label]:
         """One for each row; None where there is no column of labels."""
-        raise NotImplementedError
+        return [None] * sum(self.group_sizes()) if self.label is None else self.column(self.label)
 
     def class_names(self) -> list[str] | None:
         """Names of the labels, from the data set's features."""
@@ -142,11 +145,9 @@ class _ParquetTable(_Table):
     def images(self, group: int) -> Any:
         return self._file.read_row_group(group, columns=[self.image]).column(0).combine_chunks()
 
-    def labels(self) -> list[Label]:
-        if self.label is None:
-            return [None] * self._file.metadata.num_rows
-        labels: list[Label] = self._file.read(columns=[self.label]).column(0).to_pylist()
-        return labels
+    def column(self, name: str) -> list[Label]:
+        values: list[Label] = self._file.read(columns=[name]).column(0).to_pylist()
+        return values
 
 
 class _ArrowTable(_Table):
@@ -169,10 +170,8 @@ class _ArrowTable(_Table):
     def images(self, group: int) -> Any:
         return self._batches[group].column(self.image)
 
-    def labels(self) -> list[Label]:
-        if self.label is None:
-            return [None] * sum(self.group_sizes())
-        return [value for batch in self._batches for value in batch.column(self.label).to_pylist()]
+    def column(self, name: str) -> list[Label]:
+        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
 
 
 def _open(path: Path, name: str) -> _Table:

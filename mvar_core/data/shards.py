@@ -50,8 +50,7 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
     A folder's splits are its sub-folders train and test (or val), or a word of its files' names, as in
     `train-00000-of-00040.parquet`; files in a sub-folder `data` count as the folder's own.
 
-    Returns:
-        The shards; None where the name stands for something else.
+    None where the name stands for something else.
 
     Raises:
         DataError: No such files, compressed ones, several kinds of them, or no such split.
@@ -88,13 +87,9 @@ def number_classes(
 ) -> tuple[Sequence[str], NDArray[np.int64]]:
     """Names of the classes, and each image's class as their position.
 
-    Args:
-        shards: The files.
-        labels: A number or a name for each image; None for all of them makes one class.
-        items: What messages call the images.
-        reference: Finds the labels of the split train, whose classes count.
-        names: Names of all numbers, where something lists them.
-        some_names: Names of some numbers; others are their own names.
+    Labels are numbers or names; None for all images makes one class. `items` are the images' names in messages, and
+    `reference` finds the labels of the split train, whose classes count. Numbers are named by `names`, where something
+    lists all of them, or by `some_names`; others are their own names.
 
     Raises:
         DataError: Images with and without labels, a number below 0 or without a name, or a class that train lacks.

@@ -81,13 +81,6 @@ class CacheSummary:
     encoded: int
     skipped: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, manifest: Manifest, encoded: int) -> CacheSummary:
-        """The summary of a complete cache."""
-        size = sum(shard.tokens.bytes + shard.labels.bytes for shard in manifest.shards)
-        skipped = tuple(name for shard in manifest.shards for name in shard.skipped)
-        return cls(manifest.images, manifest.views, size, encoded, skipped)
-
 
 @dataclass(frozen=True)
 class Work:
@@ -312,7 +305,10 @@ class CacheWriter:
                 self._complete()
             else:
                 time.sleep(0.2)
-        return CacheSummary.of(Manifest.read(path), work.images)
+        there = Manifest.read(path)
+        size = sum(shard.tokens.bytes + shard.labels.bytes for shard in there.shards)
+        skipped = tuple(name for shard in there.shards for name in shard.skipped)
+        return CacheSummary(there.images, there.views, size, work.images, skipped)
 
     def _complete(self) -> None:
         shards = tuple(filter(None, map(Shard.read, map(self.unfinished.piece, self.unfinished.pieces))))

@@ -212,13 +212,8 @@ class TokenCache:
 
     Row r is view r % num_views of image r // num_views.
 
-    Args:
-        path: The cache's directory.
-        manifest: What it holds.
-        images: The images that count, in the order in which they are numbered here; all by default.
-
     Attributes:
-        images: As given.
+        images: The images that count, in the order in which they are numbered here; None for all.
         labels: int64 (N,), the class of each image.
     """
 
@@ -238,9 +233,7 @@ class TokenCache:
     def open(cls, path: Path, verify: bool = False) -> TokenCache:
         """Open a cache after checking that its files are there and have the right sizes.
 
-        Args:
-            path: The cache's directory.
-            verify: Also compare the files' hashes, which reads all of them.
+        `verify` also compares the files' hashes, which reads all of them.
 
         Raises:
             DataError: Not a token cache, an unfinished one, or one with missing, shortened or changed files.
@@ -282,13 +275,7 @@ class TokenCache:
         return self.num_images * self.num_views
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The tokens and labels of some rows.
-
-        Args:
-            rows: Row numbers, B of them, in any order.
-
-        Returns:
-            Tokens int64 (B, L), and labels int64 (B,) or, from `conditioned`, vectors float32 (B, X).
+        """The tokens int64 (B, L) of B rows, and labels int64 (B,) or, from `conditioned`, vectors float32 (B, X).
 
         Raises:
             IndexError: A row that the cache does not have.

@@ -60,11 +60,7 @@ class ExportedExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
-        """Features of a batch of images.
-
-        Raises:
-            DataError: Not uint8 images of the program's size, or the program fails on them.
-        """
+        """Features of images; DataError where they are not uint8 images of the program's size, or where it fails."""
         check_images(images)
         height, width = images.shape[2:]
         if self._shape[0] not in (None, height) or self._shape[1] not in (None, width):
@@ -134,11 +130,7 @@ class RegisteredExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
-        """Features of a batch of images.
-
-        Raises:
-            DataError: Not uint8 images, or the extractor does not return (B, F).
-        """
+        """Features of images; DataError where they are not uint8 images, or where it does not return (B, F)."""
         check_images(images)
         try:
             with exact_matmul():

@@ -44,13 +44,9 @@ logger = logging.getLogger("mvar")
 
 
 class DemoClassifier(nn.Module):
-    """Three strided convolutions and a hidden layer; the hidden layer's outputs are the demo features.
+    """Three strided convolutions and a hidden layer, whose outputs are the demo features, for images of `image_shape`.
 
-    Args:
-        num_classes: Number of classes, K.
-        image_shape: Height and width of the images it is for.
-        class_names: One name per class; None numbers them.
-        measured_accuracy: Share of held-out images that it classifies right, where that was measured.
+    `measured_accuracy` is the fraction of held-out images that it classifies right, where that was measured.
     """
 
     def __init__(
@@ -208,15 +204,8 @@ def train_classifier(
 ) -> DemoClassifier:
     """Train a classifier on the CPU in seconds; on one machine, equal seeds give equal weights.
 
-    Args:
-        images: Training images, of one size.
-        labels: Their classes.
-        num_classes: Number of classes, K.
-        seed: Decides first weights, order and shifts.
-        steps: Steps of 64 images, each shifted by up to two pixels.
-        class_names: One name per class.
-        test: Held-out images and labels, on which the accuracy is measured and recorded.
-        progress: Called with the steps done and their total.
+    The seed decides first weights, order and shifts. A step is of 64 images, each shifted by up to two pixels; on the
+    held-out images and labels of `test` the accuracy is measured and recorded.
 
     Raises:
         DataError: No images, images of the wrong kind, or labels that do not fit.

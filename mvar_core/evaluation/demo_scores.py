@@ -19,17 +19,15 @@ from mvar_core.runtime import generator
 class DemoScores:
     """Scores that only together show that a model is good: each alone can be good for a bad model.
 
+    Names that end in `_real` are of real test images.
+
     Attributes:
         classifier_accuracy: Fraction of the samples that the classifier assigns to their class.
-        classifier_accuracy_real: The same for real test images.
         demo_fid: Fréchet distance of the samples' demo features to the training images'.
         demo_fid_floor: The same for training images resampled with replacement: the least to expect.
-        demo_fid_real: The same for real test images.
         demo_fid_class_means: The same for the mean image of each class: what a model without diversity gets.
         pixel_diversity: Mean distance between samples of a class.
-        pixel_diversity_real: The same for real test images.
         nearest_distance: Mean distance from a sample to the nearest training image.
-        nearest_distance_real: The same for real test images.
     """
 
     classifier_accuracy: float = math.nan

@@ -160,11 +160,7 @@ class InceptionExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
-        """Features of a batch of images.
-
-        Raises:
-            DataError: Not uint8 images.
-        """
+        """Features of uint8 images; DataError for others."""
         check_images(images)
         with exact_matmul():
             pool, logits = self._network(images.to(self._device))
@@ -262,8 +258,7 @@ def _how_to_get_weights() -> str:
 def _verify(path: Path) -> None:
     if wrong := _difference(path):
         raise DataError(
-            f"{path} is not the Inception weights: {wrong}.",
-            f"Delete it or name another file. {_how_to_get_weights()}",
+            f"{path} is not the Inception weights: {wrong}.", f"Delete it or name another file. {_how_to_get_weights()}"
         )
 
 

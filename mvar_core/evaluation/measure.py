@@ -126,9 +126,7 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     rank by rank in float64 (Chan, Golub and LeVeque 1979): they differ from one process's by the rounding of float64
     sums, some 1e-13 relative. Networks may round differently in batches of another size.
 
-    Args:
-        local: What this process measured: its block of `shards`.
-        total: Number of images of all processes.
+    `local` is what this process measured, its block of `shards`; `total` the number of images of all processes.
 
     Raises:
         DataError: The processes did not measure all images, or measured differently.

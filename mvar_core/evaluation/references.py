@@ -130,9 +130,7 @@ def check_reference(
 def read_statistics(path: Path, images: FeatureSet | None = None) -> FeatureSet | None:
     """Read the statistics of a reference file in the ADM evaluator's layout: mu, sigma, and mu_s, sigma_s for sFID.
 
-    Args:
-        path: An npz file.
-        images: The features of the file's own images (`arr_0`), for precision, recall and KID; None leaves those out.
+    Precision, recall and KID also need the features of the file's own `images` (`arr_0`).
 
     Returns:
         The statistics; None where the file has none, and holds images only.
@@ -247,13 +245,7 @@ def _feature_set(archive: np.lib.npyio.NpzFile, known: Mapping[str, Any]) -> Fea
     labels = rows.pop("labels", None)
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in rows.items()}
     return FeatureSet(
-        known["extractor"],
-        known["weights_hash"],
-        count,
-        statistics(""),
-        statistics("_s"),
-        labels=labels,
-        **tensors,
+        known["extractor"], known["weights_hash"], count, statistics(""), statistics("_s"), labels=labels, **tensors
     )
 
 

@@ -137,11 +137,7 @@ def kid_subsets(num_samples: int, num_reference: int, subset_size: int | None = 
 
 
 def kernel_distance(
-    samples: Float[Tensor, "N F"],
-    reference: Float[Tensor, "M F"],
-    *,
-    seed: int = 0,
-    subset_size: int | None = None,
+    samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"], *, seed: int = 0, subset_size: int | None = None
 ) -> tuple[float, float]:
     """KID: unbiased squared maximum mean discrepancy, kernel (xᵀy/F + 1)³ (Bińkowski et al. 2018).
 
@@ -213,8 +209,8 @@ def evaluate_features(
             else:
                 scores.update({name: found[name] for name in names if name not in reasons})
     if scores["kid"] is not None:
-        sizes = [len(features) for features in both(_features)]
-        settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(*sizes, kid_subset_size)
+        ours, theirs = both(_features)
+        settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(len(ours), len(theirs), kid_subset_size)
     return {**scores, "reasons": reasons, "settings": settings}
 
 

@@ -157,11 +157,9 @@ class FeatureSet:
     """What is known of a set of images: enough to compare it with another set.
 
     Attributes:
-        extractor: Name of the features.
         weights_hash: SHA-256 of the network's weights; None where a file of statistics does not say.
         count: Number of images; None where a file of statistics does not say.
         statistics: Mean and covariance of the features; None for fewer than two images.
-        spatial: Mean and covariance of the spatial features; None where there are none.
         features: (N, F), the features themselves; None where only statistics are known.
         logits: (N, K), what the network classifies the images as; None where unknown.
         labels: int64 (N,), the images' classes; None where unknown.
@@ -211,14 +209,8 @@ def collect(
     which the shuffled inception score reads (4 MB per thousand images for Inception's 1008 classes, 40 kB for ten);
     and, only with `keep_features`, the features in float32 (8 MB per thousand images for Inception's 2048).
 
-    Args:
-        extractor: The network.
-        batches: uint8 images (B, 3, H, W), batch by batch.
-        total: How many images there will be, for `progress` and to reserve memory.
-        progress: Called with the number of images done and the total.
-        keep_features: Whether to keep the features themselves, for precision, recall, KID and scores per class; FID,
-            sFID and the inception score need none.
-        first: Index of the first image among all, where these are a part of them; errors name images by it.
+    Batches are uint8 images (B, 3, H, W), `total` of them; errors count them from `first`. Precision, recall, KID and
+    scores per class need the features themselves; FID, sFID and the inception score need none.
 
     Raises:
         DataError: No images, images of the wrong kind, or features that are not finite.

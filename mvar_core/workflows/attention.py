@@ -162,7 +162,11 @@ def analyze_attention(
     require_new_directory(out, overwrite)
     if dry_run:
         source_name = str(tokens or data or "its own samples")
-        return _planned(_config_of(checkpoint, tokenizer), source_name, num, out, preset)
+        if checkpoint.is_file():
+            config = official.convert(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
+        else:
+            config = read_model_config(checkpoint)
+        return _planned(config, source_name, num, out, preset)
     training = _run_settings(checkpoint) if preset is not None else None
     pipeline = Pipeline.from_pretrained(
         checkpoint, tokenizer=tokenizer, device=machine.device, dtype=machine.dtype, attention=machine.attention
@@ -337,12 +341,6 @@ def _write_preset(path: Path, config: ModelConfig, report: AttentionReport, trai
     load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit together
     head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
-
-
-def _config_of(checkpoint: Path, tokenizer: Path | None) -> ModelConfig:
-    if checkpoint.is_file():
-        return official.convert(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
-    return read_model_config(checkpoint)
 
 
 def _planned(config: ModelConfig, source: str, num: int, out: Path, preset: Path | None) -> AttentionResult:

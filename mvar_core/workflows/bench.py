@@ -159,7 +159,12 @@ def _compare(
     common: Request, batches: Sequence[int], published_style: bool, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Measure every model at every batch size; each row next to the baseline's of the same batch."""
-    _check(common)
+    for _, twin in twins(common.config):  # refuse before the first process what every one of them would refuse
+        try:
+            backend, needs_grad = common.machine.attention, common.what == "train"
+            check_backend(backend, twin.patterns, common.device, common.dtype, needs_grad=needs_grad)
+        except BackendError as error:
+            raise BackendError(f"{error.message} ({twin.name})", error.hint) from None
     models = [(label, config, False) for label, config in twins(common.config)]
     if published_style:
         models.insert(0, ("VAR, published style", models[0][1], True))
@@ -179,16 +184,6 @@ def _compare(
         row["times_faster"] = other["seconds"] / row["seconds"] if measured else None
         row["memory_ratio"] = row["peak_memory_bytes"] / other["peak_memory_bytes"] if measured else None
     return rows
-
-
-def _check(request: Request) -> None:
-    """Refuse before the first process is started what every one of them would refuse."""
-    for _, twin in twins(request.config):
-        try:
-            backend, needs_grad = request.machine.attention, request.what == "train"
-            check_backend(backend, twin.patterns, request.device, request.dtype, needs_grad=needs_grad)
-        except BackendError as error:
-            raise BackendError(f"{error.message} ({twin.name})", error.hint) from None
 
 
 def _attention(

@@ -103,12 +103,8 @@ class TrainingState:
 
 def checkpoints(out: Path) -> list[Path]:
     """Training checkpoints of a run directory, oldest first; of two of the same step the one written last."""
-    found = [
-        (int(match[1]), path.stat().st_mtime, path)
-        for path in (out / "checkpoints").glob("step-*")
-        if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for *_, path in sorted(found)]
+    found = [path for path in (out / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime, path))
 
 
 def latest_checkpoint(out: Path) -> Path | None:
@@ -145,12 +141,9 @@ def state_content(state: TrainingState) -> dict[str, Any]:
 
 
 def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
-    """Write `out`/checkpoints/step-NNNNNNNN.pt whole or not at all; of the older ones some are kept.
+    """Write `out`/checkpoints/step-NNNNNNNN.pt whole or not at all; it is on the disk when this returns.
 
-    Args:
-        out: The run directory.
-        state: What to write. It is on the disk, not only on its way there, when this returns.
-        keep: How many of the last checkpoints stay. That of the best validation stays too.
+    The last `keep` checkpoints stay, and that of the best validation.
     """
     path = checkpoint_path(out, state.step)
     with atomic_path(path, durable=True) as temporary:
@@ -174,8 +167,7 @@ def prune_checkpoints(out: Path, best_step: int | None, keep: int) -> None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint of any kind to the CPU; only tensors and plain values are unpickled, never code.
 
-    Raises:
-        CheckpointError: The file is missing, damaged, holds code, or is not a training checkpoint.
+    What is missing, damaged, holds code, or is no training checkpoint raises CheckpointError.
     """
     if path.is_dir():
         return state_of_content(path, load_shards(path))
@@ -189,11 +181,7 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def state_of_content(path: Path, content: Any) -> TrainingState:
-    """The state that a checkpoint holds.
-
-    Raises:
-        CheckpointError: It was written by another version, or is something else.
-    """
+    """The state that a checkpoint holds; of another version, or something else, it raises CheckpointError."""
     fields = TrainingState.__dataclass_fields__
     needed = {name for name, entry in fields.items() if entry.default is MISSING and entry.default_factory is MISSING}
     if not isinstance(content, dict) or content.get("format") != _FORMAT or not needed <= content.keys():
@@ -208,11 +196,7 @@ def state_of_content(path: Path, content: Any) -> TrainingState:
 
 
 def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to resume a run that was asked to do something else.
-
-    Raises:
-        CheckpointError: Some settings differ; names them with both values.
-    """
+    """Refuse to resume a run that was asked to do something else; names what differs (CheckpointError)."""
     describe = "{} (checkpoint {}, now {})".format
     if differing := differences(found, wanted, describe=describe):
         raise CheckpointError(
@@ -222,9 +206,7 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+    return int(path.name.removeprefix("step-").partition(".")[0])
 
 
 def _remove(path: Path) -> None:
@@ -239,10 +221,7 @@ def _remove(path: Path) -> None:
 def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
     """Write `path` whole or not at all; all processes call this together.
 
-    Args:
-        path: The directory.
-        content: Nested mappings; tensors that are sharded are written shard by shard.
-        world: The processes.
+    `content` is nested mappings, whose sharded tensors are written shard by shard.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -265,14 +244,9 @@ def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
 
 
 def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """Read a directory that any number of processes wrote.
+    """Read a directory that any number of processes wrote; CheckpointError where it is damaged, or holds code.
 
-    Args:
-        path: The directory.
-        mesh: Processes that each take a shard, and call this together; without it, tensors are whole and on the CPU.
-
-    Raises:
-        CheckpointError: The directory is damaged, or holds code.
+    The processes of `mesh` each take a shard, and call this together; without it, tensors are whole and on the CPU.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -345,11 +319,7 @@ class IndexUnpickler(pickle.Unpickler):
     """Takes the plain classes that an index consists of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in the index stands for.
-
-        Raises:
-            UnpicklingError: It is no part of a checkpoint.
-        """
+        """What a name in the index stands for; UnpicklingError where it is no part of a checkpoint."""
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)

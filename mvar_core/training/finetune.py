@@ -48,19 +48,16 @@ class ParameterReport(NamedTuple):
 
 
 def describe_reports(source: str, reports: Sequence[ParameterReport], ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """Everything that became of the weights, for a file in the run directory.
+    """Everything that became of the weights, for a file in the run directory; `source` is where they came from.
 
-    Args:
-        source: Where the weights came from.
-        reports: From `load_pretrained`.
-        ignored: Names of the file's buffers, which follow from the configuration and are never loaded.
+    `ignored` names the file's buffers, which follow from the configuration and are never loaded.
     """
     note = "follows from the configuration, never from a file"
     rows = [*reports, *(ParameterReport(name, "ignored", note) for name in ignored)]
     return {
         "source": source,
         "counts": dict(Counter(row.action for row in rows)),
-        "parameters": [{**row._asdict()} for row in rows],
+        "parameters": [row._asdict() for row in rows],
     }
 
 
@@ -101,15 +98,9 @@ class _Sizes:
 
 
 def check_start(config: ModelConfig, source: ModelConfig, origin: str) -> None:
-    """Refuse, before anything slow, weights of other sizes than the model's.
+    """Refuse, before anything slow, weights of other sizes than the model's (CheckpointError).
 
-    Args:
-        config: The model that is to be trained.
-        source: The model that the weights belong to.
-        origin: Where they are, for the message.
-
-    Raises:
-        CheckpointError: There is no transformer, or a size that must agree does not.
+    `source` is the model that they belong to, `origin` is where they are.
     """
     if source.transformer is None:
         raise CheckpointError(f"{origin} is a tokenizer alone; fine-tuning starts from a transformer.")

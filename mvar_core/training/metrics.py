@@ -25,15 +25,9 @@ from mvar_core.training.objective import Objective, Plan, StepReport
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave.
+    """What one step gave; where it was left out, `loss` is nan, `values` is None, and `found_loss` is the loss.
 
-    Attributes:
-        loss: Mean over the batch; nan where the step was left out.
-        grad_norm: Norm of the gradient before clipping.
-        learning_rate: Of this step.
-        values: The loss and the objective's values; None where the step was left out.
-        found_loss: The loss, also where the step was left out.
-        overflow: Whether it was left out because float16 gradients overflowed, as they now and then do.
+    `overflow` says that it was left out because float16 gradients overflowed, as they now and then do.
     """
 
     loss: float
@@ -50,15 +44,10 @@ class Recorder:
     Attributes:
         window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
         loss: Training loss, averaged over the last finished line.
-
-    Args:
-        objective: Names and describes the measures.
-        plan: When lines are due.
     """
 
     def __init__(self, objective: Objective[Any], plan: Plan):
-        self.objective = objective
-        self.plan = plan
+        self.objective, self.plan = objective, plan
         self.window = torch.zeros(2, 1 + len(objective.metric_names), device=plan.device)
         self.loss = math.nan
         self.started = time.monotonic()
@@ -83,13 +72,7 @@ class Recorder:
     def open(self, out: Path, step: int, settings: Mapping[str, Any]) -> None:
         """Begin to write under `out`; without this call nothing is written, which is right for all processes but one.
 
-        Args:
-            out: The run directory.
-            step: Steps done; lines of later ones are dropped, they will be written again.
-            settings: The run's configuration, for the trackers.
-
-        Raises:
-            ConfigError: A tracker that is not installed.
+        Lines of steps after `step` are dropped: they will be written again. `settings` are shown by the trackers.
         """
         self._trackers = open_trackers(self.plan.train, out, step, settings)
         self._log = MetricsLog(out / "metrics.jsonl", step)
@@ -120,7 +103,8 @@ class Recorder:
         """Write and return the line that is due after `step` steps; empty where none is."""
         if step % self.plan.train.log_every and step != self.plan.total_steps:
             return {}
-        means = dict(zip(("loss", *self.objective.metric_names), self._means(), strict=True))
+        sums, counts = self.window  # a measure that no step had is 0 / 0 = nan
+        means = dict(zip(("loss", *self.objective.metric_names), (sums / counts).tolist(), strict=True))
         self.loss = means["loss"]
         speed = self.images_per_second
         line = {
@@ -158,6 +142,7 @@ class Recorder:
 
     def report(self, step: int, result: StepResult, skipped: int, line: Mapping[str, Any]) -> StepReport:
         """What a progress bar may show of a step."""
+        per_step = (time.monotonic() - self._first_step_started) / (step - self._first_step)
         return StepReport(
             step=step,
             total_steps=self.plan.total_steps,
@@ -169,26 +154,14 @@ class Recorder:
             metrics=line,
             tokens_per_second=self.images_per_second * self.objective.tokens_per_image,
             peak_memory_bytes=peak_memory_bytes(self.plan.device),
-            seconds_left=self._seconds_left(step),
+            seconds_left=per_step * (self.plan.total_steps - step),
         )
-
-    def _seconds_left(self, step: int) -> float:
-        return (
-            (time.monotonic() - self._first_step_started) / (step - self._first_step) * (self.plan.total_steps - step)
-        )
-
-    def _means(self) -> list[float]:
-        sums, counts = self.window
-        means: list[float] = (sums / counts).tolist()  # nan where no step had the measure
-        return means
 
 
 class MetricsLog:
     """metrics.jsonl of a run directory: one JSON object per line, each with the number of steps done.
 
-    Args:
-        path: The file.
-        resume_step: Lines of later steps, and a line that was cut off, are dropped: they will be written again.
+    Lines of steps after `resume_step`, and a line that was cut off, are dropped: they will be written again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
@@ -246,12 +219,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files under the run's tensorboard/.
-
-    Args:
-        directory: Where they are written.
-        step: Steps done before; what earlier sessions wrote of later steps is hidden.
-    """
+    """Event files under `directory`; what earlier sessions wrote of steps after `step` is hidden."""
 
     def __init__(self, directory: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -277,10 +245,6 @@ class WeightsAndBiases:
 
     Its identifier is kept in the run directory, so that a resumed run continues there. Steps that a killed session had
     logged after its last checkpoint are logged a second time, with equal values.
-
-    Args:
-        out: The run directory.
-        settings: Shown as the run's configuration.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
@@ -314,17 +278,7 @@ class WeightsAndBiases:
 
 
 def open_trackers(train: LoopConfig, out: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers that the configuration asks for.
-
-    Args:
-        train: Says which.
-        out: The run directory.
-        step: Steps done before.
-        settings: The run's configuration.
-
-    Raises:
-        ConfigError: One that is asked for is not installed.
-    """
+    """The trackers that the configuration asks for, in a run directory with `step` steps done."""
     check_trackers(train)
     trackers: list[Tracker] = []
     if train.tensorboard:
@@ -335,11 +289,7 @@ def open_trackers(train: LoopConfig, out: Path, step: int, settings: Mapping[str
 
 
 def check_trackers(train: LoopConfig) -> None:
-    """Refuse trackers that are not installed, before anything slow begins.
-
-    Raises:
-        ConfigError: Says what to install.
-    """
+    """Refuse trackers that are not installed, before anything slow begins (ConfigError)."""
     for wanted, package, name in (
         (train.tensorboard, "tensorboard", "TensorBoard"),
         (train.wandb, "wandb", "Weights & Biases"),

@@ -43,17 +43,10 @@ _WHOLE = ("log_head_scale", "modulation_offset")
 def choose_parallel(
     device: torch.device, dtype: torch.dtype, batch_size: int, *, fsdp: bool = False, partial: bool = False
 ) -> Parallel:
-    """How the processes that are connected share the work; alone, one process does it all.
+    """How the processes that are connected share a batch of `batch_size` images; alone, one process does it all.
 
-    Args:
-        device: Where this process computes.
-        dtype: What autocast computes in.
-        batch_size: Images per step, over all processes.
-        fsdp: Shard the model over the processes.
-        partial: Some steps do not use some parameters.
-
-    Raises:
-        ConfigError: Processes, batch and type do not go together.
+    `fsdp` shards the model over them; `partial` says that some steps do not use some parameters. What does not go together
+    raises ConfigError.
     """
     here = world()
     if fsdp and dtype == torch.float16:
@@ -69,11 +62,7 @@ def choose_parallel(
 
 
 def check_batch(batch_size: int, world_size: int, *, fsdp: bool = False) -> None:
-    """Refuse a batch that the processes cannot share.
-
-    Raises:
-        ConfigError: Too few images, or with FSDP shares that are not equal.
-    """
+    """Refuse a batch of too few images for the processes, or with FSDP one of unequal shares (ConfigError)."""
     if batch_size >= world_size and not (fsdp and batch_size % world_size):
         return
     rule = "a multiple of the number of processes" if fsdp else "one image for each process at least"
@@ -117,22 +106,12 @@ class Parallel:
             save_checkpoint(out, state, keep)
 
     def load(self, path: Path, module: nn.Module) -> TrainingState:
-        """Read a checkpoint of any kind, with the tensors as `module` has them; all processes call this together.
-
-        Raises:
-            CheckpointError: It is damaged, or not a training checkpoint.
-        """
+        """Read a checkpoint of any kind, with the tensors as `module` has them; all processes call this together."""
         return load_checkpoint(path)
 
 
 class DataParallel(Parallel):
-    """Every process has the whole model; gradients are averaged while the backward pass still runs (DDP).
-
-    Args:
-        world: The processes.
-        device: Where this process computes.
-        partial: Some steps do not use some parameters, which have to be looked for.
-    """
+    """Every process has the whole model; gradients are averaged while the backward pass still runs (DDP)."""
 
     def __init__(self, world: World, device: torch.device, partial: bool = False):
         super().__init__(world)
@@ -160,11 +139,6 @@ class Sharded(Parallel):
 
     A block's parameters are gathered for its forward and again for its backward pass, in bfloat16 where that is
     computed in; shards, sums of gradients and optimizer state are float32.
-
-    Args:
-        world: The processes.
-        device: Where this process computes.
-        dtype: What autocast computes in.
     """
 
     def __init__(self, world: World, device: torch.device, dtype: torch.dtype):
@@ -265,17 +239,12 @@ class Sharded(Parallel):
         """Tensors by parameter names, sharded as the parameters are."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        own = dict(module.named_parameters())
-        placed = {}
+        own, placed = dict(module.named_parameters()), dict(values)
         for name, value in values.items():
-            parameter = own[name]
-            sharded = isinstance(parameter.data, DTensor) and value.shape == parameter.shape
-            placements = cast("DTensor", parameter.data).placements if sharded else None
-            placed[name] = (
-                distribute_tensor(value.to(self.device), self.mesh, placements, src_data_rank=None)
-                if sharded
-                else value
-            )
+            data = own[name].data
+            if isinstance(data, DTensor) and value.shape == data.shape:
+                value = value.to(self.device)
+                placed[name] = distribute_tensor(value, self.mesh, data.placements, src_data_rank=None)
         return placed
 
 

@@ -24,7 +24,7 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
-from mvar_core.training.objective import BatchPart, OnStep, Plan, comparable_settings
+from mvar_core.training.objective import BatchPart, OnStep, Outcome, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
 from mvar_core.training.parallel import Parallel, choose_parallel
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
@@ -48,47 +48,25 @@ class ImageBatchSource(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenizerOutcome:
+class TokenizerOutcome(Outcome):
     """How the training of a tokenizer ended.
 
     Attributes:
-        steps: Steps done.
-        loss: Training loss, averaged over the last line of metrics.jsonl.
         psnr: In dB, on the validation images where there are any; nan where the run was interrupted, as the next two.
         usage_per_scale: Fraction of the codebook that each scale uses.
         code_usage: Fraction of the codebook that some scale uses.
-        seconds: Time spent, over all sessions of the run.
-        interrupted: Whether Ctrl-C ended it early; run the same again to resume.
-        skipped: Steps left out because their loss or gradient was not finite.
     """
 
-    steps: int
-    loss: float
-    psnr: float
-    usage_per_scale: tuple[float, ...]
-    code_usage: float
-    seconds: float
-    interrupted: bool
-    skipped: int
+    psnr: float = math.nan
+    usage_per_scale: tuple[float, ...] = ()
+    code_usage: float = math.nan
 
 
 class TokenizerObjective:
     """What a tokenizer is trained on: its losses, a k-means start of the codebook and restarts of unused codes.
 
     The loss is reconstruction + perceptual + adversarial + quantizer loss, each with its weight.
-
-    Args:
-        vqvae: The tokenizer.
-        images: What it is trained on.
-        validation: Held-out images.
-        train: Losses and their weights.
-        total_steps: Of the run.
-        device: Where to compute.
-        seed: Of everything random.
-        image_shape: Height and width of the images.
-        dtype: Type that autocast computes in.
-        perceptual: The perceptual loss, where `train` gives it a weight.
-        keep_codebook: Keep the codebook, because the tokenizer was trained before.
+    With `keep_codebook` the codebook is one that was trained before, and k-means does not touch it.
     """
 
     def __init__(
@@ -107,15 +85,10 @@ class TokenizerObjective:
         keep_codebook: bool = False,
         parallel: Parallel | None = None,
     ):
-        self.vqvae = vqvae
+        self.vqvae, self.images, self.validation, self.train = vqvae, images, validation, train
+        self.device, self.seed, self.keep_codebook = device, seed, keep_codebook
         self.parallel = parallel or Parallel()
-        self.images = images
-        self.validation = validation
-        self.train = train
-        self.device = device
-        self.seed = seed
         self._autocasts = dtype != torch.float32
-        self.keep_codebook = keep_codebook
         self.revival_end = train.revive_until * total_steps if train.revive_every else 0
         self.pyramid = vqvae.quantizer.pyramid
         self.perceptual = perceptual.to(device) if perceptual is not None and train.perceptual.weight else None
@@ -194,18 +167,13 @@ class TokenizerObjective:
         batches = 0 if self.keep_codebook else self.train.kmeans_batches
         if batches == 0:
             return
-        features = [
-            self.vqvae.encode_features(
-                self._on_device(
-                    self.images.batch(batch_rows(step, self.train.batch_size, self.num_rows, self.seed), step)
-                )
-            )
-            for step in range(batches)
-        ]
+        features = []
+        for step in range(batches):
+            rows = batch_rows(step, self.train.batch_size, self.num_rows, self.seed)
+            features.append(self.vqvae.encode_features(self._on_device(self.images.batch(rows, step))))
         start_codebook(self.vqvae.quantizer, torch.cat(features), self.seed)
-        self.parallel.world.broadcast_tensor(
-            self.vqvae.quantizer.codebook
-        )  # k-means may round differently on another machine
+        # K-means may round differently on another machine.
+        self.parallel.world.broadcast_tensor(self.vqvae.quantizer.codebook)
 
     def after_step(self, batch: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Let the discriminator learn, and restart the codes that were not used since the last restart."""
@@ -350,15 +318,8 @@ def train_tokenizer(
         parallel=parallel,
     )
     settings = comparable_settings(config, _COMPARED_SECTIONS, train)
-    plan = Plan(
-        total_steps=train.steps,
-        train=train,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        settings={**settings, "seed": seed, "rows": len(images), "started_from": dict(started_from or {})},
-        resume=resume,
-    )
+    settings |= {"seed": seed, "rows": len(images), "started_from": dict(started_from or {})}
+    plan = Plan(train.steps, train, device, dtype, seed, settings, resume)
     no_decay = {"quantizer.codebook"}
     outcome = optimise(vqvae, objective, plan, config, out, no_decay=no_decay, on_step=on_step, parallel=parallel)
     measures = None
@@ -368,24 +329,14 @@ def train_tokenizer(
         if parallel.world.is_rank_zero:
             save_model(out, config.model.model_copy(update={"provenance": facts}), tokenizer=vqvae.state_dict())
     parallel.world.barrier()
-    return TokenizerOutcome(
-        steps=outcome.steps,
-        loss=outcome.loss,
-        psnr=measures.psnr if measures else math.nan,
-        usage_per_scale=measures.usage_per_scale if measures else (),
-        code_usage=measures.code_usage if measures else math.nan,
-        seconds=outcome.seconds,
-        interrupted=outcome.interrupted,
-        skipped=outcome.skipped,
-    )
+    if measures is None:
+        return TokenizerOutcome(**vars(outcome))
+    return TokenizerOutcome(**vars(outcome), psnr=measures.psnr, usage_per_scale=measures.usage_per_scale,
+                            code_usage=measures.code_usage)  # fmt: skip
 
 
 def check_images(images: ImageBatchSource, config: RunConfig) -> None:
-    """Refuse images that do not fit the model, judged by the first row.
-
-    Raises:
-        DataError: No images, or images of another shape.
-    """
+    """Refuse images that do not fit the model, judged by the first row (DataError)."""
     if len(images) == 0:
         raise DataError("There are no images to train on.", "Check --data.")
     found, wanted = tuple(images.batch(np.zeros(1, dtype=np.int64)).shape[1:]), (3, *config.image_shape)
@@ -397,11 +348,7 @@ def check_images(images: ImageBatchSource, config: RunConfig) -> None:
 
 
 def check_losses(config: RunConfig, perceptual: PerceptualLoss | None) -> None:
-    """Refuse a perceptual loss without its network, or on images that are too small for it.
-
-    Raises:
-        ConfigError: Says what to set.
-    """
+    """Refuse a perceptual loss without its network, or on images that are too small (ConfigError)."""
     if not config.train_tokenizer.perceptual.weight:
         return
     if perceptual is None:
@@ -416,15 +363,15 @@ def check_losses(config: RunConfig, perceptual: PerceptualLoss | None) -> None:
 
 @dataclass(frozen=True)
 class TokenizerMeasures:
-    """How well a tokenizer reconstructs, and how it uses its codes.
+    """How well a tokenizer reconstructs (mean PSNR in dB of clamped images), and how it uses its codes.
 
     Attributes:
-        psnr: Mean over images, in dB, on clamped reconstructions.
+        psnr: Mean over images.
         usage_per_scale: Fraction of the codebook that each scale uses.
         perplexity_per_scale: How many codes each scale uses as if evenly.
         code_usage: Fraction of the codebook that some scale uses.
         images: How many images were measured.
-        psnr_by_scales: Mean PSNR of what the first scale, the first two, … decode to; empty where not asked for.
+        psnr_by_scales: Of what the first scale, the first two, … decode to; empty where not asked for.
     """
 
     psnr: float

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def optimise(
     if objective.num_rows < 1:
         raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
     check_trackers(plan.train)
-    session = _Session(module, objective, plan, out, parallel or Parallel(), no_decay)
-    session.on_step, session.on_sample = on_step, on_sample
+    session = _Session(module, objective, plan, out, no_decay, on_step, on_sample, parallel or Parallel())
     if session.parallel.world.is_rank_zero:
         for directory in (out, out / PICTURES):
             remove_leftovers(directory)
@@ -93,31 +93,26 @@ def optimise(
     return session.train(config)
 
 
+@dataclass(eq=False)
 class _Session:
     """One session of a run: from the last checkpoint to the end, or to an interruption."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        objective: Objective[Any],
-        plan: Plan,
-        out: Path,
-        parallel: Parallel,
-        no_decay: Collection[str],
-    ) -> None:
-        self.module = module
-        self.objective = objective
-        self.plan = plan
-        self.out = out
-        self.parallel = parallel
-        self.stepper = Stepper(module, objective, plan, parallel, no_decay)
-        self.recorder = Recorder(objective, plan)
-        self.ema = EMA(module, plan.train.ema) if plan.train.ema else None
-        self.step = 0
-        self.best_step: int | None = None
-        self.best_score = math.inf
-        self.on_step: OnStep | None = None
-        self.on_sample: OnSample | None = None
+    module: nn.Module
+    objective: Objective[Any]
+    plan: Plan
+    out: Path
+    no_decay: Collection[str]
+    on_step: OnStep | None
+    on_sample: OnSample | None
+    parallel: Parallel
+    step: int = 0
+    best_step: int | None = None
+    best_score: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.stepper = Stepper(self.module, self.objective, self.plan, self.parallel, self.no_decay)
+        self.recorder = Recorder(self.objective, self.plan)
+        self.ema = EMA(self.module, self.plan.train.ema) if self.plan.train.ema else None
 
     def resume(self) -> None:
         """Restore everything from the last checkpoint, if there is one."""
@@ -270,15 +265,7 @@ class _Session:
 
 
 class Stepper:
-    """Takes steps, and holds what changes with them: optimizer, gradient scaler, how many steps were left out.
-
-    Args:
-        module: What is trained, on its device, in float32.
-        objective: Loss and data.
-        plan: Steps, batch size, optimizer, device.
-        parallel: How processes share the step.
-        no_decay: Names of parameters without weight decay, next to biases and 1-D ones.
-    """
+    """Takes steps, and holds what changes with them: optimizer, gradient scaler, how many steps were left out."""
 
     def __init__(
         self,
@@ -309,12 +296,7 @@ class Stepper:
         return self.objective.fetch(self.rows(step)[part.start : part.stop], step)
 
     def take(self, batch: Any, step: int) -> StepResult:
-        """Change the model by one step; a step whose loss or gradient is not finite changes nothing.
-
-        Args:
-            batch: From `fetch`.
-            step: Steps done before this one.
-        """
+        """Change the model by the step after `step` others; one whose loss or gradient is not finite changes nothing."""
         plan = self.plan
         rate = learning_rate(step, plan.total_steps, plan.train.batch_size, plan.train.optimizer)
         for group in self.optimizer.param_groups:
@@ -341,8 +323,7 @@ class Stepper:
     def accumulate_gradients(self, batch: Any, step: int) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch.
 
-        Returns:
-            This process's share of the loss and of the objective's values: shares of all processes add up to the means.
+        Returns this process's share of the loss and of the objective's values: shares of all processes add up to the means.
         """
         plan, own = self.plan, self.parallel.part(self.plan.train.batch_size)
         total: Tensor | None = None
@@ -361,15 +342,7 @@ class Stepper:
         return total
 
     def check_skipped(self, step: int, result: StepResult) -> None:
-        """Report a step that was left out, and give up after too many in a row.
-
-        Args:
-            step: Steps done before it.
-            result: What it gave.
-
-        Raises:
-            MvarError: Too many steps in a row were not finite; names the last one's rows.
-        """
+        """Report the step after `step` others, which was left out; too many in a row raise MvarError, naming the rows."""
         found = f"loss {result.found_loss}, gradient norm {result.grad_norm}"
         if not result.overflow:
             logger.warning("Step %d was left out: %s.", step + 1, found)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -24,7 +24,7 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
-from mvar_core.training.objective import BatchPart, OnSample, OnStep, Plan, comparable_settings
+from mvar_core.training.objective import BatchPart, OnSample, OnStep, Outcome, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
 from mvar_core.training.parallel import Parallel, choose_parallel
 from mvar_core.training.trainer import optimise
@@ -45,63 +45,39 @@ class TokenSource(Protocol):
 
 
 @dataclass(frozen=True)
-class TransformerOutcome:
-    """How the training of a transformer ended.
+class TransformerOutcome(Outcome):
+    """How the training of a transformer ended; `best_step` is that of the weights in `out`/best.
 
     Attributes:
-        steps: Steps done.
-        loss: Training loss, averaged over the last line of metrics.jsonl.
-        seconds: Time spent, over all sessions of the run.
-        interrupted: Whether Ctrl-C or SIGTERM ended it early; run the same again to resume.
-        skipped: Steps left out because their loss or gradient was not finite.
         val_loss: Loss on the validation tokens, where there are any.
-        best_step: The step of the lowest validation loss, whose weights are in `out`/best.
     """
 
-    steps: int
-    loss: float
-    seconds: float
-    interrupted: bool
-    skipped: int = 0
     val_loss: float | None = None
-    best_step: int | None = None
 
 
+@dataclass(eq=False)
 class TransformerObjective:
     """Cross-entropy of the true tokens under teacher forcing, as the curriculum weighs it."""
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        quantizer: MultiScaleQuantizer,
-        tokens: TokenSource,
-        validation: TokenSource | None,
-        curriculum: Curriculum,
-        *,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        attention: str,
-        seed: int,
-        parallel: Parallel | None = None,
-    ):
-        self.transformer = transformer
-        self.quantizer = quantizer
-        self.tokens = tokens
-        self.validation = validation
-        self.curriculum = curriculum
-        self.batch_size = batch_size
-        self.device = device
-        self.dtype = dtype
-        self.attention = attention
-        self.seed = seed
-        self.parallel = parallel or Parallel()
-        self.num_scales = transformer.pyramid.num_scales
+    transformer: Transformer
+    quantizer: MultiScaleQuantizer
+    tokens: TokenSource
+    validation: TokenSource | None
+    curriculum: Curriculum
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    seed: int
+    parallel: Parallel = field(default_factory=Parallel)
+    val_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        self.num_scales = self.transformer.pyramid.num_scales
         scales = range(self.num_scales)
         self.metric_names = (*(f"loss_{s}" for s in scales), *(f"accuracy_{s}" for s in scales))
-        self.num_rows = len(tokens)
-        self.tokens_per_image = round(curriculum.tokens_per_step())
-        self.val_loss: float | None = None
+        self.num_rows = len(self.tokens)
+        self.tokens_per_image = round(self.curriculum.tokens_per_step())
 
     def fetch(self, rows: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
         """Tokens and conditions of rows."""
@@ -255,35 +231,27 @@ def train_transformer(
     if not fsdp:  # which moves slice by slice
         transformer.to(device)
     quantizer.to(device)
+    curriculum = build_curriculum(train, transformer.pyramid, transformer.patterns)
     objective = TransformerObjective(
         transformer,
         quantizer,
         tokens,
         validation,
-        build_curriculum(train, transformer.pyramid, transformer.patterns),
-        batch_size=train.batch_size,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        seed=seed,
-        parallel=parallel,
+        curriculum,
+        train.batch_size,
+        device,
+        dtype,
+        attention,
+        seed,
+        parallel,
     )
     settings = comparable_settings(config, _MODEL_SECTIONS, train)
-    plan = Plan(
-        total_steps=planned_steps(train, len(tokens)) if total_steps is None else total_steps,
-        train=train,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        settings={
-            **settings,
-            **_conditioning(config),
-            "seed": seed,
-            "rows": len(tokens),
-            "codebook": _fingerprint(quantizer),
-        },
-        resume=resume,
-    )
+    if config.conditioning.dim is not None:  # runs on classes record nothing of it, as they always did
+        settings["conditioning"] = config.conditioning.model_dump(mode="json")
+    codebook = quantizer.codebook.detach().float().cpu().contiguous().numpy().tobytes()
+    settings |= {"seed": seed, "rows": len(tokens), "codebook": hashlib.sha256(codebook).hexdigest()[:12]}
+    total_steps = planned_steps(train, len(tokens)) if total_steps is None else total_steps
+    plan = Plan(total_steps, train, device, dtype, seed, settings, resume)
     transformer.recompute_blocks = train.activation_checkpointing
     with compiled_blocks(transformer, train.compile):
         outcome = optimise(
@@ -299,42 +267,21 @@ def train_transformer(
         )
     weights = parallel.full_state(transformer) if not outcome.interrupted else {}
     if not outcome.interrupted and parallel.world.is_rank_zero:
-        facts = {**config.provenance, **(provenance or {}), "training_steps": outcome.steps, "seed": seed}
-        model = config.model.model_copy(update={"provenance": facts})
+
+        def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
+            facts = {**config.provenance, **(provenance or {}), "training_steps": steps, "seed": seed}
+            model = config.model.model_copy(update={"provenance": facts})
+            save_model(directory, model, transformer=state, tokenizer=tokenizer_state)
+
         if outcome.best_step is not None:
-            best = config.model.model_copy(update={"provenance": {**facts, "training_steps": outcome.best_step}})
-            found = best_weights(out, outcome.best_step)
-            save_model(out / BEST, best, transformer=found, tokenizer=tokenizer_state)
-        save_model(out, model, transformer=weights, tokenizer=tokenizer_state)
+            save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
+        save(out, weights, outcome.steps)
     parallel.world.barrier()
-    return TransformerOutcome(
-        outcome.steps,
-        outcome.loss,
-        outcome.seconds,
-        outcome.interrupted,
-        outcome.skipped,
-        objective.val_loss,
-        outcome.best_step,
-    )
-
-
-def _conditioning(config: RunConfig) -> dict[str, Any]:
-    """What a run on vectors must agree on as well; runs on classes record nothing, as they always did."""
-    return {} if config.conditioning.dim is None else {"conditioning": config.conditioning.model_dump(mode="json")}
-
-
-def _fingerprint(quantizer: MultiScaleQuantizer) -> str:
-    """Names the codebook, so that a run is not resumed on another tokenizer's tokens."""
-    codebook = quantizer.codebook.detach().float().cpu().contiguous()
-    return hashlib.sha256(codebook.numpy().tobytes()).hexdigest()[:12]
+    return TransformerOutcome(**vars(outcome), val_loss=objective.val_loss)
 
 
 def check_tokens(tokens: TokenSource, transformer: Transformer, quantizer: MultiScaleQuantizer) -> None:
-    """Refuse tokens that do not fit the model, judged by the first row.
-
-    Raises:
-        DataError: No rows, another number of tokens, a token above the codebook, or conditions of another kind.
-    """
+    """Refuse tokens, or conditions, that do not fit the model, judged by the first row (DataError)."""
     if len(tokens) == 0:
         raise DataError("The token cache holds no images.", "Run `mvar tokenize` on a folder that has some.")
     tokens_BL, conditions = tokens.batch(np.zeros(1, dtype=np.int64))

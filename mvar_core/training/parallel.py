@@ -45,8 +45,8 @@ def choose_parallel(
 ) -> Parallel:
     """How the processes that are connected share a batch of `batch_size` images; alone, one process does it all.
 
-    `fsdp` shards the model over them; `partial` says that some steps do not use some parameters. What does not go together
-    raises ConfigError.
+    `fsdp` shards the model over them; `partial` says that some steps do not use some parameters. ConfigError where
+    processes, batch and type do not go together.
     """
     here = world()
     if fsdp and dtype == torch.float16:

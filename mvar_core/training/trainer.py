@@ -296,7 +296,7 @@ class Stepper:
         return self.objective.fetch(self.rows(step)[part.start : part.stop], step)
 
     def take(self, batch: Any, step: int) -> StepResult:
-        """Change the model by the step after `step` others; one whose loss or gradient is not finite changes nothing."""
+        """Change the model by the step after `step` others; where loss or gradient is not finite, change nothing."""
         plan = self.plan
         rate = learning_rate(step, plan.total_steps, plan.train.batch_size, plan.train.optimizer)
         for group in self.optimizer.param_groups:
@@ -323,7 +323,7 @@ class Stepper:
     def accumulate_gradients(self, batch: Any, step: int) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch.
 
-        Returns this process's share of the loss and of the objective's values: shares of all processes add up to the means.
+        Returns this process's share of the loss and of the objective's values; shares of all processes add up to means.
         """
         plan, own = self.plan, self.parallel.part(self.plan.train.batch_size)
         total: Tensor | None = None
@@ -342,7 +342,7 @@ class Stepper:
         return total
 
     def check_skipped(self, step: int, result: StepResult) -> None:
-        """Report the step after `step` others, which was left out; too many in a row raise MvarError, naming the rows."""
+        """Report the step after `step` others, which was left out; too many in a row raise MvarError."""
         found = f"loss {result.found_loss}, gradient norm {result.grad_norm}"
         if not result.overflow:
             logger.warning("Step %d was left out: %s.", step + 1, found)

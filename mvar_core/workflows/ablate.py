@@ -267,11 +267,7 @@ class Experiment:
     progress: Progress
 
     def check(self) -> None:
-        """Refuse, before anything slow, what cannot work.
-
-        Raises:
-            MvarError: Arguments that contradict each other, or something that is not there.
-        """
+        """Refuse, before anything slow, what cannot work."""
         config = self.config
         if (self.tokens is None) == (self.data is None):
             raise ConfigError(
@@ -372,11 +368,7 @@ class Experiment:
         return AblationResult(model=self.config.name, seeds=self.seeds, rows=rows, dry_run=dry_run)
 
     def execute(self, overwrite: bool, start: float) -> AblationResult:
-        """Make what is missing, and report.
-
-        Raises:
-            MvarError: Something that cannot be used, or another ablation in `out`.
-        """
+        """Make what is missing, and report."""
         job, settings = self.job, settings_of(self.tables)
         device = resolve_device(self.machine.device)
         dtype = resolve_dtype(self.machine.dtype, device)
@@ -619,15 +611,8 @@ def finite(value: Any) -> Any:
 class Scorer:
     """Scores samples of one model after another against one reference: the metrics of `evaluate`.
 
-    On bundled digits the measures of the quickstart are added.
-
-    Args:
-        experiment: What was asked for.
-        config: The run, fitted to the tokens.
-        training_images: Names the reference where none was asked for.
-
-    Raises:
-        MvarError: Something that the user named cannot be used; what was not named is left out, with the reason.
+    On bundled digits the measures of the quickstart are added. What the user named and cannot be used raises MvarError;
+    what was not named is left out, with the reason.
     """
 
     def __init__(self, experiment: Experiment, config: RunConfig, training_images: str):
@@ -654,11 +639,9 @@ class Scorer:
             self._digits = [read_digits(split, shape) for split in ("train", "test")]
 
     def score(self, images: SampledImages, figure: Path) -> dict[str, Any]:
-        """Generate samples and score them; a grid of the first is left in `figure`.
+        """Generate samples and score them as `evaluate` does; a grid of the first is left in `figure`.
 
-        Returns:
-            The scores of `evaluate`, None with a reason where there is none, `classifier_accuracy`, and on digits the
-            quickstart's measures.
+        A score is None, with a reason, where there is none.
         """
         kept: list[Tensor] = []
 

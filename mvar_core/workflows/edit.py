@@ -28,7 +28,7 @@ from mvar_core.sampling.conditions import choose_conditions
 from mvar_core.sampling.editing import UNGUIDED, KeptTokens, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.sampler import resolve_settings
-from mvar_core.sampling.shards import Generate, SampleOutput, SampleShards, SampleSpec
+from mvar_core.sampling.shards import SampleOutput, SampleShards, SampleSpec
 from mvar_core.workflows.sample import Interrupted, LazyModel, SampleResult, check_early, write_samples
 
 Box = tuple[int, int, int, int]
@@ -141,13 +141,12 @@ def edit(
             fields = model.spec(chosen, num, resolved, seed, output, save_tokens, stages)
             spec = EditSpec(**fields, **region_of.spec(), paste=paste)
 
-            def start() -> Generate:
+            def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterator[Samples]:
                 options = {"settings": resolved, "seed": seed, "batch_size": batch_size, "stages": stages}
-                return edit_generator(model.load(), region_of, spec, options)
+                return edited(model.load(), region_of, spec, indices, progress=report, **options)
 
-            values = write_samples(
-                world, SampleShards(output, spec), start, overwrite, model.device, batch_size, progress
-            )
+            shards = SampleShards(output, spec)
+            values = write_samples(world, shards, generate, overwrite, model, batch_size, progress)
             return EditResult(
                 **values, keep=keep, coverage=coverage, paste=paste, box=region, mask=region_of.mask, edits=edits
             )
@@ -162,12 +161,7 @@ class EditSpec(SampleSpec):
     Attributes:
         images: Names of the image files, without their endings.
         inputs: Fingerprint of the image files and the mask.
-        box: x0, y0, x1, y1, or None.
-        keep: What stays: inside or outside.
-        coverage: How much of a coarse token's cell must stay.
         stays: For each image which tokens stay: one bit each, in hexadecimal.
-        null_label: The label that stands for no class.
-        paste: Whether the given pixels are copied over the generated ones.
     """
 
     images: tuple[str, ...]
@@ -213,32 +207,23 @@ class EditSpec(SampleSpec):
         return f"{self.number(index)}_{self.images[self.image_of(index)]}{label}.png"
 
 
+@dataclass(eq=False)
 class Regions:
     """Images, and what stays of each; everything is checked before anything is sampled.
 
-    Args:
-        config: The model.
-        images: Files, and folders of them.
-        box: x0, y0, x1, y1 in pixels of every image's file, or None.
-        mask: An image file, white inside; of an image's size, or of the model's. One of box and mask is there.
-        keep: What stays: inside or outside.
-        coverage: How much of a coarse token's cell must stay.
-
-    Raises:
-        DataError: Images or a mask that cannot be used, or nothing to generate, or nothing that stays.
-        ConfigError: A coverage out of range, or another `keep`.
+    There is a box, in pixels of every image's file, or a mask, white inside, of an image's size or of the model's.
+    DataError where images or mask cannot be used, or all or nothing of an image would stay.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        images: str | Path | Sequence[str | Path],
-        box: Box | None,
-        mask: Path | None,
-        keep: str,
-        coverage: float,
-    ):
-        self.config, self.box, self.mask, self.keep, self.coverage = config, box, mask, keep, coverage
+    config: ModelConfig
+    images: str | Path | Sequence[str | Path]
+    box: Box | None
+    mask: Path | None
+    keep: str
+    coverage: float
+
+    def __post_init__(self) -> None:
+        mask, images = self.mask, self.images
         named = [Path(path) for path in ([images] if isinstance(images, (str, Path)) else images)]
         self.paths = [
             path
@@ -251,7 +236,7 @@ class Regions:
         first = dict(zip(reversed(self.sizes), reversed(self.paths), strict=True))
         self._pixels = {size: self._kept(path, size, inside) for size, path in first.items()}
         self._stays = {
-            size: kept_tokens(torch.from_numpy(pixels), config.pyramid, coverage)
+            size: kept_tokens(torch.from_numpy(pixels), self.config.pyramid, self.coverage)
             for size, pixels in self._pixels.items()
         }
         for size, path in first.items():
@@ -329,44 +314,38 @@ class Regions:
             )
 
 
-def edit_generator(pipeline: Pipeline, regions: Regions, spec: EditSpec, options: Mapping[str, Any]) -> Generate:
-    """`Generate` for edits, with options of `Pipeline.stream`."""
-
-    def generate(indices: Sequence[int], progress: Callable[[int, int], None]) -> Iterator[Samples]:
-        images = [spec.image_of(index) for index in indices]
-        given = lru_cache(maxsize=4)(regions.given)
-        encoded = {
-            image: pipeline.kept_tokens(
-                from_uint8(given(image)[None]), torch.from_numpy(regions.pixels(image)), spec.coverage
-            )
-            for image in dict.fromkeys(images)
-        }
-        kept = KeptTokens(
-            torch.cat([encoded[image].tokens_NL for image in images]),
-            torch.cat([encoded[image].kept_NL for image in images]),
+def edited(
+    pipeline: Pipeline, regions: Regions, spec: EditSpec, indices: Sequence[int], **options: Any
+) -> Iterator[Samples]:
+    """Edits with some global numbers, with options of `Pipeline.stream`."""
+    images = [spec.image_of(index) for index in indices]
+    given = lru_cache(maxsize=4)(regions.given)
+    encoded = {
+        image: pipeline.kept_tokens(
+            from_uint8(given(image)[None]), torch.from_numpy(regions.pixels(image)), spec.coverage
         )
-        conditions = spec.conditions(indices)
-        if not spec.classes:
-            conditions = {"labels": pipeline.null_conditions(len(indices))}
-        done = 0
-        for samples in pipeline.stream(**conditions, kept=kept, indices=indices, progress=progress, **options):
-            batch = images[done : done + len(samples)]
-            done += len(samples)
-            if spec.paste:
-                own = torch.from_numpy(np.stack([given(image) for image in batch]))
-                pixels = torch.from_numpy(np.stack([regions.pixels(image) for image in batch]))
-                samples = replace(samples, images=pasted(samples.images, own, pixels))
-            yield samples
-
-    return generate
+        for image in dict.fromkeys(images)
+    }
+    kept = KeptTokens(
+        torch.cat([encoded[image].tokens_NL for image in images]),
+        torch.cat([encoded[image].kept_NL for image in images]),
+    )
+    conditions = spec.conditions(indices)
+    if not spec.classes:
+        conditions = {"labels": pipeline.null_conditions(len(indices))}
+    done = 0
+    for samples in pipeline.stream(**conditions, kept=kept, indices=indices, **options):
+        batch = images[done : done + len(samples)]
+        done += len(samples)
+        if spec.paste:
+            own = torch.from_numpy(np.stack([given(image) for image in batch]))
+            pixels = torch.from_numpy(np.stack([regions.pixels(image) for image in batch]))
+            samples = replace(samples, images=pasted(samples.images, own, pixels))
+        yield samples
 
 
 def parse_box(text: str) -> Box:
-    """A box from text such as 64,64,192,192.
-
-    Raises:
-        ConfigError: Not four whole numbers.
-    """
+    """A box from text such as 64,64,192,192; ConfigError where it is not four whole numbers."""
     try:
         x0, y0, x1, y1 = (int(part) for part in text.split(","))
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,12 +13,52 @@ from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.errors import DataError
 from mvar_core.io.files import require_new_directory
 from mvar_core.progress import Progress
-from mvar_core.runtime import generator
+from mvar_core.results import Result
+from mvar_core.runtime import generator, peak_memory_bytes
 from mvar_core.training.finetune import START_REPORT
-from mvar_core.training.objective import StepReport
+from mvar_core.training.objective import Outcome, StepReport
 
 RUN_FILES = ("config.yaml", "checkpoints", "tokens", START_REPORT)
 """Any of these in a directory says that a run was begun there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult(Result):
+    """How a training ended.
+
+    Attributes:
+        steps: Steps done.
+        loss: Training loss, averaged over the last line of metrics.jsonl.
+        model: The run directory, which is also a model directory; without a transformer where a tokenizer was trained.
+        seconds: Time spent, over all sessions of the run.
+        images_per_second: Throughput over that time.
+        peak_memory_bytes: Highest memory of this process.
+        interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
+        processes: How many processes shared the work.
+    """
+
+    steps: int
+    loss: float
+    model: Path
+    seconds: float
+    images_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    interrupted: bool = False
+    processes: int = 1
+
+
+def ended(outcome: Outcome, out: Path, batch_size: int, device: torch.device, processes: int) -> dict[str, Any]:
+    """Fields of a `TrainingResult`."""
+    return {
+        "steps": outcome.steps,
+        "loss": outcome.loss,
+        "model": out,
+        "seconds": outcome.seconds,
+        "images_per_second": outcome.steps * batch_size / max(outcome.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "interrupted": outcome.interrupted,
+        "processes": processes,
+    }
 
 
 class LoopSettings(TypedDict, total=False):
@@ -45,8 +86,7 @@ class TokenizerLoopSettings(TypedDict, total=False):
 def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:
     """Whether a run in `out` resumes from what is there, after checking that it may.
 
-    Raises:
-        DataError: `out` holds something that is not a run, or a run that is neither resumed nor overwritten.
+    What is not a run, or one that is neither resumed nor overwritten, raises DataError.
     """
     if overwrite:
         require_new_directory(out, overwrite=True)

@@ -145,45 +145,18 @@ def sample_to(
                 return SampleResult(dry_run=model.dry_run(steps, total, resolved, batch_size))
             spec = SampleSpec(**model.spec(chosen, num, resolved, seed, output, save_tokens, stages))
 
-            def start() -> Generate:
-                return pipeline_generator(
-                    model.load(), spec.conditions, settings=resolved, seed=seed, batch_size=batch_size, stages=stages
-                )
+            def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterator[Samples]:
+                own = {**spec.conditions(indices), "indices": indices, "progress": report}
+                return model.load().stream(**own, settings=resolved, seed=seed, batch_size=batch_size, stages=stages)
 
             shards = SampleShards(output, spec)
-            return SampleResult(**write_samples(world, shards, start, overwrite, model.device, batch_size, progress))
+            return SampleResult(**write_samples(world, shards, generate, overwrite, model, batch_size, progress))
     except Interrupted as stop:
         return SampleResult(**stop.values)
 
 
-def pipeline_generator(
-    pipeline: Pipeline, arguments: Callable[[Sequence[int]], Mapping[str, Any]], **options: Any
-) -> Generate:
-    """`Generate` by a pipeline.
-
-    Args:
-        pipeline: The model.
-        arguments: Arguments of `Pipeline.stream` for samples of some global numbers.
-        **options: The same for all samples.
-    """
-
-    def generate(indices: Sequence[int], progress: Callable[[int, int], None]) -> Iterator[Samples]:
-        return pipeline.stream(**arguments(indices), indices=indices, progress=progress, **options)
-
-    return generate
-
-
 class LazyModel:
-    """A model that is loaded as late as possible: its configuration tells most of what can be wrong.
-
-    Attributes:
-        config: The configuration.
-        device: Where this process computes.
-        dtype: Of weights and activations.
-
-    Raises:
-        BackendError: The attention backend cannot run this model here.
-    """
+    """A model that is loaded as late as possible: its configuration tells most of what can be wrong."""
 
     def __init__(self, checkpoint: str | Path, tokenizer: str | Path | None, world: World, machine: Machine):
         self.checkpoint = Path(checkpoint)
@@ -205,18 +178,15 @@ class LazyModel:
         return self._pipeline
 
     def fingerprint(self) -> str:
-        """What tells these weights from others.
-
-        Raises:
-            CheckpointError: A file is missing.
-        """
+        """What tells these weights from others; CheckpointError where a file is missing."""
         if self.checkpoint.is_file():
             return fingerprint([self.checkpoint, self.tokenizer or official.tokenizer_next_to(self.checkpoint)])
         names = (directory.CONFIG_FILE, directory.TRANSFORMER_FILE, directory.TOKENIZER_FILE)
-        for name in names:
-            if not (self.checkpoint / name).is_file():
-                raise CheckpointError(f"{self.checkpoint} has no {name}.", "Use a model that `mvar train` made.")
-        return fingerprint([self.checkpoint / name for name in names])
+        files = [self.checkpoint / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{self.checkpoint} has no {file.name}.", "Use a model that `mvar train` made.")
+        return fingerprint(files)
 
     def spec(
         self,
@@ -267,36 +237,25 @@ def check_early(world: World, output: SampleOutput, overwrite: bool) -> None:
 def write_samples(
     world: World,
     shards: SampleShards,
-    start: Callable[[], Generate],
+    generate: Generate,
     overwrite: bool,
-    device: Any,
+    model: LazyModel,
     batch_size: int | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Generate the shards that are missing and assemble the output.
-
-    Args:
-        world: The processes, which share the shards.
-        shards: Where they go.
-        start: Loads the model; not called where no shard is missing.
-        overwrite: Whether an output that exists may be replaced.
-        device: Where samples are generated.
-        batch_size: As asked for.
-        progress: Of the public function.
-
-    Returns:
-        Fields of a `SampleResult`.
+    """Generate the shards that are missing and assemble the output; returns the fields of a `SampleResult`.
 
     Raises:
         Interrupted: By Ctrl-C or SIGTERM; every shard that was finished is kept.
     """
-    spec = shards.spec
-    done = world.run_on_rank_zero(lambda: shards.check(overwrite))
-    generate = start() if len(done) < len(spec.shards) else None
+    spec, device = shards.spec, model.device
+    missing = len(world.run_on_rank_zero(lambda: shards.check(overwrite))) < len(spec.shards)
+    if missing:
+        model.load()
     resumed, speed, began = spec.total, None, time.monotonic()
     values = {"total": spec.total, "settings": spec.settings, "device": str(device), "processes": world.world_size}
     try:
-        if generate is not None:
+        if missing:
             resumed = _generate_missing(world, shards, generate, progress)
             seconds = time.monotonic() - began
             speed = (spec.total - resumed) / seconds if resumed < spec.total else None

@@ -19,7 +19,7 @@ from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config, parse_setting
 from mvar_core.data.images import Views, open_images
 from mvar_core.data.tokens import TokenCache
-from mvar_core.distributed import World, connect, world
+from mvar_core.distributed import connect, world
 from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
 from mvar_core.io.files import atomic_directory, write_json
 from mvar_core.io.pictures import make_grid, save_png
@@ -31,15 +31,15 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize, mvar_windows, read_sizes
-from mvar_core.results import DryRun, Result
-from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
+from mvar_core.results import DryRun
+from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.conditions import by_labels
 from mvar_core.training.finetune import START_REPORT, Classes, check_start, describe_reports, load_pretrained
 from mvar_core.training.metrics import check_trackers
 from mvar_core.training.objective import PICTURES
 from mvar_core.training.order import planned_steps
 from mvar_core.training.transformer import TransformerOutcome, train_transformer
-from mvar_core.workflows.runs import LoopSettings, prepare_run, seeded, step_progress
+from mvar_core.workflows.runs import LoopSettings, TrainingResult, ended, prepare_run, seeded, step_progress
 from mvar_core.workflows.tokenize import write_tokens
 
 DEFAULT_DEPTH = 8
@@ -53,44 +53,25 @@ logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult(Result):
-    """How a training ended.
+class TrainResult(TrainingResult):
+    """How the training of a transformer ended; also what `mvar_core.workflows.runs.TrainingResult` says.
 
     Attributes:
-        steps: Steps done.
-        loss: Training loss, averaged over the last line of metrics.jsonl.
-        model: The run directory, which is also a model directory.
-        seconds: Time spent, over all sessions of the run.
-        images_per_second: Throughput over that time.
-        peak_memory_bytes: Highest memory of this process.
         validation_loss: Loss on the validation tokens, where there are any.
         best_step: The step of the lowest validation loss, whose weights are in `model`/best.
         skipped: Steps that were left out because their loss or gradient was not finite.
-        interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
-        processes: How many processes shared the work.
     """
 
-    steps: int
-    loss: float
-    model: Path
-    seconds: float
-    images_per_second: float = 0.0
-    peak_memory_bytes: int = 0
     validation_loss: float | None = None
     best_step: int | None = None
     skipped: int = 0
-    interrupted: bool = False
-    processes: int = 1
 
 
 @dataclass(frozen=True)
 class Start:
-    """What gives a transformer its first weights.
+    """What gives a transformer its first weights: a model directory, and the published file that it was made from.
 
-    Attributes:
-        directory: A model directory.
-        file: The published file that the directory was made from.
-        classes: What becomes of the class table (mvar_core.training.finetune.Classes).
+    `classes` says what becomes of the class table (mvar_core.training.finetune.Classes).
     """
 
     directory: Path
@@ -263,11 +244,7 @@ class _Run:
     start: Start | None = None
 
     def check(self) -> None:
-        """Refuse, before anything slow, what cannot work.
-
-        Raises:
-            MvarError: Says what does not fit.
-        """
+        """Refuse, before anything slow, what cannot work."""
         if self.out.resolve() == self.tokenizer.resolve():
             raise DataError(f"--out {self.out} is the tokenizer's directory.", "Choose another --out.")
         tokenizer = read_model_config(self.tokenizer)
@@ -299,7 +276,12 @@ class _Run:
                 start=self.start,
                 progress=self.progress,
             )
-        return train_result(outcome, config, self.out, machine, world)
+        return TrainResult(
+            **ended(outcome, self.out, config.train.batch_size, device, world.world_size),
+            validation_loss=outcome.val_loss,
+            best_step=outcome.best_step,
+            skipped=outcome.skipped,
+        )
 
     def tokenize(self, machine: Machine) -> TokenCache:
         """The images as a token cache inside the run directory."""
@@ -339,25 +321,6 @@ class _Run:
         return TrainResult(steps=total, loss=float("nan"), model=self.out, seconds=0.0, dry_run=dry_run)
 
 
-def train_result(
-    outcome: TransformerOutcome, config: RunConfig, out: Path, machine: Machine, world: World
-) -> TrainResult:
-    """The result that belongs to an outcome of `train_on_tokens`."""
-    return TrainResult(
-        steps=outcome.steps,
-        loss=outcome.loss,
-        model=out,
-        seconds=outcome.seconds,
-        images_per_second=outcome.steps * config.train.batch_size / max(outcome.seconds, 1e-9),
-        peak_memory_bytes=peak_memory_bytes(resolve_device(machine.device)),
-        validation_loss=outcome.val_loss,
-        best_step=outcome.best_step,
-        skipped=outcome.skipped,
-        interrupted=outcome.interrupted,
-        processes=world.world_size,
-    )
-
-
 def train_on_tokens(
     config: RunConfig,
     tokens: TokenCache,
@@ -375,22 +338,8 @@ def train_on_tokens(
 ) -> TransformerOutcome:
     """Train a transformer with a configuration that is ready; `train` and what trains several models stand on this.
 
-    Args:
-        config: From `fit_to_tokens`.
-        tokens: The token cache.
-        tokenizer: Model directory with the tokenizer that made it.
-        out: The run directory.
-        machine: This process's device, and how it is used.
-        resume: Resume from a checkpoint in `out`.
-        fsdp: Shard the model over the processes.
-        validation: Held-out tokens.
-        start: What gives the first weights.
-        provenance: Further facts for config.json.
-        progress: Called after every step.
-        stage: What `progress` calls it.
-
-    Raises:
-        MvarError: Tokens, tokenizer, weights or checkpoint do not fit.
+    The configuration is from `fit_to_tokens`, `tokenizer` is a model directory, `provenance` holds further facts for
+    config.json, and `stage` is what `progress` calls the training.
     """
     config = _naming_the_encoder(config, tokens)
     digest = tokenizer_hash(tokenizer)
@@ -424,11 +373,7 @@ def train_on_tokens(
 
 
 def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[str, ...]) -> RunConfig:
-    """The configuration of a model for this tokenizer and these classes.
-
-    Raises:
-        ConfigError: The tokenizer does not fit the configuration's image size and pyramid.
-    """
+    """The configuration of a model for a tokenizer and classes; ConfigError where the tokenizer does not fit."""
     if config.transformer is None:
         raise ConfigError(f"{config.name} is a tokenizer's preset; training needs a transformer section.")
     latent, downsample = config.pyramid.latent_grid, tokenizer.tokenizer.downsample
@@ -456,11 +401,7 @@ def _cache_of(tokens: Path | str | None, data: Path | str | None) -> TokenCache 
 
 
 def _tokenizer_of(cache: TokenCache | None, given: Path | str | None) -> Path:
-    """The tokenizer's directory: the one that was given, or the one that the cache remembers.
-
-    Raises:
-        ConfigError: Neither is there.
-    """
+    """The tokenizer's directory: the one that was given, or the one that the cache remembers."""
     if given is not None:
         return Path(given)
     if cache is None:
@@ -522,11 +463,7 @@ def _configuration(
     depth: int | None = None,
     **flags: Any,
 ) -> RunConfig:
-    """Preset or base, settings and flags, merged.
-
-    Raises:
-        ConfigError: A key or value that cannot be used, or flags that contradict each other.
-    """
+    """Preset or base, settings and flags, merged."""
     if loop.get("steps") is not None and loop.get("epochs") is not None:
         raise ConfigError("--steps and --epochs both specify how long to train.", "Use one of them.")
     # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
@@ -560,10 +497,7 @@ def _naming_the_encoder(config: RunConfig, tokens: TokenCache) -> RunConfig:
 def _sample_pictures(
     config: RunConfig, tokenizer: VQVAE, transformer: Transformer, out: Path
 ) -> Callable[[int], np.ndarray]:
-    """Generate the same few samples with the model as it is, as a grid that is also written under `out`/samples.
-
-    Two samples, one below the other, of up to eight classes that are spread over all of them.
-    """
+    """Generate the same few samples with the model as it is: two each of up to eight classes, as one grid."""
     classes = config.transformer.num_classes if config.transformer is not None else 1
     labels = sorted({round(place) for place in np.linspace(0, classes - 1, PICTURED_CLASSES)})
 
@@ -578,11 +512,7 @@ def _sample_pictures(
 
 
 def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequence[str]) -> None:
-    """Make a published file into a model directory, once; the run resumes without converting it again.
-
-    Raises:
-        CheckpointError: A file that does not fit, or `directory` was made from another file.
-    """
+    """Make a published file into a model directory, once; the run resumes without converting it again."""
     if not (directory / "config.json").is_file():
         named = dict(map(parse_setting, settings)).get(("patch_sizes",))
         try:
@@ -614,11 +544,11 @@ def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out
     ignored = [name for name in official.read_official(start.file) if official.is_buffer(name)] if start.file else []
     if world().is_rank_zero:
         write_json(out / START_REPORT, describe_reports(start.origin, reports, ignored))
-    changed = [report for report in reports if report.action != "loaded"]
-    logger.info("%s: %d of %d parameters loaded as they are.", start.origin, len(reports) - len(changed), len(reports))
-    for report in changed:
-        logger.info("  %s: %s, %s", report.name, report.action, report.note)
     counts = Counter(report.action for report in reports)
+    logger.info("%s: %d of %d parameters loaded as they are.", start.origin, counts["loaded"], len(reports))
+    for report in reports:
+        if report.action != "loaded":
+            logger.info("  %s: %s, %s", report.name, report.action, report.note)
     counts["ignored"] = len(ignored)
     listed = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
     logger.info("Weights: %s; %s lists each of them.", listed, out / START_REPORT)

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mvar_core.analysis.cost import cost_of
-from mvar_core.config import Machine, ModelConfig, RunConfig
+from mvar_core.config import Machine, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.data.images import ImageRows, ImageSource, RandomCrops, Views, open_images
 from mvar_core.distributed import World, connect
@@ -24,12 +24,14 @@ from mvar_core.models.directory import load_tokenizer, read_model_config, tokeni
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize
-from mvar_core.results import DryRun, Result
-from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
+from mvar_core.results import DryRun
+from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.training import tokenizer as training
 from mvar_core.training.perceptual import load_perceptual_loss
 from mvar_core.workflows.runs import (
     TokenizerLoopSettings,
+    TrainingResult,
+    ended,
     held_out,
     prepare_run,
     seeded,
@@ -42,51 +44,18 @@ logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizerResult(Result):
-    """How the training of a tokenizer ended.
+class TrainTokenizerResult(TrainingResult):
+    """How the training of a tokenizer ended; also what `mvar_core.workflows.runs.TrainingResult` says.
 
     Attributes:
-        steps: Steps done.
-        loss: Training loss, averaged over the last line of metrics.jsonl.
-        model: The run directory, which is also a model directory without a transformer.
-        seconds: Time spent, over all sessions of the run.
-        images_per_second: Throughput over that time.
-        peak_memory_bytes: Highest memory of this process.
         psnr: In dB, on the data's test images where it has some; nan where the run was interrupted.
         code_usage: Fraction of the codebook that some scale uses.
         usage_per_scale: Fraction of the codebook that each scale uses.
-        interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
-        processes: How many processes shared the work.
     """
 
-    steps: int
-    loss: float
-    model: Path
-    seconds: float
-    images_per_second: float = 0.0
-    peak_memory_bytes: int = 0
     psnr: float = float("nan")
     code_usage: float = float("nan")
     usage_per_scale: tuple[float, ...] = ()
-    interrupted: bool = False
-    processes: int = 1
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """Files that the training of a tokenizer may read next to its images.
-
-    Attributes:
-        start: A model directory, or a published .pth file, whose tokenizer gives the first weights.
-        new_codebook: Do not copy its codebook, which may then have another size.
-        vgg: Weights of the perceptual loss's network.
-        lpips: Weights of the perceptual loss itself.
-    """
-
-    start: Path | None = None
-    new_codebook: bool = False
-    vgg: Path | None = None
-    lpips: Path | None = None
 
 
 def train_tokenizer(
@@ -140,17 +109,29 @@ def train_tokenizer(
     flags = {"seed": seed, "image_size": image_size, "train_tokenizer": dict(loop)}
     config = load_config(preset or DEFAULT_PRESET, settings, flags).model_copy(update={"transformer": None})
     data, out = str(data), Path(out)
-    files = TokenizerFiles(_path(start), new_codebook, _path(vgg_weights), _path(lpips_weights))
+    start, vgg, lpips = (None if path is None else Path(path) for path in (start, vgg_weights, lpips_weights))
     source = open_images(data)
     if dry_run:
-        return _plan(config, source, out, files, machine)
+        chosen = config.train_tokenizer
+        first = (
+            [f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}"] if start else []
+        )
+        steps = (*first, f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images", f"write {out}")
+        planned = DryRun(
+            configuration=config.model_dump(mode="json", exclude_none=True),
+            steps=steps,
+            cost=cost_of(config, machine),
+            facts={"images": len(source)},
+        )
+        return TrainTokenizerResult(steps=chosen.steps, loss=float("nan"), model=out, seconds=0.0, dry_run=planned)
     with connect(machine.device) as world:
         own = machine.model_copy(update={"device": world.device(machine.device)})
         resume = world.run_on_rank_zero(lambda: prepare_run(out, resume, overwrite))
         source.check()
         return train_on_images(
-            config, data, out, machine=own, world=world, resume=resume, files=files, progress=progress
-        )
+            config, data, out, machine=own, world=world, resume=resume, start=start, new_codebook=new_codebook, vgg=vgg,
+            lpips=lpips, progress=progress,
+        )  # fmt: skip
 
 
 def train_on_images(
@@ -161,37 +142,30 @@ def train_on_images(
     machine: Machine = Machine(),
     world: World | None = None,
     resume: bool = True,
-    files: TokenizerFiles | None = None,
+    start: Path | None = None,
+    new_codebook: bool = False,
+    vgg: Path | None = None,
+    lpips: Path | None = None,
     progress: Progress | None = None,
 ) -> TrainTokenizerResult:
     """Train a tokenizer with a configuration that is ready; `train_tokenizer` and what does more stand on this.
 
-    Args:
-        config: The configuration; its `train_tokenizer` section specifies the training.
-        data: Names the images.
-        out: The run directory.
-        machine: This process's device and dtype.
-        world: The processes.
-        resume: Resume from a checkpoint in `out`.
-        files: First weights, and those of the perceptual loss.
-        progress: Called after every step.
-
-    Raises:
-        MvarError: Images, configuration, files or checkpoint do not fit.
+    First weights are those of `start`, a model directory or a published .pth file, `new_codebook` excepts its codebook;
+    `vgg` and `lpips` are files of the perceptual loss.
     """
-    files = files or TokenizerFiles()
     source, test = open_images(data), held_out(data)
     device = resolve_device(machine.device)
     vqvae: VQVAE = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)
     origins: dict[str, Any] = {}
     provenance: dict[str, Any] = {"data": data, "images": len(source)}
-    if files.start is not None:
-        digest = load_start(vqvae, config, files.start, files.new_codebook)
-        provenance["start"] = str(files.start)
-        origins["start"] = {"tokenizer": digest, "new_codebook": files.new_codebook}
+    if start is not None:
+        provenance["start"] = str(start)
+        origins["start"] = {
+            "tokenizer": load_start(vqvae, config, start, new_codebook), "new_codebook": new_codebook
+        }  # fmt: skip
     perceptual = None
     if config.train_tokenizer.perceptual.weight:
-        perceptual, origins["perceptual"] = load_perceptual_loss(files.vgg, files.lpips)
+        perceptual, origins["perceptual"] = load_perceptual_loss(vgg, lpips)
     outcome = training.train_tokenizer(
         vqvae,
         training_images(source, config),
@@ -205,20 +179,13 @@ def train_on_images(
         on_step=step_progress(progress, "tokenizer"),
         perceptual=perceptual,
         started_from=origins,
-        keep_codebook=files.start is not None and not files.new_codebook,
+        keep_codebook=start is not None and not new_codebook,
     )
     return TrainTokenizerResult(
-        steps=outcome.steps,
-        loss=outcome.loss,
-        model=out,
-        seconds=outcome.seconds,
-        images_per_second=outcome.steps * config.train_tokenizer.batch_size / max(outcome.seconds, 1e-9),
-        peak_memory_bytes=peak_memory_bytes(device),
+        **ended(outcome, out, config.train_tokenizer.batch_size, device, world.world_size if world is not None else 1),
         psnr=outcome.psnr,
         code_usage=outcome.code_usage,
         usage_per_scale=outcome.usage_per_scale,
-        interrupted=outcome.interrupted,
-        processes=world.world_size if world is not None else 1,
     )
 
 
@@ -246,20 +213,14 @@ def training_images(source: ImageSource, config: RunConfig) -> training.ImageBat
 def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool) -> str:
     """Fill a tokenizer with the weights of another one, which may have another pyramid and image size.
 
-    Args:
-        vqvae: Is filled.
-        config: What `vqvae` was built from.
-        start: A model directory or a published .pth file.
-        new_codebook: Leave the codebook as it is.
-
-    Returns:
-        SHA-256 of the weights.
-
-    Raises:
-        ConfigError: The networks differ, or the codebooks do and `new_codebook` is not set.
-        CheckpointError: The file or directory cannot be read.
+    Returns the SHA-256 of the weights; ConfigError where the networks differ, or the codebooks without `new_codebook`.
     """
-    source, state = _read_start(start)
+    if start.is_file():
+        converted = official.convert(None, start)
+        source, state = converted.config, dict(converted.tokenizer)
+    else:
+        source = read_model_config(start)
+        state = dict(load_tokenizer(start, source).state_dict())
     theirs, ours = source.tokenizer.model_dump(), config.tokenizer.model_dump()
     differing = [name for name in ours if ours[name] != theirs[name] and name != "codebook_size"]
     if differing:
@@ -278,37 +239,6 @@ def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool)
     sizes = "" if source.pyramid == config.pyramid else f"; its scales were {source.pyramid}, here {config.pyramid}"
     logger.info("Starting from the tokenizer of %s with %s%s.", start, kept, sizes)
     return sha256_of_file(start) if start.is_file() else tokenizer_hash(start)
-
-
-def _read_start(start: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights of the tokenizer in a model directory or a published .pth file."""
-    if start.is_file():
-        converted = official.convert(None, start)
-        return converted.config, dict(converted.tokenizer)
-    source = read_model_config(start)
-    return source, dict(load_tokenizer(start, source).state_dict())
-
-
-def _plan(
-    config: RunConfig, source: ImageSource, out: Path, files: TokenizerFiles, machine: Machine
-) -> TrainTokenizerResult:
-    """What would be done."""
-    chosen = config.train_tokenizer
-    steps = [f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images", f"write {out}"]
-    if files.start is not None:
-        codebook = " with a new codebook" if files.new_codebook else ""
-        steps.insert(0, f"start from the tokenizer of {files.start}{codebook}")
-    dry_run = DryRun(
-        configuration=config.model_dump(mode="json", exclude_none=True),
-        steps=tuple(steps),
-        cost=cost_of(config, machine),
-        facts={"images": len(source)},
-    )
-    return TrainTokenizerResult(steps=chosen.steps, loss=float("nan"), model=out, seconds=0.0, dry_run=dry_run)
-
-
-def _path(value: Path | str | None) -> Path | None:
-    return Path(value) if value is not None else None
 
 
 def _as_setting(value: object) -> str:

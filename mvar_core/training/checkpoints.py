@@ -69,19 +69,15 @@ class TrainingState:
     Attributes:
         step: Steps done.
         settings: What the run was asked to do: nested mappings of plain values; compared when resuming.
-        model: State dict of what is trained.
         optimizer: The optimizer's state of each parameter, by its name.
         scaler: State dict of the fp16 gradient scaler; empty without one.
         objective: Further tensors that the objective carries from step to step.
         window: Sums of the measures since the last line of metrics.jsonl, and how many steps each sums.
         loss: Training loss, averaged over the last finished line.
-        skipped: Steps left out so far because their loss or gradient was not finite.
         seconds: Time spent so far, over all sessions of the run.
         average: Exponential average of the weights, where there is one.
         random: State of the global random number generators.
-        skipped_in_a_row: Steps left out just before this one.
-        best_step: The step of the best validation so far; None without any.
-        best_score: Its score, lower is better.
+        best_score: Of the best validation so far, which `best_step` had; lower is better.
     """
 
     step: int

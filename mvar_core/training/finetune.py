@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,40 +60,20 @@ def describe_reports(source: str, reports: Sequence[ParameterReport], ignored: I
     }
 
 
-@dataclass(frozen=True)
-class _Sizes:
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a state dict says about the model it belongs to; None where it says nothing."""
-
-    depth: int
-    width: int | None
-    heads: int | None
-    codebook: int | None
-    latent_channels: int | None
-    shared_adaln: bool
-    l2_attention: bool
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> _Sizes:
-        blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-        head, inputs = state.get("head.weight"), state.get("input_projection.weight")
-        scales = state.get("blocks.0.attention.log_head_scale")
-        return cls(
-            depth=len(blocks),
-            width=None if head is None else head.shape[1],
-            heads=None if scales is None else scales.numel(),
-            codebook=None if head is None else head.shape[0],
-            latent_channels=None if inputs is None else inputs.shape[1],
-            shared_adaln=any(name.startswith("shared_modulation.") for name in state),
-            l2_attention=scales is not None,
-        )
-
-    def differences(self, other: _Sizes) -> list[str]:
-        """One phrase per size in which the weights (self) and the model (other) differ."""
-        return [
-            f"{name.replace('_', ' ')} is {found} in the weights and {wanted} in the model"
-            for name, found in vars(self).items()
-            if (wanted := getattr(other, name)) != found and found is not None and wanted is not None
-        ]
+    blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    head, inputs = state.get("head.weight"), state.get("input_projection.weight")
+    scales = state.get("blocks.0.attention.log_head_scale")
+    return {
+        "depth": len(blocks),
+        "width": None if head is None else head.shape[1],
+        "heads": None if scales is None else scales.numel(),
+        "codebook": None if head is None else head.shape[0],
+        "latent channels": None if inputs is None else inputs.shape[1],
+        "shared adaln": any(name.startswith("shared_modulation.") for name in state),
+        "l2 attention": scales is not None,
+    }
 
 
 def check_start(config: ModelConfig, source: ModelConfig, origin: str) -> None:
@@ -163,7 +142,12 @@ def load_pretrained(
         CheckpointError: Sizes that must agree do not, or parameters are missing, unknown or misshaped; all are named.
     """
     target = transformer.state_dict()
-    if problems := _Sizes.of(weights).differences(_Sizes.of(target)):
+    sizes = _sizes(target)
+    if problems := [
+        f"{name} is {found} in the weights and {sizes[name]} in the model"
+        for name, found in _sizes(weights).items()
+        if sizes[name] != found and found is not None and sizes[name] is not None
+    ]:
         raise CheckpointError(
             f"These weights do not fit the model: {'; '.join(problems)}.",
             "Choose the preset that they were trained with, or set its transformer.* and tokenizer.* to match.",

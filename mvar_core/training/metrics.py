@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,22 +202,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class Tracker(Protocol):
-    """Shows what a run measures."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl, without its step."""
-        ...
-
-    def picture(self, step: int, image: np.ndarray) -> None:
-        """A picture (H, W, 3) uint8 of what the model makes."""
-        ...
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        ...
-
-
 class TensorBoard:
     """Event files under `directory`; what earlier sessions wrote of steps after `step` is hidden."""
 
@@ -275,6 +259,9 @@ class WeightsAndBiases:
     def close(self) -> None:
         """End the session."""
         self._run.finish()
+
+
+Tracker = TensorBoard | WeightsAndBiases
 
 
 def open_trackers(train: LoopConfig, out: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:

@@ -272,22 +272,12 @@ def train_tokenizer(
     Running it again in the same `out` resumes from the last checkpoint; a finished run is only measured again.
     Processes that torch.distributed connects share every batch.
 
-    Args:
-        vqvae: What is trained, float32; it is moved to `device`, channels last, and left there in eval mode.
-        images: Training images.
-        config: The run's configuration; `config.train_tokenizer` says how to train.
-        out: The run directory.
-        device: Where to compute; by default where the tokenizer is.
-        dtype: Type that autocast computes the convolutions in.
-        seed: Of the order of the data, of k-means and of restarts; by default `config.seed`.
-        resume: Whether to resume from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
-        validation: Held-out images for the measures; without them, training images are measured.
-        provenance: Further facts for config.json.
-        on_step: Called after every step.
-        perceptual: The perceptual loss; needed where the configuration gives it a weight.
-        started_from: What tells the files apart that the run started from (first weights, perceptual loss): a resumed
-            run must agree on it.
-        keep_codebook: Keep the codebook that `vqvae` has, rather than start it by k-means.
+    The tokenizer is float32; it is moved to `device`, channels last, and left there in eval mode. Measures are of
+    `validation`, or else of training images. `perceptual` is needed where the configuration gives that loss a weight;
+    `started_from` tells the files apart that the run started from, on which a resumed run must agree; `keep_codebook`
+    keeps the codebook rather than start it by k-means. `device` and `seed` are by default those of the tokenizer and of
+    `config`; `dtype` is what autocast computes the convolutions in; without `resume` the checkpoints in `out` are
+    forgotten; `provenance` is for config.json.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
@@ -399,15 +389,7 @@ def measure_tokenizer(
 ) -> TokenizerMeasures:
     """Reconstruct up to `limit` images, evenly spread over the source, and count what they use.
 
-    Args:
-        vqvae: The tokenizer.
-        images: Where the images come from.
-        batch_size: Images at a time.
-        limit: How many images at most.
-        by_scales: Also decode from the first scale alone, the first two, …
-
-    Raises:
-        DataError: There are no images.
+    `by_scales` also decodes from the first scale alone, the first two, … DataError where there are no images.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(np.int64))
     if len(rows) == 0:

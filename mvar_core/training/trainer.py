@@ -60,18 +60,9 @@ def optimise(
 
     Writes `out`/config.yaml, metrics.jsonl and checkpoints/. A step whose loss or gradient is not finite is left out
     and recorded in skipped.jsonl. At the end the module has the weights that the model is to have: the averaged ones,
-    where the plan asks for an average.
-
-    Args:
-        module: What is trained, on its device, in float32.
-        objective: Loss and data.
-        plan: Steps, batch size, optimizer, device.
-        config: Written to config.yaml.
-        out: The run directory.
-        no_decay: Names of parameters without weight decay, next to biases and 1-D ones.
-        on_step: Called after every step; a KeyboardInterrupt from it ends the run as Ctrl-C does.
-        on_sample: Called every `sample_every` steps and at the end.
-        parallel: How processes share the steps; by default this one computes them alone.
+    where the plan asks for an average. The module is on its device, in float32; `no_decay` names parameters without
+    weight decay, next to biases and 1-D ones. A KeyboardInterrupt from `on_step` ends the run as Ctrl-C does;
+    `on_sample` is called every `sample_every` steps and at the end.
 
     Raises:
         CheckpointError: The last checkpoint is damaged or belongs to a run with other settings.

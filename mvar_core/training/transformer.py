@@ -85,17 +85,7 @@ class TransformerObjective:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Loss, and each scale's loss and accuracy."""
-        tokens_BL, conditions = (part.to(self.device, non_blocking=True) for part in batch)
-        losses = self.curriculum.losses(
-            cast("Transformer", model),
-            conditions,
-            tokens_BL,
-            self._inputs(tokens_BL),
-            step=step,
-            attention=self.attention,
-            generator=RowDraws(generator("train", self.seed, step), part.start, part.total),
-        )
-        return losses.loss, torch.cat([losses.scale_losses, losses.scale_accuracies])
+        return self._losses(model, batch, step, RowDraws(generator("train", self.seed, step), part.start, part.total))
 
     def prepare(self) -> None:
         """Nothing to prepare."""
@@ -122,19 +112,10 @@ class TransformerObjective:
             part = self.parallel.part(len(chosen))
             # A process without a row computes one that does not count: all must go through the model together.
             batch = self.validation.batch(chosen[part.start : part.stop] if part.rows else chosen[:1])
-            tokens_BL, conditions = (part.to(self.device) for part in batch)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                losses = self.curriculum.losses(
-                    self.transformer,
-                    conditions,
-                    tokens_BL,
-                    self._inputs(tokens_BL),
-                    step=None,  # all scales, whatever the curriculum
-                    attention=self.attention,
-                    generator=None,
-                )
-            values = torch.cat([losses.loss.view(1), losses.scale_losses, losses.scale_accuracies])
-            sums += values.float() * part.rows
+                # No step: all scales, whatever the curriculum.
+                mean_loss, by_scale = self._losses(self.transformer, batch, None, None)
+            sums += torch.cat([mean_loss.view(1), by_scale]).float() * part.rows
         loss, *rest = (self.parallel.world.all_reduce_sum(sums) / rows).tolist()
         self.val_loss = loss
         return {
@@ -155,10 +136,18 @@ class TransformerObjective:
         """Restore what `state` returned."""
         self.val_loss = float(state["val_loss"]) if "val_loss" in state else None
 
-    def _inputs(self, tokens_BL: Tensor) -> Tensor:
+    def _losses(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int | None, draws: RowDraws | None
+    ) -> tuple[Tensor, Tensor]:
+        tokens_BL, conditions = (part.to(self.device, non_blocking=True) for part in batch)
         # f̂ is a sum over many scales: it stays in float32 where the transformer runs under autocast.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.quantizer.teacher_forcing_inputs(tokens_BL)
+            inputs = self.quantizer.teacher_forcing_inputs(tokens_BL)
+        losses = self.curriculum.losses(
+            cast("Transformer", model), conditions, tokens_BL, inputs, step=step, attention=self.attention,
+            generator=draws,
+        )  # fmt: skip
+        return losses.loss, torch.cat([losses.scale_losses, losses.scale_accuracies])
 
 
 def train_transformer(
@@ -186,25 +175,13 @@ def train_transformer(
     Running it again in the same `out` resumes from the last checkpoint; a finished run is only saved again. Processes
     that torch.distributed connects share every batch; they may be more or fewer than those that wrote the checkpoint.
 
-    Args:
-        transformer: What is trained, float32; it is moved to `device` and left there in eval mode. In several processes
-            it is the same in all.
-        quantizer: Of the tokenizer that made the tokens; frozen.
-        tokens: Token maps and conditions.
-        config: The run's configuration.
-        out: The run directory.
-        tokenizer_state: Weights of the tokenizer, saved next to the transformer's, so that the directory can sample.
-        total_steps: Optimizer steps; by default what `config.train` asks for.
-        device: Where to compute; by default where the transformer is.
-        dtype: Type that autocast computes in.
-        attention: Attention backend.
-        seed: Of the order of the data and of everything dropped; by default `config.seed`.
-        resume: Whether to resume from a checkpoint in `out`; otherwise the checkpoints there are forgotten.
-        validation: Held-out tokens, measured at every checkpoint and at the end.
-        provenance: Further facts for config.json.
-        on_step: Called after every step.
-        on_sample: Called every `train.sample_every` steps, to make a picture of what the transformer generates.
-        fsdp: Shard the transformer over the processes; it stays sharded.
+    The transformer is float32, and the same in all processes; it is moved to `device` and left there in eval mode, or
+    sharded with `fsdp`. `quantizer` is of the tokenizer that made the tokens; `tokenizer_state` is saved next to the
+    transformer, so that the directory can sample. `validation` is measured at every checkpoint and at the end;
+    `on_step` is called after every step, `on_sample` every `train.sample_every` steps to make a picture of what is
+    generated. `total_steps`, `device` and `seed` are by default those of `config.train`, of the transformer, and of
+    `config`; `dtype` is what autocast computes in; without `resume` the checkpoints in `out` are forgotten;
+    `provenance` is for config.json.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.

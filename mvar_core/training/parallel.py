@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -224,28 +224,22 @@ class Sharded(Parallel):
         if path.is_dir():
             return state_of_content(path, load_shards(path, self.mesh))
         state = load_checkpoint(path)
-        state.model = self._shards(state.model, module)
-        state.average = self._shards(state.average, module)
-        slots: dict[str, dict[str, Tensor]] = {}
-        for name, values in state.optimizer.items():
-            for slot, value in values.items():
-                slots.setdefault(slot, {})[name] = value
-        for slot, values in slots.items():
-            for name, value in self._shards(values, module).items():
-                state.optimizer[name][slot] = value
+        for name, parameter in module.named_parameters():
+            for values in (state.model, state.average):
+                if name in values:
+                    values[name] = self._shard(values[name], parameter)
+            slots = state.optimizer.get(name, {})
+            slots.update({slot: self._shard(value, parameter) for slot, value in slots.items()})
         return state
 
-    def _shards(self, values: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-        """Tensors by parameter names, sharded as the parameters are."""
+    def _shard(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A tensor sharded as a parameter is, where it has the parameter's shape."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        own, placed = dict(module.named_parameters()), dict(values)
-        for name, value in values.items():
-            data = own[name].data
-            if isinstance(data, DTensor) and value.shape == data.shape:
-                value = value.to(self.device)
-                placed[name] = distribute_tensor(value, self.mesh, data.placements, src_data_rank=None)
-        return placed
+        data = parameter.data
+        if not isinstance(data, DTensor) or value.shape != data.shape:
+            return value
+        return distribute_tensor(value.to(self.device), self.mesh, data.placements, src_data_rank=None)
 
 
 def whole_tensor(value: Tensor) -> Tensor:

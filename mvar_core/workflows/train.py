@@ -140,8 +140,9 @@ def train(
     if preset is None:
         base = _own_configuration(cache, read_model_config(directory), depth or DEFAULT_DEPTH)
     config = _configuration(preset, settings, loop, machine, base, seed=seed, image_size=image_size, depth=depth)
-    run = _Run(Path(out), config, directory, cache, str(data), validation, resume, overwrite, fsdp, machine, progress)
-    return run.plan() if dry_run else run.execute()
+    return _run(
+        Path(out), config, directory, cache, str(data), validation, resume, overwrite, fsdp, dry_run, machine, progress
+    )
 
 
 def finetune_from_var(
@@ -174,30 +175,17 @@ def finetune_from_var(
 
         mvar.finetune_from_var(var_checkpoint="var_d16.pth", tokens="runs/tokens", out="runs/ft")
 
-    Args:
-        out: As of `train`, like all that are not listed.
-        var_checkpoint: Model directory, or a published .pth file. The pyramid of a file that is not a published one is
-            that of `settings` ("patch_sizes=1,2,3x4").
-        tokens: As of `train`.
-        data: As of `train`.
-        tokenizer: Model directory with the tokenizer, by default the VAR's own; or the published file of it, by default
-            the one next to `var_checkpoint`.
-        preset: As of `train`.
-        settings: As of `train`.
-        scale_prefixes: Scales that a token sees, its own included, or "all".
-        windows: One odd number for the windowed scales, one per scale (0 = whole scale), or "auto".
-        classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
-            or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and
-            starts from scratch otherwise.
-        seed: As of `train`.
-        validation: As of `train`.
-        resume: As of `train`.
-        overwrite: As of `train`.
-        fsdp: As of `train`.
-        dry_run: As of `train`.
-        machine: As of `train`.
-        progress: As of `train`.
-        **loop: As of `train`.
+    Arguments that are not named here are as of `train`.
+
+    * var_checkpoint: Model directory, or a published .pth file. The pyramid of a file that is not a published one is
+      that of `settings` ("patch_sizes=1,2,3x4").
+    * tokenizer: Model directory with the tokenizer, by default the VAR's own; or the published file of it, by default
+      the one next to `var_checkpoint`.
+    * scale_prefixes: Scales that a token sees, its own included, or "all".
+    * windows: One odd number for the windowed scales, one per scale (0 = whole scale), or "auto".
+    * classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
+      or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and starts
+      from scratch otherwise.
 
     Raises:
         MvarError: As of `train`, or weights that do not fit the configuration.
@@ -222,103 +210,97 @@ def finetune_from_var(
         attention = {"scale_prefixes": _number(scale_prefixes), "windows": _number(windows)}
         config = _configuration(preset, settings, loop, machine, base, seed=seed, attention=attention)
         own = Path(tokenizer) if tokenizer is not None and file is None else directory
-        run = _Run(out, config, own, cache, str(data), validation, resume, overwrite, fsdp, machine, progress, start)
-        return run.plan() if dry_run else run.execute()
+        return _run(
+            out, config, own, cache, str(data), validation, resume, overwrite, fsdp, dry_run, machine, progress, start
+        )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What was asked of one of the two functions, read and checked as far as that is quick."""
-
-    out: Path
-    config: RunConfig
-    tokenizer: Path
-    cache: TokenCache | None
-    data: str
-    validation: Path | str | None
-    resume: bool
-    overwrite: bool
-    fsdp: bool
-    machine: Machine
-    progress: Progress | None
-    start: Start | None = None
-
-    def check(self) -> None:
-        """Refuse, before anything slow, what cannot work."""
-        if self.out.resolve() == self.tokenizer.resolve():
-            raise DataError(f"--out {self.out} is the tokenizer's directory.", "Choose another --out.")
-        tokenizer = read_model_config(self.tokenizer)
-        if self.start is not None:
-            fitted = self.config.model_copy(update={"tokenizer": tokenizer.tokenizer})
-            check_start(fitted, read_model_config(self.start.directory), self.start.origin)
-
-    def execute(self) -> TrainResult:
-        """Tokenize where images were given, then train; every process does this."""
-        self.check()
-        with connect(self.machine.device) as world:
-            machine = self.machine.model_copy(update={"device": world.device(self.machine.device)})
-            device = resolve_device(machine.device)
-            dtype = resolve_dtype(machine.dtype, device)
-            check_trackers(self.config.train)
-            check_backend(machine.attention, self.config.patterns, device, dtype, needs_grad=True)
-            resume = world.run_on_rank_zero(lambda: prepare_run(self.out, self.resume, self.overwrite))
-            cache = self.cache or self.tokenize(machine)
-            config = fit_to_tokens(self.config, read_model_config(self.tokenizer), cache.class_names)
-            outcome = train_on_tokens(
-                config,
-                cache,
-                self.tokenizer,
-                self.out,
-                machine=machine,
-                resume=resume,
-                fsdp=self.fsdp,
-                validation=TokenCache.open(Path(self.validation)) if self.validation is not None else None,
-                start=self.start,
-                progress=self.progress,
+def _run(
+    out: Path,
+    config: RunConfig,
+    tokenizer: Path,
+    cache: TokenCache | None,
+    data: str,
+    validation: Path | str | None,
+    resume: bool,
+    overwrite: bool,
+    fsdp: bool,
+    dry_run: bool,
+    machine: Machine,
+    progress: Progress | None,
+    start: Start | None = None,
+) -> TrainResult:
+    """Tokenize where images were given, then train; every process does this."""
+    if out.resolve() == tokenizer.resolve():
+        raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
+    made_by = read_model_config(tokenizer)
+    if start is not None:
+        fitted = config.model_copy(update={"tokenizer": made_by.tokenizer})
+        check_start(fitted, read_model_config(start.directory), start.origin)
+    if dry_run:
+        return _plan(out, config, cache, data, machine, start)
+    with connect(machine.device) as world:
+        machine = machine.model_copy(update={"device": world.device(machine.device)})
+        device = resolve_device(machine.device)
+        dtype = resolve_dtype(machine.dtype, device)
+        check_trackers(config.train)
+        check_backend(machine.attention, config.patterns, device, dtype, needs_grad=True)
+        resume = world.run_on_rank_zero(lambda: prepare_run(out, resume, overwrite))
+        if cache is None:
+            write_tokens(
+                out / "tokens",
+                data=data,
+                tokenizer=tokenizer,
+                config=fit_to_tokens(config, made_by, open_images(data).class_names),
+                overwrite=overwrite,
+                machine=machine.model_copy(update={"dtype": "auto"}),
+                progress=progress,
             )
-        return TrainResult(
-            **ended(outcome, self.out, config.train.batch_size, device, world.world_size),
-            validation_loss=outcome.val_loss,
-            best_step=outcome.best_step,
-            skipped=outcome.skipped,
+            cache = TokenCache.open(out / "tokens")
+        config = fit_to_tokens(config, made_by, cache.class_names)
+        outcome = train_on_tokens(
+            config,
+            cache,
+            tokenizer,
+            out,
+            machine=machine,
+            resume=resume,
+            fsdp=fsdp,
+            validation=TokenCache.open(Path(validation)) if validation is not None else None,
+            start=start,
+            progress=progress,
         )
+    return TrainResult(
+        **ended(outcome, out, config.train.batch_size, device, world.world_size),
+        validation_loss=outcome.val_loss,
+        best_step=outcome.best_step,
+        skipped=outcome.skipped,
+    )
 
-    def tokenize(self, machine: Machine) -> TokenCache:
-        """The images as a token cache inside the run directory."""
-        classes = open_images(self.data).class_names
-        write_tokens(
-            self.out / "tokens",
-            data=self.data,
-            tokenizer=self.tokenizer,
-            config=fit_to_tokens(self.config, read_model_config(self.tokenizer), classes),
-            overwrite=self.overwrite,
-            machine=machine.model_copy(update={"dtype": "auto"}),
-            progress=self.progress,
-        )
-        return TokenCache.open(self.out / "tokens")
 
-    def plan(self) -> TrainResult:
-        """What would be done."""
-        self.check()
-        config, steps = self.config, []
-        if self.cache is not None:
-            rows = len(self.cache)
-        else:
-            source, views = open_images(self.data), len(Views(config.data, config.seed))
-            rows = len(source) * views
-            steps.append(f"encode {len(source)} images in {views} views into {self.out / 'tokens'}")
-        if self.start is not None:
-            steps.append(f"start from the transformer of {self.start.origin}")
-        total, batch = planned_steps(config.train, rows), config.train.batch_size
-        epochs = total * batch / max(rows, 1)
-        steps += [f"train {total} steps of {batch} of {rows} rows ({epochs:.3g} epochs)", f"write {self.out}"]
-        dry_run = DryRun(
-            configuration=config.model_dump(mode="json", exclude_none=True),
-            steps=tuple(steps),
-            cost=cost_of(config, self.machine),
-            facts={"steps": total, "rows": rows},
-        )
-        return TrainResult(steps=total, loss=float("nan"), model=self.out, seconds=0.0, dry_run=dry_run)
+def _plan(
+    out: Path, config: RunConfig, cache: TokenCache | None, data: str, machine: Machine, start: Start | None
+) -> TrainResult:
+    """What would be done."""
+    steps = []
+    if cache is not None:
+        rows = len(cache)
+    else:
+        source, views = open_images(data), len(Views(config.data, config.seed))
+        rows = len(source) * views
+        steps.append(f"encode {len(source)} images in {views} views into {out / 'tokens'}")
+    if start is not None:
+        steps.append(f"start from the transformer of {start.origin}")
+    total, batch = planned_steps(config.train, rows), config.train.batch_size
+    epochs = total * batch / max(rows, 1)
+    steps += [f"train {total} steps of {batch} of {rows} rows ({epochs:.3g} epochs)", f"write {out}"]
+    dry_run = DryRun(
+        configuration=config.model_dump(mode="json", exclude_none=True),
+        steps=tuple(steps),
+        cost=cost_of(config, machine),
+        facts={"steps": total, "rows": rows},
+    )
+    return TrainResult(steps=total, loss=float("nan"), model=out, seconds=0.0, dry_run=dry_run)
 
 
 def train_on_tokens(

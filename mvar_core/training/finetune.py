@@ -46,6 +46,9 @@ class ParameterReport(NamedTuple):
     note: str = ""
 
 
+_Adapted = tuple[Tensor, ParameterReport]
+
+
 def describe_reports(source: str, reports: Sequence[ParameterReport], ignored: Iterable[str] = ()) -> dict[str, Any]:
     """Everything that became of the weights, for a file in the run directory; `source` is where they came from.
 
@@ -113,8 +116,9 @@ def load_pretrained(
 ) -> list[ParameterReport]:
     """Start a transformer from the weights of another one of the same depth, width, heads and codebook.
 
-    Another pyramid interpolates positions within the scale at the same relative place, and takes that scale's
-    embedding. Either all of this succeeds or the transformer stays as it was.
+    `weights` are under this project's names. Another pyramid interpolates positions within the scale at the same
+    relative place, and takes that scale's embedding. Either all of this succeeds or the transformer stays as it was.
+    Returns what became of every parameter.
 
     The row of the class table that stands for no class is always taken over. What becomes of the others:
 
@@ -127,26 +131,15 @@ def load_pretrained(
     Where the source is conditioned on classes and the target on vectors, or the other way round, what makes embeddings
     of conditions starts from scratch, but for the embedding that stands for none.
 
-    Args:
-        transformer: The target, already initialised.
-        weights: State dict of the source, under this project's names.
-        source_pyramid: The scales of the source.
-        classes: What becomes of the class table.
-        source_names: Names of the source's classes.
-        target_names: Names of the target's classes.
-
-    Returns:
-        What became of every parameter of the target.
-
     Raises:
         CheckpointError: Sizes that must agree do not, or parameters are missing, unknown or misshaped; all are named.
     """
     target = transformer.state_dict()
     sizes = _sizes(target)
     if problems := [
-        f"{name} is {found} in the weights and {sizes[name]} in the model"
-        for name, found in _sizes(weights).items()
-        if sizes[name] != found and found is not None and sizes[name] is not None
+        f"{name} is {size} in the weights and {sizes[name]} in the model"
+        for name, size in _sizes(weights).items()
+        if sizes[name] != size and size is not None and sizes[name] is not None
     ]:
         raise CheckpointError(
             f"These weights do not fit the model: {'; '.join(problems)}.",
@@ -154,20 +147,18 @@ def load_pretrained(
         )
     loaded, reports, others = _other_conditions(transformer, weights)
     lacking, unknown = target.keys() - weights.keys() - loaded.keys(), weights.keys() - target.keys() - others
-    problems = _misfits("lacks", lacking) + _misfits("knows no", unknown)
+    problems = _misfits("the file lacks", lacking) + _misfits("the model knows no", unknown)
     for name in target.keys() & weights.keys():
-        if name == _CLASSES and weights[name].ndim == 2 and weights[name].shape[1] == target[name].shape[1]:
-            table, report = _class_table(weights[name], target[name], classes, source_names, target_names)
-            loaded[name] = table
-            reports.append(report)
-            continue
-        adapted = _adapt(name, weights[name], target[name], source_pyramid, transformer.pyramid)
+        found, wanted = weights[name], target[name]
+        if name == _CLASSES and found.ndim == 2 and found.shape[1] == wanted.shape[1]:
+            adapted: _Adapted | None = _class_table(found, wanted, classes, source_names, target_names)
+        else:
+            adapted = _adapt(name, found, wanted, source_pyramid, transformer.pyramid)
         if adapted is None:
-            found, wanted = tuple(weights[name].shape), tuple(target[name].shape)
-            problems.append(f"{name} is {found}, expected {wanted}")
-            continue
-        loaded[name], report = adapted
-        reports.append(report)
+            problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        else:
+            loaded[name], report = adapted
+            reports.append(report)
     if problems:
         raise CheckpointError(f"These weights do not fit the model: {'; '.join(problems)}.")
     transformer.load_state_dict(loaded)
@@ -199,13 +190,9 @@ def _other_conditions(
     return {}, [], set()
 
 
-def _misfits(verb: str, names: set[str]) -> list[str]:
-    if not names:
-        return []
-    shown = sorted(names)[:6]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    subject = "the file" if verb == "lacks" else "the model"
-    return [f"{subject} {verb} {', '.join(shown)}{more}"]
+def _misfits(what: str, names: set[str]) -> list[str]:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return [f"{what} {', '.join(sorted(names)[:6])}{more}"] if names else []
 
 
 def _class_table(
@@ -214,7 +201,7 @@ def _class_table(
     classes: Classes,
     source_names: Sequence[str] | None,
     target_names: Sequence[str] | None,
-) -> tuple[Tensor, ParameterReport]:
+) -> _Adapted:
     """The class table that a model starts from; see `load_pretrained`."""
     value = found.to(device=wanted.device, dtype=wanted.dtype)
     before, now = len(found) - 1, len(wanted) - 1
@@ -242,9 +229,7 @@ def _class_table(
     return value[[*rows, before]], ParameterReport(_CLASSES, "resized", note)
 
 
-def _adapt(
-    name: str, found: Tensor, wanted: Tensor, source: ScalePyramid, target: ScalePyramid
-) -> tuple[Tensor, ParameterReport] | None:
+def _adapt(name: str, found: Tensor, wanted: Tensor, source: ScalePyramid, target: ScalePyramid) -> _Adapted | None:
     """The value that a parameter starts from, or None where the weights do not fit."""
     value = found.to(device=wanted.device, dtype=wanted.dtype)
     if found.ndim != wanted.ndim or found.shape[-1] != wanted.shape[-1]:

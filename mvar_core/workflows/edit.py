@@ -88,29 +88,17 @@ def edit(
 
         mvar.edit("a.png", "out", checkpoint="var-d16", box=(64, 64, 192, 192), classes="golden retriever")
 
-    Args:
-        images: Image files, and folders of them.
-        out: A directory for png, a file for npz and grid.
-        checkpoint: A model directory, a run, or a published .pth file.
-        box: x0, y0, x1, y1 in pixels of every image's file, also as text with commas; or give a mask.
-        mask: An image file, white inside; of an image's size, or of the model's.
-        keep: What stays: "outside" (in-painting) or "inside" (out-painting).
-        classes: Edit towards these classes; by default towards none, and so without guidance.
-        words: Edit towards these texts, for a model that is conditioned on words.
-        num: Variants per image and class.
-        paste: Copy the image's own pixels over what stays: bit-equal there.
-        coverage: How much of a coarse token's cell must stay for it to stay: above 0, at most 1.
-        settings: As of `sample_to`, and so is what follows.
-        seed: The run's seed.
-        batch_size: Images that advance from scale to scale together.
-        format: png, npz or grid; by default as `out` ends.
-        save_tokens: Also write the tokens, and which of them stayed.
-        stages: Also a strip per image that shows it after each scale.
-        tokenizer: The published tokenizer, where `checkpoint` is a .pth.
-        overwrite: Replace an output that exists.
-        dry_run: Only report what would be done.
-        machine: Device, dtype, attention backend, compilation and memory.
-        progress: Called with the images that are sampled, then assembled.
+    Arguments that are not named here are as of `sample_to`.
+
+    * images: Image files, and folders of them.
+    * box: x0, y0, x1, y1 in pixels of every image's file, also as text with commas; or give a mask.
+    * mask: An image file, white inside; of an image's size, or of the model's.
+    * keep: What stays: "outside" (in-painting) or "inside" (out-painting).
+    * classes, words: Edit towards these; by default towards none, and so without guidance.
+    * num: Variants per image and class.
+    * paste: Copy the image's own pixels over what stays: bit-equal there.
+    * coverage: How much of a coarse token's cell must stay for it to stay: above 0, at most 1.
+    * save_tokens: Also write the tokens, and which of them stayed.
 
     Raises:
         MvarError: Images, region, model, settings or output do not fit together.
@@ -320,19 +308,15 @@ def edited(
     """Edits with some global numbers, with options of `Pipeline.stream`."""
     images = [spec.image_of(index) for index in indices]
     given = lru_cache(maxsize=4)(regions.given)
-    encoded = {
-        image: pipeline.kept_tokens(
-            from_uint8(given(image)[None]), torch.from_numpy(regions.pixels(image)), spec.coverage
-        )
-        for image in dict.fromkeys(images)
-    }
+    encoded = {}
+    for image in dict.fromkeys(images):
+        pixels = torch.from_numpy(regions.pixels(image))
+        encoded[image] = pipeline.kept_tokens(from_uint8(given(image)[None]), pixels, spec.coverage)
     kept = KeptTokens(
         torch.cat([encoded[image].tokens_NL for image in images]),
         torch.cat([encoded[image].kept_NL for image in images]),
     )
-    conditions = spec.conditions(indices)
-    if not spec.classes:
-        conditions = {"labels": pipeline.null_conditions(len(indices))}
+    conditions = spec.conditions(indices) if spec.classes else {"labels": pipeline.null_conditions(len(indices))}
     done = 0
     for samples in pipeline.stream(**conditions, kept=kept, indices=indices, **options):
         batch = images[done : done + len(samples)]

@@ -61,26 +61,21 @@ def ended(outcome: Outcome, out: Path, batch_size: int, device: torch.device, pr
     }
 
 
-class LoopSettings(TypedDict, total=False):
+class TokenizerLoopSettings(TypedDict, total=False):
     """Keys of the training section that the training functions accept by name; what is absent is the preset's."""
 
     steps: int | None
+    batch_size: int | None
+    micro_batch: int | None
+    ema: float | None
+    checkpoint_every: int | None
+
+
+class LoopSettings(TokenizerLoopSettings, total=False):
+    """The same for transformers."""
+
     epochs: float | None
-    batch_size: int | None
-    micro_batch: int | None
-    ema: float | None
-    checkpoint_every: int | None
     activation_checkpointing: bool | None
-
-
-class TokenizerLoopSettings(TypedDict, total=False):
-    """The same for tokenizers, which are trained for a number of steps."""
-
-    steps: int | None
-    batch_size: int | None
-    micro_batch: int | None
-    ema: float | None
-    checkpoint_every: int | None
 
 
 def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:

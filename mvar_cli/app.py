@@ -81,6 +81,12 @@ MOVED: dict[str, dict[str, str]] = {
         "--bench-batch": "Leave it out: eight images together are timed.",
         "--demo-classifier": "Use --features FILE.safetensors.",
     },
+    "edit": {
+        "--stages": "`mvar sample --stages` shows the stages of a sample.",
+        "--more-smooth": "From Python: mvar.edit(settings=SamplingConfig(more_smooth=True)).",
+        "--cfg-schedule": "From Python: mvar.edit(settings=SamplingConfig(cfg_schedule=...)).",
+        "--cfg-scales": "From Python: mvar.edit(settings=SamplingConfig(cfg_scales=...)).",
+    },
     "plan": {"--list": "`mvar plan` alone lists the presets."},
     "evaluate": {
         "--likelihood": "Use `mvar evaluate likelihood` instead.",

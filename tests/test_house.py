@@ -16,7 +16,20 @@ from mvar_cli.app import COMMANDS, SUBCOMMANDS, load_command
 
 ROOT = Path(__file__).parent.parent
 CORE, CLI = (sorted((ROOT / room).rglob("*.py")) for room in ("mvar_core", "mvar_cli"))
-MACHINE_OPTIONS = {"device", "dtype", "attention", "compile", "memory", "nproc", "fsdp", "as_json", "dry_run", "machine"}
+MACHINE_OPTIONS = {
+    "device",
+    "dtype",
+    "attention",
+    "compile",
+    "memory",
+    "nproc",
+    "fsdp",
+    "as_json",
+    "dry_run",
+    "machine",
+    "micro_batch",
+    "activation_checkpointing",
+}
 MOST_PARAMETERS = 20
 
 

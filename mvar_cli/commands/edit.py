@@ -16,7 +16,7 @@ def edit(
         list[Path], typer.Option("--image", metavar="PATH", help="An image file, or a folder of them; repeatable.")
     ],
     out: options.SampleOut,
-    settings: options.Sampling,
+    settings: options.BasicSampling,
     machine: options.SamplingMachine,
     box: Annotated[
         str | None,
@@ -46,7 +46,6 @@ def edit(
     save_tokens: Annotated[
         bool, typer.Option("--save-tokens", help="Also write the tokens, and which of them stayed.")
     ] = False,
-    stages: options.Stages = False,
     tokenizer: options.TokenizerFile = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -74,7 +73,6 @@ def edit(
         batch_size=batch_size,
         format=output_format,
         save_tokens=save_tokens,
-        stages=stages,
         tokenizer=tokenizer,
         overwrite=overwrite,
         dry_run=dry_run,

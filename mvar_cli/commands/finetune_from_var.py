@@ -10,7 +10,7 @@ from mvar_cli import console, options
 from mvar_cli.commands.train import show
 
 
-@options.command(example="mvar finetune-from-var --var-checkpoint var_d16.pth --tokens runs/tokens --out runs/ft")
+@options.command(example="mvar finetune-from-var --var-checkpoint var-d16 --tokens tokens --out ft")
 def finetune_from_var(
     out: options.Out,
     var_checkpoint: Annotated[

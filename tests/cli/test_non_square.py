@@ -197,7 +197,7 @@ def test_another_size_by_one_option(mvar, run, wide, pictures, model, tmp_path):
     assert "made for another pyramid: 1,1x2,2,2x3,3x4,3x5,4x6 there, 1,2,4 in" in mvar(
         "finetune-from-var", *options
     ).error.replace("\n", " ")
-    assert run("finetune-from-var", *options, *size, "--overwrite")["steps"] == 1
+    assert run("finetune-from-var", *options, "--set", "image_size=16x24", "--overwrite")["steps"] == 1
     assert json.loads((tuned / "config.json").read_text())["patch_sizes"] == pyramid
     started = {row["name"]: row for row in json.loads((tuned / "started-from.json").read_text())["parameters"]}
     assert started["position_embedding"]["action"] == "interpolated"

@@ -117,12 +117,8 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
         arguments: What was typed after its name, for the processes that --nproc starts.
     """
     module = importlib.import_module(f"mvar_cli.commands.{entry.module}")
-    function = getattr(module, entry.module, None)
-    if function is None:  # written in the old way
-        run = importlib.import_module("mvar_cli.old_groups").ungrouped(module.run)
-        function, example = module.run, module.EXAMPLE
-    else:
-        run, example = with_json(flattened(function)), function.example
+    function = getattr(module, entry.module)
+    run = with_json(flattened(function))
     if entry.shared:
         run = launchable(entry.name, run, arguments)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -131,7 +127,7 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
     single.command(
         entry.name,
         help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
-        epilog=f"[bold]Example[/bold]\n\n{example}",
+        epilog=f"[bold]Example[/bold]\n\n{function.example}",
     )(run)
     return typer.main.get_command(single)
 

@@ -77,8 +77,6 @@ class Transformer(nn.Module):
         """The label that stands for no class, which follows the last class: the number of class labels."""
         return self.config.num_classes
 
-    no_class = null_label
-
     def no_decay_names(self) -> set[str]:
         """Names of the parameters that are exempt from weight decay: vectors, biases, tables and positions."""
         tables: tuple[str, ...] = ("scale_embedding.", "start_position", "position_embedding")

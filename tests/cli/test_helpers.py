@@ -1,14 +1,20 @@
 """The parts of the command line that need no model: selection, amounts, JSON, writers, page."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from mvar_cli.old_console import Console, Progress, format_bytes, format_cell, format_count, format_seconds, plain
-from mvar_cli.old_options import parse_bytes, parse_numbers
+from mvar_cli import console
+from mvar_cli.console import format_cell, plain
+from mvar_cli.options import parse_numbers
+from mvar_core.config.machine import parse_bytes
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.formatting import format_bytes, format_count, format_seconds
+from mvar_core.results import Result
 from mvar_core.sampling.conditions import parse_classes
 
 NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "crane")
@@ -64,20 +70,34 @@ def test_amounts_that_are_none(text):
 
 
 def test_comma_lists():
-    assert parse_numbers("1,2,4", "--pyramid") == [1, 2, 4]
+    assert parse_numbers("1,2,4", "--pyramid") == (1, 2, 4)
     with pytest.raises(ConfigError, match="--pyramid"):
         parse_numbers("1,x", "--pyramid")
 
 
-def test_json_is_one_strict_object(capsys):
-    console = Console(as_json=True)
+@dataclass(frozen=True, kw_only=True)
+class Measured(Result):
+    loss: float
+    values: object
+    interrupted: bool = False
+
+
+def test_json_is_one_strict_object(capsys, monkeypatch):
+    monkeypatch.setattr(console.output, "as_json", True)
     console.say("left out")
     console.table("left out", ("a",), [(1,)])
-    console.finish({"nan": float("nan"), "array": np.arange(2), "nested": [{"x": np.float32(0.5)}]})
+    console.show(Measured(loss=float("nan"), values={"array": np.arange(2), "x": np.float32(0.5)}), ("loss",))
     captured = capsys.readouterr().out
-    assert json.loads(captured) == {"nan": None, "array": [0, 1], "nested": [{"x": 0.5}]}
+    assert json.loads(captured) == {"loss": None, "values": {"array": [0, 1], "x": 0.5}, "interrupted": False}
     assert captured.count("\n") == 1
     assert plain({1: (1, float("inf"))}) == {"1": [1, None]}
+
+
+def test_an_interrupted_result_exits_with_130(capsys):
+    with pytest.raises(typer.Exit) as end:
+        console.show(Measured(loss=0.25, values=None, interrupted=True), ("loss",))
+    assert end.value.exit_code == 130
+    assert "0.25" in capsys.readouterr().out
 
 
 def test_cells():
@@ -90,11 +110,11 @@ def test_cells():
 
 
 def test_progress_without_a_terminal_speaks_now_and_then(capsys, monkeypatch):
-    clock = iter([0.0, 0.0, 10.0, 40.0])
-    monkeypatch.setattr("mvar_cli.old_console.time.monotonic", lambda: next(clock))
-    progress = Progress("work", "images", None)
+    clock = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr("mvar_cli.console.time.monotonic", lambda: next(clock))
     for done in (0, 10, 40):
-        progress(done, 100)
+        console.progress("work", done, 100)
+    console.end_progress()
     assert capsys.readouterr().err == "work: 40/100 1 images/s, 1 min 00 s left\n"
 
 

@@ -171,7 +171,7 @@ def test_flags_that_contradict_each_other(mvar, preset, tokens, images, model, t
     assert "1.5" in mvar(*analyze, "--keep", 1.5).error
     assert ".yaml" in mvar(*analyze, "--write-preset", tmp_path / "preset.json").error
     (tmp_path / "there.yaml").write_text("mine")
-    assert "already there" in mvar(*analyze, "--write-preset", tmp_path / "there.yaml").error
+    assert "there.yaml" in mvar(*analyze, "--write-preset", tmp_path / "there.yaml").error
     assert (tmp_path / "there.yaml").read_text() == "mine"
     assert "nothing to convert" in mvar("convert", "--out", tmp_path / "out").error
 

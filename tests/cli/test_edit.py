@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvar_core import Pipeline
+import mvar_core as library
+from mvar_core import Machine, Pipeline
 from mvar_core.data.transforms import resize_and_crop
 from mvar_core.io.pixels import from_uint8
 from mvar_core.sampling.shards import SampleShards
@@ -89,15 +90,20 @@ def test_the_library_does_the_same(mvar, model, picture, tmp_path):
     assert made["labels"].tolist() == [1, 1]
 
 
-def test_png_files_strips_and_classes(mvar, model, picture, other, tmp_path):
+def test_png_files_and_classes(mvar, model, picture, other, tmp_path):
     out = tmp_path / "out"
-    options = ["--image", picture, "--image", other, "--box", "0,0,8,12", "--class", "all", "--num", 2, "--stages"]
+    options = ["--image", picture, "--image", other, "--box", "0,0,8,12", "--class", "all", "--num", 2]
     result = edit(mvar, model, *options, "--keep", "outside", "--out", out, "--json").json
     assert result["images"] == 12
     found = sorted(path.name for path in out.iterdir())
     assert found[:3] == ["00000_picture_0.png", "00001_picture_0.png", "00002_picture_1.png"]
     assert found[-1] == "00011_other_2.png"
-    strip = read(tmp_path / "out-stages" / found[0])
+    again = library.edit(
+        [picture, other], tmp_path / "again", checkpoint=model, box=(0, 0, 8, 12), classes="all", num=2, stages=True,
+        machine=Machine(device="cpu"),
+    )  # fmt: skip
+    assert again.images == 12
+    strip = read(tmp_path / "again-stages" / found[0])
     assert strip.shape == (16, 48, 3)
     assert np.array_equal(strip[:, 32:], read(out / found[0]))
     grid = tmp_path / "grid.png"

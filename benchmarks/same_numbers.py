@@ -86,7 +86,7 @@ class Checkout:
     def evaluate(self, preset: str, model: Path, classifier: Path | None) -> Any:
         """Scores of samples of a model."""
         given = ["--checkpoint", model, "--reference", "digits", "--num-samples", 40, "--batch-size", 20]
-        return self.mvar("evaluate", *given, "--features", "demo", "--demo-classifier", classifier)
+        return self.mvar("evaluate", *given, "--features", "demo")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

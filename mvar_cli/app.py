@@ -87,6 +87,7 @@ MOVED: dict[str, dict[str, str]] = {
         "--cfg-schedule": "From Python: mvar.edit(settings=SamplingConfig(cfg_schedule=...)).",
         "--cfg-scales": "From Python: mvar.edit(settings=SamplingConfig(cfg_scales=...)).",
     },
+    "bench": {"--more-smooth": "From Python: mvar.bench(settings=SamplingConfig(more_smooth=True))."},
     "plan": {"--list": "`mvar plan` alone lists the presets."},
     "evaluate": {
         "--likelihood": "Use `mvar evaluate likelihood` instead.",

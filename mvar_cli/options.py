@@ -203,18 +203,11 @@ class BasicSamplingOptions(Group):
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Keep this much probability; 0 or 1 keep all.")] = (
         None
     )
-    min_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Keep codes at least this fraction as likely as the likeliest; 0 keeps all."),
-    ] = None
 
 
-class SamplingOptions(BasicSamplingOptions):
-    """How to sample; what is not given is as the model recommends."""
+class GuidedSamplingOptions(BasicSamplingOptions):
+    """The same, and which scales are guided how strongly: what decides how long sampling takes."""
 
-    more_smooth: Annotated[
-        bool | None, typer.Option("--more-smooth/--no-more-smooth", help="Smoother looks; never for metrics.")
-    ] = None
     cfg_schedule: Annotated[
         str | None,
         typer.Option("--cfg-schedule", metavar="NAME|LIST",
@@ -225,12 +218,25 @@ class SamplingOptions(BasicSamplingOptions):
     ] = None
 
 
+class SamplingOptions(GuidedSamplingOptions):
+    """Every setting of sampling."""
+
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Keep codes at least this fraction as likely as the likeliest; 0 keeps all."),
+    ] = None
+    more_smooth: Annotated[
+        bool | None, typer.Option("--more-smooth/--no-more-smooth", help="Smoother looks; never for metrics.")
+    ] = None
+
+
 if TYPE_CHECKING:  # what a command's function receives
     Device = mvar.Machine
     MemoryDevice = mvar.Machine
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
     BasicSampling = mvar.SamplingConfig
+    GuidedSampling = mvar.SamplingConfig
     Sampling = mvar.SamplingConfig
     Loop = mvar.LoopSettings
     TokenizerLoop = mvar.TokenizerLoopSettings
@@ -238,7 +244,7 @@ else:
     Device, Machine, SamplingMachine = DeviceOptions, MachineOptions, SamplingMachineOptions
     Loop, TokenizerLoop = LoopOptions, TokenizerLoopOptions
     MemoryDevice = MemoryDeviceOptions
-    BasicSampling, Sampling = BasicSamplingOptions, SamplingOptions
+    BasicSampling, GuidedSampling, Sampling = BasicSamplingOptions, GuidedSamplingOptions, SamplingOptions
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ SHOWN_STAGES = 0.005
 
 @options.command(example="mvar bench --preset mvar-d16-256 --batch-size 1,4,8 --dtype bfloat16")
 def bench(
-    sampling: options.Sampling,
+    sampling: options.GuidedSampling,
     machine: options.Machine,
     preset: options.Preset = None,
     checkpoint: Annotated[

@@ -77,7 +77,7 @@ def _loop(section: str) -> dict[str, str]:
 
 MOVED: dict[str, dict[str, str]] = {
     "ablate": {
-        "--epochs": "Use --steps, or --set train.epochs=N.",
+        "--epochs": "Use --steps, or --set train.epochs=N with --set train.steps=null.",
         "--bench-batch": "Leave it out: eight images together are timed.",
         "--demo-classifier": "Use --features FILE.safetensors.",
     },

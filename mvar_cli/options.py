@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -142,14 +142,19 @@ class MemoryDeviceOptions(DeviceOptions):
     memory: Memory = None
 
 
-class MachineOptions(DeviceOptions):
-    """Where and how to compute with a transformer."""
+class AttentionDeviceOptions(DeviceOptions):
+    """Where to compute, and the attention backend."""
 
     attention: Annotated[
         str,
         typer.Option("--attention", metavar="NAME", rich_help_panel=MACHINE,
                      help="auto, reference, dense, tiled, flex or natten; a named one never falls back."),
     ] = "auto"  # fmt: skip
+
+
+class MachineOptions(AttentionDeviceOptions):
+    """Where and how to compute with a transformer."""
+
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks first: for long runs.", rich_help_panel=MACHINE)
     ] = False
@@ -232,6 +237,7 @@ class SamplingOptions(GuidedSamplingOptions):
 
 if TYPE_CHECKING:  # what a command's function receives
     Device = mvar.Machine
+    AttentionDevice = mvar.Machine
     MemoryDevice = mvar.Machine
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
@@ -243,7 +249,7 @@ if TYPE_CHECKING:  # what a command's function receives
 else:
     Device, Machine, SamplingMachine = DeviceOptions, MachineOptions, SamplingMachineOptions
     Loop, TokenizerLoop = LoopOptions, TokenizerLoopOptions
-    MemoryDevice = MemoryDeviceOptions
+    AttentionDevice, MemoryDevice = AttentionDeviceOptions, MemoryDeviceOptions
     BasicSampling, GuidedSampling, Sampling = BasicSamplingOptions, GuidedSamplingOptions, SamplingOptions
 
 
@@ -262,16 +268,15 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 
 
-def command(*, example: str, **extras: Any) -> Callable[[CommandFunction], CommandFunction]:
+def command(*, example: str) -> Callable[[CommandFunction], CommandFunction]:
     """Mark a command's function with what its help ends with.
 
     Args:
         example: A command line to copy.
-        **extras: Further facts for the application: `bare_options`, names that may be typed without a value.
     """
 
     def mark(function: CommandFunction) -> CommandFunction:
-        vars(function).update(example=example, extras=extras)
+        vars(function).update(example=example)
         return function
 
     return mark

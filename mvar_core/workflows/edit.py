@@ -108,10 +108,10 @@ def edit(
     output = SampleOutput.of(Path(out), format, save_tokens)
     region = parse_box(box) if isinstance(box, str) else box
     towards = bool(classes or words)
-    if not towards and settings is not None and settings.cfg and "cfg" in settings.model_fields_set:
-        logging.getLogger("mvar").info("--cfg guides towards a class; without --class it has no effect.")
     try:
         with connect(machine.device) as world, sigterm_as_interrupt():
+            if not towards and settings is not None and settings.cfg and "cfg" in settings.model_fields_set:
+                logging.getLogger("mvar").info("--cfg guides towards a class; without --class it has no effect.")
             check_early(world, output, overwrite)
             model = LazyModel(checkpoint, tokenizer, world, machine)
             chosen = choose_conditions(model.config, classes, words)

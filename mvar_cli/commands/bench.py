@@ -17,7 +17,7 @@ SHOWN_STAGES = 0.005
 @options.command(example="mvar bench --preset mvar-d16-256 --batch-size 1,4,8 --dtype bfloat16")
 def bench(
     sampling: options.GuidedSampling,
-    machine: options.Machine,
+    machine: options.AttentionDevice,
     preset: options.Preset = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A model directory or a run, in place of random weights.")

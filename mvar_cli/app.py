@@ -5,15 +5,14 @@ import inspect
 import os
 import sys
 import traceback
-import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 from mvar_cli import console, options
-from mvar_cli.groups import flattened, with_signature
+from mvar_cli.groups import grouped, signature
 from mvar_core import __version__
 from mvar_core.errors import ConfigError, MvarError, nearest
 
@@ -117,11 +116,21 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
         entry: Which command.
         arguments: What was typed after its name, for the processes that --nproc starts.
     """
-    module = importlib.import_module(f"mvar_cli.commands.{entry.module}")
-    function = getattr(module, entry.module)
-    run = with_json(flattened(function))
-    if entry.shared:
-        run = launchable(entry.name, run, arguments)
+    function = getattr(importlib.import_module(f"mvar_cli.commands.{entry.module}"), entry.module)
+    typed = [*entry.name.split(), *arguments]  # now: the parser takes its list apart
+
+    def run(*, as_json: bool, nproc: int = 1, **values: Any) -> None:
+        console.output.as_json = as_json
+        if nproc > 1 and starts_processes(nproc):
+            code, text = distributed().launch(typed, nproc, str(values.get("device", "auto")))
+            if text:
+                typer.echo(text, err=True)
+            raise typer.Exit(code)
+        function(**grouped(function, values))
+
+    shared = {"nproc": (options.NumProcesses, 1)} if entry.shared else {}
+    flat = signature(function, as_json=(options.AsJson, False), **shared)
+    vars(run).update(__signature__=flat, __annotations__={name: o.annotation for name, o in flat.parameters.items()})
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
     # Typer keeps the line breaks of a docstring, which fit the source and not the terminal.
     paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
@@ -133,47 +142,24 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
     return typer.main.get_command(single)
 
 
-def with_json(run: Callable[..., None]) -> Callable[..., None]:
-    """A command's function with the option `--json`."""
-
-    def with_output(*, as_json: bool = False, **values: Any) -> None:
-        console.output.as_json = as_json
-        run(**values)
-
-    option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=options.AsJson)
-    return with_signature(with_output, [*inspect.signature(run).parameters.values(), option])
+def inside_torchrun() -> bool:
+    """Whether this is one of several processes that torchrun, or --nproc, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def launchable(name: str, run: Callable[..., None], arguments: Sequence[str]) -> Callable[..., None]:
-    """A command's function with the option `--nproc`, which runs it in processes of their own.
+def starts_processes(nproc: int) -> bool:
+    """Whether --nproc starts processes here: not inside torchrun, which has started them.
 
-    Args:
-        name: The command's name.
-        run: Its function.
-        arguments: What was typed after the name; the processes get the same.
+    Raises:
+        ConfigError: torchrun has started another number of them.
     """
-    typed = [*name.split(), *arguments]  # now: the parser takes its list apart
-
-    def launched(*, nproc: int = 1, **values: Any) -> None:
-        inside = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-        if inside and nproc not in (1, int(os.environ.get("LOCAL_WORLD_SIZE", nproc))):
-            raise ConfigError(
-                f"--nproc {nproc} inside torchrun, which has started {os.environ['LOCAL_WORLD_SIZE']} processes here.",
-                "Leave out --nproc: torchrun's --nproc-per-node says how many.",
-            )
-        if nproc > 1 and not inside:
-            code, text = distributed().launch(typed, nproc, str(values.get("device", "auto")))
-            if text:
-                typer.echo(text, err=True)
-            raise typer.Exit(code)
-        run(**values)
-
-    option = inspect.Parameter("nproc", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=options.NumProcesses)
-    hints = typing.get_type_hints(run, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[parameter.name]) for parameter in inspect.signature(run).parameters.values()
-    ]
-    return with_signature(launched, [*own, option])
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", nproc))
+    if inside_torchrun() and nproc != started:
+        raise ConfigError(
+            f"--nproc {nproc} inside torchrun, which has started {started} processes here.",
+            "Leave out --nproc: torchrun's --nproc-per-node says how many.",
+        )
+    return not inside_torchrun()
 
 
 def distributed() -> Any:
@@ -181,15 +167,10 @@ def distributed() -> Any:
     return importlib.import_module("mvar_core.distributed")
 
 
-def without_bare_options(args: list[str], names: Collection[str]) -> list[str]:
-    """The arguments without those of the named options that no value follows."""
-    kept = []
-    for position, argument in enumerate(args):
-        following = args[position + 1 : position + 2]
-        if argument in names and (not following or following[0].startswith("-")):
-            continue
-        kept.append(argument)
-    return kept
+def without_bare_preset(args: list[str]) -> list[str]:
+    """The arguments without a --preset that no value follows, which asks for the list of presets."""
+    following = [*args[1:], "-"]
+    return [one for one, after in zip(args, following, strict=True) if one != "--preset" or not after.startswith("-")]
 
 
 class LazyGroup(TyperGroup):
@@ -203,13 +184,14 @@ class LazyGroup(TyperGroup):
             if not ctx.resilient_parsing and not args[0].startswith("-"):
                 ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
             return super().resolve_command(ctx, args)
-        _require_one_process(entry)
+        if inside_torchrun() and not entry.shared:
+            raise ConfigError(f"`mvar {entry.name}` runs in one process.", "Start it without torchrun.")
         rest = args[len(entry.name.split()) :]
         for option, instead in MOVED.get(entry.name, {}).items():
             if any(argument.split("=")[0] == option for argument in rest):
                 ctx.fail(f"{option} is no longer an option of `mvar {entry.name}`. {instead}")
         if entry.name == "plan":
-            rest = without_bare_options(rest, ("--preset",))
+            rest = without_bare_preset(rest)
         return entry.name, load_command(entry, rest), rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -244,7 +226,7 @@ class LazyGroup(TyperGroup):
 
 def leave(code: int) -> typer.Exit:
     """What to raise to end with this code; a process of several ends here, for its exit could wait for the others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+    if inside_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -271,16 +253,6 @@ def error_line(error: Exception) -> str | None:
         f"error: unexpected {type(error).__name__}: {text} "
         "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it."
     )
-
-
-def _require_one_process(entry: CommandEntry) -> None:
-    """Refuse to do the same work several times over.
-
-    Raises:
-        ConfigError: torchrun has started several processes of a command that cannot share its work.
-    """
-    if not entry.shared and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        raise ConfigError(f"`mvar {entry.name}` runs in one process.", "Start it without torchrun.")
 
 
 app = typer.Typer(
@@ -311,17 +283,12 @@ def _main(
     console.log_to_stderr()
 
 
-def _register_stubs() -> None:
-    """Stand-ins that carry name and summary for the help; `resolve_command` puts the real command in their place."""
-
-    def stub() -> None:  # pragma: no cover
-        raise AssertionError("a stub was called instead of its command")
-
-    for entry in COMMANDS:
-        app.command(entry.name, help=entry.summary, rich_help_panel=entry.panel)(stub)
+def _stub() -> None:  # pragma: no cover
+    raise AssertionError("a stub was called instead of its command")
 
 
-_register_stubs()
+for _entry in COMMANDS:  # stubs carry name and summary for the help; `resolve_command` replaces them
+    app.command(_entry.name, help=_entry.summary, rich_help_panel=_entry.panel)(_stub)
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
 """Option groups: classes whose fields become options of every command that has the group as one parameter.
 
-A command is written with typed parameters; `flattened` gives typer the function that it can read, and turns what was
+A command is written with typed parameters; `signature` is the flat one that typer reads, and `grouped` turns what was
 typed back into the command's own parameters.
 """
 
 import inspect
 import typing
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, ClassVar
 
 import mvar_core as mvar
+
+Command = Callable[..., None]
 
 
 class Group:
@@ -21,16 +22,20 @@ class Group:
     """
 
     builds: ClassVar[str | None] = None
+    names: ClassVar[tuple[str, ...]] = ()
+    """The fields that are options; empty stands for all."""
+
+    @classmethod
+    def only(cls, *names: str) -> type["Group"]:
+        """The group with some of its fields, for commands where the others have no effect."""
+        return type(cls.__name__, (cls,), {"names": names, "__module__": cls.__module__})
 
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:
         """One keyword parameter for each field."""
         hints = typing.get_type_hints(cls, include_extras=True)
-        return [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(cls, name), annotation=hint)
-            for name, hint in hints.items()
-            if name != "builds"
-        ]
+        names = cls.names or [name for name in hints if name not in typing.get_type_hints(Group)]
+        return [_parameter(name, hints[name], getattr(cls, name)) for name in names]
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> Any:
@@ -39,29 +44,32 @@ class Group:
         return given if cls.builds is None else getattr(mvar, cls.builds).of(**given)
 
 
-def flattened(run: Callable[..., None]) -> Callable[..., None]:
-    """A command's function with the fields of its groups as parameters of their own, in the groups' places."""
+def signature(run: Command, **further: tuple[Any, Any]) -> inspect.Signature:
+    """The signature of a command's function, with the fields of its groups in the groups' places.
+
+    Args:
+        run: The command's function.
+        further: Annotation and default of options that all commands share.
+    """
     hints = typing.get_type_hints(run, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if inspect.isclass(kind) and issubclass(kind, Group)}
-    parameters = []
-    for parameter in inspect.signature(run).parameters.values():
-        if parameter.name in groups:
-            parameters += groups[parameter.name].parameters()
-        else:
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(parameter.replace(kind=kind, annotation=hints[parameter.name]))
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(run).parameters.items():
+        group = _group(hints[name])
+        parameters += group.parameters() if group else [_parameter(name, hints[name], parameter.default)]
+    return inspect.Signature([*parameters, *(_parameter(name, *option) for name, option in further.items())])
 
-    @wraps(run)
-    def with_options(**values: Any) -> None:
-        for name, group in groups.items():
+
+def grouped(run: Command, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a command's function, from the values of its flat signature."""
+    for name, hint in typing.get_type_hints(run, include_extras=True).items():
+        if group := _group(hint):
             values[name] = group.build({option.name: values.pop(option.name) for option in group.parameters()})
-        run(**values)
-
-    return with_signature(with_options, parameters)
+    return values
 
 
-def with_signature(function: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
-    """The function, which typer reads as having these parameters."""
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return function
+def _group(hint: Any) -> type[Group] | None:
+    return hint if inspect.isclass(hint) and issubclass(hint, Group) else None
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

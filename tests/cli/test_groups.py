@@ -1,15 +1,14 @@
-"""Groups of options: a class in a command's signature is one option for each of its fields."""
+"""Groups of options."""
 
 import inspect
 from typing import Annotated
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 import mvar_core as mvar
 from mvar_cli import options
-from mvar_cli.groups import Group, flattened
+from mvar_cli.groups import Group, grouped, signature
 from mvar_core.config import RunConfig
 
 
@@ -18,17 +17,26 @@ class Size(Group):
     width: Annotated[int | None, typer.Option("--width")] = None
 
 
-def draw(*, name: Annotated[str, typer.Option("--name")], size: Size, loud: bool = False) -> None:
-    """Draw it."""
-    typer.echo(f"{name} {size} {loud}")
+def show(*, name: Annotated[str, typer.Option("--name")], size: Size, loud: bool = False) -> None:
+    """Show what arrived."""
+    print(name, size, loud)
 
 
-def test_a_group_reaches_the_command_as_one_value():
-    app = typer.Typer()
-    app.command()(flattened(draw))
-    assert CliRunner().invoke(app, ["--name", "a", "--loud"]).stdout == "a {'height': 2} True\n"
-    assert CliRunner().invoke(app, ["--name", "a", "--width", "3"]).stdout == "a {'height': 2, 'width': 3} False\n"
-    assert list(inspect.signature(flattened(draw)).parameters) == ["name", "height", "width", "loud"]
+def test_a_group_is_one_value_of_the_command_and_one_option_for_each_of_its_fields(capsys):
+    flat = signature(show, extra=(bool, True))
+    assert {name: option.default for name, option in flat.parameters.items()} == {
+        "name": inspect.Parameter.empty, "height": 2, "width": None, "loud": False, "extra": True
+    }  # fmt: skip
+    show(**grouped(show, {"name": "a", "height": 2, "width": None, "loud": True}))
+    show(**grouped(show, {"name": "a", "height": 2, "width": 3, "loud": False}))
+    assert capsys.readouterr().out == "a {'height': 2} True\na {'height': 2, 'width': 3} False\n"
+    assert [parameter.name for parameter in Size.only("width").parameters()] == ["width"]
+
+
+@pytest.mark.parametrize(("group", "section"), [(options.SamplingOptions, mvar.SamplingConfig),
+                                                (options.MachineOptions, mvar.Machine)])  # fmt: skip
+def test_every_setting_has_an_option(group, section):
+    assert {parameter.name for parameter in group.parameters()} == set(section.model_fields)
 
 
 def test_settings_that_were_not_typed_are_not_set():

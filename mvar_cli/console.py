@@ -2,12 +2,10 @@
 
 import json
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,6 +20,7 @@ from mvar_core.formatting import format_bytes as format_bytes
 from mvar_core.formatting import format_count as format_count
 from mvar_core.formatting import format_number as format_number
 from mvar_core.formatting import format_seconds as format_seconds
+from mvar_core.results import plain
 
 if TYPE_CHECKING:
     from mvar_core.analysis.cost import Plan
@@ -32,7 +31,7 @@ WIDTH_WITHOUT_TERMINAL = 140
 
 
 class Output:
-    """Where this process prints, and how; there is one, `output`.
+    """How this process prints; there is one, `output`.
 
     Attributes:
         as_json: Tables and lines are left out, and `show` prints one JSON object.
@@ -56,7 +55,7 @@ output = Output()
 
 
 class StderrHandler(logging.Handler):
-    """Log records as plain lines on whatever stderr is at the time: a progress bar may have taken it over."""
+    """Log records as plain lines on whatever stderr is at the time: a progress bar may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -119,7 +118,7 @@ def show(
     values = result.to_dict()
     if output.as_json:
         if not output.silent:
-            print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
+            print(json.dumps(values, ensure_ascii=False, allow_nan=False))
     elif getattr(result, "dry_run", None) is not None:
         show_dry_run(result.dry_run)
     else:
@@ -134,8 +133,7 @@ def show(
 
 def show_dry_run(planned: "DryRun") -> None:
     """What a command would do: configuration, cost and steps."""
-    values = plain(planned.configuration)
-    if values:
+    if values := plain(planned.configuration):
         say(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip())
     if planned.cost is not None:
         show_cost(planned.cost)
@@ -163,16 +161,9 @@ def progress(stage: str, done: int, total: int, *, unit: str = "images", note: s
         output.stage, output.began, output.last_line = stage, (now, done), now
         console = Console(stderr=True)
         if console.is_terminal:
-            output.bar = bars.Progress(
-                bars.TextColumn("{task.description}"),
-                bars.BarColumn(),
-                bars.MofNCompleteColumn(),
-                bars.TextColumn("{task.fields[rate]}"),
-                bars.TimeRemainingColumn(),
-                bars.TextColumn("{task.fields[note]}"),
-                console=console,
-                transient=True,
-            )
+            columns = "{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}"
+            remaining = bars.TimeRemainingColumn()
+            output.bar = bars.Progress(*columns, remaining, "{task.fields[note]}", console=console, transient=True)
             output.bar.start()
             output.task = output.bar.add_task(stage, total=total, rate="", note="")
     began, first = output.began
@@ -187,25 +178,10 @@ def progress(stage: str, done: int, total: int, *, unit: str = "images", note: s
 
 
 def end_progress() -> None:
-    """Take the progress bar away."""
+    """Remove the progress bar."""
     if output.bar is not None:
         output.bar.stop()
     output.bar, output.stage = None, ""
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON knows it: numbers that are not finite become null, paths and arrays become text and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def heading(name: str) -> str:

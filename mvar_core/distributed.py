@@ -1,7 +1,7 @@
-"""The processes of one job: who does what, what they tell each other, how they are started and how they end.
+"""The processes of one job: rank and world size, collectives, how the processes are started and how they end.
 
-torchrun, or `launch`, starts them; `connect` joins them for as long as a block runs and gives the one object through
-which everything else speaks to the others. A single process is the same object with a world of one.
+torchrun, or `launch`, starts them; `connect` joins them while a block runs and yields the `World` through which
+everything else speaks to the other processes. A single process is the same object with a world size of one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvar_core.errors import ConfigError, MvarError
+from mvar_core.errors import ConfigError, MvarError, one_line
 
 Value = TypeVar("Value")
 
@@ -118,24 +117,20 @@ class World:
         """What `compute` returns in rank 0, in all processes; the others wait for it.
 
         Raises:
-            MvarError: What `compute` raised; in the other processes a RemoteError, so that none waits for one that
-                has failed.
-            OSError: Likewise.
+            MvarError, OSError: What `compute` raised; in the other processes a RemoteError, so that none waits for one
+                that has failed.
         """
         if self.world_size == 1:
             return compute()
         value: Any = None
         failed: Exception | None = None
-        if self.is_rank_zero:
-            try:
-                value = compute()
-            except (MvarError, OSError) as error:
-                failed = error
+        try:
+            value = compute() if self.is_rank_zero else None
+        except (MvarError, OSError) as error:
+            failed = error
         value, problem = self.broadcast_object((value, None if failed is None else str(failed)))
-        if failed is not None:
-            raise failed
         if problem is not None:
-            raise RemoteError(problem)
+            raise failed or RemoteError(problem)
         return cast("Value", value)
 
 
@@ -157,10 +152,10 @@ def world() -> World:
 
 @contextmanager
 def connect(device: str = "cpu") -> Iterator[World]:
-    """The processes that torchrun started, connected for as long as the block runs; without torchrun, this one alone.
+    """The processes that torchrun started, connected while the block runs; without torchrun, this one alone.
 
-    Inside another `connect` it gives the world that is connected already. A process that dies without closing its
-    connections (its machine is gone) ends the others within a minute.
+    Inside another `connect` it yields the world that is connected already. A process that dies without closing its
+    connections, because its machine is gone, ends the others within a minute.
 
     Args:
         device: As the user named it. Tensors on a GPU travel between GPUs (NCCL), results between processors (gloo).
@@ -197,21 +192,13 @@ class Heartbeat:
     Args:
         rank: This process's number.
         world_size: How many there are.
-        between: Seconds between two signs of life.
-        silence: Seconds without any after which a process counts as dead.
+        silence: Seconds without a sign of life after which a process counts as dead.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        between: float = SECONDS_BETWEEN_BEATS,
-        silence: float = SECONDS_OF_SILENCE,
-    ):
+    def __init__(self, rank: int, world_size: int, silence: float = SECONDS_OF_SILENCE):
         self.rank = rank
         self.watched = range(1, world_size) if rank == 0 else range(1)
         self.world_size = world_size
-        self.between = between
         self.silence = silence
         self._beats = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
@@ -223,9 +210,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stopped.set()
         self._thread.join()
 
@@ -254,72 +239,68 @@ class Heartbeat:
 
     def _run(self) -> None:
         # A connection of its own: on a shared one, what the main thread waits for would hold up the signs of life.
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=datetime.timedelta(seconds=self.silence),
-        )
+        address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=self.silence)
+        store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
         while True:
             try:
                 problem = self.problem(store, time.monotonic())
             except (RuntimeError, ConnectionError) as error:
-                problem = f"the first machine of the job cannot be reached: {' '.join(str(error).split())[:200]}"
+                problem = f"the first machine of the job cannot be reached: {one_line(error)[:200]}"
             if problem is not None and not self._stopped.is_set():
                 # From this thread: the main one may be waiting inside a collective, where nothing reaches it.
                 report_failure(f"error: {problem}. {_RESUME}", consequence=True)
                 sys.stderr.flush()
                 os._exit(1)
-            if self._stopped.wait(self.between):
+            if self._stopped.wait(SECONDS_BETWEEN_BEATS):
                 with suppress(RuntimeError, ConnectionError):
                     store.set(f"mvar/beat/{self.rank}", "done")
                 return
 
 
+@contextmanager
+def _handling(*numbers: signal.Signals, by: Callable[[int, Any], None]) -> Iterator[None]:
+    """Signals handled while the block runs; outside the main thread, where handlers cannot be set, as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, by) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 class InterruptFlag:
     """While entered, the first Ctrl-C or SIGTERM sets `raised` and lets the current step finish.
 
-    A second Ctrl-C interrupts at once. A second SIGTERM does not: launchers and batch systems send several. Outside
-    the main thread, where handlers cannot be set, it changes nothing.
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: launchers and batch systems send several.
     """
 
     def __init__(self) -> None:
         self.raised = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handling = _handling(signal.SIGINT, signal.SIGTERM, by=self._handle)
 
     def __enter__(self) -> InterruptFlag:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handling.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)
-        self._previous = {}
+    def __exit__(self, *raised: Any) -> None:
+        self._handling.__exit__(*raised)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.raised and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.raised = True
 
 
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> AbstractContextManager[None]:
     """SIGTERM, with which batch systems and launchers end processes, raises KeyboardInterrupt in the main thread."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+    return _handling(signal.SIGTERM, by=interrupt)
 
 
 def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[int, str]:
@@ -337,16 +318,23 @@ def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
-    _check_devices(device, nproc)
+    available = torch.cuda.device_count()
+    if device.startswith("cuda:"):
+        raise ConfigError(f"--device {device} is one GPU, and --nproc {nproc} needs {nproc}.", "Use --device cuda.")
+    if device in ("auto", "cuda") and 0 < available < nproc:
+        raise ConfigError(
+            f"--nproc {nproc}: this machine has {available} GPUs, and each process uses one.",
+            f"Use --nproc {available}, or --device cpu.",
+        )
     # Its warnings repeat, in several lines, what is reported in one.
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())
     elastic.propagate = os.environ.get("MVAR_DEBUG") == "1"
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // nproc)))
-    further: dict[str, Any] = {}
-    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # older ones wait 30 s and cannot be told otherwise
-        further["shutdown_timeout"] = SECONDS_TO_SAVE
+    # torch before 2.10 has no such setting and waits 30 s.
+    known = "shutdown_timeout" in LaunchConfig.__dataclass_fields__
+    further: dict[str, Any] = {"shutdown_timeout": SECONDS_TO_SAVE} if known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -371,25 +359,26 @@ def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[
 
 
 def first_failure(failures: Mapping[int, Any], nproc: int) -> tuple[int, str]:
-    """Exit code and line for processes that failed: the first cause counts, what followed from it does not."""
-
-    def reported(failure: Any) -> dict[str, Any]:
-        data = failure.error_file_data
-        return data if isinstance(data, dict) else {}
+    """Exit code and line for processes that failed: of the first one that did not fail because another had."""
 
     def order(item: tuple[int, Any]) -> tuple[bool, int, int]:
         rank, failure = item
         # SIGTERM is how the launcher ends the others.
-        followed = bool(reported(failure).get("consequence")) or failure.exitcode == -signal.SIGTERM
+        followed = bool(_reported(failure).get("consequence")) or failure.exitcode == -signal.SIGTERM
         return followed, failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
+    process = f"error: process {rank + 1} of {nproc}"
     if failure.exitcode < 0:
-        name = failure.signal_name()
-        return 1, f"error: process {rank + 1} of {nproc} was ended by {name}, and the others with it. {_RESUME}"
-    if "line" not in reported(failure) and failure.exitcode == 1:
-        return 1, f"error: process {rank + 1} of {nproc} ended with exit code 1 without saying why."
-    return failure.exitcode, str(reported(failure).get("line", ""))
+        return 1, f"{process} was ended by {failure.signal_name()}, and the others with it. {_RESUME}"
+    if "line" not in _reported(failure) and failure.exitcode == 1:
+        return 1, f"{process} ended with exit code 1 and no message."
+    return failure.exitcode, str(_reported(failure).get("line", ""))
+
+
+def _reported(failure: Any) -> dict[str, Any]:
+    """What `report_failure` wrote in the process that failed."""
+    return failure.error_file_data if isinstance(failure.error_file_data, dict) else {}
 
 
 def report_failure(line: str, *, consequence: bool = False, silent: bool = False) -> None:
@@ -403,10 +392,9 @@ def report_failure(line: str, *, consequence: bool = False, silent: bool = False
     path = os.environ.get(_ERROR_FILE)
     if path is not None:
         # torchrun's own layout, so that its summary shows the line as well.
-        content = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(path).write_text(
-            json.dumps({"message": content, "line": line, "consequence": consequence}), encoding="utf-8"
-        )
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        content = {"message": message, "line": line, "consequence": consequence}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
     if not silent and LAUNCHED not in os.environ:
         print(line, file=sys.stderr)
 
@@ -425,15 +413,3 @@ def lost_connection(error: BaseException) -> bool:
 def available_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_devices(device: str, nproc: int) -> None:
-    """Refuse more processes than GPUs, where GPUs are what the processes would use."""
-    available = torch.cuda.device_count()
-    if device.startswith("cuda:"):
-        raise ConfigError(f"--device {device} is one GPU, and --nproc {nproc} needs {nproc}.", "Use --device cuda.")
-    if device in ("auto", "cuda") and 0 < available < nproc:
-        raise ConfigError(
-            f"--nproc {nproc}: this machine has {available} GPUs, and each process uses one.",
-            f"Use --nproc {available}, or --device cpu.",
-        )

@@ -1,4 +1,4 @@
-"""The errors that users can mend: each says what was wrong, what was found and what to do next."""
+"""The errors that users can fix: each says what was wrong, what was found and what to do next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class MvarError(Exception):
-    """A problem the user can mend; the command line prints it as one line and exits with 1.
+    """A problem that the user can fix; the command line prints it as one line and exits with 1.
 
     Args:
         message: What was wrong and what was found, naming the file or value.
@@ -41,16 +41,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """A phrase that offers the names most like `name`, or lists the choices when none is near.
-
-    Args:
-        name: What the user typed.
-        choices: What exists.
-        count: How many near names to offer.
-    """
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A phrase that offers the choices most like what the user typed, or lists the choices when none is near."""
     names = sorted(choices)
-    matches = get_close_matches(name, names, n=count, cutoff=0.5)
+    matches = get_close_matches(name, names, cutoff=0.5)
     if matches:
         return f"Did you mean {' or '.join(matches)}?"
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

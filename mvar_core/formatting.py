@@ -6,12 +6,12 @@ import math
 
 
 def format_number(value: float) -> str:
-    """Four significant figures, without an exponent where one can do without."""
+    """Four significant figures, with an exponent only where the number would be long."""
     if not math.isfinite(value):
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-        return f"{value:,.{min(decimals, 6)}f}"
+        return f"{value:,.{decimals}f}"
     return f"{value:.3e}"
 
 

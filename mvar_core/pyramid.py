@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -71,17 +72,13 @@ def read_size(value: Any) -> PatchSize:
     Raises:
         ValueError: Anything else.
     """
-    if isinstance(value, str):
-        if not re.fullmatch(r"\s*\d+\s*(?:[x×]\s*\d+\s*)?", value):
-            raise ValueError(f"{value!r} is not a size: expected one side, as in 16, or height and width, as in 16x24")
-        value = [int(side) for side in re.split("[x×]", value)]
-        value = value[0] if len(value) == 1 else value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
-        height, width = value
-        return height if height == width else (height, width)
-    raise ValueError(f"{value!r} is not a size: expected one side, or height and width")
+    sides = value
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(?:[x×]\s*\d+\s*)?", value):
+        sides = [int(side) for side in re.split("[x×]", value)]
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
+        raise ValueError(f"{value!r} is not a size: expected one side, as in 16, or height and width, as in 16x24")
+    return sides[0] if sides[0] == sides[-1] else (sides[0], sides[1])
 
 
 def read_sizes(value: Any) -> list[PatchSize]:
@@ -105,8 +102,8 @@ def write_size(size: PatchSize) -> str:
 class AttentionPattern:
     """What the tokens of one scale attend to: visible earlier tokens, then a window of their own scale.
 
-    The keys of a query are ordered: first `prefix_tokens` tokens of earlier scales, all of them visible to every query;
-    then the tokens of the query's own scale in raster order, of which each query sees its window.
+    The keys are ordered: first `prefix_tokens` tokens of earlier scales, which every query sees; then the tokens of the
+    query's own scale in raster order, of which each query sees its window.
 
     Attributes:
         grid: The scale's token map.
@@ -151,12 +148,8 @@ class AttentionPattern:
         height, width = self.window_grid
         top = window_start(row, self.grid.height, height)
         left = window_start(column, self.grid.width, width)
-        own = [
-            self.prefix_tokens + y * self.grid.width + x
-            for y in range(top, top + height)
-            for x in range(left, left + width)
-        ]
-        return [*range(self.prefix_tokens), *own]
+        places = ((y, x) for y in range(top, top + height) for x in range(left, left + width))
+        return [*range(self.prefix_tokens), *(self.prefix_tokens + y * self.grid.width + x for y, x in places)]
 
 
 @dataclass(frozen=True)
@@ -178,10 +171,7 @@ class ScalePyramid:
         """
         if not patch_sizes:
             raise ConfigError("patch_sizes is empty: a pyramid needs at least one scale, for example [1, 2, 4, 8].")
-        grids = []
-        for size in patch_sizes:
-            height, width = (size, size) if isinstance(size, int) else tuple(size)
-            grids.append(Grid(int(height), int(width)))
+        grids = [Grid(size, size) if isinstance(size, int) else Grid(*map(int, size)) for size in patch_sizes]
         last = grids[-1]
         for index, grid in enumerate(grids):
             if min(grid) < 1 or grid.height > last.height or grid.width > last.width:
@@ -197,9 +187,8 @@ class ScalePyramid:
 
         Each published scale keeps its place: its height and width are multiplied by the ratio of the latent grid's to
         the published one's, and rounded (halves up). The first scale is a single token, the last the latent grid;
-        scales that rounding makes equal are one. So 256, 512 and 1024 px squares at a downsampling of 16 give the
-        published pyramids, and other shapes of about their area as many scales, which a fine-tuned model inherits one
-        by one.
+        scales that rounding makes equal are one. So 256, 512 and 1024 px squares at a downsampling of 16 have the
+        published pyramids, and other shapes of about their area have as many scales.
 
         Args:
             height: Of the images, in pixels.
@@ -231,7 +220,7 @@ class ScalePyramid:
     @property
     def patch_sizes(self) -> tuple[PatchSize, ...]:
         """One side per scale, or (height, width) where they differ."""
-        return tuple(grid.height if grid.height == grid.width else (grid.height, grid.width) for grid in self.grids)
+        return tuple(map(read_size, self.grids))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -261,11 +250,8 @@ class ScalePyramid:
     @cached_property
     def spans(self) -> tuple[slice, ...]:
         """Where each scale's tokens are in the sequence of L tokens."""
-        spans, start = [], 0
-        for grid in self.grids:
-            spans.append(slice(start, start + grid.tokens))
-            start += grid.tokens
-        return tuple(spans)
+        stops = list(accumulate(grid.tokens for grid in self.grids))
+        return tuple(map(slice, [0, *stops], stops))
 
     @cached_property
     def scale_of_token(self) -> tuple[int, ...]:
@@ -304,15 +290,9 @@ class ScalePyramid:
             scale_prefixes: How many scales a token sees, its own included, or "all".
             windows: One odd window side per scale, 0 for the whole scale.
         """
-        return tuple(
-            AttentionPattern(
-                grid=grid,
-                window=windows[scale],
-                prefix_tokens=self.spans[scale].start
-                - self.spans[self.first_visible_scale(scale, scale_prefixes)].start,
-            )
-            for scale, grid in enumerate(self.grids)
-        )
+        starts = [span.start for span in self.spans]
+        prefixes = (start - starts[self.first_visible_scale(s, scale_prefixes)] for s, start in enumerate(starts))
+        return tuple(map(AttentionPattern, self.grids, windows, prefixes))
 
 
 def check_attention(pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> None:
@@ -344,10 +324,9 @@ def spread_window(window: int, current: Sequence[int]) -> tuple[int, ...]:
 
     The published MVAR windows the last two of its ten scales.
     """
-    windowed = [scale for scale, value in enumerate(current) if value]
-    if not windowed:
-        windowed = list(range(max(0, len(current) - 2), len(current)))
-    return tuple(window if scale in windowed else 0 for scale in range(len(current)))
+    return tuple(
+        window if (value if any(current) else scale >= len(current) - 2) else 0 for scale, value in enumerate(current)
+    )
 
 
 def mvar_windows(pyramid: ScalePyramid) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,13 +28,8 @@ class DryRun:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of a dry run."""
         cost = self.cost.to_dict() if hasattr(self.cost, "to_dict") else self.cost
-        return {
-            "dry_run": True,
-            "configuration": dict(self.configuration),
-            "cost": cost,
-            "plan": list(self.steps),
-            **self.facts,
-        }
+        values = {"dry_run": True, "configuration": self.configuration, "cost": cost, "plan": self.steps, **self.facts}
+        return plain(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +44,21 @@ class Result:
     dry_run: DryRun | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, as `--json` prints them: paths are text; fields that are marked hidden are left out."""
+        """The fields by name, as `--json` prints them; fields that are marked hidden are left out."""
         if self.dry_run is not None:
             return self.dry_run.to_dict()
-        return {
-            field.name: _plain(getattr(self, field.name))
-            for field in fields(self)
-            if field.name != "dry_run" and not field.metadata.get("hidden")
-        }
+        shown = (field.name for field in fields(self) if not field.metadata.get("hidden"))
+        return {name: plain(getattr(self, name)) for name in shown if name != "dry_run"}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: what is not finite becomes null, paths and arrays become text and lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value
+        return [plain(inner) for inner in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

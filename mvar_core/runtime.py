@@ -19,11 +19,7 @@ from torch import Tensor
 from mvar_core import __version__
 from mvar_core.errors import BackendError, ConfigError, nearest
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -45,7 +41,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device; use cpu, cuda, cuda:N or mps.") from None
+        raise ConfigError(f"--device {name!r} is not a device.", "Use cpu, cuda, cuda:N or mps.") from None
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(
             f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
@@ -79,15 +75,10 @@ def has_bfloat16_unit() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _seed_of(parts: Sequence[int | str]) -> int:
-    """A 63-bit seed from several numbers and names; equal ones give equal seeds, on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator whose stream depends on `parts` alone, for example ("train", seed, step)."""
-    return torch.Generator(device=device).manual_seed(_seed_of(parts))
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class RowDraws:
@@ -95,7 +86,7 @@ class RowDraws:
 
     Args:
         generator: Generates the numbers of the whole batch.
-        start: Where the rows begin in the batch.
+        start: The first of the rows in the batch.
         total: Rows of the whole batch.
     """
 
@@ -158,22 +149,16 @@ def synchronize(device: torch.device) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Machine, versions and date: what a measurement must state about where it was made."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "mvar": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": next(models, platform.processor()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

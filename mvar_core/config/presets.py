@@ -16,7 +16,7 @@ import yaml
 from mvar_core.config.model import ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import ConfigError, nearest
-from mvar_core.pyramid import ScalePyramid, auto_windows, read_size, read_sizes, spread_window
+from mvar_core.pyramid import PatchSize, ScalePyramid, auto_windows, read_size, read_sizes, spread_window
 
 
 def presets_directory() -> Path:
@@ -100,21 +100,27 @@ def load_config(
     values = read_preset(preset) if preset else dict(base or {})
     if preset:
         values.setdefault("name", Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset)
-    changes = [_as_mapping(*parse_setting(setting)) for setting in settings]
+    changes: list[Any] = []
+    for setting in settings:
+        path, value = parse_setting(setting)
+        for key in reversed(path):
+            value = {key: value}
+        changes.append(value)
     asked: dict[str, Any] = {}
-    listed = None
+    # One number goes to the scales that have windows before it: it waits until they and the pyramid are known.
+    listed = number = None
     for change in [*changes, _without_none(overrides or {})]:
         asked = merge(asked, change)
-        given = change.get("attention")
-        if isinstance(given, Mapping) and "windows" in given and not _is_number(given["windows"]):
-            listed = given["windows"] or []
-    # One number goes to the scales that have windows before it: it waits until they and the pyramid are known.
-    number = _windows(asked)
+        windows = _windows(change)
+        if type(windows) is int:
+            number = windows
+        elif windows is not None:
+            listed, number = windows, None
+    if _windows(asked) is not None:
+        asked["attention"].pop("windows")
     if listed is not None:
         asked = merge(asked, {"attention": {"windows": listed}})
-    elif _is_number(number):
-        asked["attention"].pop("windows")
-    values = _with_windows(_with_pyramid(_lay_over(values, asked), preset), number if _is_number(number) else None)
+    values = _with_windows(_with_pyramid(_lay_over(values, asked), preset), number)
     return validate(RunConfig, values, preset or "configuration")
 
 
@@ -124,83 +130,69 @@ def _lay_over(values: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str,
     Windows that were listed for another pyramid become `auto`, with the widest of them.
     """
     merged = merge(values, change)
-    windows = _windows(merged)
-    if "image_size" in change and "patch_sizes" not in change and not _same_size(change, values):
+    windows, sizes = _windows(merged), change.get("patch_sizes", 0)
+    fits = not isinstance(sizes, str | list | tuple) or _scales(sizes) == len(windows or ())
+    if "image_size" in change and "patch_sizes" not in change and _size(change) != _size(values):
         merged.pop("patch_sizes", None)
         fits = False
-    else:
-        sizes = change.get("patch_sizes")
-        fits = not isinstance(sizes, str | list | tuple) or _count(sizes) == len(windows or ())
     if not fits and _windows(change) is None and isinstance(windows, list | tuple):
         widest = max(windows, default=0)
         merged = merge(merged, {"attention": {"windows": f"auto:{widest}" if widest else []}})
     return merged
 
 
-def _same_size(change: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    try:
-        return read_size(change["image_size"]) == read_size(values.get("image_size"))
-    except ValueError:
-        return False
-
-
 def _with_pyramid(values: dict[str, Any], source: str | None) -> dict[str, Any]:
     """The pyramid that follows from the image size, where there is none."""
-    if "image_size" not in values or "patch_sizes" in values:
+    size = _size(values)
+    if size is None or "patch_sizes" in values:
         return values
     tokenizer = validate(TokenizerConfig, values.get("tokenizer") or {}, source or "tokenizer")
-    try:
-        size = read_size(values["image_size"])
-    except ValueError:
-        return values  # which the validation reports
     height, width = (size, size) if isinstance(size, int) else size
     return {**values, "patch_sizes": list(ScalePyramid.for_image(height, width, tokenizer.downsample).patch_sizes)}
 
 
-def _with_windows(values: dict[str, Any], asked: int | None) -> dict[str, Any]:
+def _with_windows(values: dict[str, Any], number: int | None) -> dict[str, Any]:
     """`attention.windows` as a list: what `auto` chooses, and one number spread over the scales that have windows."""
     windows = _windows(values)
-    if asked is None and not isinstance(windows, str) and not _is_number(windows):
+    if number is None and not isinstance(windows, str) and type(windows) is not int:
         return values
     try:
         patch_sizes = read_sizes(values.get("patch_sizes", ModelConfig.model_fields["patch_sizes"].default))
         pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
     except (ValueError, TypeError):
         return values  # which the validation reports
+    whole = (0,) * pyramid.num_scales
     if isinstance(windows, str):
         windows = auto_windows(windows, pyramid)
-    elif _is_number(windows):
-        windows = spread_window(windows, (0,) * pyramid.num_scales)
-    if asked is not None:
-        windows = spread_window(asked, windows or (0,) * pyramid.num_scales)
+    elif type(windows) is int:
+        windows = spread_window(windows, whole)
+    if number is not None:
+        windows = spread_window(number, windows or whole)
     return merge(values, {"attention": {"windows": list(windows)}})
 
 
 def _windows(values: Mapping[str, Any]) -> Any:
+    """`attention.windows`, a list where it is null; None where it is not set."""
     attention = values.get("attention")
-    return attention.get("windows") if isinstance(attention, Mapping) else None
+    if not isinstance(attention, Mapping) or "windows" not in attention:
+        return None
+    return [] if attention["windows"] is None else attention["windows"]
 
 
-def _count(sizes: str | Sequence[Any]) -> int:
+def _size(values: Mapping[str, Any]) -> PatchSize | None:
+    """`image_size`; None where it is not set or not a size, which the validation reports."""
+    try:
+        return read_size(values.get("image_size"))
+    except ValueError:
+        return None
+
+
+def _scales(sizes: str | Sequence[Any]) -> int:
     return len(sizes.split(",")) if isinstance(sizes, str) else len(sizes)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            if inner := _without_none(value):
-                kept[key] = inner
-        elif value is not None:
-            kept[key] = value
-    return kept
-
-
-def _as_mapping(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    for key in reversed(path):
-        value = {key: value}
-    return dict(value)
+    inner = (
+        (key, _without_none(value) or None if isinstance(value, Mapping) else value) for key, value in values.items()
+    )
+    return {key: value for key, value in inner if value is not None}

@@ -55,12 +55,10 @@ def validate(section: type[Section], values: Mapping[str, Any], source: str) -> 
 
 def _keys(section: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     """Names of the fields that the section at `path` has."""
-    current: type[BaseModel] = section
     for name in path:
-        field = current.model_fields.get(name)
-        candidates = [field.annotation, *get_args(field.annotation)] if field else []
-        for candidate in candidates:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                current = candidate
+        field = section.model_fields.get(name)
+        for kind in [field.annotation, *get_args(field.annotation)] if field else []:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                section = kind
                 break
-    return list(current.model_fields)
+    return list(section.model_fields)

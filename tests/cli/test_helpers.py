@@ -9,12 +9,12 @@ import typer
 from PIL import Image
 
 from mvar_cli import console
-from mvar_cli.console import format_cell, plain
+from mvar_cli.console import format_cell
 from mvar_cli.options import parse_numbers
 from mvar_core.config.machine import parse_bytes
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes, format_count, format_seconds
-from mvar_core.results import Result
+from mvar_core.results import Result, plain
 from mvar_core.sampling.conditions import parse_classes
 
 NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "crane")

@@ -2,8 +2,8 @@
 
 Statistics are gathered while the model runs, from the queries and keys of one layer and scale at a time, a few queries
 at once: no L×L map is ever held. Probabilities and sums are float64. "Mass" is attention probability; each query has a
-total mass of 1. Every figure has a counterpart for attention that is spread evenly over all that a token sees: a large
-mass on a large scale would mean nothing by itself.
+total mass of 1. Every statistic has a counterpart for attention that is spread evenly over all that a token sees: a
+large mass on a large scale would mean nothing by itself.
 """
 
 # Shape suffixes: B images, N layers, H heads, Q queries of one scale, K keys of one scale (those of earlier scales
@@ -23,13 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mvar_core.analysis.neighbourhoods import (
-    displacement_counts,
-    displacement_grid,
-    displacements,
-    distances,
-    needed_windows,
-)
+from mvar_core.analysis.neighbourhoods import displacement_grid, displacements, distances, needed_windows
 from mvar_core.analysis.recommendation import WINDOWS, Recommendation, check_keep, recommend, share_of
 from mvar_core.config import ModelConfig
 from mvar_core.errors import DataError
@@ -40,7 +34,7 @@ from mvar_core.pyramid import AttentionPattern, ScalePrefixes, ScalePyramid
 
 
 @dataclass(frozen=True)
-class AttentionReport:
+class AttentionStatistics:
     """Attention statistics, averaged over images and the queries of each scale.
 
     Attributes:
@@ -57,7 +51,6 @@ class AttentionReport:
             averaged over layers and heads; all of them sum to 1.
         last_scale_displacements: The same by the key's displacement from the query's matching position: one map per
             key scale (2·height - 1, 2·width - 1), the matching position in its centre.
-        recommended: The smallest settings that keep the requested fraction.
     """
 
     patch_sizes: tuple[int | tuple[int, int], ...]
@@ -70,17 +63,11 @@ class AttentionReport:
     distance_by_head: np.ndarray
     last_scale_keys: tuple[np.ndarray, ...]
     last_scale_displacements: tuple[np.ndarray, ...]
-    recommended: Recommendation
 
     @cached_property
     def pyramid(self) -> ScalePyramid:
         """The model's scales."""
         return ScalePyramid.from_patch_sizes(self.patch_sizes)
-
-    @cached_property
-    def patterns(self) -> tuple[AttentionPattern, ...]:
-        """What the model lets each scale see."""
-        return self.pyramid.attention_patterns(self.scale_prefixes, self.model_windows)
 
     @property
     def scale_names(self) -> list[str]:
@@ -110,58 +97,19 @@ class AttentionReport:
         own_S = np.diagonal(self.scale_mass)
         return {window: share_of(mass_S, own_S) for window, mass_S in self.window_mass.items()}
 
-    @cached_property
-    def even_scale_mass(self) -> np.ndarray:
-        """`scale_mass` of attention that is spread evenly over all that each query sees (S, S)."""
-        return self._even(max(max(grid) for grid in self.pyramid) | 1)
 
-    @cached_property
-    def even_window_mass(self) -> dict[int, np.ndarray]:
-        """`window_mass_by_scale` of an even spread."""
-        return {window: self._even(window) for window in WINDOWS}
+@dataclass(frozen=True)
+class AttentionReport(AttentionStatistics):
+    """The attention of a model, and what to compare it with.
 
-    @property
-    def even_entropy(self) -> np.ndarray:
-        """Entropy of an even spread, the maximum: the logarithm of the number of keys that a query sees (S,)."""
-        most: np.ndarray = np.log([pattern.keys_per_query for pattern in self.patterns])
-        return most
+    Attributes:
+        recommended: The smallest settings that keep the requested fraction.
+        even: Statistics of attention that is spread evenly over all that each query sees, of one layer and one head.
+            Its entropy is the maximum.
+    """
 
-    def even_keys(self, scale: int) -> np.ndarray:
-        """`last_scale_keys` of an even spread, for one key scale."""
-        return self._even_map(scale)[0]
-
-    def even_displacements(self, scale: int) -> np.ndarray:
-        """`last_scale_displacements` of an even spread, for one key scale."""
-        return self._even_map(scale)[1]
-
-    def _even_map(self, scale: int) -> tuple[np.ndarray, np.ndarray]:
-        last, grid, pattern = self.pyramid.grids[-1], self.pyramid.grids[scale], self.patterns[-1]
-        if scale < self.pyramid.first_visible_scale(len(self.patch_sizes) - 1, self.scale_prefixes):
-            return np.zeros(grid), np.zeros(displacement_grid(grid))
-        if scale < len(self.patch_sizes) - 1 or not pattern.is_windowed:
-            keys, places = np.full(grid, last.tokens), displacement_counts(last, grid)
-        else:
-            keys, places = np.zeros(grid, np.int64), np.zeros(displacement_grid(grid), np.int64)
-            positions = torch.arange(last.tokens)
-            where_qG = displacements(positions, last, grid).numpy()
-            for query in range(last.tokens):
-                seen = np.array(pattern.visible_keys(query)[pattern.prefix_tokens :]) - pattern.prefix_tokens
-                keys.flat[seen] += 1
-                places.flat[where_qG[query, seen]] += 1
-        pairs = last.tokens * pattern.keys_per_query
-        return keys / pairs, places / pairs
-
-    def _even(self, window: int) -> np.ndarray:
-        grids = self.pyramid.grids
-        mass_SS = np.zeros((len(grids), len(grids)))
-        for scale, pattern in enumerate(self.patterns):
-            first = self.pyramid.first_visible_scale(scale, self.scale_prefixes)
-            for earlier in range(first, scale):
-                mass_SS[scale, earlier] = min(window, grids[earlier].height) * min(window, grids[earlier].width)
-            own = pattern.window_grid
-            mass_SS[scale, scale] = min(window, own.height) * min(window, own.width)
-            mass_SS[scale] /= pattern.keys_per_query
-        return mass_SS
+    recommended: Recommendation
+    even: AttentionStatistics
 
     @property
     def notes(self) -> list[str]:
@@ -181,7 +129,7 @@ class AttentionReport:
         """The report as a mapping of plain values."""
         previous_NHS = np.zeros(self.entropy_by_head.shape)
         previous_NHS[..., 1:] = np.diagonal(self.scale_mass_by_head, offset=-1, axis1=2, axis2=3)
-        figures = {
+        measures = {
             "own_scale_mass": np.diagonal(self.scale_mass_by_head, axis1=2, axis2=3),
             "previous_scale_mass": previous_NHS,
             "entropy": self.entropy_by_head,
@@ -194,11 +142,11 @@ class AttentionReport:
             "model_windows": list(self.model_windows),
             "num_images": self.num_images,
             "scale_mass": self.scale_mass.tolist(),
-            "even_scale_mass": self.even_scale_mass.tolist(),
+            "even_scale_mass": self.even.scale_mass.tolist(),
             "window_mass": _by_window(self.window_mass),
             "window_share": _by_window(self.window_share),
             "window_mass_by_scale": _by_window(self.window_mass_by_scale),
-            "even_window_mass_by_scale": _by_window(self.even_window_mass),
+            "even_window_mass_by_scale": _by_window(self.even.window_mass_by_scale),
             "last_scale": {
                 "keys": [map_yx.tolist() for map_yx in self.last_scale_keys],
                 "displacements": [map_yx.tolist() for map_yx in self.last_scale_displacements],
@@ -206,9 +154,9 @@ class AttentionReport:
             "layers": [
                 {
                     "layer": layer,
-                    **{name: values[layer].mean(axis=0).tolist() for name, values in figures.items()},
+                    **{name: values[layer].mean(axis=0).tolist() for name, values in measures.items()},
                     "heads": [
-                        {"head": head, **{name: values[layer, head].tolist() for name, values in figures.items()}}
+                        {"head": head, **{name: values[layer, head].tolist() for name, values in measures.items()}}
                         for head in range(heads)
                     ],
                 }
@@ -292,47 +240,47 @@ class AttentionProbe:
             self.on_layer(batch)
 
     def report(self, keep: float = 0.95) -> AttentionReport:
-        """Averages of what was gathered.
-
-        Args:
-            keep: Fraction of the attention that recommended settings must keep.
+        """Averages of what was gathered, and the settings that keep the fraction `keep` of the attention.
 
         Raises:
             DataError: Some layer or scale saw no image, or `keep` is not between 0 and 1.
         """
         if not bool((self._images_NS > 0).all()):
             raise DataError("No attention was measured: there were no images.", "Pass at least one image or token row.")
+        found = self._averages()
+        scale_mass_SS, window_mass_SSW = found.scale_mass, found.window_mass_by_head.mean(axis=(0, 1))
+        recommended = recommend(scale_mass_SS, window_mass_SSW.diagonal().T, self.grids, keep, found.model_windows)
+        # Where all scores are equal, attention is spread evenly.
+        assert self.config.transformer is not None
+        sizes = self.config.transformer.model_copy(update={"depth": 1, "num_heads": 1})
+        even = AttentionProbe(self.config.model_copy(update={"transformer": sizes}))
+        for scale, pattern in enumerate(self.config.patterns):
+            even(0, scale, torch.zeros(1, 1, pattern.queries, 1), torch.zeros(1, 1, pattern.keys, 1), pattern, 1.0)
+        return AttentionReport(**vars(found), recommended=recommended, even=even._averages())
+
+    def _averages(self) -> AttentionStatistics:
         tokens_S = torch.tensor([grid.tokens for grid in self.grids], dtype=torch.float64)
         queries_N1S = (self._images_NS * tokens_S).unsqueeze(1)
-        scale_mass_NHSS = (self._scale_mass_NHSS / queries_N1S.unsqueeze(-1)).numpy()
-        window_mass_NHSSW = (self._window_mass_NHSSW / queries_N1S[..., None, None]).numpy()
         own_NHS = self._scale_mass_NHSS.diagonal(dim1=2, dim2=3)
         rows_of_last = float(queries_N1S[..., -1].sum()) * self._entropy_NHS.shape[1]
-        windows = tuple(pattern.window if pattern.is_windowed else 0 for pattern in self.config.patterns)
-        return AttentionReport(
+        last_scale = [
+            tuple((mass_G / rows_of_last).view(*shape).numpy() for mass_G, shape in zip(masses, shapes, strict=True))
+            for masses, shapes in (
+                (self._last_keys_SG, self.grids),
+                (self._last_displacements_SG, map(displacement_grid, self.grids)),
+            )
+        ]
+        return AttentionStatistics(
             patch_sizes=self.config.pyramid.patch_sizes,
             scale_prefixes=self.config.attention.scale_prefixes,
-            model_windows=windows,
+            model_windows=tuple(pattern.window if pattern.is_windowed else 0 for pattern in self.config.patterns),
             num_images=int(self._images_NS[0, 0]),
-            scale_mass_by_head=scale_mass_NHSS,
-            window_mass_by_head=window_mass_NHSSW,
+            scale_mass_by_head=(self._scale_mass_NHSS / queries_N1S.unsqueeze(-1)).numpy(),
+            window_mass_by_head=(self._window_mass_NHSSW / queries_N1S[..., None, None]).numpy(),
             entropy_by_head=(self._entropy_NHS / queries_N1S).numpy(),
             distance_by_head=(self._distance_NHS / own_NHS).nan_to_num(0.0).numpy(),
-            last_scale_keys=tuple(
-                (mass_G / rows_of_last).view(*grid).numpy()
-                for mass_G, grid in zip(self._last_keys_SG, self.grids, strict=True)
-            ),
-            last_scale_displacements=tuple(
-                (mass_G / rows_of_last).view(*displacement_grid(grid)).numpy()
-                for mass_G, grid in zip(self._last_displacements_SG, self.grids, strict=True)
-            ),
-            recommended=recommend(
-                scale_mass_NHSS.mean(axis=(0, 1)),
-                window_mass_NHSSW.mean(axis=(0, 1)).diagonal().T,
-                self.grids,
-                keep,
-                windows,
-            ),
+            last_scale_keys=last_scale[0],
+            last_scale_displacements=last_scale[1],
         )
 
     def _add_mass(self, layer: int, scale: int, mass_HqK: Tensor, positions: Tensor, pattern: AttentionPattern) -> None:

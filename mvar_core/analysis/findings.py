@@ -12,8 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from mvar_core.analysis.attention import AttentionReport
-from mvar_core.analysis.recommendation import share_of
+from mvar_core.analysis.attention import AttentionReport, AttentionStatistics
 
 Verdict = Literal["shown", "not shown", "by construction"]
 
@@ -29,18 +28,17 @@ NO_CHOICE = 0.995
 class Findings:
     """The two observations: means over the tokens of all scales but the first, verdicts, and sentences.
 
+    Names that start with `even_` are of an even spread.
+
     Attributes:
         own: Attention to the token's own scale.
         previous: Attention to the scale before.
         adjacent: Both.
-        even_adjacent: What an even spread would give them.
         adjacent_verdict: Whether the adjacent scale dominates.
         window: The k of the neighbourhood.
         neighbours: The fraction of own-scale attention within k×k, over the scales that are larger than that.
-        even_neighbours: The same for an even spread.
         neighbours_verdict: Whether neighbours dominate.
         projected: Attention within k×k around the matching position in all scales that are seen.
-        even_projected: The same for an even spread.
         sentences: The same in words.
     """
 
@@ -60,33 +58,35 @@ class Findings:
 
 def find(report: AttentionReport) -> Findings:
     """What a report says about the papers' two observations."""
-    scales = len(report.patch_sizes)
-    counted = list(range(1, scales)) or [0]
-    tokens = np.array([report.pyramid.grids[scale].tokens for scale in counted], dtype=np.float64)
+    window, grids = neighbourhood(report), report.pyramid.grids
+    later = list(range(1, len(grids))) or [0]
+    larger = [scale for scale, grid in enumerate(grids) if max(grid) > window] or [len(grids) - 1]
 
-    def mean(values: np.ndarray) -> float:
-        return float(values[counted] @ tokens / tokens.sum())
+    def mean(values_S: np.ndarray, scales: list[int]) -> float:
+        """Of some scales, each token counted alike."""
+        tokens = np.array([grids[scale].tokens for scale in scales], dtype=np.float64)
+        return float(values_S[scales] @ tokens / tokens.sum())
 
-    def own_and_previous(mass_SS: np.ndarray) -> tuple[float, float]:
-        before = np.array([0.0, *np.diagonal(mass_SS, offset=-1)])
-        return mean(np.diagonal(mass_SS)), mean(before)
+    def measures(of: AttentionStatistics) -> tuple[float, float, float, float]:
+        before_S = np.array([0.0, *np.diagonal(of.scale_mass, offset=-1)])
+        inside_SS = of.window_mass_by_scale[window]
+        return (
+            mean(np.diagonal(of.scale_mass), later),
+            mean(before_S, later),
+            mean(of.window_share[window], larger),
+            mean(inside_SS.sum(axis=1), later),
+        )
 
-    own, previous = own_and_previous(report.scale_mass)
-    even_adjacent = sum(own_and_previous(report.even_scale_mass))
-    adjacent_verdict = _verdict(own + previous, even_adjacent)
-
-    window = neighbourhood(report)
-    inside, even_inside = report.window_mass_by_scale[window], report.even_window_mass[window]
-    neighbours = _inside_own(report, inside, report.scale_mass, window)
-    even_neighbours = _inside_own(report, even_inside, report.even_scale_mass, window)
+    own, previous, neighbours, projected = measures(report)
+    even_own, even_previous, even_neighbours, even_projected = measures(report.even)
+    adjacent, even_adjacent = own + previous, even_own + even_previous
+    adjacent_verdict = _verdict(adjacent, even_adjacent)
     constrained = 0 < report.model_windows[-1] <= window
     neighbours_verdict = "by construction" if constrained else _verdict(neighbours, even_neighbours)
-
-    projected, even_projected = mean(inside.sum(axis=1)), mean(even_inside.sum(axis=1))
     sentences = (
         f"{_percent(own)} of the attention falls on the token's own scale and {_percent(previous)} on the scale before,"
-        f" {_percent(own + previous)} together; an even spread would put {_percent(even_adjacent)} there."
-        f" {_compared(adjacent_verdict, own + previous, even_adjacent, 'the adjacent scale', False)}",
+        f" {_percent(adjacent)} together; an even spread would put {_percent(even_adjacent)} there."
+        f" {_compared(adjacent_verdict, adjacent, even_adjacent, 'the adjacent scale', False)}",
         f"On scales larger than {window}×{window}, {_percent(neighbours)} of the attention to the own scale falls"
         f" within {window}×{window} of the token; an even spread would put {_percent(even_neighbours)} there."
         f" {_compared(neighbours_verdict, neighbours, even_neighbours, 'spatial neighbours', True)}",
@@ -97,7 +97,7 @@ def find(report: AttentionReport) -> Findings:
     return Findings(
         own=own,
         previous=previous,
-        adjacent=own + previous,
+        adjacent=adjacent,
         even_adjacent=even_adjacent,
         adjacent_verdict=adjacent_verdict,
         window=window,
@@ -106,7 +106,7 @@ def find(report: AttentionReport) -> Findings:
         neighbours_verdict=neighbours_verdict,
         projected=projected,
         even_projected=even_projected,
-        sentences=tuple(sentence for sentence in sentences if sentence),
+        sentences=tuple(filter(None, sentences)),
     )
 
 
@@ -116,15 +116,6 @@ def neighbourhood(report: AttentionReport) -> int:
     return 7 if min(7, last.height) * min(7, last.width) <= last.tokens / 2 else 3
 
 
-def _inside_own(report: AttentionReport, inside_SS: np.ndarray, mass_SS: np.ndarray, window: int) -> float:
-    """The fraction of own-scale attention within a window, over the tokens of all scales that are larger than it."""
-    grids = report.pyramid.grids
-    larger = [scale for scale, grid in enumerate(grids) if max(grid) > window] or [len(grids) - 1]
-    tokens = np.array([grids[scale].tokens for scale in larger], dtype=np.float64)
-    shares = share_of(np.diagonal(inside_SS), np.diagonal(mass_SS))[larger]
-    return float(shares @ tokens / tokens.sum())
-
-
 def _verdict(share: float, even: float) -> Verdict:
     if even > NO_CHOICE:
         return "by construction"
@@ -132,7 +123,6 @@ def _verdict(share: float, even: float) -> Verdict:
 
 
 def _compared(verdict: Verdict, share: float, even: float, what: str, plural: bool) -> str:
-    """A verdict in words."""
     if verdict == "by construction":
         return "The model sees hardly anything else, so this neither supports nor contradicts the paper."
     if verdict == "shown":
@@ -147,7 +137,7 @@ def _compared(verdict: Verdict, share: float, even: float, what: str, plural: bo
 def _layers_sentence(report: AttentionReport) -> str:
     """How much layers differ in their attention to their own scale, at the last scale."""
     own_N = report.scale_mass_by_head[:, :, -1, -1].mean(axis=1)
-    if len(own_N) < 2 or report.even_scale_mass[-1, -1] > NO_CHOICE:
+    if len(own_N) < 2 or report.even.scale_mass[-1, -1] > NO_CHOICE:
         return ""
     low, high = int(own_N.argmin()), int(own_N.argmax())
     return (

@@ -75,8 +75,6 @@ def median_seconds(
 ) -> tuple[float, list[float]]:
     """Seconds of `run`: the median of some repetitions, and each of them.
 
-    On CUDA the device's own events measure, elsewhere the clock.
-
     Args:
         run: What to measure.
         device: Where it computes.
@@ -84,22 +82,24 @@ def median_seconds(
         warmup: Run once before, not measured; by default `run`.
     """
     (warmup or run)()
-    synchronize(device)
-    seconds = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize(device)
-            seconds.append(start.elapsed_time(stop) / 1000)
-        else:
-            begun = time.perf_counter()
-            run()
-            synchronize(device)
-            seconds.append(time.perf_counter() - begun)
+    seconds = [seconds_of(run, device) for _ in range(repeats)]
     return statistics.median(seconds), seconds
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `run`: by the device's own events on CUDA, elsewhere by the clock."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) / 1000
+    begun = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begun
 
 
 class StageClock:

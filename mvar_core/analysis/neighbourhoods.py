@@ -22,12 +22,6 @@ from torch import Tensor
 from mvar_core.pyramid import Grid, window_start
 
 
-@lru_cache(maxsize=4096)
-def matching_positions(queries: int, keys: int) -> tuple[int, ...]:
-    """For each of `queries` positions on an axis, the position that contains its centre on an axis of `keys`."""
-    return tuple((2 * position + 1) * keys // (2 * queries) for position in range(queries))
-
-
 def needed_windows(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid | None = None) -> Int[Tensor, "q G"]:
     """The smallest odd window around each query's matching position that contains each position of the keys' scale.
 
@@ -36,31 +30,20 @@ def needed_windows(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Gri
         query_grid: The scale of the queries.
         key_grid: The scale of the keys; by default that of the queries.
     """
-    key_grid = key_grid or query_grid
-    rows_hy = _table(_needed_on_axis, query_grid.height, key_grid.height, positions)
-    columns_wx = _table(_needed_on_axis, query_grid.width, key_grid.width, positions)
-    of_rows_qy = rows_hy[positions // query_grid.width]
-    of_columns_qx = columns_wx[positions % query_grid.width]
-    return torch.maximum(of_rows_qy.unsqueeze(2), of_columns_qx.unsqueeze(1)).flatten(1)
+    return torch.maximum(*_by_axis(_needed_on_axis, positions, query_grid, key_grid or query_grid)).flatten(1)
 
 
 def distances(positions: Int[Tensor, " q"], grid: Grid) -> Float[Tensor, "q G"]:
     """Euclidean distance in tokens between some positions and all positions of the same scale."""
-    rows_hy = _table(_offsets_on_axis, grid.height, grid.height, positions)
-    columns_wx = _table(_offsets_on_axis, grid.width, grid.width, positions)
-    of_rows_qy = rows_hy[positions // grid.width].double()
-    of_columns_qx = columns_wx[positions % grid.width].double()
-    return torch.hypot(of_rows_qy.unsqueeze(2), of_columns_qx.unsqueeze(1)).flatten(1)
+    vertical, horizontal = _by_axis(_offsets_on_axis, positions, grid, grid)
+    return torch.hypot(vertical.double(), horizontal.double()).flatten(1)
 
 
 def displacements(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid) -> Int[Tensor, "q G"]:
     """Each key's displacement from each query's matching position, as an index into a map of `displacement_grid`."""
-    rows_hy = _table(_offsets_on_axis, query_grid.height, key_grid.height, positions) + key_grid.height - 1
-    columns_wx = _table(_offsets_on_axis, query_grid.width, key_grid.width, positions) + key_grid.width - 1
-    of_rows_qy = rows_hy[positions // query_grid.width]
-    of_columns_qx = columns_wx[positions % query_grid.width]
-    width = displacement_grid(key_grid).width
-    return (of_rows_qy.unsqueeze(2) * width + of_columns_qx.unsqueeze(1)).flatten(1)
+    vertical, horizontal = _by_axis(_offsets_on_axis, positions, query_grid, key_grid)
+    vertical, horizontal = vertical + key_grid.height - 1, horizontal + key_grid.width - 1
+    return (vertical * displacement_grid(key_grid).width + horizontal).flatten(1)
 
 
 def displacement_grid(key_grid: Grid) -> Grid:
@@ -68,16 +51,20 @@ def displacement_grid(key_grid: Grid) -> Grid:
     return Grid(2 * key_grid.height - 1, 2 * key_grid.width - 1)
 
 
-def displacement_counts(query_grid: Grid, key_grid: Grid) -> np.ndarray:
-    """How many queries have a key at each displacement: a map of `displacement_grid`."""
-    rows = _counts_on_axis(query_grid.height, key_grid.height)
-    columns = _counts_on_axis(query_grid.width, key_grid.width)
-    counts: np.ndarray = np.outer(rows, columns)
-    return counts
+@lru_cache(maxsize=4096)
+def matching_positions(queries: int, keys: int) -> tuple[int, ...]:
+    """For each of `queries` positions on an axis, the position that contains its centre on an axis of `keys`."""
+    return tuple((2 * position + 1) * keys // (2 * queries) for position in range(queries))
 
 
-def _table(of_axis: Callable[[int, int], np.ndarray], queries: int, keys: int, like: Tensor) -> Tensor:
-    return torch.from_numpy(of_axis(queries, keys)).to(like.device)
+def _by_axis(
+    of_axis: Callable[[int, int], np.ndarray], positions: Tensor, query_grid: Grid, key_grid: Grid
+) -> tuple[Int[Tensor, "q h 1"], Int[Tensor, "q 1 w"]]:
+    """A table (queries, keys) of each axis, looked up for some queries."""
+    rows_hy = torch.from_numpy(of_axis(query_grid.height, key_grid.height)).to(positions.device)
+    columns_wx = torch.from_numpy(of_axis(query_grid.width, key_grid.width)).to(positions.device)
+    width = query_grid.width
+    return rows_hy[positions // width].unsqueeze(2), columns_wx[positions % width].unsqueeze(1)
 
 
 @lru_cache(maxsize=1024)
@@ -94,9 +81,4 @@ def _needed_on_axis(queries: int, keys: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _offsets_on_axis(queries: int, keys: int) -> np.ndarray:
-    places = np.array(matching_positions(queries, keys), dtype=np.int64)
-    return np.arange(keys)[None, :] - places[:, None]
-
-
-def _counts_on_axis(queries: int, keys: int) -> np.ndarray:
-    return np.bincount((_offsets_on_axis(queries, keys) + keys - 1).ravel(), minlength=2 * keys - 1)
+    return np.arange(keys)[None, :] - np.array(matching_positions(queries, keys), dtype=np.int64)[:, None]

@@ -59,9 +59,7 @@ def check_keep(keep: float) -> None:
         DataError: `keep` is not between 0 and 1.
     """
     if not 0 < keep <= 1:
-        raise DataError(
-            f"keep is {keep}; expected a fraction of the attention, above 0 and at most 1, for example 0.95."
-        )
+        raise DataError(f"keep is {keep}; expected a fraction of the attention, above 0 and at most 1.", "Use 0.95.")
 
 
 def recommend(
@@ -83,7 +81,7 @@ def recommend(
         window_mass_SW: Mass in the query's own scale by query scale and window of WINDOWS.
         grids: The scales.
         keep: The fraction to keep.
-        model_windows: The model's own windows, 0 for a whole scale; empty if it has none.
+        model_windows: The model's own windows, 0 for a whole scale; or empty.
 
     Raises:
         DataError: `keep` is not between 0 and 1.
@@ -94,6 +92,17 @@ def recommend(
     tokens_S = np.array([grid.tokens for grid in grids], dtype=np.float64)
     weights_S = tokens_S / tokens_S.sum()
     own_S = np.diagonal(scale_mass_SS)
+    share_SW = share_of(window_mass_SW, own_S[:, None])
+
+    def smallest_windows(wanted: float) -> tuple[tuple[int, ...], np.ndarray]:
+        """Each scale's smallest window that holds the requested share of its own mass, and what it holds."""
+        windows, shares = [], []
+        for scale, grid in enumerate(grids):
+            fits = [i for i, k in enumerate(WINDOWS) if k < max(grid) and share_SW[scale, i] >= wanted]
+            windows.append(WINDOWS[fits[0]] if fits else whole[scale])
+            shares.append(share_SW[scale, fits[0]] if fits else 1.0)
+        return tuple(windows), np.array(shares)
+
     visible_S = np.ones(scales)
     prefixes: ScalePrefixes = 1 if scales == 1 else "all"
     for count in range(1, scales):
@@ -101,13 +110,11 @@ def recommend(
         if seen_S @ weights_S >= keep - TOLERANCE:
             prefixes, visible_S = count, seen_S
             break
-    share_SW = share_of(window_mass_SW, own_S[:, None])
     for wanted in [*np.unique(share_SW), 2.0]:  # 2: no window holds that much, every scale stays whole
-        windows, shares_S = _smallest_windows(share_SW, grids, wanted, whole)
+        windows, shares_S = smallest_windows(wanted)
         kept_S = visible_S - own_S * (1 - shares_S)
         if kept_S @ weights_S >= keep - TOLERANCE:
             break
-    own_windows, _ = _smallest_windows(share_SW, grids, keep - TOLERANCE, whole)
     return Recommendation(
         scale_prefixes=prefixes,
         windows=windows,
@@ -116,20 +123,8 @@ def recommend(
         kept_by_scale=tuple(map(float, kept_S)),
         kept_by_prefixes=tuple(map(float, visible_S)),
         kept_by_windows=tuple(map(float, shares_S)),
-        own_windows=own_windows,
+        own_windows=smallest_windows(keep - TOLERANCE)[0],
     )
-
-
-def _smallest_windows(
-    share_SW: np.ndarray, grids: Sequence[Grid], wanted: float, whole: Sequence[int]
-) -> tuple[tuple[int, ...], np.ndarray]:
-    """Each scale's smallest window that holds the requested share of its own mass, and what it holds."""
-    windows, shares = [], []
-    for scale, grid in enumerate(grids):
-        fits = [i for i, k in enumerate(WINDOWS) if k < max(grid) and share_SW[scale, i] >= wanted]
-        windows.append(WINDOWS[fits[0]] if fits else whole[scale])
-        shares.append(share_SW[scale, fits[0]] if fits else 1.0)
-    return tuple(windows), np.array(shares)
 
 
 def share_of(mass: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -148,16 +143,10 @@ def recommended_config(config: ModelConfig, best: Recommendation) -> ModelConfig
 def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, device: str = "cpu") -> dict[str, Any]:
     """What `mvar plan` predicts for the model as it is and for the recommended one.
 
-    Args:
-        config: The model as it is.
-        best: The recommendation.
-        dtype_bytes: Bytes per value of the compute dtype.
-        device: cpu, cuda or mps.
-
     Returns:
         `attention_gmacs` (one image, the paper's convention), `kv_cache_bytes` and `sample_peak_bytes` (`batch_size`
-        images, guided), each with the figure of the `model`, of the `recommended` one, and as `part` the ratio of the
-        second to the first (None where the first is 0).
+        images, guided), each with the value of the `model`, of the `recommended` one, and as `part` the ratio of the
+        second to the first (None where the first is 0); `dtype_bytes` per value and `device` as given.
     """
     both = [
         plan(each, batch_size=SAVINGS_BATCH, dtype_bytes=dtype_bytes, guided=True, device=device)
@@ -171,18 +160,11 @@ def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, 
 
 
 def preset_values(config: ModelConfig, best: Recommendation, run: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A complete preset of the recommended model for `mvar train` and `mvar finetune-from-var`.
-
-    Args:
-        config: The model as it is.
-        best: The recommendation.
-        run: The config.yaml of the run that trained the model, where there is one: its data, training and seed stay.
-    """
-    kept = {key: run[key] for key in ("seed", "data", "train", "train_tokenizer") if key in run} if run else {}
+    """A complete preset of the recommended model; data, training and seed are as in a `run`'s config.yaml."""
     model = recommended_config(config, best).model_dump(mode="json", exclude={"provenance", "name"}, exclude_none=True)
     return {
         "description": f"{config.name} with settings that keep {best.kept:.4g} of its attention.",
         "source": f"mvar analyze-attention of {config.name}, keep {best.keep:g}",
         **model,
-        **kept,
+        **{key: run[key] for key in ("seed", "data", "train", "train_tokenizer") if run and key in run},
     }

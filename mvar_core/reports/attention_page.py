@@ -9,7 +9,6 @@ from typing import Any
 from mvar_core.analysis.attention import AttentionReport
 from mvar_core.analysis.findings import neighbourhood
 from mvar_core.formatting import format_bytes
-from mvar_core.reports.attention_figures import line_count
 from mvar_core.reports.pages import TableRows, svg_figure, write_page
 
 CAPTIONS = {
@@ -47,7 +46,6 @@ def write_attention_page(path: Path, report: AttentionReport, values: Mapping[st
         report: What was measured.
         values: The content of report.json; the figures that it names exist.
     """
-    lines = line_count(report)
     best = report.recommended
     preset = values["preset"]
     windows = ",".join(map(str, best.windows))
@@ -55,15 +53,13 @@ def write_attention_page(path: Path, report: AttentionReport, values: Mapping[st
     write_page(
         path,
         "attention.html.j2",
-        lines=(lines,),
         name=values["model"],
         source=values["source"],
         report=report,
         sentences=values["reading"]["sentences"],
         scales=scale_rows(report),
         figures=[
-            (title, svg_figure(Path(values["plots_svg"][name]), caption, lines if name == "window_mass" else 0))
-            for name, (title, caption) in CAPTIONS.items()
+            (title, svg_figure(Path(values["plots_svg"][name]), caption)) for name, (title, caption) in CAPTIONS.items()
         ],
         recommendation=recommendation_sentence(report),
         recommended=recommended_rows(report),
@@ -75,8 +71,8 @@ def write_attention_page(path: Path, report: AttentionReport, values: Mapping[st
 def scale_rows(report: AttentionReport) -> TableRows:
     """Each scale's attention to itself and to the scale before, compared with an even spread, and within windows."""
     near = neighbourhood(report)
-    mass, even = report.scale_mass, report.even_scale_mass
-    shares, even_near = report.window_share, report.even_window_mass[near]
+    mass, even = report.scale_mass, report.even.scale_mass
+    shares, even_shares = report.window_share, report.even.window_share[near]
     shown = [k for k in (3, 7, 15) if k < max(report.pyramid.latent_grid)]
     rows = [["scale", "own", "before", "both", "even", *(f"in {k}×{k} of own" for k in shown), f"even {near}×{near}",
              f"in {near}×{near} of all"]]  # fmt: skip
@@ -88,7 +84,7 @@ def scale_rows(report: AttentionReport) -> TableRows:
             mass[scale, scale] + before,
             even[scale, scale] + even_before,
             *(shares[k][scale] for k in shown),
-            even_near[scale, scale] / even[scale, scale],
+            even_shares[scale],
             report.window_mass_by_scale[near][scale].sum(),
         ]
         rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])

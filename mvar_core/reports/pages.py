@@ -13,7 +13,6 @@ from PIL import Image
 
 from mvar_core.io.files import write_text
 from mvar_core.io.pixels import Pixels
-from mvar_core.reports.figures import colour_rules, page_svg
 
 TableRows = list[list[str]]
 """A table, its heading first."""
@@ -26,33 +25,27 @@ class Figure(NamedTuple):
     caption: str
 
 
-def svg_figure(path: Path, caption: str, lines: int = 0) -> Figure:
-    """A figure from an SVG file that `figures` made, with so many ordered lines."""
-    label = str(Markup.escape(caption.partition(".")[0]))
-    return Figure(Markup(page_svg(path, label, lines)), caption)  # noqa: S704 (matplotlib wrote it)
+def svg_figure(path: Path, caption: str) -> Figure:
+    """A figure from an SVG file, whose lightness a dark page inverts; `caption` starts with its name."""
+    name = caption.partition(".")[0]
+    return Figure(_embedded("figure", path.read_bytes(), "svg+xml", name), caption)
 
 
 def picture(pixels: Pixels, caption: str, scale: int = 2) -> Figure:
     """An image (height, width, 3), enlarged `scale` times by repeating pixels."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    width = pixels.shape[1] * scale
-    return Figure(
-        Markup('<img class="pixels" src="data:image/png;base64,{}" width="{}" alt="{}">').format(data, width, caption),
-        caption,
-    )
+    return Figure(_embedded("pixels", buffer.getvalue(), "png", caption, f"{pixels.shape[1] * scale}px"), caption)
 
 
-def write_page(path: Path, template: str, *, lines: tuple[int, ...] = (), **values: Any) -> None:
-    """Write a page.
+def _embedded(kind: str, content: bytes, encoding: str, alt: str, width: str = "auto") -> Markup:
+    data = base64.b64encode(content).decode("ascii")
+    markup = Markup('<img class="{}" style="width: {}" src="data:image/{};base64,{}" alt="{}"/>')
+    return markup.format(kind, width, encoding, data, alt)
 
-    Args:
-        path: The file.
-        template: Name of a file in templates/.
-        lines: Numbers of ordered lines in the page's figures, whose colours follow the reader's choice.
-        **values: What the template shows; text is escaped.
-    """
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page from a file in templates/, which shows the values; text is escaped."""
     environment = Environment(
         loader=PackageLoader("mvar_core.reports"),
         autoescape=True,
@@ -61,5 +54,4 @@ def write_page(path: Path, template: str, *, lines: tuple[int, ...] = (), **valu
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    colours = Markup(colour_rules(*lines))  # noqa: S704 (our own constants)
-    write_text(path, environment.get_template(template).render(colours=colours, **values))
+    write_text(path, environment.get_template(template).render(**values))

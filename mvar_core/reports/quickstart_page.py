@@ -66,7 +66,6 @@ def write_quickstart_page(
     originals: Tensor,
     reconstructions: Tensor,
     attention: Mapping[str, str],
-    attention_lines: int,
     **texts: object,
 ) -> None:
     """Write the page, and the training curves of the runs `tokenizer` and `mvar` in its directory.
@@ -78,7 +77,6 @@ def write_quickstart_page(
         originals: Test images, uint8 (N, H, W, 3).
         reconstructions: The same after tokens alone.
         attention: SVG files of the attention report by name.
-        attention_lines: Ordered lines in its figure of windows.
         **texts: What else the template shows.
     """
     out = path.parent
@@ -87,21 +85,20 @@ def write_quickstart_page(
         ("tokenizer", "Tokenizer", ("reconstruction", "quantizer")),
         ("mvar", "MVAR, cross-entropy per token", ("loss", "val_loss")),
     ):
-        lines = plot_metrics(out / run / "metrics.jsonl", out / f"{run}.svg", keys=keys, title=title)
-        curves.append((svg_figure(out / f"{run}.svg", f"{title}.", lines), lines))
+        plot_metrics(out / run / "metrics.jsonl", out / f"{run}.svg", keys=keys, title=title)
+        curves.append(svg_figure(out / f"{run}.svg", f"{title}."))
     write_page(
         path,
         "quickstart.html.j2",
-        lines=tuple({attention_lines, *(lines for _, lines in curves)}),
         samples=picture(grid, "samples"),
         stages=picture(make_grid(stages.flatten(0, 1), stages.shape[1]), "after each scale"),
         reconstructions=picture(
             make_grid(torch.cat([originals, reconstructions]), len(originals)), "original, reconstruction"
         ),
-        curves=[figure for figure, _ in curves],
+        curves=curves,
         attention=[
             svg_figure(Path(attention["scale_mass"]), "Which scales are attended to."),
-            svg_figure(Path(attention["window_mass"]), "How near, within a scale.", attention_lines),
+            svg_figure(Path(attention["window_mass"]), "How near, within a scale."),
         ],
         **texts,
     )

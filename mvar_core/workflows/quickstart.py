@@ -183,7 +183,6 @@ def quickstart(
             originals=originals,
             reconstructions=to_uint8(decoded).cpu(),
             attention=attention.plots_svg,
-            attention_lines=sum(max(grid) > 1 for grid in config.pyramid.grids),
             parameters=format_count(cost_of(model).parameters),
             seed=config.seed,
             sides=str(config.pyramid),

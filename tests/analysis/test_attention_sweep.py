@@ -1,4 +1,4 @@
-"""The attention sweep: every row says what was measured, beside dense, and what "auto" would have picked."""
+"""The attention sweep: every row says what was measured, next to dense, and what "auto" would have picked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_row_for_each_side_window_and_backend():
 def test_seconds_are_medians_and_ratios_are_to_dense(monkeypatch):
     """Dense takes 6, 8 and 40 seconds, tiled 2, 1 and 9, the first call of each apart."""
     clock = {"dense": iter([99.0, 6.0, 8.0, 40.0]), "tiled": iter([99.0, 2.0, 1.0, 9.0])}
-    monkeypatch.setattr(attention_sweep, "_seconds", lambda run, name, calls, device: next(clock[name]))
+    monkeypatch.setattr(attention_sweep, "seconds_of", lambda run, device: next(clock[run.args[0]]))
     dense, tiled = sweep([4], [3], ["dense", "tiled"], **{**SIZES, "repeats": 3})
     assert (dense["seconds"], dense["times_dense"]) == (8.0, 1.0)
     assert (tiled["seconds"], tiled["times_dense"]) == (2.0, 4.0)

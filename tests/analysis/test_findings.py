@@ -14,8 +14,8 @@ from mvar_core.analysis.recommendation import WINDOWS
 def with_masses(report, scale_mass=None, own_windows=None):
     """The report with other masses in every head; `own_windows` are fractions of the own mass within each window."""
     shape = report.scale_mass_by_head.shape
-    scale_mass = report.even_scale_mass if scale_mass is None else np.asarray(scale_mass, dtype=float)
-    window_mass = np.stack([report.even_window_mass[k] for k in WINDOWS], axis=-1)
+    scale_mass = report.even.scale_mass if scale_mass is None else np.asarray(scale_mass, dtype=float)
+    window_mass = np.stack([report.even.window_mass_by_scale[k] for k in WINDOWS], axis=-1)
     if own_windows is not None:
         for scale in range(len(scale_mass)):
             window_mass[scale, scale] = scale_mass[scale, scale] * np.asarray(own_windows)

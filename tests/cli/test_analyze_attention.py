@@ -72,18 +72,14 @@ def test_the_command_writes_a_report_of_tokens_or_images(mvar, model, tokens, im
 
 def check_page(page, report):
     """It needs nothing else, is well-formed, and shows the report's numbers."""
-    assert page.count("<svg") == page.count('role="img"') == len(FIGURES)
-    without_names = re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
-    assert "http" not in without_names
+    assert page.count('src="data:image/svg+xml;base64,') == page.count('alt="') == len(FIGURES)
     assert "<script" not in page
-    assert not re.search(r'(?:src|href)="(?!#|data:)', without_names)
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert "prefers-color-scheme: dark" in page
     assert all(f"<li>{html.escape(sentence).replace('&#x27;', '&#39;')}</li>" in page
                for sentence in report["reading"]["sentences"])  # fmt: skip
     windows = ",".join(map(str, report["recommended"]["windows"]))
     assert f"--set attention.scale_prefixes=1 --set attention.windows=[{windows}]</pre>" in page
-    ids = re.findall(r'\sid="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
     ElementTree.fromstring(page[page.index("<body>") : page.index("</body>") + len("</body>")])
     scales, recommended, saved = (
         [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]

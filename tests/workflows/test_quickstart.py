@@ -28,7 +28,7 @@ def test_from_nothing_to_a_report(tmp_path):
     assert np.isfinite([result.loss, result.reconstruction_psnr, result.seconds]).all()
     page = (out / "index.html").read_text()
     assert result.report == str(out / "index.html")
-    assert page.count("<svg") == 4
+    assert page.count("data:image/svg+xml") == 4
     assert len(re.findall(r'<img class="pixels" src="data:image/png;base64,', page)) == 3
     assert "mvar convert" in page
     assert (out / "attention" / "report.html").is_file()

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from mvar_core.analysis.attention import AttentionReport, images_at_once, measure_attention
+from mvar_core.analysis.attention import images_at_once, measure_attention
 from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.findings import find
 from mvar_core.analysis.recommendation import check_keep, preset_values, savings
-from mvar_core.config import Machine, ModelConfig
+from mvar_core.config import Machine
 from mvar_core.config.presets import load_config, read_preset
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
@@ -28,7 +31,7 @@ from mvar_core.models import official
 from mvar_core.models.directory import read_model_config
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.pipeline import Pipeline
-from mvar_core.progress import Progress
+from mvar_core.progress import Progress, silent
 from mvar_core.reports import attention_page as page
 from mvar_core.reports.attention_figures import plot_attention_report
 from mvar_core.reports.pages import TableRows
@@ -45,23 +48,22 @@ PAGE = "report.html"
 class AttentionResult(Result):
     """Attention statistics, averaged over images, layers and heads unless stated otherwise.
 
-    Scales are the token maps of the pyramid, S of them; mass is attention probability.
+    Scales are the token maps of the pyramid, S of them; mass is attention probability. Names that start with `even` are
+    of attention that is spread evenly over all that a token sees.
 
     Attributes:
         patch_sizes: The model's scales.
         scale_prefixes: How many scales a token of the model sees.
         model_windows: The model's own windows.
         scale_mass: Mass by query scale and key scale, S×S; rows sum to 1.
-        even_scale_mass: The same for attention that is spread evenly over all that a token sees.
         window_mass: For each k, the mass within k×k of the query in its own scale, per scale.
         window_share: The same as a fraction of the mass in the own scale.
         window_mass_by_scale: For each k, the mass within k×k of the matching position, by query and key scale.
-        even_window_mass_by_scale: The same for an even spread.
         last_scale: Maps of the last scale's attention, by position (`keys`) and by displacement (`displacements`).
         layers: Mass in the own scale and in the scale before, entropy and distance, by layer and head.
         recommended: Smallest `scale_prefixes` and `windows` that keep the requested fraction, and what they keep.
         notes: What is zero by construction.
-        reading: What the numbers say about the papers' observations, also as `sentences`.
+        reading: What the statistics say about the papers' observations, also as `sentences`.
         sentences: What to tell a reader: findings, notes, recommendation.
     """
 
@@ -91,15 +93,6 @@ class AttentionResult(Result):
     peak_memory_bytes: int | None = None
     sentences: list[str] = field(default_factory=list, metadata={"hidden": True})
     tables: Mapping[str, TableRows] = field(default_factory=dict, metadata={"hidden": True})
-
-
-@dataclass(frozen=True)
-class TokenSource:
-    """What is measured: its name in the report, the number of images, and tokens (B, L) with conditions."""
-
-    name: str
-    total: int
-    batches: Iterator[tuple[Tensor, Any]]
 
 
 def analyze_attention(
@@ -150,67 +143,65 @@ def analyze_attention(
     """
     start = time.monotonic()
     checkpoint, out = Path(checkpoint), Path(out)
-    tokenizer = Path(tokenizer) if tokenizer is not None else None
-    preset = Path(write_preset) if write_preset is not None else None
+    tokenizer = None if tokenizer is None else Path(tokenizer)
+    preset = None if write_preset is None else Path(write_preset)
+    progress = progress or silent
     if tokens is not None and data is not None:
         raise ConfigError(
             "Attention is measured on tokens or on images.",
             "Use --tokens or --data, or neither for the model's own samples.",
         )
     check_keep(keep)
-    _check_preset_path(preset, overwrite)
     require_new_directory(out, overwrite)
+    if preset is not None:
+        if preset.suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"--write-preset {preset} does not end in .yaml.", "Presets are YAML files.")
+        if preset.exists() and not overwrite:
+            raise ConfigError(f"{preset} exists.", "Choose another name, or add --overwrite to replace it.")
     if dry_run:
-        source_name = str(tokens or data or "its own samples")
-        if checkpoint.is_file():
-            config = official.convert(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
-        else:
-            config = read_model_config(checkpoint)
-        return _planned(config, source_name, num, out, preset)
-    training = _run_settings(checkpoint) if preset is not None else None
+        return _planned(checkpoint, tokenizer, str(tokens or data or "its own samples"), num, out, preset)
+    recorded = checkpoint / "config.yaml"
+    run = read_preset(str(recorded)) if preset is not None and recorded.is_file() else None
+    if run is not None:
+        load_config(None, base=run)
     pipeline = Pipeline.from_pretrained(
         checkpoint, tokenizer=tokenizer, device=machine.device, dtype=machine.dtype, attention=machine.attention
     )
     at_once = batch_size or images_at_once(pipeline.config, pipeline.device)
+    batch: Callable[[NDArray[np.int64]], tuple[Tensor, ...]]
     if tokens is not None:
-        digest = official.tokenizer_hash_of(checkpoint, tokenizer)
-        source = tokens_of_cache(pipeline, Path(tokens), digest, num=num, batch_size=at_once, seed=seed)
+        cache = TokenCache.open(Path(tokens))
+        cache.check(official.tokenizer_hash_of(checkpoint, tokenizer), pipeline.config.pyramid)
+        source, count = f"{tokens} ({cache.manifest.source})", len(cache)
+        batch = cache.conditioned(pipeline.config.conditioning).batch
     elif data is not None:
-        source = tokens_of_images(pipeline, str(data), num=num, batch_size=at_once, seed=seed)
+        images = ImageRows(open_images(str(data)), pipeline.config.image_shape)
+        source, count, batch = f"images of {data}", len(images), partial(_encode, pipeline, images)
     else:
-        source = tokens_of_model(pipeline, num=num, batch_size=at_once, seed=seed, progress=progress)
-    depth = len(pipeline.transformer.blocks)
+        samples = _own_samples(pipeline, num, seed, progress)
+        source, count, batch = f"the model's own samples (seed {seed})", num, samples.__getitem__
+    if tokens is None and without_conditions(pipeline.config):
+        source += ", without a condition: the vectors of the classes are not known"
+    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num])
+    num, depth = len(chosen), len(pipeline.transformer.blocks)
 
     def layers_done(done: int) -> None:
-        if progress is not None:
-            note = f"image {done // depth} of {source.total}"
-            progress("attention", done, source.total * depth, unit="layers", note=note)
+        progress("attention", done, num * depth, unit="layers", note=f"image {done // depth} of {num}")
 
     report = measure_attention(
         pipeline.transformer,
         pipeline.quantizer,
-        source.batches,
+        (batch(chosen[first : first + at_once]) for first in range(0, num, at_once)),
         pipeline.config,
         keep=keep,
         attention=pipeline.attention,
         progress=layers_done,
     )
     if preset is not None:
-        _write_preset(preset, pipeline.config, report, training)
-    values = write_attention_report(report, out, pipeline, source.name, preset)
-    return AttentionResult(
-        **values,
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_memory_bytes(pipeline.device),
-        sentences=[*values["reading"]["sentences"], *report.notes, page.recommendation_sentence(report)],
-        tables={"scales": page.scale_rows(report), "savings": page.saving_rows(values["savings"])},
-    )
-
-
-def write_attention_report(
-    report: AttentionReport, out: Path, pipeline: Pipeline, source: str, preset: Path | None = None
-) -> dict[str, Any]:
-    """Write report.json, the figures and the page; returns the content of report.json."""
+        values = preset_values(pipeline.config, report.recommended, run)
+        load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit
+        head = f"# mvar train --preset {preset.name} …, or mvar finetune-from-var --preset {preset.name} …\n"
+        write_text(preset, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
     plots = plot_attention_report(report, out)
     dtype_bytes = pipeline.transformer.input_projection.weight.element_size()
     values = {
@@ -222,80 +213,51 @@ def write_attention_report(
         "plots": {name: str(path) for name, path in plots.items()},
         "plots_svg": {name: str(path.with_suffix(".svg")) for name, path in plots.items()},
         "report": str(out / PAGE),
-        "preset": str(preset) if preset else None,
+        "preset": None if preset is None else str(preset),
     }
     page.write_attention_page(out / PAGE, report, values)
     write_json(out / "report.json", values)
-    return values
+    return AttentionResult(
+        **values,
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(pipeline.device),
+        sentences=[*values["reading"]["sentences"], *report.notes, page.recommendation_sentence(report)],
+        tables={"scales": page.scale_rows(report), "savings": page.saving_rows(values["savings"])},
+    )
 
 
-def tokens_of_cache(
-    pipeline: Pipeline, tokens: Path, tokenizer_hash: str, *, num: int, batch_size: int, seed: int
-) -> TokenSource:
-    """Rows of a token cache, chosen at random."""
-    cache = TokenCache.open(tokens)
-    cache.check(tokenizer_hash, pipeline.config.pyramid)
-    rows = cache.conditioned(pipeline.config.conditioning)
-    chosen = _chosen(len(rows), num, seed)
-    return TokenSource(f"{tokens} ({cache.manifest.source})", len(chosen), map(rows.batch, _split(chosen, batch_size)))
+def _encode(pipeline: Pipeline, images: ImageRows, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Tokens and conditions of some images."""
+    pixels, labels = images.batch(rows)
+    # The encoder works at full resolution, where an image takes more memory than all of its attention.
+    at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
+    tokens_BL = torch.cat([pipeline.encode(some) for some in pixels.split(at_once)])
+    return tokens_BL, pipeline.conditions_of(labels.tolist())
 
 
-def tokens_of_images(pipeline: Pipeline, data: str, *, num: int, batch_size: int, seed: int) -> TokenSource:
-    """Images, chosen at random, encoded a few at a time."""
-    images = ImageRows(open_images(data), pipeline.config.image_shape)
-    chosen = _chosen(len(images), num, seed)
-    encoded_at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
+def _own_samples(pipeline: Pipeline, num: int, seed: int, progress: Progress) -> TensorDataset:
+    """Tokens and conditions of the model's own samples, its classes evenly spread, with its recommended settings.
 
-    def batches() -> Iterator[tuple[Tensor, Any]]:
-        for rows in _split(chosen, batch_size):
-            pixels, labels = images.batch(rows)
-            # The encoder works at full resolution, where an image takes more memory than all of its attention.
-            tokens_BL = torch.cat([pipeline.encode(some) for some in pixels.split(encoded_at_once)])
-            yield tokens_BL, pipeline.conditions_of(labels.tolist())
-
-    return TokenSource(f"images of {data}{_note(pipeline.config)}", len(chosen), batches())
-
-
-def tokens_of_model(
-    pipeline: Pipeline, *, num: int, batch_size: int, seed: int, progress: Progress | None = None
-) -> TokenSource:
-    """Samples of the model itself, its classes evenly spread, with its recommended settings.
-
-    The images are never decoded. Sample i is what `Pipeline.sample` generates with this seed, number and class.
+    Sample i is what `Pipeline.sample` generates with this seed, number and class.
     """
     logging.getLogger("mvar").info("No --tokens and no --data: the model's own samples are measured.")
     config, transformer = pipeline.config, pipeline.transformer
     assert config.transformer is not None
     conditions = pipeline.conditions_of(spread_classes(num, config.transformer.num_classes))
-    sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
     settings = pipeline.sampling_settings()
+    sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
     sizes = sampler.micro_batches(num, settings)
-    sampled = 0
-
-    def count(tokens: int) -> None:
-        nonlocal sampled
-        sampled += tokens
-        if progress is not None:
-            progress("sampling", sampled, num * config.pyramid.num_tokens, unit="tokens")
-
     parts = []
     for start in range(0, num, sizes.images):
+        progress("sampling", start, num)
         indices = range(start, min(start + sizes.images, num))
         samples = sample_tokens(
-            transformer,
-            pipeline.quantizer,
-            conditions[indices.start : indices.stop],
-            indices,
-            seed,
-            settings,
-            micro_batches=sizes.scales,
-            attention=pipeline.attention,
-            on_tokens=count,
-        )
+            transformer, pipeline.quantizer, conditions[start : indices.stop], indices, seed, settings,
+            micro_batches=sizes.scales, attention=pipeline.attention,
+        )  # fmt: skip
         parts.append(samples.tokens_NL)
-    batches = zip(torch.cat(parts).split(batch_size), conditions.split(batch_size), strict=True)
-    name = f"the model's own samples (seed {seed}, cfg {settings.cfg:g}){_note(config)}"
-    return TokenSource(name, num, batches)
+    progress("sampling", num, num)
+    return TensorDataset(torch.cat(parts), conditions)
 
 
 def spread_classes(num: int, classes: int) -> list[int]:
@@ -303,47 +265,13 @@ def spread_classes(num: int, classes: int) -> list[int]:
     return [index * classes // num for index in range(num)]
 
 
-def _note(config: ModelConfig) -> str:
-    """What a reader must know if there are no conditions."""
-    return ", without a condition: the vectors of the classes are not known" if without_conditions(config) else ""
-
-
-def _chosen(rows: int, num: int, seed: int) -> np.ndarray:
-    chosen: np.ndarray = np.sort(np.random.default_rng(seed).permutation(rows)[:num])
-    return chosen
-
-
-def _split(chosen: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (chosen[start : start + size] for start in range(0, len(chosen), size))
-
-
-def _check_preset_path(path: Path | None, overwrite: bool) -> None:
-    if path is None:
-        return
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{path} is no name of a preset.", "Let --write-preset end in .yaml, as --preset needs it.")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists.", "Choose another name, or add --overwrite to replace it.")
-
-
-def _run_settings(checkpoint: Path) -> dict[str, Any] | None:
-    """The configuration of a run; None for a model without its run."""
-    recorded = checkpoint / "config.yaml"
-    if not recorded.is_file():
-        return None
-    values = read_preset(str(recorded))
-    load_config(None, base=values)
-    return values
-
-
-def _write_preset(path: Path, config: ModelConfig, report: AttentionReport, training: dict[str, Any] | None) -> None:
-    values = preset_values(config, report.recommended, training)
-    load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit together
-    head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
-    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
-
-
-def _planned(config: ModelConfig, source: str, num: int, out: Path, preset: Path | None) -> AttentionResult:
+def _planned(
+    checkpoint: Path, tokenizer: Path | None, source: str, num: int, out: Path, preset: Path | None
+) -> AttentionResult:
+    if checkpoint.is_file():
+        config = official.convert(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
+    else:
+        config = read_model_config(checkpoint)
     steps = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]
     if preset is not None:
         steps.append(f"write the recommended preset to {preset}")

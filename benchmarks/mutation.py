@@ -159,8 +159,8 @@ FAULTS = (
         "weight = weight * (norms[0] / (norms[1] + _EPSILON))", "weight = weight * (norms[1] / (norms[0] + _EPSILON))"
     ),
     Fault("moments[name][dead] = 0", "moments[name][dead] = moments[name][dead]"),
-    Fault("sigma=total._scatter / (self.count - 1)", "sigma=total._scatter / self.count"),
-    Fault("np.outer(delta, delta) * (self._merged * count / total)", "np.outer(delta, delta) * (count / total)"),
+    Fault("sigma=total[2] / (self.count - 1)", "sigma=total[2] / self.count"),
+    Fault("np.outer(delta, delta) * (merged * count / total)", "np.outer(delta, delta) * (count / total)"),
     Fault("return (1 if num_samples == num_reference == size else KID_SUBSETS), size", "return KID_SUBSETS, size"),
     Fault("shuffle=True, rng_seed=seed", "shuffle=False, rng_seed=seed"),
     Fault(

@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--classifier", type=Path)
     arguments = parser.parse_args()
     pipeline = Pipeline.from_pretrained(arguments.run, device="cpu", dtype="float32")
-    classifier = find_classifier(arguments.classifier, [arguments.run.parent], pipeline.config.image_shape)
+    named = arguments.classifier
+    nearby = [arguments.run.parent]
+    classifier = DemoClassifier.load(named) if named else find_classifier(nearby, pipeline.config.image_shape)
     words = [phrasings(str(digit)) for digit in range(10)]
     rows = {name: [said[place] for said in words] for name, place in TRAINED.items()}
     rows |= {shape.format("seven"): [shape.format(said[0]) for said in words] for shape in UNSEEN}

@@ -92,6 +92,8 @@ MOVED: dict[str, dict[str, str]] = {
         "--likelihood": "Use `mvar evaluate likelihood` instead.",
         "--reconstruction": "Use `mvar evaluate reconstruction` instead.",
         "--demo-classifier": "Use --features FILE.safetensors instead.",
+        "--save-samples": "Use `mvar sample --class all --num N --out FILE.npz`, then --samples FILE.npz.",
+        "--overwrite": "Leave it out: nothing is written.",
     },
     "evaluate make-reference": {
         "--samples": "Use --data instead.",

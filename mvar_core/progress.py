@@ -34,3 +34,16 @@ def stage(progress: Progress | None, name: str, unit: str = "images") -> Callabl
             progress(name, done, total, unit=unit)
 
     return report
+
+
+def running_total(report: Callable[[int], None] | None) -> Callable[[int], None]:
+    """A callback that is called with the units done since its last call, and reports how many are done in all."""
+    done = 0
+
+    def add(units: int) -> None:
+        nonlocal done
+        done += units
+        if report is not None:
+            report(done)
+
+    return add

@@ -1,9 +1,6 @@
 """`mvar evaluate`: how good images are, measured against a reference."""
 
-from pathlib import Path
 from typing import Annotated
-
-import typer
 
 import mvar_core as mvar
 from mvar_cli import console, options
@@ -22,29 +19,24 @@ CLASSES_SHOWN = 20
 @options.command(example="mvar evaluate --checkpoint runs/quickstart/mvar --reference digits")
 def evaluate(
     reference: Annotated[
-        str, typer.Option("--reference", metavar="PATH|digits", help="Folder, npz, ADM npz, digits or digits:test.")
+        str, options.option("--reference", "PATH|digits", "Folder, npz, ADM npz, digits or digits:test.")
     ],
     settings: options.BasicSampling,
     machine: options.Machine,
-    samples: Annotated[str | None, typer.Option("--samples", metavar="PATH", help="Folder or npz of images.")] = None,
+    samples: Annotated[str | None, options.option("--samples", "PATH", "Folder or npz of images.")] = None,
     checkpoint: options.OptionalCheckpoint = None,
     num_samples: Annotated[
         int | None,
-        typer.Option("--num-samples", min=2, metavar="N", help="To generate, balanced over classes; or to read."),
+        options.option("--num-samples", "N", "To generate, balanced over classes; or to read.", min=2),
     ] = None,
     metrics: Annotated[
-        str, typer.Option("--metrics", metavar="NAMES", help="Comma list of fid, sfid, inception_score, precision, …")
+        str, options.option("--metrics", "NAMES", "Comma list of fid, sfid, inception_score, precision, …")
     ] = "all",
     kid_subset: Annotated[
         int | None,
-        typer.Option("--kid-subset", min=2, metavar="N", help="Images per subset of KID. Default: 1000, or all."),
+        options.option("--kid-subset", "N", "Images per subset of KID. Default: 1000, or all.", min=2),
     ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also a score per class, the worst first.")] = False,
-    save_samples: Annotated[
-        Path | None,
-        typer.Option("--save-samples", metavar="FILE.npz", help="Save what is generated, with --checkpoint."),
-    ] = None,
-    overwrite: options.Overwrite = False,
+    per_class: Annotated[bool, options.option("--per-class", None, "Also a score per class, the worst first.")] = False,
     features: options.Features = "auto",
     inception_weights: options.InceptionWeights = None,
     download: options.Download = False,
@@ -59,28 +51,7 @@ def evaluate(
     Says whether the figures are comparable with published ones, and if not, why not. Under torchrun the processes share
     the images and print the figures of one process. `mvar evaluate make-reference` measures a reference once.
     """
-    result = mvar.evaluate(
-        reference=reference,
-        samples=samples,
-        checkpoint=checkpoint,
-        num_samples=num_samples,
-        metrics=metrics,
-        kid_subset=kid_subset,
-        per_class=per_class,
-        save_samples=save_samples,
-        overwrite=overwrite,
-        features=features,
-        inception_weights=inception_weights,
-        download=download,
-        cache=cache,
-        settings=settings,
-        tokenizer=tokenizer,
-        seed=seed,
-        batch_size=batch_size,
-        machine=machine,
-        progress=console.progress,
-        dry_run=dry_run,
-    )
+    result = mvar.evaluate(**locals(), progress=console.progress)
     if result.dry_run is None:
         prefix = "" if result.features == "inception" else f"{result.features}-"
         rows = [[result.samples, *(getattr(result, name) for name in HEADINGS)]]

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -18,10 +16,10 @@ def evaluate_likelihood(
     data: options.OptionalData = None,
     classes: options.Classes = None,
     zero_shot: Annotated[
-        bool, typer.Option("--zero-shot/--no-zero-shot", help="Also score images under classes not their own.")
+        bool, options.option("--zero-shot/--no-zero-shot", None, "Also score images under classes not their own.")
     ] = True,
     num_samples: Annotated[
-        int | None, typer.Option("--num-samples", min=1, metavar="N", help="Score at most so many images.")
+        int | None, options.option("--num-samples", "N", "Score at most so many images.", min=1)
     ] = None,
     tokenizer: options.TokenizerFile = None,
     seed: options.Seed = 0,
@@ -32,20 +30,7 @@ def evaluate_likelihood(
 
     Needs no reference and no feature network: images, or the tokens of a cache, are scored by the model itself.
     """
-    result = mvar.evaluate_likelihood(
-        checkpoint=checkpoint,
-        tokens=tokens,
-        data=data,
-        classes=classes,
-        zero_shot=zero_shot,
-        num_samples=num_samples,
-        tokenizer=tokenizer,
-        seed=seed,
-        batch_size=batch_size,
-        machine=machine,
-        progress=console.progress,
-        dry_run=dry_run,
-    )
+    result = mvar.evaluate_likelihood(**locals(), progress=console.progress)
     if result.dry_run is None:
         show_report(result)
     console.show(result)

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 from mvar_cli.commands.evaluate import show_comparability
@@ -13,11 +11,11 @@ from mvar_cli.commands.evaluate import show_comparability
 def evaluate_reconstruction(
     checkpoint: options.Checkpoint,
     reference: Annotated[
-        str, typer.Option("--reference", metavar="PATH|digits", help="The images: folder, npz, digits or digits:test.")
+        str, options.option("--reference", "PATH|digits", "The images: folder, npz, digits or digits:test.")
     ],
     machine: options.Device,
     num_samples: Annotated[
-        int | None, typer.Option("--num-samples", min=2, metavar="N", help="Measure at most so many images.")
+        int | None, options.option("--num-samples", "N", "Measure at most so many images.", min=2)
     ] = None,
     features: options.Features = "auto",
     inception_weights: options.InceptionWeights = None,
@@ -28,20 +26,7 @@ def evaluate_reconstruction(
     dry_run: options.DryRun = False,
 ) -> None:
     """RFID, PSNR and SSIM of a tokenizer's reconstructions, and how much of its codebook it uses."""
-    result = mvar.evaluate_reconstruction(
-        checkpoint=checkpoint,
-        reference=reference,
-        num_samples=num_samples,
-        features=features,
-        inception_weights=inception_weights,
-        download=download,
-        cache=cache,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        machine=machine,
-        progress=console.progress,
-        dry_run=dry_run,
-    )
+    result = mvar.evaluate_reconstruction(**locals(), progress=console.progress)
     if result.dry_run is None:
         prefix = "" if result.features == "inception" else f"{result.features}-"
         console.table(

@@ -3,19 +3,17 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
 
 @options.command(example="mvar evaluate make-reference --data digits --out digits-reference.npz")
 def make_reference(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.npz", help="Where to write the reference.")],
-    data: Annotated[str, typer.Option("--data", metavar="PATH|digits", help="Folder, npz or digits.")],
+    out: Annotated[Path, options.option("--out", "FILE.npz", "Where to write the reference.")],
+    data: Annotated[str, options.option("--data", "PATH|digits", "Folder, npz or digits.")],
     machine: options.Device,
     image_size: Annotated[
-        str | None, typer.Option("--image-size", metavar="N|HxW", help="Resize and crop to this size first.")
+        str | None, options.option("--image-size", "N|HxW", "Resize and crop to this size first.")
     ] = None,
     features: options.Features = "auto",
     inception_weights: options.InceptionWeights = None,
@@ -27,16 +25,5 @@ def make_reference(
 
     `mvar evaluate --reference FILE.npz` reads the file, and refuses it where its features are not those it measures.
     """
-    result = mvar.make_reference(
-        out,
-        data=data,
-        image_size=image_size,
-        features=features,
-        inception_weights=inception_weights,
-        download=download,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        machine=machine,
-        progress=console.progress,
-    )
+    result = mvar.make_reference(**locals(), progress=console.progress)
     console.show(result, columns=("reference", "num_reference", "features", "image_shape", "seconds"))

@@ -1,9 +1,9 @@
 """How likely images are under a model, by their tokens: bits per token and scale, per class, and the class that fits.
 
 A next-scale model gives the tokens of all scales a probability, p(tokens | class) = Π p(token | earlier scales, class).
-So it can be asked how well it knows held-out images, without any feature network, and which class makes an image most
-likely: classification by a generator that was never trained to classify. Probabilities are those of the model itself:
-no guidance, no top-k, no top-p. Sums are float64.
+So it measures how well the model knows held-out images, without any feature network, and it classifies: the class under
+which an image is most likely. Probabilities are those of the model itself: no guidance, no top-k, no top-p. Sums are
+float64.
 """
 
 # Shape suffixes: B images, K conditions under which each is scored, S scales, L tokens of all scales, l those of one
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +26,11 @@ from mvar_core.models.conditioning import Conditioner, Conditions, VectorConditi
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
+from mvar_core.progress import running_total
 from mvar_core.results import Result
 
 TOP = 5
-"""How many classes the figure of the best few looks at."""
+"""How many classes `zero_shot_top5` considers."""
 
 
 @torch.no_grad()
@@ -46,8 +46,8 @@ def log_likelihoods(
 ) -> Float64[Tensor, "B K S"]:
     """Ln p(tokens of each scale | earlier scales, condition), for every image under each of its conditions.
 
-    Images under conditions go through the transformer a few at a time, and logits exist for one scale of those alone;
-    inputs, which do not depend on the condition, are made once for an image.
+    Pairs of an image and a condition go through the transformer a few at a time, and logits exist for one scale of
+    those alone; inputs, which do not depend on the condition, are computed once for an image.
 
     Args:
         transformer: In evaluation mode.
@@ -158,12 +158,12 @@ def measure_likelihood(
     classes: Sequence[int] | None = None,
     attention: str = "auto",
     pairs_at_once: int | None = None,
-    gather: Callable[[Tally], Sequence[Tally]] | None = None,
+    gather: Callable[[list[Columns]], Sequence[list[Columns]]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LikelihoodReport:
     """Likelihoods of images under their own class, under no class, and under every class that competes for them.
 
-    What is held of an image is a few numbers per scale, however many classes there are.
+    What is kept of an image is a few values per scale, however many classes there are.
 
     Args:
         transformer: Conditioned on classes, in evaluation mode.
@@ -173,8 +173,7 @@ def measure_likelihood(
         classes: Classes that compete in zero-shot classification; every label must be among them. None for none.
         attention: Attention backend.
         pairs_at_once: Images times classes in one pass; decides speed and memory, never the result.
-        gather: What several processes have measured, this one's among it, in the order of the images; by default
-            what this process has.
+        gather: Returns what all processes have measured, in the order of the images; by default this one's alone.
         progress: Called with the number of pairs of image and class that are done.
 
     Raises:
@@ -185,15 +184,8 @@ def measure_likelihood(
         raise ConfigError("Likelihoods per class need a model that is conditioned on classes; this one is on vectors.")
     device, null_label = quantizer.codebook.device, transformer.null_label
     competing = torch.tensor(classes if classes is not None else [], dtype=torch.long)
-    tally = Tally(config)
-    done = 0
-
-    def count(pairs: int) -> None:
-        nonlocal done
-        done += pairs
-        if progress is not None:
-            progress(done)
-
+    count = running_total(progress)
+    measured: list[Columns] = []
     for tokens_BL, labels_B in batches:
         candidates = [torch.full((len(tokens_BL), 1), null_label)]
         if labels_B is not None:
@@ -209,103 +201,65 @@ def measure_likelihood(
             pairs_at_once=pairs_at_once,
             on_pairs=count,
         ).numpy()
-        positions = None
-        if labels_B is not None and classes is not None:
-            positions = (labels_B.view(-1, 1).cpu() == competing).int().argmax(1).numpy()
-        tally.add(scored_BKS, labels_B.cpu().numpy() if labels_B is not None else None, positions)
-    whole = Tally(config)
-    for each in gather(tally) if gather is not None else [tally]:
-        whole.extend(each)
-    return whole.report(len(classes) if classes is not None else 0)
+        columns = {"none_nats": -scored_BKS[:, 0]}
+        if labels_B is not None:
+            columns["labels"] = labels_B.cpu().numpy()
+            competing_BKS = scored_BKS[:, 1:]
+            # Where each image's own class is among those it was scored under.
+            positions_B = (labels_B.view(-1, 1).cpu() == competing).int().argmax(1).numpy() if len(competing) else 0
+            own_BS = competing_BKS[np.arange(len(scored_BKS)), positions_B]
+            columns["own_nats"] = -own_BS
+            if classes is not None:
+                # Of classes that are equally likely, the first counts as the model's choice.
+                sums_BKS, own_B1S = competing_BKS.cumsum(-1), own_BS.cumsum(-1)[:, None]
+                earlier_BK1 = (np.arange(len(competing)) < np.asarray(positions_B)[..., None])[..., None]
+                columns["ranks"] = ((sums_BKS > own_B1S) | ((sums_BKS == own_B1S) & earlier_BK1)).sum(1)
+        measured.append(columns)
+    gathered = [measured] if gather is None else gather(measured)
+    return _report([columns for each in gathered for columns in each], config, len(competing))
 
 
-class Tally:
-    """What is held of every image: nats per scale under its own class and under none, and the rank of its class.
+Columns = dict[str, np.ndarray]
+"""What is kept of a batch of images: nats per scale under no class, and where they have labels also these, nats under
+their own class, and, for each scale, how many competing classes are more likely by the tokens up to it."""
 
-    Args:
-        config: The model.
-    """
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.none_nats: list[np.ndarray] = []
-        self.own_nats: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
-        self.ranks: list[np.ndarray] = []
-
-    def add(self, scored_BKS: np.ndarray, labels_B: np.ndarray | None, positions_B: np.ndarray | None) -> None:
-        """Add a batch, whose first column is under no class; the own class follows, or all that compete."""
-        self.none_nats.append(-scored_BKS[:, 0])
-        if labels_B is None:
-            return
-        self.labels.append(labels_B)
-        rows = np.arange(len(scored_BKS))
-        competing_BKS = scored_BKS[:, 1:]
-        own_BS = competing_BKS[rows, positions_B if positions_B is not None else 0]
-        self.own_nats.append(-own_BS)
-        if positions_B is not None:
-            # Of classes that are equally likely, the first counts as the model's choice.
-            sums_BKS, own_B1S = competing_BKS.cumsum(-1), own_BS.cumsum(-1)[:, None]
-            earlier_BK1 = (np.arange(competing_BKS.shape[1]) < positions_B[:, None])[..., None]
-            self.ranks.append(((sums_BKS > own_B1S) | ((sums_BKS == own_B1S) & earlier_BK1)).sum(1))
-
-    def extend(self, other: Tally) -> None:
-        """Append the images of another tally."""
-        for name in ("none_nats", "own_nats", "labels", "ranks"):
-            getattr(self, name).extend(getattr(other, name))
-
-    def report(self, competing: int) -> LikelihoodReport:
-        """The means.
-
-        Args:
-            competing: How many classes competed.
-
-        Raises:
-            DataError: No images, or labels for only some.
-        """
-        if not self.none_nats:
-            raise DataError("There are no images to score.")
-        if self.labels and len(self.labels) != len(self.none_nats):
-            raise DataError("Some images have labels and some do not.")
-        pyramid, (height, width) = self.config.pyramid, self.config.image_shape
-        none_NS = np.concatenate(self.none_nats)
-        own_NS = np.concatenate(self.own_nats) if self.labels else none_NS
-        labels_N = np.concatenate(self.labels) if self.labels else None
-        ranks_NS = np.concatenate(self.ranks) if self.ranks else None
-        bits_NS = own_NS / math.log(2)
-        image_bits_N = bits_NS.sum(1)
-        count, tokens = len(bits_NS), np.array([grid.tokens for grid in pyramid.grids])
-        bits, none_bits = float(image_bits_N.mean()), float(none_NS.sum(1).mean() / math.log(2))
-        return LikelihoodReport(
-            num_samples=count,
-            num_tokens=pyramid.num_tokens,
-            patch_sizes=pyramid.patch_sizes,
-            bits_per_token=bits / pyramid.num_tokens,
-            bits_per_token_by_scale=tuple((bits_NS.mean(0) / tokens).tolist()),
-            uniform_bits_per_token=math.log2(self.config.tokenizer.codebook_size),
-            bits_per_image=bits,
-            bits_per_image_error=float(image_bits_N.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
-            bits_per_pixel=bits / (height * width),
-            bits_per_token_no_class=none_bits / pyramid.num_tokens,
-            class_information=none_bits - bits if labels_N is not None else None,
-            nll_by_class=self._by_class(labels_N, own_NS.sum(1)),
-            samples_by_class=self._by_class(labels_N, None),
-            classes_scored=competing if ranks_NS is not None else 0,
-            zero_shot_accuracy=float((ranks_NS[:, -1] == 0).mean()) if ranks_NS is not None else None,
-            zero_shot_top5=float((ranks_NS[:, -1] < TOP).mean()) if ranks_NS is not None and competing > TOP else None,
-            zero_shot_accuracy_by_scale=tuple((ranks_NS == 0).mean(0).tolist()) if ranks_NS is not None else None,
-        )
-
-    def _by_class(self, labels_N: np.ndarray | None, values_N: np.ndarray | None) -> dict[str, Any] | None:
-        """A mean per class that occurs, or how many images it has."""
-        if labels_N is None:
-            return None
-        found = {}
-        for label in np.unique(labels_N).tolist():
-            name = self.config.class_names[label] if self.config.class_names else str(label)
-            chosen = labels_N == label
-            found[name] = int(chosen.sum()) if values_N is None else float(values_N[chosen].mean())
-        return found
+def _report(batches: Sequence[Columns], config: ModelConfig, competing: int) -> LikelihoodReport:
+    if not batches:
+        raise DataError("There are no images to score.")
+    if len({frozenset(columns) for columns in batches}) > 1:
+        raise DataError("Some images have labels and some do not.")
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    none_NS, labels_N, ranks_NS = columns["none_nats"], columns.get("labels"), columns.get("ranks")
+    own_NS = columns.get("own_nats", none_NS)
+    pyramid, (height, width) = config.pyramid, config.image_shape
+    bits_NS = own_NS / math.log(2)
+    image_bits_N = bits_NS.sum(1)
+    count, tokens = len(bits_NS), np.array([grid.tokens for grid in pyramid.grids])
+    bits, none_bits = float(image_bits_N.mean()), float(none_NS.sum(1).mean() / math.log(2))
+    by_class: dict[str, np.ndarray] = {}
+    for label in [] if labels_N is None else np.unique(labels_N).tolist():
+        name = config.class_names[label] if config.class_names else str(label)
+        by_class[name] = own_NS.sum(1)[labels_N == label]
+    return LikelihoodReport(
+        num_samples=count,
+        num_tokens=pyramid.num_tokens,
+        patch_sizes=pyramid.patch_sizes,
+        bits_per_token=bits / pyramid.num_tokens,
+        bits_per_token_by_scale=tuple((bits_NS.mean(0) / tokens).tolist()),
+        uniform_bits_per_token=math.log2(config.tokenizer.codebook_size),
+        bits_per_image=bits,
+        bits_per_image_error=float(image_bits_N.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
+        bits_per_pixel=bits / (height * width),
+        bits_per_token_no_class=none_bits / pyramid.num_tokens,
+        class_information=none_bits - bits if by_class else None,
+        nll_by_class={name: float(nats.mean()) for name, nats in by_class.items()} or None,
+        samples_by_class={name: len(nats) for name, nats in by_class.items()} or None,
+        classes_scored=competing if ranks_NS is not None else 0,
+        zero_shot_accuracy=float((ranks_NS[:, -1] == 0).mean()) if ranks_NS is not None else None,
+        zero_shot_top5=float((ranks_NS[:, -1] < TOP).mean()) if ranks_NS is not None and competing > TOP else None,
+        zero_shot_accuracy_by_scale=tuple((ranks_NS == 0).mean(0).tolist()) if ranks_NS is not None else None,
+    )
 
 
 def _check_labels(labels_B: Tensor, classes: Sequence[int] | None, null_label: int) -> None:

@@ -1,6 +1,6 @@
-"""A small classifier, trained on the spot, whose features stand in for Inception's on small bundled images.
+"""A small classifier, trained on the spot, whose features replace Inception's for small bundled images.
 
-Its figures say whether a demonstration works; they are never comparable to published ones.
+Its scores say whether a demonstration works; they are never comparable to published ones.
 
 Letters: B batch, H, W height and width in pixels, F features, K classes.
 """
@@ -63,17 +63,16 @@ class DemoClassifier(nn.Module):
         self.measured_accuracy = measured_accuracy
         if len(self.class_names) != num_classes:
             raise DataError(f"The classifier has {num_classes} classes but {len(self.class_names)} class names.")
-        # Layers are made without values: their usual ones come from the global generator.
-        channels = (3, *CHANNELS)
+        # The layers' usual initial values would come from the global generator.
         self.convolutions = nn.ModuleList(
             nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, stride=2, padding=1)
-            for inputs, outputs in pairwise(channels)
+            for inputs, outputs in pairwise((3, *CHANNELS))
         )
         self.hidden = nn.utils.skip_init(nn.Linear, CHANNELS[-1] * POOLED_SIDE**2, FEATURES)
         self.head = nn.utils.skip_init(nn.Linear, FEATURES, num_classes)
 
     def initialise(self, source: torch.Generator) -> None:
-        """Draw the weights, scaled for rectified units (He et al. 2015)."""
+        """Sample the weights, scaled for rectified units (He et al. 2015)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=source)
@@ -173,22 +172,21 @@ class DemoClassifier(nn.Module):
 
 
 class DemoExtractor:
-    """Features of a demo classifier; its classes take the place of Inception's in the inception score."""
+    """Features of a demo classifier, on the CPU; its classes replace Inception's in the inception score."""
 
     name = "demo"
+    dim = FEATURES
     comparable_to_papers = False
 
-    def __init__(self, classifier: DemoClassifier, device: torch.device | str = "cpu"):
-        self._device = torch.device(device)
-        self.classifier = classifier.to(self._device).eval()
+    def __init__(self, classifier: DemoClassifier):
+        self.classifier = classifier.cpu().eval()
         self.weights_hash = classifier.weights_hash
-        self.dim = FEATURES
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
         """Features of a batch of images; see `DemoClassifier.features`."""
-        pool = self.classifier.features(images.to(self._device))
-        return Features(pool.cpu(), self.classifier.head(pool).cpu())
+        pool = self.classifier.features(images)
+        return Features(pool, self.classifier.head(pool))
 
 
 def train_classifier(
@@ -204,8 +202,8 @@ def train_classifier(
 ) -> DemoClassifier:
     """Train a classifier on the CPU in seconds; on one machine, equal seeds give equal weights.
 
-    The seed decides first weights, order and shifts. A step is of 64 images, each shifted by up to two pixels; on the
-    held-out images and labels of `test` the accuracy is measured and recorded.
+    The seed decides initial weights, order and shifts. A step takes 64 images, each shifted by up to two pixels; the
+    accuracy on the held-out images and labels of `test` is measured and recorded.
 
     Raises:
         DataError: No images, images of the wrong kind, or labels that do not fit.
@@ -282,14 +280,12 @@ def train_digits_classifier(path: Path, image_shape: tuple[int, int], seed: int 
     return classifier
 
 
-def find_classifier(named: Path | None, nearby: Sequence[Path], image_shape: tuple[int, int]) -> DemoClassifier:
-    """The classifier that was named, else one near the model, else the cached one, trained where it is absent.
+def find_classifier(nearby: Sequence[Path], image_shape: tuple[int, int]) -> DemoClassifier:
+    """The classifier next to the model, in a directory `nearby`, else the cached one, trained where it is absent.
 
     Raises:
         CheckpointError: A file that is not a classifier.
     """
-    if named is not None:
-        return DemoClassifier.load(named)
-    candidates = [*(directory / CLASSIFIER_FILE for directory in nearby), default_demo_path(image_shape)]
-    found = next((path for path in candidates if path.is_file()), None)
-    return train_digits_classifier(candidates[-1], image_shape) if found is None else DemoClassifier.load(found)
+    cached = default_demo_path(image_shape)
+    found = next((path for path in [*(folder / CLASSIFIER_FILE for folder in nearby), cached] if path.is_file()), None)
+    return train_digits_classifier(cached, image_shape) if found is None else DemoClassifier.load(found)

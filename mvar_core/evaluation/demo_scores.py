@@ -1,4 +1,10 @@
-"""Scores of generated digits, and what to compare them with."""
+"""Scores of generated digits, and what to compare them with: demo features, diversity, closeness to training images.
+
+Distances are Euclidean between pixels in [-1, 1], divided by the root of the number of channels. So gray images count
+once, however many equal channels they are stored in, and a distance is that of one channel's H·W pixels.
+
+Letters: N, M images of two sets, C channels, H, W height and width in pixels.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,19 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from mvar_core.errors import DataError
 from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor
-from mvar_core.evaluation.pixels import class_mean_images, nearest_neighbour_distance, pixel_diversity
 from mvar_core.evaluation.scores import frechet_distance
 from mvar_core.evaluation.statistics import Statistics, collect
 from mvar_core.runtime import generator
+
+BLOCK_IMAGES = 1024
+
+Images = Shaped[Tensor, "N C H W"]
+"""uint8 in 0 … 255, or floating point in [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +82,78 @@ def score_samples(
         nearest_distance=nearest_neighbour_distance(samples[0], train[0]),
         nearest_distance_real=nearest_neighbour_distance(test[0], train[0]),
     )
+
+
+def pixel_diversity(images: Images, labels: Int64[Tensor, " N"]) -> float:
+    """Mean distance between two different images of a class, averaged over the classes that have two.
+
+    Raises:
+        DataError: No class has two images.
+    """
+    means = []
+    for label in _classes(images, labels):
+        vectors = _vectors(images[labels == label])
+        count = len(vectors)
+        if count < 2:
+            continue
+        total = sum(float(torch.cdist(block, vectors).sum()) for block in vectors.split(BLOCK_IMAGES))
+        means.append(total / (count * (count - 1)))
+    if not means:
+        raise DataError("Pixel diversity needs a class with at least 2 images.")
+    return sum(means) / len(means)
+
+
+def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H W"]) -> float:
+    """Mean distance from an image to the nearest reference image: small where images repeat the reference.
+
+    Raises:
+        DataError: A set is empty, or image sizes differ.
+    """
+    if len(images) == 0 or len(reference) == 0 or images.shape[1:] != reference.shape[1:]:
+        raise DataError(
+            "Nearest neighbours need two sets of images of one size, found"
+            f" {tuple(images.shape)} and {tuple(reference.shape)}."
+        )
+    distances = []
+    for block in images.split(BLOCK_IMAGES):
+        vectors = _vectors(block)
+        best = torch.full((len(block),), torch.inf, dtype=torch.float64)
+        for start in range(0, len(reference), BLOCK_IMAGES):
+            nearest = torch.cdist(vectors, _vectors(reference[start : start + BLOCK_IMAGES])).cpu().min(dim=1).values
+            best = torch.minimum(best, nearest)
+        distances.append(best)
+    return float(torch.cat(distances).mean())
+
+
+def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:
+    """The images, each replaced by the mean image of its class: what a sampler without diversity would generate.
+
+    Raises:
+        DataError: Labels do not match the images.
+    """
+    means = torch.empty_like(images)
+    for label in _classes(images, labels):
+        members = labels == label
+        mean = images[members].double().mean(dim=0)
+        means[members] = (mean if images.is_floating_point() else mean.round()).to(images.dtype)
+    return means
+
+
+def _classes(images: Tensor, labels: Tensor) -> list[int]:
+    if len(images) != len(labels) or len(images) == 0:
+        raise DataError(f"Found {len(images)} images and {len(labels)} labels; expected one label per image, and some.")
+    return [int(label) for label in labels.unique()]
+
+
+def _unit_range(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images.double() / 127.5 - 1
+    if not images.is_floating_point():
+        raise DataError(f"Images are uint8, or floating point in [-1, 1]; found {images.dtype}.")
+    return images.double()
+
+
+def _vectors(images: Tensor) -> Tensor:
+    # float64: torch finds distances through products, which loses those much smaller than the vectors' lengths.
+    vectors: Tensor = _unit_range(images).flatten(1) / float(images.shape[1]) ** 0.5
+    return vectors

@@ -88,12 +88,12 @@ def check_images(images: Tensor) -> None:
 def exact_matmul() -> Iterator[None]:
     """Measure in true float32: no TensorFloat-32 in CUDA's matrix products and convolutions inside the block.
 
-    TensorFloat-32 moves features by more than other machines' rounding does. Settings from outside are restored.
+    TensorFloat-32 changes features by more than other machines' rounding does. The caller's settings are restored.
     """
     cudnn: Any = torch.backends.cudnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [backend.fp32_precision for backend in backends]
-    # torch has two sets of names for these settings, and raises on reading the older where the newer contradict them.
+    # torch has two interfaces to these settings, and raises on reading the older where the newer contradict it.
     try:
         matmul, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:
@@ -137,13 +137,13 @@ class InceptionExtractor:
         self.weights_hash = weights_hash
         self.comparable_to_papers = weights_hash == INCEPTION_SHA256
         self._device = torch.device(device)
-        # The class reads weights only from a file, and then without torch's protection against pickled code; so it
-        # is handed tensors that are already in memory, in a file that was written here.
+        # The class reads weights from a file only, and unpickles whatever that holds; so it gets a file in memory,
+        # written here from tensors.
         file = io.BytesIO()
         torch.save(dict(state_dict), file)
         file.seek(0)
         try:
-            with torch.random.fork_rng(devices=[]):  # building the layers advances the global generator
+            with torch.random.fork_rng(devices=[]):  # building the layers would advance the global generator
                 network = module.FeatureExtractorInceptionV3(
                     "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
                 )
@@ -175,56 +175,48 @@ def find_inception_weights(path: Path | str | None = None) -> Path:
     Raises:
         DataError: No such file, or a file of another size or SHA-256; says where to get it and where to put it.
     """
-    named = str(path) if path is not None else os.environ.get(INCEPTION_VARIABLE)
-    if named:
-        source = "--inception-weights" if path is not None else f"${INCEPTION_VARIABLE}"
-        candidate = Path(named).expanduser()
-        if not candidate.is_file():
-            raise DataError(f"{source}: {candidate} does not exist.", _how_to_get_weights())
-        _verify(candidate)
-        return candidate
-    for name in INCEPTION_FILES:
-        candidate = _download_cache() / name
-        if candidate.is_file():
-            _verify(candidate)
-            return candidate
-    raise DataError("The Inception weights are not on this machine.", _how_to_get_weights())
+    named = path or os.environ.get(INCEPTION_VARIABLE)
+    candidates = [Path(named).expanduser()] if named else [_download_cache() / name for name in INCEPTION_FILES]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        missing = f"{candidates[0]} does not exist" if named else "The Inception weights are not on this machine"
+        raise DataError(f"{missing}.", _how_to_get_weights())
+    if wrong := _difference(found):
+        raise DataError(
+            f"{found} is not the Inception weights: {wrong}.",
+            f"Delete it or name another file. {_how_to_get_weights()}",
+        )
+    return found
 
 
 def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
-    """Download the Inception weights into torch's cache of downloads, unless the verified file is there already.
+    """Download the Inception weights into torch's cache of downloads.
 
-    Its size and SHA-256 are checked before it takes its name. `progress` is called with bytes done and their total.
+    Their size and SHA-256 are checked before the file gets its name. `progress` is called with bytes done and in all.
 
     Raises:
         DataError: The network or the disk failed, or other bytes arrived; says where to get the file by hand.
     """
-    for name in INCEPTION_FILES:
-        try:
-            _verify(_download_cache() / name)
-        except (DataError, OSError):
-            continue
-        return _download_cache() / name
     target = _download_cache() / INCEPTION_FILES[0]
     try:
         with atomic_path(target) as temporary:
             with (
-                urllib.request.urlopen(INCEPTION_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer,
+                urllib.request.urlopen(INCEPTION_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response,
                 temporary.open("wb") as file,
             ):
-                done = 0
-                while block := answer.read(DOWNLOAD_BLOCK):
+                while block := response.read(DOWNLOAD_BLOCK):
                     file.write(block)
-                    done += len(block)
+                    if file.tell() > INCEPTION_BYTES:
+                        break
                     if progress:
-                        progress(done, INCEPTION_BYTES)
+                        progress(file.tell(), INCEPTION_BYTES)
             if wrong := _difference(temporary):
-                raise DataError(f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.")
+                raise DataError(
+                    f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.", _how_to_get_weights()
+                )
     except (OSError, http.client.HTTPException) as error:
         message = f"The Inception weights cannot be downloaded: {one_line(error)}."
         raise DataError(message, _how_to_get_weights()) from error
-    except DataError as error:
-        raise DataError(error.message, _how_to_get_weights()) from None
     return target
 
 
@@ -255,15 +247,8 @@ def _how_to_get_weights() -> str:
     )
 
 
-def _verify(path: Path) -> None:
-    if wrong := _difference(path):
-        raise DataError(
-            f"{path} is not the Inception weights: {wrong}.", f"Delete it or name another file. {_how_to_get_weights()}"
-        )
-
-
 def _difference(path: Path) -> str | None:
-    """What tells a file from the published one; None for the published one."""
+    """How a file differs from the published one; None for the published one."""
     size = path.stat().st_size
     if size != INCEPTION_BYTES:
         return f"it has {size:,} bytes, expected {INCEPTION_BYTES:,}"

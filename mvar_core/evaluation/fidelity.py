@@ -1,9 +1,9 @@
-"""torch-fidelity, imported when it is first needed, also next to a torchvision whose compiled part cannot load.
+"""torch-fidelity, imported when it is first needed, even if torchvision's compiled part cannot load.
 
-torch-fidelity imports torchvision, and some torchvision wheels with a CPU build of torch fail there: their compiled
-part wants CUDA, its operators stay undeclared, and registering their shape rules raises "operator torchvision::nms does
-not exist". Nothing that is measured here needs those operators, so declaring their schemas is enough. It must happen
-only after that very error: a working torchvision declares them itself, and a second declaration aborts the process.
+torch-fidelity imports torchvision, and some torchvision wheels fail next to a CPU build of torch: their compiled part
+needs CUDA, its operators stay undeclared, and registering their shape rules raises "operator torchvision::nms does not
+exist". Nothing that is measured here needs those operators, so declaring their schemas is enough, and only after that
+very error: a working torchvision declares them itself, and a second declaration aborts the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEMAS = (
 )
 
 _libraries: list[torch.library.Library] = []
-"""Declarations last as long as the object that made them."""
+"""A declaration lasts as long as its library object."""
 
 
 @cache
@@ -42,20 +42,15 @@ def fidelity_module(name: str = "") -> ModuleType:
         except RuntimeError as error:
             if MISSING_OPERATOR not in str(error):
                 raise
-            _declare_operators()
+            # Declare the schemas that the compiled part would have, and forget the modules that were half imported.
+            _libraries.append(torch.library.Library("torchvision", "FRAGMENT"))
+            for schema in SCHEMAS:
+                _libraries[-1].define(schema)
+            for loaded in [each for each in sys.modules if each.split(".")[0] in ("torchvision", "torch_fidelity")]:
+                del sys.modules[loaded]
             return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendError(
             f"torch-fidelity cannot be imported: {one_line(error)}.",
             f"Install the torchvision that belongs to torch {torch.__version__}, or reinstall torch-fidelity.",
         ) from error
-
-
-def _declare_operators() -> None:
-    """Declare the schemas that the compiled part would have, and forget the modules that were half imported."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in SCHEMAS:
-        library.define(schema)
-    _libraries.append(library)
-    for module in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "torch_fidelity")]:
-        del sys.modules[module]

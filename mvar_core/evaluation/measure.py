@@ -6,10 +6,10 @@ A process measures a contiguous block of the images. Features that a cache knows
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,15 +22,8 @@ from mvar_core.data.images import split_name
 from mvar_core.distributed import world
 from mvar_core.errors import DataError
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.references import (
-    FeatureCache,
-    ReferenceRecord,
-    check_reference,
-    feature_key,
-    load_reference,
-    read_statistics,
-)
-from mvar_core.evaluation.statistics import FeatureSet, Statistics, collect, merge_statistics
+from mvar_core.evaluation.references import FeatureCache, ReferenceRecord, feature_key, load_reference
+from mvar_core.evaluation.statistics import FeatureSet, collect, merge_statistics
 from mvar_core.progress import Progress, stage
 
 logger = logging.getLogger("mvar")
@@ -78,10 +71,13 @@ class Measurer:
         found = world().run_on_rank_zero(lambda: self._cached(images, title))
         if found is None:
             own = shards(images.count)[world().rank]
-            batches = images.batches(self.batch_size, own.start, own.stop)
-            report = stage(self.progress, title)
             local = collect(
-                self.extractor, batches, len(own), report, keep_features=self.keep_features, first=own.start
+                self.extractor,
+                images.batches(self.batch_size, own.start, own.stop),
+                len(own),
+                stage(self.progress, title),
+                keep_features=self.keep_features,
+                first=own.start,
             )
             found = merge_features(local, images.count)
             self.save(images, found)
@@ -89,14 +85,16 @@ class Measurer:
 
     def save(self, images: ImageSet, features: FeatureSet) -> None:
         """Save the features in the cache, if there is one and the images have a fingerprint; only rank 0 does."""
-        if self.cache is not None and world().is_rank_zero and (content := images.fingerprint()) is not None:
-            self.cache.save(feature_key(self.extractor, content, images.count), features)
+        if self.cache is not None and world().is_rank_zero and (key := self._key(images)) is not None:
+            self.cache.save(key, features)
+
+    def _key(self, images: ImageSet) -> str | None:
+        content = images.fingerprint()
+        return None if content is None else feature_key(self.extractor, content, images.count)
 
     def _cached(self, images: ImageSet, title: str) -> FeatureSet | None:
-        content = images.fingerprint() if self.cache is not None else None
-        if self.cache is None or content is None:
+        if self.cache is None or (key := self._key(images)) is None:
             return None
-        key = feature_key(self.extractor, content, images.count)
         known = self.cache.load(key, features=self.keep_features)
         if known is not None:
             logger.info("%s: features of %s images are taken from the cache.", title, f"{images.count:,}")
@@ -134,10 +132,10 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     sets = world().all_gather_object(local)
     if len(sets) == 1:
         return local
+    rows = ("features", "logits", "labels", "content_keys")
 
     def description(features: FeatureSet) -> tuple[object, ...]:
-        rows = (features.features, features.logits, features.labels, features.content_keys)
-        shapes = tuple(None if each is None else tuple(each.shape[1:]) for each in rows)
+        shapes = tuple(None if (each := getattr(features, name)) is None else each.shape[1:] for name in rows)
         known = (features.statistics is not None, features.spatial is not None)
         return features.extractor, features.weights_hash, shapes, known
 
@@ -146,48 +144,33 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     counts = [features.count or 0 for features in sets]
     if sum(counts) != total:
         raise DataError(f"The {len(sets)} processes measured {sum(counts)} images; expected {total}.")
-
-    def joined(name: str) -> Tensor | None:
-        rows = [getattr(features, name) for features in sets]
-        return None if rows[0] is None else torch.cat(rows)
-
-    def merged(statistics: list[Statistics | None]) -> Statistics | None:
-        known = [each for each in statistics if each is not None]
-        return merge_statistics(list(zip(counts, known, strict=True))) if known else None
-
-    return replace(
-        local,
-        count=total,
-        statistics=merged([features.statistics for features in sets]),
-        spatial=merged([features.spatial for features in sets]),
-        features=joined("features"),
-        logits=joined("logits"),
-        content_keys=joined("content_keys"),
-        labels=None if local.labels is None else np.concatenate([features.labels for features in sets]),
-    )
+    merged: dict[str, Any] = {}
+    for name in rows:
+        join: Callable[[Any], Any] = np.concatenate if name == "labels" else torch.cat
+        if getattr(local, name) is not None:
+            merged[name] = join([getattr(features, name) for features in sets])
+    for name in ("statistics", "spatial"):
+        if getattr(local, name) is not None:
+            known = [getattr(features, name) for features in sets]
+            merged[name] = merge_statistics(list(zip(counts, known, strict=True)))
+    return replace(local, count=total, **merged)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reference:
     """What images are compared with: images, published statistics (with or without images), or features made before.
 
     Attributes:
         name: What the user typed.
         images: The reference's images, where they are there.
-        statistics: A file in the ADM evaluator's layout, for Inception features.
-        made: A file of `make_reference`: its features and its record.
-        count: Number of images, where it is known before anything is measured.
-        stored_shape: Height and width of images that had to be brought to the samples' size, if there are any.
+        known: What a file says: statistics in the ADM evaluator's layout, or all features where there is a `record`.
+        record: How `make_reference` measured them.
     """
 
     name: str
     images: EvaluationImages | None = None
-    statistics: Path | None = None
-    made: tuple[FeatureSet, ReferenceRecord] | None = None
-    count: int | None = field(default=None, init=False)
-    labels: NDArray[np.int64] | None = field(default=None, init=False)
-    class_names: tuple[str, ...] | None = field(default=None, init=False)
-    stored_shape: ImageShape | None = field(default=None, init=False)
+    known: FeatureSet | None = None
+    record: ReferenceRecord | None = None
 
     @classmethod
     def open(cls, text: str, image_shape: ImageShape, kind: str) -> Reference:
@@ -199,14 +182,13 @@ class Reference:
         path = Path(text).expanduser()
         if path.suffix.lower() != ".npz":
             return cls(text, open_evaluation_images(text, image_shape))
-        made = load_reference(path) if path.is_file() else None
-        if made is not None:
-            return cls(text, made=made)
-        has_statistics = read_statistics(path) is not None
+        known, record = load_reference(path)
+        if record is not None:
+            return cls(text, None, known, record)
         try:
             images = open_evaluation_images(text, image_shape)
         except DataError:
-            if not has_statistics:
+            if known is None:
                 raise
             if kind != "inception":
                 raise DataError(
@@ -214,15 +196,24 @@ class Reference:
                     "Use --features inception, or images as the reference.",
                 ) from None
             images = None
-        return cls(text, images, path if has_statistics and kind == "inception" else None)
+        return cls(text, images, known if kind == "inception" else None)
 
-    def __post_init__(self) -> None:
-        if self.made is not None:
-            features, record = self.made
-            self.count, self.labels, self.class_names = record.count, features.labels, record.class_names
-        elif self.images is not None:
-            self.count, self.stored_shape = self.images.count, self.images.stored_shape
-            self.labels, self.class_names = self.images.labels, self.images.class_names
+    @property
+    def count(self) -> int | None:
+        """Number of images, where it is known before anything is measured."""
+        return self.record.count if self.record is not None else None if self.images is None else self.images.count
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """The images' classes, where they are known."""
+        holder = self.known if self.record is not None else self.images
+        return None if holder is None else holder.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where they are known."""
+        holder = self.record or self.images
+        return None if holder is None else holder.class_names
 
     def check(self, extractor: FeatureExtractor) -> None:
         """Refuse a file whose features are not the extractor's, before anything is measured.
@@ -230,29 +221,29 @@ class Reference:
         Raises:
             DataError: Another network, other weights, or another number of features.
         """
-        if self.made is not None:
-            check_reference(self.made[1], extractor, Path(self.name).expanduser(), self.made[0])
-        if self.statistics is not None:
-            known = read_statistics(self.statistics)
-            assert known is not None
-            if known.width != extractor.dim:
-                raise DataError(
-                    f"{self.name} holds statistics of {known.width} features, {extractor.name} features are"
-                    f" {extractor.dim}.",
-                    "Choose the --features that the file was made with.",
-                )
+        record, known = self.record, self.known
+        if record and (record.extractor, record.weights_hash) != (extractor.name, extractor.weights_hash):
+            raise DataError(
+                f"{self.name} was measured with {record.extractor} features (weights {record.weights_hash[:12]}),"
+                f" the samples are measured with {extractor.name} features (weights {extractor.weights_hash[:12]}).",
+                "Choose the --features that it was made with, or make it again: mvar evaluate make-reference.",
+            )
+        if known is not None and known.width != extractor.dim:
+            raise DataError(
+                f"{self.name} holds {known.width} features, but {extractor.name} features are {extractor.dim}.",
+                "Choose the --features that the file was made with.",
+            )
 
     def measure(self, measurer: Measurer) -> FeatureSet:
         """Features and statistics of the reference; its images are measured only where they are needed."""
-        if self.made is not None:
-            return self.made[0]
-        measured = None
-        if self.images is not None and (self.statistics is None or measurer.keep_features):
-            measured = measurer.measure(self.images, "reference")
-        if self.statistics is not None:
-            measured = read_statistics(self.statistics, measured)
-        assert measured is not None
-        return measured
+        known = self.known
+        if self.images is None or (known is not None and not measurer.keep_features):
+            assert known is not None
+            return known
+        measured = measurer.measure(self.images, "reference")
+        if known is None:
+            return measured
+        return replace(measured, count=None, statistics=known.statistics, spatial=known.spatial, source=known.source)
 
 
 def open_measured_images(

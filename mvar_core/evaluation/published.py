@@ -47,13 +47,13 @@ IMAGENET_256 = (
 
 def comparability(
     extractor: FeatureExtractor, num_samples: int, reference: FeatureSet | None = None, *, more_smooth: bool = False
-) -> tuple[bool, list[str]]:
-    """Whether figures are comparable with published ones, and every reason why not.
+) -> list[str]:
+    """Every reason why figures are not comparable with published ones; none where they are.
 
     Papers measure 50,000 samples, with the Inception network of 2015-12-05, against statistics of the whole training
     set from the ADM evaluator's reference file.
 
-    Without a `reference` only the samples and their features are judged; `more_smooth` samples are mixtures of codes.
+    Without a `reference` only the samples and their features are considered; `more_smooth` samples mix codes.
     """
     why_not = []
     if not extractor.comparable_to_papers:
@@ -66,8 +66,8 @@ def comparability(
     if reference is not None and reference.source is None:
         why_not.append("the reference is a set of images, not the ADM file's statistics of the whole training set")
     if more_smooth:
-        why_not.append("more-smooth samples are made for looks and change the measures")
-    return not why_not, why_not
+        why_not.append("more-smooth samples are made for looks and change the scores")
+    return why_not
 
 
 def input_reasons(images: ImageSet, reference: Reference) -> list[str]:
@@ -75,21 +75,20 @@ def input_reasons(images: ImageSet, reference: Reference) -> list[str]:
     found = []
     if isinstance(images, EvaluationImages):
         if images.num_lossy:
-            found.append(f"{images.num_lossy:,} samples are JPEG or WebP files, whose compression moves the features")
+            found.append(f"{images.num_lossy:,} samples are JPEG or WebP files, whose compression changes the features")
         if images.stored_shape is not None:
             found.append(f"samples were resized from {shape_text(images.stored_shape)}")
-    ours = images.image_shape
-    if reference.stored_shape is not None:
-        found.append(f"reference images were resized from {shape_text(reference.stored_shape)} to {shape_text(ours)}")
-    if reference.made is not None:
-        record = reference.made[1]
-        if record.resized:
-            found.append("some reference images were resized before they were measured")
-        if record.image_shape != ours:
-            found.append(
-                f"the reference was measured at {shape_text(record.image_shape)}, the samples at {shape_text(ours)}"
-            )
-    if reference.statistics is not None and reference.stored_shape is None:
+    ours, record = images.image_shape, reference.record
+    stored = None if reference.images is None else reference.images.stored_shape
+    if stored is not None:
+        found.append(f"reference images were resized from {shape_text(stored)} to {shape_text(ours)}")
+    if record is not None and record.resized:
+        found.append("some reference images were resized before they were measured")
+    if record is not None and record.image_shape != ours:
+        found.append(
+            f"the reference was measured at {shape_text(record.image_shape)}, the samples at {shape_text(ours)}"
+        )
+    if record is None and reference.known is not None and stored is None:
         named = map(int, re.findall(r"(?<!\d)(\d{2,4})(?!\d)", Path(reference.name).stem))
         size = next((number for number in named if number in USUAL_SIZES), None)
         if size is not None and ours != (size, size):
@@ -111,9 +110,7 @@ def cautions(extractor: FeatureExtractor, num_samples: int, reference: FeatureSe
     return found
 
 
-def comparable_rows(
-    extractor: FeatureExtractor, image_shape: tuple[int, int], reference: str
-) -> tuple[PublishedRow, ...]:
+def comparable_rows(features: str, image_shape: tuple[int, int], reference: str) -> tuple[PublishedRow, ...]:
     """Published results for the same data, size and features; the data is recognized by the reference's name."""
-    same = extractor.name == "inception" and image_shape == (256, 256) and "imagenet" in Path(reference).name.lower()
+    same = features == "inception" and image_shape == (256, 256) and "imagenet" in Path(reference).name.lower()
     return IMAGENET_256 if same else ()

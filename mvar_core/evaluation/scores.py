@@ -55,11 +55,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     Raises:
         DataError: Statistics of different numbers of features.
     """
-    if first["mu"].shape != second["mu"].shape:
-        raise DataError(
-            f"The two sets have {len(first['mu'])} and {len(second['mu'])} features; they were measured differently.",
-            "Measure both with the same --features.",
-        )
+    _check_widths(len(first["mu"]), len(second["mu"]))
     metric = fidelity_module("metric_fid")
     first, second = (
         Statistics(mu=np.asarray(gaussian["mu"], np.float64), sigma=np.asarray(gaussian["sigma"], np.float64))
@@ -165,14 +161,14 @@ def evaluate_features(
     splits: int = INCEPTION_SPLITS,
     kid_subset_size: int | None = None,
 ) -> dict[str, Any]:
-    """All scores that can be computed of these two sets; what cannot is None, with the reason.
+    """All scores that can be computed from two sets; one that cannot is None, with the reason.
 
     Args:
-        samples: The images that are judged.
-        reference: What they are judged by.
+        samples: The images that are scored.
+        reference: What they are compared with.
         metrics: Names out of METRICS.
         seed: Decides the shuffle of the inception score and the subsets of KID, which are chosen from the images in the
-            order of their content: the order in which they were measured changes no score.
+            order of their content: the order in which they were measured does not change a score.
         splits: Splits of the inception score.
         kid_subset_size: Images per subset of KID; None for 1000, or what there is.
 
@@ -247,9 +243,9 @@ def per_class_scores(
     features.
 
     Args:
-        samples: The images that are judged, with their features.
+        samples: The images that are scored, with their features.
         sample_labels: Their classes, (N,).
-        reference: What they are judged by, with its features.
+        reference: What they are compared with, with its features.
         reference_labels: Its classes, (M,).
         class_names: One name per class; None numbers them.
         seed: Decides which images KID reads of a class of more than 1000.
@@ -259,24 +255,19 @@ def per_class_scores(
     """
     sample_rows = _labelled("sample", samples, sample_labels)
     reference_rows = _labelled("reference", reference, reference_labels)
-    if sample_rows.shape[1] != reference_rows.shape[1]:
-        raise DataError(
-            f"The two sets have {sample_rows.shape[1]} and {reference_rows.shape[1]} features; they were measured"
-            " differently.",
-            "Measure both with the same --features.",
-        )
+    _check_widths(sample_rows.shape[1], reference_rows.shape[1])
     labels = np.union1d(sample_labels, reference_labels).tolist()
     if labels[0] < 0:
         raise DataError(f"Labels must not be negative, found {labels[0]}.")
     members = {
         label: (np.flatnonzero(sample_labels == label), np.flatnonzero(reference_labels == label)) for label in labels
     }
-    shared = [counts for counts in ((len(ours), len(theirs)) for ours, theirs in members.values()) if min(counts) > 0]
-    measure = "kid" if shared and min(map(min, shared)) >= KID_CLASS_MINIMUM else "mean_distance"
+    smaller = {label: min(len(ours), len(theirs)) for label, (ours, theirs) in members.items()}
+    measure = "kid" if min(filter(None, smaller.values()), default=0) >= KID_CLASS_MINIMUM else "mean_distance"
     scores = []
     for label, (ours, theirs) in members.items():
         score = None
-        if len(ours) and len(theirs):
+        if smaller[label]:
             if measure == "kid":
                 ours_read, theirs_read = _at_most(ours, seed, label, 0), _at_most(theirs, seed, label, 1)
                 score = unbiased_kernel_distance(sample_rows[ours_read], reference_rows[theirs_read])
@@ -320,13 +311,13 @@ def _spatial(role: str, images: FeatureSet) -> Statistics:
     if images.source is not None:
         raise DataError(f"{images.source} has no mu_s and sigma_s.")
     if images.extractor != "inception":
-        raise DataError(f"The {images.extractor} features have no spatial part.")
+        raise DataError(f"{images.extractor} features have no spatial map.")
     raise DataError(f"The {role} set has fewer than 2 images.")
 
 
 def _logits(images: FeatureSet) -> Tensor:
     if images.logits is None:
-        raise DataError(f"The {images.extractor} features have no classes.")
+        raise DataError(f"{images.extractor} features have no classes.")
     return _by_content(images, images.logits)
 
 
@@ -347,6 +338,14 @@ def _check_same_features(samples: FeatureSet, reference: FeatureSet) -> None:
         raise DataError(
             f"The samples were measured with {samples.extractor} features ({(samples.weights_hash or '?')[:12]}), the"
             f" reference with {reference.extractor} features ({(reference.weights_hash or '?')[:12]}).",
+            "Measure both with the same --features.",
+        )
+
+
+def _check_widths(first: int, second: int) -> None:
+    if first != second:
+        raise DataError(
+            f"The two sets have {first} and {second} features; they were measured differently.",
             "Measure both with the same --features.",
         )
 

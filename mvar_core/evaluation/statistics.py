@@ -1,11 +1,11 @@
-"""What is known of a set of images: features, and their mean and covariance, gathered batch by batch in float64."""
+"""What is known of a set of images: features, and their mean and covariance, accumulated batch by batch in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from mvar_core.errors import DataError
 from mvar_core.evaluation.features import FeatureExtractor, exact_matmul
 
 BLOCK_ROWS = 256
-
-Progress = Callable[[int, int], None]
 
 
 class Statistics(TypedDict):
@@ -30,8 +28,7 @@ class Statistics(TypedDict):
 class StreamingStatistics:
     """Mean and covariance of rows that arrive in batches, without keeping the rows.
 
-    Rows are merged in blocks of a fixed number, so the result does not depend on how they were batched (Chan, Golub
-    and LeVeque 1979 for the merge).
+    Rows are merged in blocks of a fixed number, so the result does not depend on how they were batched.
 
     Args:
         first: Index of the first row among all images, by which an image that cannot be used is named.
@@ -40,9 +37,7 @@ class StreamingStatistics:
     def __init__(self, first: int = 0) -> None:
         self.count = 0
         self._first = first
-        self._mean: NDArray[np.float64] | None = None
-        self._scatter: NDArray[np.float64] | None = None
-        self._merged = 0
+        self._blocks: Moments | None = None
         self._waiting: list[NDArray[np.float64]] = []
 
     def update(self, features: Tensor) -> None:
@@ -52,15 +47,14 @@ class StreamingStatistics:
             DataError: Features that are not finite; names the first such image.
         """
         check_finite(features, self._first + self.count)
-        rows = features.detach().cpu().numpy().astype(np.float64)
-        self.count += len(rows)
-        self._waiting.append(rows)
-        if self.count - self._merged >= BLOCK_ROWS:
-            waiting = np.concatenate(self._waiting)
-            whole = len(waiting) // BLOCK_ROWS * BLOCK_ROWS
+        self.count += len(features)
+        self._waiting.append(features.detach().cpu().numpy().astype(np.float64))
+        if sum(map(len, self._waiting)) >= BLOCK_ROWS:
+            rows = np.concatenate(self._waiting)
+            whole = len(rows) // BLOCK_ROWS * BLOCK_ROWS
             for start in range(0, whole, BLOCK_ROWS):
-                self._merge(waiting[start : start + BLOCK_ROWS])
-            self._waiting = [waiting[whole:]]
+                self._blocks = _merge(self._blocks, _moments(rows[start : start + BLOCK_ROWS]))
+            self._waiting = [rows[whole:]]
 
     def result(self) -> Statistics:
         """Mean and unbiased covariance of all rows so far.
@@ -70,38 +64,38 @@ class StreamingStatistics:
         """
         if self.count < 2:
             raise DataError(f"A covariance needs at least 2 images, found {self.count}.")
-        total = StreamingStatistics()
-        total._mean, total._scatter, total._merged = self._mean, self._scatter, self._merged
-        rest = np.concatenate(self._waiting) if self._waiting else np.empty((0, 0))
-        if len(rest):
-            total._merge(rest)
-        assert total._mean is not None
-        assert total._scatter is not None
-        return Statistics(mu=total._mean, sigma=total._scatter / (self.count - 1))
+        rest = np.concatenate(self._waiting)
+        total = _merge(self._blocks, _moments(rest)) if len(rest) else self._blocks
+        assert total is not None
+        return Statistics(mu=total[1], sigma=total[2] / (self.count - 1))
 
-    def _merge(self, block: NDArray[np.float64]) -> None:
-        mean = block.mean(axis=0)
-        centered = block - mean
-        self._merge_moments(len(block), mean, centered.T @ centered)
 
-    def _merge_moments(self, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
-        if self._mean is None or self._scatter is None:
-            self._mean, self._scatter, self._merged = mean, scatter, count
-            return
-        total = self._merged + count
-        delta = mean - self._mean
-        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self._merged * count / total)
-        self._mean = self._mean + delta * (count / total)
-        self._merged = total
+Moments = tuple[int, NDArray[np.float64], NDArray[np.float64]]
+"""Number of rows, their mean (F,), and the sum of the outer products of their deviations from it (F, F)."""
+
+
+def _moments(rows: NDArray[np.float64]) -> Moments:
+    mean = rows.mean(axis=0)
+    return len(rows), mean, (rows - mean).T @ (rows - mean)
+
+
+def _merge(first: Moments | None, second: Moments) -> Moments:
+    """Moments of the union (Chan, Golub and LeVeque 1979)."""
+    if first is None:
+        return second
+    (merged, mean, scatter), (count, other_mean, other_scatter) = first, second
+    total, delta = merged + count, other_mean - mean
+    scatter = scatter + other_scatter + np.outer(delta, delta) * (merged * count / total)
+    return total, mean + delta * (count / total), scatter
 
 
 def merge_statistics(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
-    """Mean and covariance of the union of sets of at least two rows, whose own are known (Chan et al. 1979)."""
-    merged = StreamingStatistics()
+    """Mean and covariance of the union of sets of at least two rows, whose own are known."""
+    total: Moments | None = None
     for count, part in parts:
-        merged._merge_moments(count, part["mu"], part["sigma"] * (count - 1))
-        merged.count += count
-    return merged.result()
+        total = _merge(total, (count, part["mu"], part["sigma"] * (count - 1)))
+    assert total is not None
+    return Statistics(mu=total[1], sigma=total[2] / (total[0] - 1))
 
 
 def check_finite(features: Tensor, first: int = 0) -> None:
@@ -128,28 +122,6 @@ def content_keys(images: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _projection(length: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=0)).integers(-(2**20), 2**20, length)
-
-
-class _Rows:
-    """Rows that arrive in batches, in one buffer of the expected size: joining a list would take the memory twice."""
-
-    def __init__(self, expected: int):
-        self._expected = expected
-        self._buffer: Tensor | None = None
-        self._count = 0
-
-    def append(self, rows: Tensor) -> None:
-        rows = rows.detach().cpu().float()
-        needed = self._count + len(rows)
-        if self._buffer is None:
-            self._buffer = torch.empty(max(needed, self._expected), rows.shape[1])
-        elif needed > len(self._buffer):
-            self._buffer = torch.cat([self._buffer[: self._count], torch.empty(needed, rows.shape[1])])
-        self._buffer[self._count : needed] = rows
-        self._count = needed
-
-    def result(self) -> Tensor | None:
-        return None if self._buffer is None else self._buffer[: self._count]
 
 
 @dataclass(frozen=True)
@@ -198,7 +170,7 @@ def collect(
     extractor: FeatureExtractor,
     batches: Iterable[Tensor],
     total: int,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
     *,
     keep_features: bool = True,
     first: int = 0,
@@ -213,35 +185,42 @@ def collect(
     scores per class need the features themselves; FID, sFID and the inception score need none.
 
     Raises:
-        DataError: No images, images of the wrong kind, or features that are not finite.
+        DataError: No images, another number of them, images of the wrong kind, or features that are not finite.
     """
-    features, logits = _Rows(total), _Rows(total)
-    keys: list[Tensor] = []
+    rows: dict[str, Any] = {}
     pool_statistics, spatial_statistics = StreamingStatistics(first), StreamingStatistics(first)
+    count = 0
+
+    def keep(name: str, values: Tensor) -> None:
+        # One buffer for all images: joining a list of batches would take the memory twice.
+        if name not in rows:
+            rows[name] = torch.empty(total, *values.shape[1:], dtype=values.dtype)
+        rows[name][count : count + len(values)] = values
+
     with exact_matmul():
         for images in batches:
+            if count + len(images) > total:
+                raise DataError(f"There are more images than the {total} that were expected.")
             batch = extractor(images)
+            pool_statistics.update(batch.pool)
             if batch.logits is not None:
-                check_finite(batch.logits, first + pool_statistics.count)
-                logits.append(batch.logits)
+                check_finite(batch.logits, first + count)
+                keep("logits", batch.logits.detach().cpu().float())
             if batch.spatial is not None:
                 spatial_statistics.update(batch.spatial)
             if keep_features:
-                features.append(batch.pool)
-            pool_statistics.update(batch.pool)
-            keys.append(content_keys(images))
+                keep("features", batch.pool.detach().cpu().float())
+            keep("content_keys", content_keys(images))
+            count += len(images)
             if progress:
-                progress(pool_statistics.count, total)
-    count = pool_statistics.count
-    if count == 0:
-        raise DataError("There are no images to measure.")
+                progress(count, total)
+    if count == 0 or count != total:
+        raise DataError(f"There are {count} images to measure; expected {total or 'at least 1'}.")
     return FeatureSet(
         extractor=extractor.name,
         weights_hash=extractor.weights_hash,
         count=count,
         statistics=pool_statistics.result() if count > 1 else None,
         spatial=spatial_statistics.result() if spatial_statistics.count > 1 else None,
-        features=features.result(),
-        logits=logits.result(),
-        content_keys=torch.cat(keys),
+        **rows,
     )

@@ -1,12 +1,9 @@
-"""`mvar evaluate`: how good images are, measured against a reference; and references that are measured once."""
+"""`mvar evaluate`: scores of images against a reference; and references that are measured once."""
 
 from __future__ import annotations
 
-import shutil
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,17 +16,15 @@ from torch import Tensor
 
 from mvar_core import __version__
 from mvar_core.config import Machine, SamplingConfig
-from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import DEFAULT_BATCH, ImageSet, Measurer, Reference, open_measured_images, shards
+from mvar_core.evaluation.measure import DEFAULT_BATCH, ImageSet, Measurer, Reference, open_measured_images
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
-from mvar_core.evaluation.references import FeatureCache, ReferenceRecord, save_reference
+from mvar_core.evaluation.references import FeatureCache, save_reference
 from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
-from mvar_core.io.files import atomic_path
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
 from mvar_core.pyramid import read_size
@@ -119,8 +114,6 @@ def evaluate(
     metrics: str | Sequence[str] = "all",
     kid_subset: int | None = None,
     per_class: bool = False,
-    save_samples: str | Path | None = None,
-    overwrite: bool = False,
     features: Network = "auto",
     inception_weights: str | Path | None = None,
     download: bool = False,
@@ -148,8 +141,6 @@ def evaluate(
         metrics: "all", or names of metrics: those that are named must be computable.
         kid_subset: Images per subset of KID; by default 1000, or all.
         per_class: Also score each class.
-        save_samples: An npz to write generated samples to, with their labels.
-        overwrite: Whether that file may be replaced.
         features: The network that measures images.
         inception_weights: The file of the Inception weights, where it is not in torch's cache.
         download: Whether they may be downloaded.
@@ -170,55 +161,60 @@ def evaluate(
     asked = check_metrics(metrics)
     if (samples is None) == (checkpoint is None):
         raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
-    save_to = None if save_samples is None else Path(save_samples)
-    if save_to is not None:
-        if checkpoint is None:
-            raise ConfigError(
-                "--save-samples keeps what is sampled from a checkpoint.", "Use it with --checkpoint DIR."
-            )
-        _require_free(save_to, overwrite, "--save-samples")
     with connect(machine.device) as here:
-        known_features = FeatureCache.open(cache)
-        may_download = download and not dry_run
+        feature_cache = FeatureCache.open(cache)
         choice = ExtractorChoice(
-            features, str(reference), inception_weights=inception_weights, download=may_download, progress=progress
+            features,
+            str(reference),
+            inception_weights=inception_weights,
+            download=download and not dry_run,
+            progress=progress,
         )
+        sampled: SampledImages | None = None
         images: ImageSet
         if checkpoint is None:
             images = open_measured_images(str(samples), num_samples)
         else:
             default = SAMPLES_FOR_INCEPTION if choice.name == "inception" else SAMPLES_FOR_OTHERS
             pipeline = load_pipeline(checkpoint, tokenizer, machine)
-            images = SampledImages(str(checkpoint), pipeline, num_samples or default, settings, seed, save_to)
+            images = sampled = SampledImages(str(checkpoint), pipeline, num_samples or default, settings, seed)
         known = Reference.open(str(reference), images.image_shape, choice.name)
-        # What is asked for by name must be computed; of all metrics, those that cannot be say why.
+        # Metrics that are named must be computable; of "all", those that are not say why.
         named = asked if metrics != "all" else ("kid",) if kid_subset is not None else ()
         check_counts(named, images.count, known.count, kid_subset)
         if per_class:
-            _require_labels(images, known)
+            for labels, lacking in ((images.labels, "the samples lack"), (known.labels, f"{known.name} lacks")):
+                if labels is None:
+                    raise DataError(
+                        f"--per-class needs the class of every image, which {lacking}.",
+                        "Class folders have it, an npz with labels, a checkpoint, digits.",
+                    )
         if dry_run:
-            return Evaluation(dry_run=_plan(images, known, choice, asked), num_samples=images.count)
+            steps = (
+                f"{'read' if sampled is None else 'sample'} {images.count} images of {images.name}",
+                f"measure {', '.join(asked)} with {choice.name} features against {known.name}",
+            )
+            configuration = {} if sampled is None else {"sampling": sampled.settings.model_dump()}
+            facts = {"num_samples": images.count, "features": choice.name, "metrics": list(asked)}
+            return Evaluation(dry_run=DryRun(configuration=configuration, steps=steps, facts=facts))
         start = time.monotonic()
         nearby = [] if checkpoint is None else [Path(checkpoint), Path(checkpoint).parent]
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)), nearby)
         known.check(extractor)
         keep_features = per_class or any(name in asked for name in NEED_FEATURES)
-        measurer = Measurer(extractor, known_features, keep_features, batch_size or DEFAULT_BATCH, progress)
+        measurer = Measurer(extractor, feature_cache, keep_features, batch_size or DEFAULT_BATCH, progress)
         reference_set = known.measure(measurer)
         sample_set = measurer.measure(images, "samples")
-        if isinstance(images, SampledImages) and save_to is not None:
-            here.run_on_rank_zero(images.assemble)
-            measurer.save(open_evaluation_images(str(save_to)), sample_set)
 
         def scored() -> Evaluation:
-            smooth = isinstance(images, SampledImages) and images.settings.more_smooth
-            _, why_not = comparability(extractor, images.count, reference_set, more_smooth=smooth)
+            more_smooth = sampled is not None and sampled.settings.more_smooth
+            why_not = comparability(extractor, images.count, reference_set, more_smooth=more_smooth)
             why_not += input_reasons(images, known)
-            if isinstance(images, SampledImages) and images.count % images.num_classes:
-                why_not.append(f"{images.count:,} samples cannot be balanced over {images.num_classes:,} classes")
+            if sampled is not None and images.count % sampled.num_classes:
+                why_not.append(f"{images.count:,} samples cannot be balanced over {sampled.num_classes:,} classes")
             scores = evaluate_features(sample_set, reference_set, asked, seed=seed, kid_subset_size=kid_subset)
             classes = _class_scores(images, known, sample_set, reference_set, seed) if per_class else None
-            rows = comparable_rows(extractor, images.image_shape, known.name)
+            rows = comparable_rows(extractor.name, images.image_shape, known.name)
             return Evaluation(
                 **scores,
                 classifier_accuracy=classifier_accuracy(sample_set, images.labels),
@@ -279,105 +275,75 @@ def make_reference(
     Raises:
         DataError: Images or weights that cannot be used, or a file that is already there.
     """
-    machine, out = machine or Machine(), Path(out)
-    _require_free(out, overwrite, "--out")
-    start = time.monotonic()
+    machine, out, start = machine or Machine(), Path(out), time.monotonic()
+    if out.suffix.lower() != ".npz":
+        raise DataError(f"--out {out} does not end in .npz.")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise DataError(f"{out} is already there.", "Choose another --out, or add --overwrite to replace it.")
+    try:
+        size = read_size(image_size) if isinstance(image_size, str) else image_size
+    except ValueError as error:
+        raise ConfigError(f"--image-size: {error}.") from None
+    image_shape = (size, size) if isinstance(size, int) else size
     with connect(machine.device) as here:
         choice = ExtractorChoice(
             features, str(data), inception_weights=inception_weights, download=download, progress=progress
         )
-        images = open_measured_images(str(data), None, _image_shape(image_size))
+        images = open_measured_images(str(data), None, image_shape)
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
         measurer = Measurer(extractor, batch_size=batch_size or DEFAULT_BATCH, progress=progress)
         found = measurer.measure(images, "reference")
-        record = ReferenceRecord(
-            extractor=extractor.name,
-            weights_hash=extractor.weights_hash,
-            count=images.count,
-            image_shape=images.image_shape,
-            resized=images.stored_shape is not None,
-            source=str(data),
-            mvar_version=__version__,
-            class_names=images.class_names,
+        resized = images.stored_shape is not None
+        here.run_on_rank_zero(
+            lambda: save_reference(
+                out,
+                found,
+                image_shape=images.image_shape,
+                resized=resized,
+                source=str(data),
+                class_names=images.class_names,
+            )
         )
-        here.run_on_rank_zero(lambda: save_reference(out, found, record))
         return ReferenceFile(
             reference=out,
             num_reference=images.count,
             features=extractor.name,
             weights_hash=extractor.weights_hash,
             image_shape=images.image_shape,
-            resized=record.resized,
+            resized=resized,
             seconds=time.monotonic() - start,
         )
 
 
 class SampledImages:
-    """Samples of a model, balanced over its classes, generated while they are measured; `assemble` writes `save_to`."""
+    """Samples of a model, balanced over its classes, generated while they are measured."""
 
     def __init__(
-        self,
-        name: str,
-        pipeline: Pipeline,
-        count: int,
-        settings: SamplingConfig | None = None,
-        seed: int = 0,
-        save_to: Path | None = None,
+        self, name: str, pipeline: Pipeline, count: int, settings: SamplingConfig | None = None, seed: int = 0
     ):
-        self.name = name
+        self.name, self.count, self.seed = name, count, seed
         self.pipeline = pipeline
-        self.count = count
         self.settings = pipeline.sampling_settings(settings)
-        self.seed = seed
-        self.save_to = save_to
         self.image_shape = pipeline.config.image_shape
         self.num_classes = pipeline.transformer.config.num_classes
-        self._classes = np.arange(count) % self.num_classes
-        self.labels: NDArray[np.int64] | None = self._classes
+        self.labels: NDArray[np.int64] | None = np.arange(count) % self.num_classes
         self.class_names = pipeline.config.class_names
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """The samples `start` up to `stop`, uint8 (B, 3, H, W)."""
-        with ExitStack() as stack:
-            file = None
-            if self.save_to is not None:
-                # atomic_path removes an unfinished file; `assemble` finds the finished ones.
-                file = stack.enter_context(stack.enter_context(atomic_path(self._piece(start))).open("wb"))
-            for first in range(start, stop, batch_size):
-                indices = range(first, min(first + batch_size, stop))
-                samples = self.pipeline.sample(
-                    **by_labels(self.pipeline.config, self._classes[first : indices.stop].tolist()),
-                    settings=self.settings,
-                    seed=self.seed,
-                    indices=indices,
-                    batch_size=batch_size,
-                )
-                if file is not None:
-                    file.write(samples.images.numpy().tobytes())
-                yield samples.images.permute(0, 3, 1, 2).contiguous()
+        for first in range(start, stop, batch_size):
+            indices = range(first, min(first + batch_size, stop))
+            samples = self.pipeline.sample(
+                **by_labels(self.pipeline.config, [index % self.num_classes for index in indices]),
+                settings=self.settings,
+                seed=self.seed,
+                indices=indices,
+                batch_size=batch_size,
+            )
+            yield samples.images.permute(0, 3, 1, 2).contiguous()
 
     def fingerprint(self) -> None:
-        """Nothing is known of samples before they are generated."""
-
-    def assemble(self) -> None:
-        """Make one npz of what the processes wrote, in order: `arr_0` and `labels`."""
-        assert self.save_to is not None
-        pieces = [self._piece(block.start) for block in shards(self.count)]
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.image_shape, 3)}
-        with atomic_path(self.save_to) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for piece in pieces:
-                    with piece.open("rb") as file:
-                        shutil.copyfileobj(file, member, 1 << 20)
-            with archive.open("labels.npy", "w") as member:
-                np.lib.format.write_array(member, self._classes, allow_pickle=False)
-        for piece in pieces:
-            piece.unlink()
-
-    def _piece(self, start: int) -> Path:
-        assert self.save_to is not None
-        return self.save_to.with_name(f".{self.save_to.name}.{start}")
+        """None: nothing is known of samples before they are generated."""
 
 
 def load_pipeline(checkpoint: str | Path, tokenizer: str | Path | None, machine: Machine) -> Pipeline:
@@ -387,7 +353,7 @@ def load_pipeline(checkpoint: str | Path, tokenizer: str | Path | None, machine:
 
 
 def model_description(pipeline: Pipeline) -> dict[str, Any]:
-    """Where and how a model ran."""
+    """Device, dtype and attention backend of a model."""
     dtype = next(iter(pipeline.tokenizer.parameters())).dtype
     return {"device": str(pipeline.device), "dtype": str(dtype).removeprefix("torch."), "attention": pipeline.attention}
 
@@ -424,7 +390,7 @@ def circumstances(
 
 
 def classifier_accuracy(samples: FeatureSet, labels: NDArray[np.int64] | None) -> float | None:
-    """Fraction of the samples that the demo classifier takes for what they are labelled as."""
+    """Fraction of the samples that the demo classifier assigns to their class; None for other features."""
     if samples.extractor != "demo" or samples.logits is None or labels is None:
         return None
     if labels.max() >= samples.logits.shape[1]:
@@ -432,37 +398,10 @@ def classifier_accuracy(samples: FeatureSet, labels: NDArray[np.int64] | None) -
     return float((samples.logits.argmax(dim=1).numpy() == labels).mean())
 
 
-def _image_shape(size: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
-    try:
-        parsed = read_size(size) if isinstance(size, str) else size
-    except ValueError as error:
-        raise ConfigError(f"--image-size: {error}.") from None
-    return (parsed, parsed) if isinstance(parsed, int) else parsed
-
-
-def _require_free(path: Path, overwrite: bool, option: str) -> None:
-    if path.suffix.lower() != ".npz":
-        raise DataError(f"{option} {path} does not end in .npz.")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise DataError(f"{path} is already there.", f"Choose another {option}, or add --overwrite to replace it.")
-
-
-def _require_labels(images: ImageSet, known: Reference) -> None:
-    for labels, what in (
-        (images.labels, "the samples lack it"),
-        (known.labels, f"the reference {known.name} lacks it"),
-    ):
-        if labels is None:
-            raise DataError(
-                f"--per-class needs the class of every image, and {what}.",
-                "Class folders have it, an npz with labels, a checkpoint, digits.",
-            )
-
-
 def _class_scores(
     images: ImageSet, known: Reference, sample_set: FeatureSet, reference_set: FeatureSet, seed: int
 ) -> list[ClassScore]:
-    """Scores per class, which are matched by name where both sides name them."""
+    """Scores per class; classes are matched by name where both sides name them."""
     ours, theirs, labels = images.class_names, known.class_names, images.labels
     assert labels is not None
     assert known.labels is not None
@@ -475,15 +414,3 @@ def _class_scores(
                 )
         labels = np.asarray([index[name] for name in ours], np.int64)[labels]
     return per_class_scores(sample_set, labels, reference_set, known.labels, class_names=theirs or ours, seed=seed)
-
-
-def _plan(images: ImageSet, known: Reference, choice: ExtractorChoice, asked: Sequence[str]) -> DryRun:
-    sampled = isinstance(images, SampledImages)
-    return DryRun(
-        configuration={"sampling": images.settings.model_dump()} if isinstance(images, SampledImages) else {},
-        steps=(
-            f"{'sample' if sampled else 'read'} {images.count} images of {images.name}",
-            f"measure {', '.join(asked)} with {choice.name} features against {known.name}",
-        ),
-        facts={"num_samples": images.count, "features": choice.name, "metrics": list(asked)},
-    )

@@ -1,11 +1,11 @@
-"""`mvar evaluate likelihood`: how well a model knows held-out images, by the probability it gives their tokens."""
+"""`mvar evaluate likelihood`: how well a model knows held-out images, by the probability of their tokens."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.measure import shards
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.models.official import tokenizer_hash_of
-from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress, stage
 from mvar_core.results import DryRun
 from mvar_core.runtime import peak_memory_bytes
@@ -105,101 +104,69 @@ def evaluate_likelihood(
         if config.conditioning.kind != "class":
             raise ConfigError(f"{config.name} is conditioned on vectors; likelihoods are scored under classes.")
         if tokens is not None:
-            cache = TokenCache.open(Path(tokens))
+            cache, source = TokenCache.open(Path(tokens)), str(tokens)
             cache.check(
                 tokenizer_hash_of(Path(checkpoint), None if tokenizer is None else Path(tokenizer)), config.pyramid
             )
-            images = ScoredImages.of_cache(cache, str(tokens), config)
+            labels, count = model_labels(cache.class_names, cache.labels, config, source), cache.num_images
+
+            def read(rows: NDArray[np.int64]) -> Tensor:
+                return cache.tokens_of(rows, np.zeros_like(rows))  # none of the augmented views
+
         else:
-            images = ScoredImages.of_images(pipeline, str(data))
+            opened, source = open_images(str(data)), str(data)
+            images = ImageRows(opened, config.image_shape)
+            labels, count = model_labels(tuple(opened.class_names), opened.labels, config, source), len(images)
+            at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
+
+            def read(rows: NDArray[np.int64]) -> Tensor:
+                pixels, _ = images.batch(rows)
+                return torch.cat([pipeline.encode(few) for few in pixels.split(at_once)])
+
         asked = parse_classes(classes or ["all"], num_classes, config.class_names)
-        rows, labels = images.chosen(asked if classes else None, num_samples, seed)
+        rows = np.arange(count)
+        if labels is None:
+            logger.info("%s has no classes: its images are scored under no class only.", source)
+        elif classes:
+            rows = rows[np.isin(labels, asked)]
+            if not len(rows):
+                raise DataError(f"{source} holds no image of the classes that --class names.")
+        if num_samples is not None and num_samples < len(rows):
+            rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
         competing = asked if zero_shot and labels is not None else None
         conditions = 1 if labels is None else 2 if competing is None else 1 + len(competing)
         known: dict[str, Any] = {
-            "model": str(checkpoint), "source": images.source, "seed": seed, "conditions": conditions
+            "model": str(checkpoint), "source": source, "seed": seed, "conditions": conditions
         }  # fmt: skip
         if dry_run:
             steps = (
-                f"{'encode' if tokens is None else 'read the tokens of'} {len(rows)} images of {images.source}",
+                f"{'encode' if tokens is None else 'read the tokens of'} {len(rows)} images of {source}",
                 f"score each under {conditions} conditions: {len(rows) * conditions} passes of one image",
             )
             facts = {"num_samples": len(rows), "pairs": len(rows) * conditions}
             return Likelihood(**known, dry_run=DryRun(configuration={}, steps=steps, facts=facts))
         block = shards(len(rows))[here.rank]
-        own = slice(block.start, block.stop)
+        own = rows[block.start : block.stop]
+        size = batch_size or IMAGES_AT_ONCE
+        batches = (own[start : start + size] for start in range(0, len(own), size))
         report_pairs = stage(progress, "scoring", "passes")
         report = measure_likelihood(
             pipeline.transformer,
             pipeline.quantizer,
-            images.batches(rows[own], None if labels is None else labels[own], batch_size or IMAGES_AT_ONCE),
+            ((read(batch), None if labels is None else torch.from_numpy(labels[batch])) for batch in batches),
             config,
             classes=competing,
             attention=pipeline.attention,
             gather=here.all_gather_object,
-            progress=lambda done: report_pairs(done, len(block) * conditions),
+            progress=lambda done: report_pairs(done, len(own) * conditions),
         )
         return Likelihood(
-            **{each.name: getattr(report, each.name) for each in fields(LikelihoodReport)},
-            **known,
+            **vars(report) | known,
             device=str(pipeline.device),
             processes=here.world_size,
             seconds=time.monotonic() - start,
             peak_memory_bytes=peak_memory_bytes(pipeline.device),
         )
-
-
-@dataclass(frozen=True)
-class ScoredImages:
-    """Images whose tokens (B, L) are scored; labels are in the model's numbering, None where there are no classes."""
-
-    source: str
-    count: int
-    labels: NDArray[np.int64] | None
-    read: Callable[[NDArray[np.int64]], Tensor]
-
-    @classmethod
-    def of_cache(cls, cache: TokenCache, source: str, config: ModelConfig) -> ScoredImages:
-        """The images of a token cache, as they are: none of their augmented views."""
-        labels = model_labels(cache.class_names, cache.labels, config, source)
-        return cls(source, cache.num_images, labels, lambda rows: cache.tokens_of(rows, np.zeros_like(rows)))
-
-    @classmethod
-    def of_images(cls, pipeline: Pipeline, source: str) -> ScoredImages:
-        """Images that are encoded when they are needed."""
-        opened = open_images(source)
-        images = ImageRows(opened, pipeline.config.image_shape)
-        at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
-
-        def encode(rows: NDArray[np.int64]) -> Tensor:
-            pixels, _ = images.batch(rows)
-            return torch.cat([pipeline.encode(few) for few in pixels.split(at_once)])
-
-        labels = model_labels(tuple(opened.class_names), opened.labels, pipeline.config, source)
-        return cls(source, len(images), labels, encode)
-
-    def chosen(
-        self, classes: Sequence[int] | None, num: int | None, seed: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """Positions and labels of the images to score: of these classes, and at most `num`, which the seed decides."""
-        rows = np.arange(self.count)
-        if self.labels is None:
-            logger.info("%s has no classes: its images are scored under no class only.", self.source)
-        elif classes is not None:
-            rows = rows[np.isin(self.labels, classes)]
-            if not len(rows):
-                raise DataError(f"{self.source} holds no image of the classes that --class names.")
-        if num is not None and num < len(rows):
-            rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num])
-        return rows, None if self.labels is None else self.labels[rows]
-
-    def batches(
-        self, rows: NDArray[np.int64], labels: NDArray[np.int64] | None, size: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Tokens (B, L) and labels (B,) of some images."""
-        for start in range(0, len(rows), size):
-            batch = slice(start, start + size)
-            yield self.read(rows[batch]), None if labels is None else torch.from_numpy(labels[batch])
 
 
 def model_labels(

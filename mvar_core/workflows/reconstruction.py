@@ -91,10 +91,13 @@ def evaluate_reconstruction(
     with connect(machine.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"Reconstructions are measured in one process, found {here.world_size}.")
-        kept = FeatureCache.open(cache)
-        may_download = download and not dry_run
+        feature_cache = FeatureCache.open(cache)
         choice = ExtractorChoice(
-            features, str(reference), inception_weights=inception_weights, download=may_download, progress=progress
+            features,
+            str(reference),
+            inception_weights=inception_weights,
+            download=download and not dry_run,
+            progress=progress,
         )
         pipeline = load_pipeline(checkpoint, tokenizer, machine)
         originals = open_measured_images(str(reference), num_samples, pipeline.config.image_shape)
@@ -110,12 +113,11 @@ def evaluate_reconstruction(
         known = Reference(str(reference), originals)
         nearby = [Path(checkpoint), Path(checkpoint).parent]
         extractor = choice.load(originals.image_shape, resolve_device(machine.device), nearby)
-        measurer = Measurer(extractor, kept, False, batch_size or DEFAULT_BATCH, progress)
+        measurer = Measurer(extractor, feature_cache, False, batch_size or DEFAULT_BATCH, progress)
         reference_set = known.measure(measurer)
         scores = evaluate_features(measurer.measure(images, "reconstructions"), reference_set, ("fid",))
-        # Reconstructions are compared with their originals in papers too, so these are no reason.
-        _, why_not = comparability(extractor, images.count)
-        why_not += input_reasons(images, known)
+        # Papers compare reconstructions with their originals too, so a reference of images is no reason.
+        why_not = comparability(extractor, images.count) + input_reasons(images, known)
         fields: dict[str, Any] = circumstances(images, known, extractor, reference_set, machine, 0)
         return Reconstruction(
             **{**fields, "sampling": model_description(pipeline)},
@@ -130,7 +132,7 @@ def evaluate_reconstruction(
 
 
 class ReconstructedImages:
-    """What a tokenizer makes of images; while they pass, each is compared with its original."""
+    """Reconstructions of images; each is compared with its original as it is made."""
 
     def __init__(self, name: str, pipeline: Pipeline, originals: EvaluationImages):
         self.name = name
@@ -143,7 +145,7 @@ class ReconstructedImages:
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """The reconstructions `start` up to `stop`, uint8 (B, 3, H, W)."""
-        # On a CPU one by one: there convolutions choose their algorithm, and so their rounding, by the batch they see.
+        # One by one on a CPU, where convolutions choose their algorithm, and so their rounding, by the batch size.
         size = 1 if self.pipeline.device.type == "cpu" else batch_size
         for originals in self.originals.batches(batch_size, start, stop):
             pieces = originals.permute(0, 2, 3, 1).split(size)
@@ -154,4 +156,4 @@ class ReconstructedImages:
             yield images
 
     def fingerprint(self) -> None:
-        """Every image must be seen: its pixels are compared, not only its features."""
+        """None: every image must be decoded, as its pixels are compared as well as its features."""

@@ -70,20 +70,17 @@ def test_figures_do_not_depend_on_the_order_of_the_images(mvar, samples, pixels,
     assert other_seed["inception_score"] != expected["inception_score"]
 
 
-def test_saved_samples_are_those_that_were_measured(mvar, model, demo, tmp_path):
-    path = tmp_path / "drawn.npz"
-    options = ["--checkpoint", model, "--num-samples", 12, "--seed", 3]
-    drawn = mvar("evaluate", *options, "--save-samples", path, "--batch-size", 5, *demo).json
-    with np.load(path) as file:
-        assert file["arr_0"].shape == (12, 16, 16, 3)
-        assert file["labels"].tolist() == [0, 1, 2] * 4
-    same(mvar("evaluate", "--samples", path, "--seed", 3, *demo).json, drawn)
-    assert drawn["sampling"]["seed"] == 3
-    assert drawn["sampling"]["top_k"] == 8
-    assert drawn["sampling"]["dtype"] == "float32"
-    assert "is already there" in mvar("evaluate", *options, "--save-samples", path, *demo).error
-    assert mvar("evaluate", *options, "--save-samples", path, "--overwrite", *demo).code == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["drawn.npz"]
+def test_samples_of_a_checkpoint_are_those_that_sample_writes(mvar, model, demo, tmp_path):
+    path = tmp_path / "samples.npz"
+    options = ["--checkpoint", model, "--seed", 3]
+    measured = mvar("evaluate", *options, "--num-samples", 12, "--batch-size", 5, *demo).json
+    assert mvar("sample", *options, "--class", "all", "--num", 4, "--out", path).code == 0
+    saved = mvar("evaluate", "--samples", path, "--seed", 3, *demo).json
+    assert saved["num_samples"] == measured["num_samples"] == 12
+    assert measured["sampling"]["seed"] == 3
+    assert measured["sampling"]["top_k"] == 8
+    assert measured["sampling"]["dtype"] == "float32"
+    same(mvar("evaluate", *options, "--num-samples", 12, *demo).json, measured)
 
 
 def test_the_result_says_all_that_repeats_it(mvar, samples, demo):
@@ -128,14 +125,9 @@ def test_the_cache_is_not_used_where_it_lacks_features(mvar, samples, demo, tmp_
     assert mvar("evaluate", *options).json["precision"] is not None
 
 
-def test_drawn_samples_are_cached_with_their_file(mvar, model, demo, tmp_path):
-    options = ["--cache", tmp_path / "cache", *demo]
-    mvar("evaluate", "--checkpoint", model, "--num-samples", 12, *options)
+def test_samples_of_a_checkpoint_are_not_cached(mvar, model, demo, tmp_path):
+    mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--cache", tmp_path / "cache", *demo)
     assert len(list((tmp_path / "cache").iterdir())) == 1  # the reference
-    saved = tmp_path / "drawn.npz"
-    mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--save-samples", saved, *options)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert mvar("evaluate", "--samples", saved, *options).err.count("taken from the cache") == 2
 
 
 def test_a_reference_that_was_made_before_gives_the_same_figures(mvar, samples, images, classifier, demo, tmp_path):
@@ -209,55 +201,23 @@ def test_a_tokenizer_is_judged_by_what_it_gives_back(mvar, model, images, classi
     assert "PSNR" in mvar("evaluate", *options, *network).out
 
 
-def test_an_exported_program_gives_features(mvar, samples, images, tmp_path):
-    class Means(torch.nn.Module):
-        def forward(self, batch: torch.Tensor) -> torch.Tensor:
-            return batch.float().mean(dim=3)[:, 0, ::4] / 255
-
-    class Broken(torch.nn.Module):
-        def forward(self, batch: torch.Tensor) -> torch.Tensor:
-            return batch.float().mean(dim=3)[:, 0] * float("nan")
-
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(
-        Means(), (torch.zeros(2, 3, 16, 16, dtype=torch.uint8),), dynamic_shapes=({0: batch},)
-    )
-    torch.export.save(program, tmp_path / "means.pt2")
-    options = ["--samples", samples, "--reference", images, "--features", tmp_path / "means.pt2"]
-    found = mvar("evaluate", *options, "--json").json
-    assert found["features"] == "means"
-    assert found["fid"] > 0
-    assert found["comparable_to_papers"] is False
-    assert found["inception_score"] is None
-    assert "means-FID" in mvar("evaluate", *options).out
-    torch.export.save(
-        torch.export.export(Broken(), (torch.zeros(2, 3, 16, 16, dtype=torch.uint8),), dynamic_shapes=({0: batch},)),
-        tmp_path / "broken.pt2",
-    )
-    assert "image 0" in mvar("evaluate", *options[:-1], tmp_path / "broken.pt2").error
-    (tmp_path / "false.pt2").write_bytes(b"not a program")
-    assert "false.pt2" in mvar("evaluate", *options[:-1], tmp_path / "false.pt2").error
-
-
 def test_flags_that_contradict_each_other(mvar, images, model, tmp_path):
     options = ["--reference", images, "--features", "demo"]
     moved = mvar("evaluate", "--samples", images, "--reconstruction", *options)
     assert moved.code == 2
     assert "reconstruction" in moved.err
-    assert "--checkpoint" in mvar("evaluate", "--samples", images, "--save-samples", "a.npz", *options).error
-    assert ".npz" in mvar("evaluate", "--checkpoint", model, "--save-samples", tmp_path / "a", *options).error
+    assert ".npz" in mvar("evaluate", "make-reference", "--data", images, "--out", tmp_path / "a").error
     (tmp_path / "file").touch()
     assert "--cache" in mvar("evaluate", "--samples", images, "--cache", tmp_path / "file", *options).error
     assert "--data" in mvar("evaluate", "make-reference", "--out", tmp_path / "a.npz").err
     assert "dinov2" in mvar("evaluate", "--samples", images, "--reference", images, "--features", "dinov2").error
 
 
-def test_two_processes_give_the_figures_of_one(mvar, model, demo, tmp_path):
-    """Both the samples, which are drawn, and the reference, which is read, are shared among the processes."""
-    path = tmp_path / "drawn.npz"
+def test_two_processes_give_the_figures_of_one(mvar, model, demo):
+    """Both the samples, which are generated, and the reference, which is read, are shared among the processes."""
     options = ["--checkpoint", model, "--num-samples", 13]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mvar_cli", "evaluate", *map(str, [*options, "--save-samples", path, *demo])]
+    command += ["-m", "mvar_cli", "evaluate", *map(str, [*options, *demo])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
@@ -265,10 +225,6 @@ def test_two_processes_give_the_figures_of_one(mvar, model, demo, tmp_path):
     assert found["processes"] == 2
     assert found["inception_score"] is not None
     same(found, mvar("evaluate", *options, *demo).json)
-    with np.load(path) as file:
-        assert file["labels"].tolist() == [0, 1, 2] * 4 + [0]
-    same(mvar("evaluate", "--samples", path, *demo).json, found)
-    assert [file.name for file in tmp_path.iterdir()] == ["drawn.npz"]
 
 
 def test_inputs_that_cannot_be_measured(mvar, images, demo, tmp_path):

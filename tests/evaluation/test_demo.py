@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError
 from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor, default_demo_path, train_classifier
-from mvar_core.evaluation.pixels import class_mean_images
+from mvar_core.evaluation.demo_scores import class_mean_images
 from mvar_core.evaluation.scores import evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 

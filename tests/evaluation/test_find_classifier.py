@@ -1,9 +1,7 @@
 """Where the demo classifier comes from."""
 
-import pytest
 import torch
 
-from mvar_core.errors import CheckpointError
 from mvar_core.evaluation import demo
 from mvar_core.evaluation.demo import DemoClassifier, default_demo_path
 
@@ -15,7 +13,7 @@ def keep(path, seed):
     return network.weights_hash
 
 
-def test_named_before_near_before_cached_before_trained(tmp_path, monkeypatch):
+def test_near_before_cached_before_trained(tmp_path, monkeypatch):
     monkeypatch.setenv("MVAR_CACHE", str(tmp_path / "cache"))
     trained = []
 
@@ -26,16 +24,12 @@ def test_named_before_near_before_cached_before_trained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "train_digits_classifier", train)
     near = tmp_path / "run"
-    first = demo.find_classifier(None, [near], (16, 16)).weights_hash
+    first = demo.find_classifier([near], (16, 16)).weights_hash
     assert trained == [(default_demo_path((16, 16)), (16, 16))]
-    assert demo.find_classifier(None, [near], (16, 16)).weights_hash == first
+    assert demo.find_classifier([near], (16, 16)).weights_hash == first
     assert len(trained) == 1
-    beside = keep(near / demo.CLASSIFIER_FILE, 2)
-    assert demo.find_classifier(None, [near], (16, 16)).weights_hash == beside
-    named = keep(tmp_path / "named.safetensors", 3)
-    assert demo.find_classifier(tmp_path / "named.safetensors", [near], (16, 16)).weights_hash == named
-    with pytest.raises(CheckpointError, match="absent"):
-        demo.find_classifier(tmp_path / "absent.safetensors", [near], (16, 16))
+    nearby = keep(near / demo.CLASSIFIER_FILE, 2)
+    assert demo.find_classifier([near], (16, 16)).weights_hash == nearby
 
 
 def test_digits_are_read_at_the_size_of_the_model():

@@ -1,23 +1,21 @@
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mvar_core import __version__
 from mvar_core.errors import DataError
-from mvar_core.evaluation.references import (
-    ReferenceRecord,
-    check_reference,
-    load_reference,
-    read_statistics,
-    save_reference,
-    write_features,
-)
+from mvar_core.evaluation.measure import Measurer, Reference
+from mvar_core.evaluation.references import ReferenceRecord, load_reference, save_reference, write_features
 from mvar_core.evaluation.statistics import FeatureSet, StreamingStatistics
 
 
@@ -31,7 +29,10 @@ def measured(count: int = 9, dim: int = 5) -> FeatureSet:
     )
 
 
-RECORD = ReferenceRecord("tiny", "abc", 9, (32, 48), True, "photos/", "0.1", ("cat", "dog", "owl"))
+DESCRIPTION: dict[str, Any] = {
+    "image_shape": (32, 48), "resized": True, "source": "photos/", "class_names": ("cat", "dog", "owl")
+}  # fmt: skip
+RECORD = ReferenceRecord("tiny", "abc", 9, mvar_version=__version__, **DESCRIPTION)
 
 
 def same(first: FeatureSet, second: FeatureSet) -> bool:
@@ -53,95 +54,141 @@ def same(first: FeatureSet, second: FeatureSet) -> bool:
 
 def test_a_reference_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
-    save_reference(path, measured(), RECORD)
-    loaded = load_reference(path)
-    assert loaded is not None
-    features, record = loaded
+    save_reference(path, measured(), **DESCRIPTION)
+    features, record = load_reference(path)
+    assert features is not None
     assert record == RECORD
     assert same(features, measured())
     assert (features.extractor, features.weights_hash, features.count) == ("tiny", "abc", 9)
     with np.load(path) as archive:
         assert archive["features"].dtype == np.float32
-        assert archive["mu_s"].dtype == np.float64
-
-    # Its statistics are laid out as in the files that everyone reads.
-    statistics = read_statistics(path)
-    assert statistics is not None
-    assert same(
-        replace(statistics, features=features.features, logits=features.logits, labels=features.labels), features
-    )
+        # Its statistics are laid out as in the files that everyone reads.
+        for name, expected in zip(("mu", "sigma"), measured().statistics.values(), strict=True):  # type: ignore[union-attr]
+            assert archive[name].dtype == archive[f"{name}_s"].dtype == np.float64
+            assert np.array_equal(archive[name], expected)
 
 
 def test_a_reference_of_statistics_alone(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
     alone = replace(measured(), spatial=None, features=None, logits=None, labels=None)
-    save_reference(path, alone, replace(RECORD, class_names=None))
-    loaded = load_reference(path)
-    assert loaded is not None
-    assert same(loaded[0], alone)
-    assert loaded[1].class_names is None
+    save_reference(path, alone, **{**DESCRIPTION, "class_names": None})
+    features, record = load_reference(path)
+    assert features is not None
+    assert record is not None
+    assert same(features, alone)
+    assert record.class_names is None
 
 
-def test_refuses_to_write_what_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"does not end in \.npz"):
-        save_reference(tmp_path / "ref", measured(), RECORD)
+def test_one_image_is_no_reference(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 2 images"):
-        save_reference(tmp_path / "ref.npz", replace(measured(), statistics=None), RECORD)
-    with pytest.raises(DataError, match="The record says 10 images"):
-        save_reference(tmp_path / "ref.npz", measured(), replace(RECORD, count=10))
+        save_reference(tmp_path / "ref.npz", replace(measured(), statistics=None), **DESCRIPTION)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_npz_files_are_not_references(tmp_path: Path) -> None:
-    path = tmp_path / "other.npz"
-    for content in (
+def test_reads_a_file_of_the_adm_evaluators_layout(tmp_path: Path) -> None:
+    (mu, sigma), (mu_s, sigma_s) = ((np.arange(dim, dtype=np.float32), np.eye(dim, dtype=np.float32)) for dim in (6, 4))
+    path = tmp_path / "reference.npz"
+    np.savez(path, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    alone, record = load_reference(path)
+    assert record is None
+    assert alone is not None
+    assert alone.statistics is not None
+    assert alone.spatial is not None
+    assert (alone.extractor, alone.source) == ("inception", str(path))
+    assert (alone.features, alone.count, alone.num_images, alone.weights_hash) == (None, None, None, None)
+    assert alone.statistics["sigma"].dtype == np.float64
+    assert np.array_equal(alone.spatial["mu"], mu_s)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
         {"arr_0": np.zeros((2, 4, 4, 3), np.uint8)},
-        {"mu": np.zeros(3), "sigma": np.eye(3)},
         {"record": np.arange(3)},
         {"record": np.array("not json")},
         {"record": np.array(json.dumps({"format": "someone's"}))},
-    ):
-        np.savez(path, **content)
-        assert load_reference(path) is None
-    write_features(path, measured(), {"key": "a cached set"})
-    assert load_reference(path) is None
+    ],
+)
+def test_other_npz_files_are_neither(tmp_path: Path, content: dict[str, Any]) -> None:
+    np.savez(tmp_path / "other.npz", **content)
+    assert load_reference(tmp_path / "other.npz") == (None, None)
+
+
+def test_a_cached_set_is_no_reference(tmp_path: Path) -> None:
+    write_features(tmp_path / "a.npz", measured(), {"key": "a cached set"})
+    with pytest.raises(DataError, match=r"a\.npz"):
+        load_reference(tmp_path / "a.npz")
+
+
+def spoiled(path: Path) -> dict[str, bytes]:
+    """Contents that are not those of an npz file, by what is wrong with them."""
+    content = path.read_bytes()
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    lying = io.BytesIO()
+    with zipfile.ZipFile(lying, "w") as archive, archive.open("mu.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": (1 << 40,)})
+    nested = io.BytesIO()
+    with zipfile.ZipFile(nested, "w") as archive:
+        archive.writestr("mu.npy", b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"(" * 9000)
+    objects = io.BytesIO()
+    np.savez(objects, mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "half": content[: len(content) // 2],
+        "a changed byte": content[:300] + bytes([content[300] ^ 1]) + content[301:],
+        "an array without an archive": array.getvalue(),
+        "a length that is not there": lying.getvalue(),
+        "a header without end": nested.getvalue(),
+        "objects": objects.getvalue(),
+    }
 
 
 def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
-    save_reference(path, measured(), RECORD)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"ref\.npz cannot be read as an npz file"):
-        load_reference(path)
-    with pytest.raises(DataError, match="does not exist"):
-        load_reference(tmp_path / "absent.npz")
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
-    with pytest.raises(DataError, match="not a zip archive"):
-        load_reference(tmp_path / "array.npz")
-
-    save_reference(path, measured(), RECORD)
+    save_reference(path, measured(), **DESCRIPTION)
     with np.load(path) as archive:
         arrays = dict(archive)
+    for content in spoiled(path).values():
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"ref\.npz"):
+            load_reference(path)
+    with pytest.raises(DataError, match="does not exist"):
+        load_reference(tmp_path / "absent.npz")
+    with pytest.raises(DataError, match="regular file"):
+        load_reference(tmp_path)
+    record = json.loads(str(arrays["record"]))
+    incomplete = {**record, "description": {"kind": record["description"]["kind"]}}
+    other = {**record, "description": {**record["description"], "weights_hash": "other"}}
     for changed, message in (
-        ({"features": np.zeros((4, 5), np.float32)}, "features has 4 rows, expected 9"),
+        ({"features": np.zeros((4, 5), np.float32)}, r"\(4, 5\), expected 9 rows"),
         ({"sigma": np.eye(4)}, r"mu has shape \(5,\) and sigma \(4, 4\)"),
         ({"mu": np.full(5, np.nan)}, "not finite"),
+        ({"record": np.array(json.dumps(incomplete))}, "ref.npz"),
+        ({"record": np.array(json.dumps(other))}, "not those of its record"),
+        ({"record": np.array(json.dumps({**record, "set": 3}))}, "damaged"),
     ):
         np.savez(path, **{**arrays, **changed})
         with pytest.raises(DataError, match=message):
             load_reference(path)
+    del arrays["sigma"]
+    np.savez(path, **arrays)
+    with pytest.raises(DataError, match="lacks sigma"):
+        load_reference(path)
 
 
 def test_a_reference_of_another_network_is_refused() -> None:
     tiny = SimpleNamespace(name="tiny", weights_hash="abc", dim=5, comparable_to_papers=False)
-    check_reference(RECORD, tiny, Path("ref.npz"), measured())
+    made = Reference("ref.npz", known=measured(), record=RECORD)
+    made.check(tiny)
     for other in ({"name": "inception"}, {"weights_hash": "def"}):
         extractor = SimpleNamespace(**{**vars(tiny), **other})
         with pytest.raises(DataError) as caught:
-            check_reference(RECORD, extractor, Path("ref.npz"))
+            made.check(extractor)
         for part in ("ref.npz", "tiny", "abc", extractor.name, extractor.weights_hash):
             assert part in str(caught.value)
-    with pytest.raises(DataError, match="5 features per image, but tiny features are 6"):
-        check_reference(RECORD, SimpleNamespace(**{**vars(tiny), "dim": 6}), Path("ref.npz"), measured())
+    for reference in (made, Reference("ref.npz", known=measured())):
+        with pytest.raises(DataError, match="5 features, but tiny features are 6"):
+            reference.check(SimpleNamespace(**{**vars(tiny), "dim": 6}))
+    assert made.measure(Measurer(tiny)) is made.known

@@ -209,8 +209,8 @@ def test_what_cannot_be_computed_is_none_with_a_reason() -> None:
 
     few = feature_set(torch.randn(2, 8, generator=generator(2)), logits=None, spatial=None)
     scores = evaluate_features(few, reference)
-    assert scores["reasons"]["sfid"] == "The pixels features have no spatial part."
-    assert scores["reasons"]["inception_score"] == "The pixels features have no classes."
+    assert scores["reasons"]["sfid"] == "pixels features have no spatial map."
+    assert scores["reasons"]["inception_score"] == "pixels features have no classes."
     assert "more than 3 images" in scores["reasons"]["precision"]
     assert scores["kid"] is not None
 

@@ -70,7 +70,7 @@ def test_figures_do_not_depend_on_the_order_of_the_images(mvar, samples, pixels,
     assert other_seed["inception_score"] != expected["inception_score"]
 
 
-def test_samples_of_a_checkpoint_are_those_that_sample_writes(mvar, model, demo, tmp_path):
+def test_samples_of_a_checkpoint_or_of_its_file(mvar, model, demo, tmp_path):
     path = tmp_path / "samples.npz"
     options = ["--checkpoint", model, "--seed", 3]
     measured = mvar("evaluate", *options, "--num-samples", 12, "--batch-size", 5, *demo).json

@@ -1,7 +1,29 @@
-"""`python -m mvar_cli` is `mvar`."""
+"""The `mvar` entry point, also `python -m mvar_cli`."""
 
-from __future__ import annotations
+import importlib
+import os
+import sys
 
-from mvar_cli.app import main
 
-main()
+def main() -> None:
+    """Run the command line; Ctrl-C during the imports ends it as any other does."""
+    open_standard_streams()
+    try:
+        importlib.import_module("mvar_cli.app").app(prog_name="mvar")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def open_standard_streams() -> None:
+    """Make /dev/null of each standard stream that is closed: the next file would get its number, and its output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

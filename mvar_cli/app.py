@@ -1,5 +1,6 @@
 """The `mvar` application: a table of commands loaded when used, and the boundary where errors become one line."""
 
+import errno
 import importlib
 import inspect
 import os
@@ -14,7 +15,8 @@ from typer.core import TyperGroup
 from mvar_cli import console, options
 from mvar_cli.groups import grouped, signature
 from mvar_core import __version__
-from mvar_core.errors import ConfigError, MvarError, nearest
+from mvar_core.environment import inside_torchrun, report_failure, torchrun_number
+from mvar_core.errors import ConfigError, MvarError, nearest, one_line
 
 
 class CommandEntry(NamedTuple):
@@ -74,6 +76,9 @@ def _loop(section: str) -> dict[str, str]:
     return {option: instead.format(section) for option, instead in _LOOP.items()}
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""What torch's errors say of memory, on processors and GPUs."""
+
 MOVED: dict[str, dict[str, str]] = {
     "ablate": {
         "--epochs": "Use --steps, or --set train.epochs=N with --set train.steps=null.",
@@ -121,12 +126,12 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
     function = getattr(importlib.import_module(f"mvar_cli.commands.{entry.module}"), entry.module)
     typed = [*entry.name.split(), *arguments]  # now: the parser takes its list apart
 
-    def run(*, as_json: bool, nproc: int = 1, **values: Any) -> None:
-        console.output.as_json = as_json
+    def run(*, nproc: int = 1, as_json: bool, **values: Any) -> None:
         if nproc > 1 and starts_processes(nproc):
             code, text = distributed().launch(typed, nproc, str(values.get("device", "auto")))
             if text:
-                typer.echo(text, err=True)
+                console.write(text, sys.stderr)
+                console.show_json({"error": text.removeprefix("error: "), "hint": None})
             raise typer.Exit(code)
         function(**grouped(function, values))
 
@@ -144,18 +149,13 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
     return typer.main.get_command(single)
 
 
-def inside_torchrun() -> bool:
-    """Whether this is one of several processes that torchrun, or --nproc, has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 def starts_processes(nproc: int) -> bool:
     """Whether --nproc starts processes here: not inside torchrun, which has started them.
 
     Raises:
         ConfigError: torchrun has started another number of them.
     """
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", nproc))
+    started = torchrun_number("LOCAL_WORLD_SIZE", nproc)
     if inside_torchrun() and nproc != started:
         raise ConfigError(
             f"--nproc {nproc} inside torchrun, which has started {started} processes here.",
@@ -189,6 +189,7 @@ class LazyGroup(TyperGroup):
         if inside_torchrun() and not entry.shared:
             raise ConfigError(f"`mvar {entry.name}` runs in one process.", "Start it without torchrun.")
         rest = args[len(entry.name.split()) :]
+        console.output.as_json = "--json" in rest
         for option, instead in MOVED.get(entry.name, {}).items():
             if any(argument.split("=")[0] == option for argument in rest):
                 ctx.fail(f"{option} is no longer an option of `mvar {entry.name}`. {instead}")
@@ -203,57 +204,66 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             code = 130
-        except typer.Exit as exit_:
-            if exit_.exit_code != 130:
+        except typer.Exit as end:
+            if end.exit_code != 130:
                 raise
             code = 131  # 130, reported already
         except Exception as error:
-            line = error_line(error)
-            if line is None:
-                raise
             if os.environ.get("MVAR_DEBUG") == "1":
                 traceback.print_exc()
-            remote = isinstance(error, distributed().RemoteError)
-            distributed().report_failure(
-                line, consequence=remote or distributed().lost_connection(error), silent=remote
-            )
+            problem = explained(error)
+            if problem is None:
+                if hasattr(error, "format_message"):
+                    console.show_json({"error": error.format_message(), "hint": "--help lists the options."})
+                raise
+            in_job = "RANK" in os.environ
+            remote = in_job and isinstance(error, distributed().RemoteError)
+            followed = remote or (in_job and distributed().lost_connection(error))
+            report_failure(f"error: {problem}", consequence=followed, silent=remote)
+            console.show_json({"error": problem.message, "hint": problem.hint})
             code = 1
         finally:
             console.end_progress()
         # Out here the error is gone, and with it what its frames held open, such as files under temporary names.
-        if code == 130 and not console.output.silent:
-            typer.echo("interrupted", err=True)
+        if code == 130:
+            console.note("interrupted")
         raise leave(min(code, 130))
 
 
 def leave(code: int) -> typer.Exit:
     """What to raise to end with this code; a process of several ends here, for its exit could wait for the others."""
-    if inside_torchrun():
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return typer.Exit(code)
 
 
-def error_line(error: Exception) -> str | None:
-    """What to print for an exception, or None for those that typer itself deals with."""
+def explained(error: Exception) -> MvarError | None:
+    """An exception as a message and what to do about it; None for those that typer itself handles."""
     if isinstance(error, MvarError):
-        return f"error: {error}"
-    if isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)) or hasattr(error, "format_message"):
+        return error
+    if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message"):
         return None
-    text = " ".join(str(error).split())
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return f"error: out of memory: {text} Use a smaller --batch-size; `mvar plan` predicts what fits."
+    text = one_line(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        hint = "Use a smaller --batch-size, or give the process more memory; `mvar plan` predicts what fits."
+        return MvarError(f"out of memory: {text.rstrip('.')}.", hint)
     if isinstance(error, OSError):
-        return f"error: {text}"
-    if distributed().lost_connection(error):
-        return (
-            f"error: the connection to another process of this job is lost: {text} "
-            "Run the same command again: what can be resumed continues from where it was last saved."
+        path = f"{error.filename}: " if error.filename and error.strerror else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return MvarError(
+            f"{path}{error.strerror or text}.",
+            "Make room, then run the same command again: what was finished is kept." if full else None,
         )
-    return (
-        f"error: unexpected {type(error).__name__}: {text} "
-        "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it."
+    if "RANK" in os.environ and distributed().lost_connection(error):
+        return MvarError(
+            f"the connection to another process of this job is lost: {text}",
+            "Run the same command again: what can be resumed continues from where it was last saved.",
+        )
+    return MvarError(
+        f"unexpected {type(error).__name__}: {text}",
+        "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it.",
     )
 
 
@@ -291,12 +301,3 @@ def _stub() -> None:  # pragma: no cover
 
 for _entry in COMMANDS:  # stubs carry name and summary for the help; `resolve_command` replaces them
     app.command(_entry.name, help=_entry.summary, rich_help_panel=_entry.panel)(_stub)
-
-
-def main() -> None:
-    """The `mvar` entry point."""
-    app(prog_name="mvar")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,13 @@
 """What a command prints: results on stdout, everything else on stderr; one JSON object where it is asked for."""
 
+import errno
 import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 import yaml
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mvar_cli.cost_table import cost_remarks, cost_tables
+from mvar_core.errors import MvarError
 from mvar_core.formatting import format_bytes as format_bytes
 from mvar_core.formatting import format_count as format_count
 from mvar_core.formatting import format_number as format_number
@@ -60,7 +62,7 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        print(f"{level}{record.getMessage()}", file=sys.stderr)
+        write(f"{level}{record.getMessage()}", sys.stderr)
 
 
 def log_to_stderr() -> None:
@@ -72,16 +74,38 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
+def write(text: str, stream: TextIO) -> None:
+    """Print lines; where the reader has gone, as in `mvar plan | head -1`, drop them and let the work finish.
+
+    Raises:
+        MvarError: The stream cannot be written for another reason, such as a full disk.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if error.errno not in (errno.EPIPE, errno.EIO) and stream is sys.stdout:
+            raise MvarError(
+                f"stdout cannot be written: {error.strerror}.", "The command's own files, named by --out, are complete."
+            ) from None
+
+
 def say(text: str = "") -> None:
     """A line of the result, on stdout."""
     if not output.as_json and not output.silent:
-        print(text)
+        write(text, sys.stdout)
 
 
 def note(text: str) -> None:
     """A line for the person watching, on stderr."""
     if not output.silent:
-        print(text, file=sys.stderr)
+        write(text, sys.stderr)
+
+
+def show_json(values: Mapping[str, Any]) -> None:
+    """The one JSON object on stdout, where it is asked for."""
+    if output.as_json and not output.silent:
+        write(json.dumps(values, ensure_ascii=False, allow_nan=False), sys.stdout)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -97,7 +121,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         grid.add_column(column, justify="right" if numbers and rows else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(format_cell(value) for value in row))
-    console.print(grid, markup=False)
+    with console.capture() as printed:
+        console.print(grid, markup=False)
+    write(printed.get().removesuffix("\n"), sys.stdout)
 
 
 def show(
@@ -117,8 +143,7 @@ def show(
     end_progress()
     values = result.to_dict()
     if output.as_json:
-        if not output.silent:
-            print(json.dumps(values, ensure_ascii=False, allow_nan=False))
+        show_json(values)
     elif getattr(result, "dry_run", None) is not None:
         show_dry_run(result.dry_run)
     else:
@@ -174,7 +199,7 @@ def progress(stage: str, done: int, total: int, *, unit: str = "images", note: s
     elif now - output.last_line >= SECONDS_BETWEEN_PLAIN_LINES:
         output.last_line = now
         left = f", {format_seconds((total - done) / speed)} left" if speed else ""
-        print(f"{stage}: {done}/{total} {rate}{left} {note}".rstrip(), file=sys.stderr)
+        write(f"{stage}: {done}/{total} {rate}{left} {note}".rstrip(), sys.stderr)
 
 
 def end_progress() -> None:

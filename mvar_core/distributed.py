@@ -7,7 +7,6 @@ everything else speaks to the other processes. A single process is the same obje
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
 import signal
@@ -18,13 +17,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mvar_core.environment import LAUNCHED, inside_torchrun, report_failure, torchrun_number
 from mvar_core.errors import ConfigError, MvarError, one_line
 
 Value = TypeVar("Value")
@@ -33,9 +32,6 @@ SECONDS_TO_SAVE = 600
 """How long interrupted processes may take to finish a step and write a checkpoint."""
 SECONDS_BETWEEN_BEATS = 3.0
 SECONDS_OF_SILENCE = 30.0
-LAUNCHED = "MVAR_LAUNCHED"
-"""Set for processes that `launch` started: the launching process speaks for them all."""
-_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _ENDED = "mvar/ended"
 _RESUME = "Run the same command again: what can be resumed continues from where it was last saved."
 
@@ -135,18 +131,20 @@ class World:
 
 
 def environment() -> World:
-    """This process as torchrun's environment describes it; alone where torchrun did not start it."""
-    if "RANK" not in os.environ:
+    """This process as torchrun's environment describes it; alone where torchrun did not start it.
+
+    Raises:
+        ConfigError: Variables that are missing, contradict each other or are no numbers.
+    """
+    if not inside_torchrun():
         return World()
-    return World(
-        int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    )
+    return World(torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1), torchrun_number("LOCAL_RANK", 0))
 
 
 def world() -> World:
     """The processes that are connected now; outside `connect`, this one alone."""
     if dist.is_available() and dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        return World(dist.get_rank(), dist.get_world_size(), torchrun_number("LOCAL_RANK", 0))
     return World()
 
 
@@ -240,7 +238,7 @@ class Heartbeat:
     def _run(self) -> None:
         # A connection of its own: on a shared one, what the main thread waits for would hold up the signs of life.
         address, timeout = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=self.silence)
-        store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        store = dist.TCPStore(address, torchrun_number("MASTER_PORT", 0), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
         while True:
             try:
                 problem = self.problem(store, time.monotonic())
@@ -381,27 +379,9 @@ def _reported(failure: Any) -> dict[str, Any]:
     return failure.error_file_data if isinstance(failure.error_file_data, dict) else {}
 
 
-def report_failure(line: str, *, consequence: bool = False, silent: bool = False) -> None:
-    """Say why this process fails: on stderr, or to the process that launched it.
-
-    Args:
-        line: What went wrong.
-        consequence: Another process has failed, and this one because of it.
-        silent: Another process says the same.
-    """
-    path = os.environ.get(_ERROR_FILE)
-    if path is not None:
-        # torchrun's own layout, so that its summary shows the line as well.
-        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        content = {"message": message, "line": line, "consequence": consequence}
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
-    if not silent and LAUNCHED not in os.environ:
-        print(line, file=sys.stderr)
-
-
 def lost_connection(error: BaseException) -> bool:
     """Whether an error says no more than that another process has gone."""
-    if environment().world_size == 1:
+    if isinstance(error, MvarError) or "RANK" not in os.environ:
         return False
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo", "tcpstore")

@@ -21,7 +21,7 @@ def test_a_wheel_holds_code_templates_and_presets(tmp_path: Path) -> None:
         top_level = {name.split("/")[0] for name in archive.namelist()}
     assert top_level == {"mvar_cli", "mvar_core", "mvar-0.1.0.dist-info"}
     entry_points = (tmp_path / "site" / "mvar-0.1.0.dist-info" / "entry_points.txt").read_text()
-    assert "mvar = mvar_cli.app:main" in entry_points
+    assert "mvar = mvar_cli.__main__:main" in entry_points
     code = (
         "import mvar_core, mvar_core.config.presets as presets; print(mvar_core.__file__);"
         "print(','.join(presets.preset_names())); print(presets.load_config('mvar-d16-256').windows[-1])"

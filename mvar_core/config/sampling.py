@@ -11,8 +11,8 @@ from mvar_core.config.section import Section
 
 GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
 
-LATER_SETTINGS = {"min_p": 0}
-"""Settings that runs were begun without, and the value at which they change nothing."""
+FIRST_SETTINGS = {"cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales", "more_smooth"}
+"""Settings that every record of unfinished work holds. Those added later have a default that changes nothing."""
 
 
 class SamplingConfig(Section):
@@ -76,8 +76,10 @@ class SamplingConfig(Section):
     @property
     def summary(self) -> str:
         """The settings that people compare, in words."""
-        filters = f"top-k {self.top_k}, top-p {self.top_p}" + (f", min-p {self.min_p}" if self.min_p else "")
-        return f"cfg {self.cfg}, {filters}"
+        plain = {"cfg", "top_k", "top_p"}
+        changed = {name for name, field in SamplingConfig.model_fields.items() if getattr(self, name) != field.default}
+        shown = [name for name in SamplingConfig.model_fields if name in plain | changed]
+        return ", ".join(f"{name.replace('_', '-')} {getattr(self, name)}" for name in shown)
 
     def over(self, recommended: SamplingConfig) -> SamplingConfig:
         """These settings, with what is not set here as recommended."""
@@ -85,10 +87,9 @@ class SamplingConfig(Section):
 
 
 def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling settings as the record of unfinished work holds them: `LATER_SETTINGS` only where they change something.
+    """Sampling settings as the record of unfinished work holds them: later ones only where they change something.
 
     So work that was begun before there was a setting is the same work while the setting is off.
     """
-    return {
-        name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]
-    }
+    off = {n: f.default for n, f in SamplingConfig.model_fields.items() if n not in FIRST_SETTINGS}
+    return {name: value for name, value in settings.items() if name not in off or value != off[name]}

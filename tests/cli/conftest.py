@@ -29,13 +29,13 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The one line of a problem that can be mended."""
+        """The one line of a problem that can be fixed; with --json also an object on stdout."""
         assert self.code == 1, (self.code, self.out, self.err)
         lines = [line for line in self.err.splitlines() if not line.startswith("--attention")]
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
         assert "Traceback" not in self.err
-        assert self.out == ""
+        assert not self.out or json.loads(self.out).keys() == {"error", "hint"}
         return lines[0]
 
 

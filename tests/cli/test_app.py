@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import typer
 
 import mvar_core
-from mvar_cli.app import COMMANDS, error_line, load_command
+from mvar_cli.app import COMMANDS, load_command
 from mvar_core import __version__
 from mvar_core.errors import DataError
 
@@ -85,12 +84,31 @@ def test_no_arguments_print_the_help(mvar):
     assert "quickstart" in outcome.out + outcome.err
 
 
-def test_errors_become_one_line():
-    assert error_line(DataError("it broke.", "Mend it.")) == "error: it broke. Mend it."
-    assert error_line(FileNotFoundError(2, "No such file", "x.png")).startswith("error: ")
-    assert "--batch-size" in error_line(MemoryError("10 GiB"))
-    assert "fault in mvar" in error_line(ZeroDivisionError("division by zero"))
-    assert error_line(typer.Exit(3)) is None
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (DataError("it broke.", "Fix it."), "it broke. Fix it."),
+        (FileNotFoundError(2, "No such file", "x.png"), "x.png: No such file"),
+        (OSError(28, "No space left on device", "out/a.npz"), "out/a.npz: No space left on device. Make room"),
+        (MemoryError("10 GiB"), "--batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "--batch-size"),
+        (ZeroDivisionError("division by zero"), "fault in mvar"),
+    ],
+)
+def test_errors_become_one_line(mvar, monkeypatch, error, text):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(mvar_core, "doctor", fail, raising=False)
+    assert text in mvar("doctor").error
+    found = mvar("doctor", "--json")
+    assert (found.code, set(json.loads(found.out))) == (1, {"error", "hint"})
+
+
+def test_wrong_usage_is_a_json_object_too(mvar):
+    found = mvar("sample", "--json", "--seed", "x")
+    assert found.code == 2
+    assert "--seed" in json.loads(found.out)["error"]
 
 
 def test_interruption_exits_with_130(mvar, monkeypatch):

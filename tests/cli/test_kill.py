@@ -40,7 +40,7 @@ def replace(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return target if when == "after" else rename(self, target)
 pathlib.Path.replace = replace
-from mvar_cli.app import main
+from mvar_cli.__main__ import main
 main()
 """
 

@@ -81,8 +81,8 @@ def test_wrong_usage_starts_no_process(mvar):
 
 
 def test_a_command_for_one_process_is_refused_under_torchrun(mvar, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
         outcome = mvar("convert", "--out", "nowhere")

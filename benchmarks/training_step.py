@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar_core.allocator import keeping_all_freed_memory
-from mvar_core.analysis import counts
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config
@@ -93,8 +92,7 @@ class Workbench:
     @property
     def operations(self) -> float:
         """Of one step: three times the forward pass, two per multiply-accumulate."""
-        macs = sum(counts.transformer_macs(self.config.model, scale) for scale in range(self.pyramid.num_scales))
-        return 6.0 * BATCH * macs
+        return 6.0 * BATCH * sum(sum(self.model.macs(scale).values()) for scale in range(self.pyramid.num_scales))
 
     def _part(self, images: slice, scales: range | None) -> Tensor:
         """Share of the loss of some images at some scales."""

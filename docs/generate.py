@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mvar_cli.app import COMMANDS, SUBCOMMANDS, CommandEntry, load_command
-from mvar_core.analysis.cost import Plan, plan
-from mvar_core.analysis.counts import decoder_macs, quantizer_macs, tokenizer_parameters
-from mvar_core.config import RunConfig
+from mvar_core.analysis.cost import Plan, cost_of
+from mvar_core.config import Machine, RunConfig
 from mvar_core.config.machine import parse_bytes
 from mvar_core.config.presets import load_config, preset_names
 from mvar_core.formatting import format_bytes, format_count
@@ -57,7 +56,7 @@ def _option_row(parameter: Any) -> str:
 
 
 RECIPE_DEVICES = ("24GB", "80GB", "141GB")
-DTYPE_BYTES = 2
+MACHINE = Machine(device="cpu", dtype="bfloat16")
 RECIPES = """# Recipes
 
 The published models and how they are trained, as presets. Written by `make docs` from the
@@ -148,28 +147,27 @@ def _row(config: RunConfig) -> list[str]:
 
 
 def _tokenizer_row(config: RunConfig) -> list[str]:
-    train = config.train_tokenizer
+    train, cost = config.train_tokenizer, cost_of(config)
     return [
         f"`{config.name}`",
-        format_count(tokenizer_parameters(config)),
+        format_count(cost.tokenizer_parameters),
         str(config.tokenizer.codebook_size),
         f"{config.pyramid.num_tokens} of {config.tokenizer.latent_channels} channels",
-        f"{(quantizer_macs(config) + decoder_macs(config)) / 1e9:.4g} GMACs",
+        f"{cost.decoder_gmacs:.4g} GMACs",
         str(train.batch_size),
         str(train.steps),
     ]
 
 
 def _cost(config: RunConfig, device_memory: int) -> Plan:
-    return plan(config, dtype_bytes=DTYPE_BYTES, device_memory=device_memory, train=config.train)
+    return cost_of(config, MACHINE, device_memory=device_memory)
 
 
 def _note(config: RunConfig) -> str:
     """What a preset is, where it comes from, what it needs at least and what was reported of it."""
     sentences = [config.description.rstrip("."), f"Source: {config.source.rstrip('.')}"]
     if config.transformer is not None:
-        one = config.train.model_copy(update={"batch_size": 1})
-        smallest = plan(config, dtype_bytes=DTYPE_BYTES, train=one).train_peak_bytes
+        smallest = cost_of(config, MACHINE, batch_size=1).train_peak_bytes
         assert smallest is not None
         sentences.append(f"A step on one image is predicted to take {format_bytes(smallest)}")
     if config.result is not None and config.result.note:
@@ -209,7 +207,7 @@ def large_image_costs() -> str:
         side = size.split("×")[0]
         preset = f"mvar-d24-{side}" if size else preset
         config = load_config(preset, [], changes)
-        cost = plan(config, device="cuda", train=config.train.model_copy(update={"batch_size": 1}))
+        cost = cost_of(config, Machine(device="cuda", dtype="bfloat16"), batch_size=1)
         cells = [
             size,
             name,

@@ -5,10 +5,13 @@ import re
 import pytest
 from generate import DOCS, LARGE_MODELS, large_image_costs, pages, recipes
 
-from mvar_core.analysis.cost import plan
+from mvar_core.analysis.cost import cost_of
+from mvar_core.config import Machine
 from mvar_core.config.presets import load_config, preset_names
 from mvar_core.pyramid import ScalePyramid
 from mvar_core.training.curriculum import build_curriculum
+
+CUDA = Machine(device="cuda", dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_the_example_of_a_pyramid(large_images):
 def test_what_the_page_reads_from_the_table():
     """Windows halve the attention that is left at 1024 px; the cache goes with the earlier scales."""
     windowed, whole, var = (
-        plan(load_config("mvar-d24-1024", [], changes), device="cuda")
+        cost_of(load_config("mvar-d24-1024", [], changes), CUDA)
         for changes in ({}, {"attention": {"windows": []}}, {"attention": {"scale_prefixes": "all", "windows": []}})
     )
     assert 0.45 < windowed.attention_gmacs / whole.attention_gmacs < 0.55
@@ -67,8 +70,9 @@ def test_what_the_page_reads_from_the_table():
     parts = windowed.parts_gmacs
     assert (parts["mlp"] + parts["projections"]) / windowed.total_gmacs == pytest.approx(2 / 3, abs=0.03)
     assert parts["decoder"] / windowed.total_gmacs == pytest.approx(1 / 3, abs=0.03)
-    smaller = plan(load_config("mvar-d24-512"), device="cuda")
-    assert smaller.attention_gmacs < 0.8 * plan(load_config("mvar-d24-512", ["attention.windows=[]"])).attention_gmacs
+    smaller = cost_of(load_config("mvar-d24-512"), CUDA)
+    whole = cost_of(load_config("mvar-d24-512", ["attention.windows=[]"]), CUDA)
+    assert smaller.attention_gmacs < 0.8 * whole.attention_gmacs
 
 
 def test_links_lead_somewhere(large_images):

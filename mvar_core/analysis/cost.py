@@ -1,30 +1,39 @@
-"""What a model costs, before anything is built: parameters, multiply-accumulates, KV cache, memory; no torch.
+"""What a model costs, before anything is trained: parameters, multiply-accumulates, KV cache, memory.
 
-Figures called GMACs are 10⁹ multiply-accumulates for one image. `attention_gmacs` follows the MVAR paper's convention
-("GFLOPs in attention blocks"): query, key and value projections and the attention itself, without guidance.
+Parameters and operations come from the modules themselves, on the meta device. Figures called GMACs are 10⁹
+multiply-accumulates for one image. `attention_gmacs` follows the MVAR paper's convention ("GFLOPs in attention
+blocks"): query, key and value projections and the attention itself, without guidance. Memory counts what torch's
+allocators hand out and what lives together; it leaves out what the device's libraries and allocators hold for
+themselves. In bfloat16 on a CPU, it holds where the CPU computes in bfloat16; others need up to three times as much for
+the decoder.
 """
 
 from __future__ import annotations
 
-import os
-import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
-from mvar_core.analysis import counts
-from mvar_core.analysis import memory as memory_model
-from mvar_core.analysis.training_memory import train_peak_bytes
-from mvar_core.config import Machine, ModelConfig, RunConfig
+import torch
+from torch import nn
+
+from mvar_core.analysis.training_memory import count_parameters, train_peak_bytes
+from mvar_core.config import Machine, ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError, nearest
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
-from mvar_core.models.micro_batches import TOKENS_AT_ONCE, MicroBatches
+from mvar_core.models.meta import meta_device
+from mvar_core.models.micro_batches import PROCESS_BYTES, TOKENS_AT_ONCE, choose
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.results import Result
+from mvar_core.runtime import DTYPES, resolve_device
 
 GIGA = 1e9
-DTYPE_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+MAX_BATCH = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,156 +121,162 @@ def cost_of(
         device_memory: Bytes of a device, to find the largest batches.
 
     Raises:
-        ConfigError: An unknown dtype, or sizes that make no sense.
+        ConfigError: A device, dtype, batch or memory that makes no sense, or a memory in which not one image fits.
     """
-    if machine.dtype not in DTYPE_BYTES:
-        raise ConfigError(f"--dtype {machine.dtype!r} is not known. {nearest(machine.dtype, DTYPE_BYTES)}")
-    train = config.train if isinstance(config, RunConfig) else TrainConfig(batch_size=1)
-    return plan(
-        config,
-        batch_size=batch_size or 1,
-        dtype_bytes=DTYPE_BYTES[machine.dtype],
-        guided=guided,
-        device=device_kind(machine.device),
-        device_memory=device_memory,
-        memory=machine.memory_bytes,
-        train=train.model_copy(update={"batch_size": batch_size}) if batch_size else train,
-    )
-
-
-def device_kind(name: str) -> str:
-    """cpu, cuda or mps for the name of a device; auto is what this machine seems to have, found without torch."""
-    if name != "auto":
-        return name.split(":")[0]
-    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        return "cuda"
-    return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
-
-
-def plan(
-    config: ModelConfig,
-    *,
-    batch_size: int = 1,
-    dtype_bytes: int = 2,
-    guided: bool = True,
-    device: str = "cpu",
-    device_memory: int | None = None,
-    memory: int | None = None,
-    train: TrainConfig | None = None,
-) -> Plan:
-    """Predict what a model costs.
-
-    Args:
-        config: The model.
-        batch_size: Images sampled together.
-        dtype_bytes: Bytes per value of the compute dtype: 4, or 2 for the half types.
-        guided: Whether sampling uses guidance.
-        device: cpu, cuda or mps: what runs together, and what is kept where, differ between them.
-        device_memory: Bytes of a device, to find the largest batches.
-        memory: Bytes that sampling may take, weights (and on a CPU the process) included; None for no limit.
-        train: Predict training with these settings too.
-
-    Raises:
-        ConfigError: A batch, dtype or memory that makes no sense, or a memory in which not even one image fits.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; expected at least 1.")
-    if dtype_bytes not in (2, 4, 8):
-        raise ConfigError(f"dtype_bytes is {dtype_bytes}; expected 2 (bfloat16, float16) or 4 (float32).")
-    for name, given in (("device_memory", device_memory), ("memory", memory)):
-        if given is not None and given <= 0:
-            raise ConfigError(f"{name} is {given} bytes; expected a positive number.")
+    if machine.dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"--dtype {machine.dtype!r} is not known. {nearest(machine.dtype, ['auto', *DTYPES])}")
+    # Not resolved: predictions are also for devices that this machine does not have.
+    device = resolve_device().type if machine.device == "auto" else machine.device.split(":")[0]
     if device not in TOKENS_AT_ONCE:
-        raise ConfigError(f"device is {device!r}. {nearest(device, TOKENS_AT_ONCE)}")
+        raise ConfigError(f"--device {machine.device!r} is not a device. {nearest(device, TOKENS_AT_ONCE)}")
+    memory = machine.memory_bytes
+    for name, given in (("batch_size", batch_size), ("device_memory", device_memory), ("memory", memory)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} is {given}; expected at least 1.")
+    dtype = DTYPES.get(machine.dtype, torch.float32)
+    train = config.train if isinstance(config, RunConfig) else TrainConfig(batch_size=1)
+    if batch_size is not None:
+        train = train.model_copy(update={"batch_size": batch_size})
+    images = batch_size or 1
     sampling = config.sampling
     if sampling.guided != guided:
         sampling = sampling.model_copy(update={"cfg": 1.0 if guided else 0.0, "cfg_schedule": "linear"})
-    setting = Setting(dtype_bytes, sampling, device)
-    batches = memory_model.sample_batches(config, batch_size, setting, memory)
-    trains = train is not None and config.transformer is not None
-    scales = [_scale_row(config, scale, batch_size, setting, batches) for scale in range(config.pyramid.num_scales)]
-    parts = _parts(config)
-    decoder = parts["quantizer"] + parts["decoder"]
-    transformer = sum(parts.values()) - decoder
-    largest = largest_train = train_peak = None
-    if trains:
-        assert train is not None
-        train_peak = train_peak_bytes(config, train, dtype_bytes, device)
-    if device_memory is not None:
-        largest = memory_model.largest_sample_batch(config, setting, device_memory)
-        if trains:
-            assert train is not None
-            settings = train
-            largest_train = memory_model.largest_batch(
-                lambda images: train_peak_bytes(
-                    config, settings.model_copy(update={"batch_size": images}), dtype_bytes, device
+    setting = Setting(dtype.itemsize, sampling, device)
+    tokenizer, transformer = _tokenizer(config.tokenizer, config.pyramid, dtype), None
+    if config.transformer is not None:
+        with meta_device():
+            transformer = Transformer(config).to_compute_dtype(dtype)
+    decoder = (tokenizer.quantizer, tokenizer.decoder_conv, tokenizer.decoder)
+    weights = weight_bytes(*decoder, *([transformer] if transformer else []))
+
+    def beside_weights(limit: int | None) -> int | None:
+        """What is left of a memory for sampling: without the weights, and on a CPU without the process itself."""
+        return None if limit is None else limit - weights - (PROCESS_BYTES if device == "cpu" else 0)
+
+    def kv_cache_bytes(tokens: int, count: int = images) -> int:
+        """Keys and values: 2·d·C·tokens·(2B with guidance, else B)·bytes per value."""
+        sizes = config.transformer
+        return 2 * sizes.depth * sizes.embed_dim * tokens * (1 + guided) * count * dtype.itemsize if sizes else 0
+
+    batches = choose(config, images, setting, budget=beside_weights(memory), batch_size=images)
+    scales, parts, paper_macs, most_cached = [], dict.fromkeys(PARTS, 0), 0, 0
+    for scale, pattern in enumerate(config.patterns):
+        macs = transformer.macs(scale) if transformer else dict.fromkeys(PARTS[:5], 0)
+        attention = macs["projections"] * 3 // 4 + macs["attention"]  # the paper leaves the output projection out
+        cached, micro_batch = cached_tokens(config, scale), batches.scales[scale]
+        scales.append(
+            {
+                "side": pattern.grid.height if pattern.grid.height == pattern.grid.width else list(pattern.grid),
+                "tokens": pattern.queries,
+                "window": pattern.window if pattern.is_windowed else 0,
+                "keys_per_query": pattern.keys_per_query,
+                "attention_gmacs": attention / GIGA,
+                "total_gmacs": sum(macs.values()) / GIGA,
+                "parts_gmacs": {part: count / GIGA for part, count in macs.items()},
+                "kv_cache_bytes": kv_cache_bytes(cached),
+                "micro_batch": micro_batch,
+                "activation_bytes": footprint.scale_bytes(
+                    config, scale, setting, micro_batch, whole=micro_batch >= batches.images
                 ),
-                device_memory,
-            )
+            }
+        )
+        paper_macs, most_cached = paper_macs + attention, max(most_cached, cached)
+        parts |= {part: parts[part] + count for part, count in macs.items()}
+    parts |= {"conditioning": transformer.conditioning_macs() if transformer else 0, **tokenizer.decoding_macs()}
+    gmacs = {part: count / GIGA for part, count in parts.items()}
+    decoding = gmacs["quantizer"] + gmacs["decoder"]
+    through_transformer = sum(gmacs.values()) - decoding
+
+    def train_peak(count: int) -> int:
+        assert transformer is not None
+        return train_peak_bytes(transformer, train.model_copy(update={"batch_size": count}), dtype.itemsize, device)
+
     return Plan(
         name=config.name,
-        parameters=counts.transformer_parameters(config),
-        tokenizer_parameters=counts.tokenizer_parameters(config),
+        parameters=count_parameters(transformer) if transformer else 0,
+        tokenizer_parameters=count_parameters(tokenizer),
         tokens=config.pyramid.num_tokens,
-        attention_gmacs=attention_gmacs(config),
-        total_gmacs=transformer + decoder,
-        guided_gmacs=2 * transformer + decoder,
-        conditioning_gmacs=parts["conditioning"],
-        decoder_gmacs=decoder,
-        parts_gmacs=parts,
-        batch_size=batch_size,
-        dtype_bytes=dtype_bytes,
+        attention_gmacs=paper_macs / GIGA,
+        total_gmacs=through_transformer + decoding,
+        guided_gmacs=2 * through_transformer + decoding,
+        conditioning_gmacs=gmacs["conditioning"],
+        decoder_gmacs=decoding,
+        parts_gmacs=gmacs,
+        batch_size=images,
+        dtype_bytes=dtype.itemsize,
         device=device,
         guided=guided,
-        weight_bytes=memory_model.weight_bytes(config, dtype_bytes),
-        kv_cache_bytes=counts.kv_cache_bytes(config, batch_size, dtype_bytes, guided),
-        sample_peak_bytes=memory_model.weight_bytes(config, dtype_bytes) + batches.peak_bytes,
+        weight_bytes=weights,
+        kv_cache_bytes=kv_cache_bytes(most_cached),
+        sample_peak_bytes=weights + batches.peak_bytes,
         image_bytes=max(
-            footprint.image_bytes(config) + counts.kv_cache_bytes(config, 1, dtype_bytes, guided),
-            footprint.output_bytes(config, setting),
+            footprint.image_bytes(config) + kv_cache_bytes(most_cached, 1), footprint.output_bytes(config, setting)
         ),
         images_together=batches.images,
         decoder_images=batches.decoder,
         memory=memory,
-        train_batch_size=train.batch_size if train is not None and trains else None,
-        train_peak_bytes=train_peak,
+        train_batch_size=train.batch_size if transformer else None,
+        train_peak_bytes=train_peak(train.batch_size) if transformer else None,
         device_memory=device_memory,
-        largest_batch=largest,
-        largest_train_batch=largest_train,
+        largest_batch=_largest_sample_batch(config, setting, beside_weights(device_memory)),
+        largest_train_batch=largest_batch(train_peak, device_memory) if device_memory and transformer else None,
         scales=scales,
     )
 
 
-def attention_gmacs(config: ModelConfig) -> float:
-    """Attention of all scales in the paper's convention: d·(3·C²·L + 2·C·Σ_q keys(q)) / 10⁹."""
-    return sum(counts.attention_macs(config, scale) for scale in range(config.pyramid.num_scales)) / GIGA
+PARTS = ("inputs", "projections", "attention", "mlp", "head", "conditioning", "quantizer", "decoder")
 
 
-def _parts(config: ModelConfig) -> dict[str, float]:
-    """GMACs of one image without guidance by part."""
-    scales = [counts.scale_macs(config, scale) for scale in range(config.pyramid.num_scales)]
-    macs = {part: sum(scale[part] for scale in scales) for part in scales[0]}
-    macs["conditioning"] = counts.conditioning_macs(config)
-    macs["quantizer"] = config.pyramid.num_scales * counts.quantizer_macs(config)
-    macs["decoder"] = counts.decoder_macs(config) - macs["quantizer"]
-    return {part: value / GIGA for part, value in macs.items()}
+@lru_cache(maxsize=16)
+def _tokenizer(config: TokenizerConfig, pyramid: ScalePyramid, dtype: torch.dtype) -> VQVAE:
+    """On the meta device; shared, since many models have the same."""
+    with meta_device():
+        return VQVAE(config, pyramid).to_compute_dtype(dtype)
 
 
-def _scale_row(
-    config: ModelConfig, scale: int, batch_size: int, setting: Setting, batches: MicroBatches
-) -> dict[str, Any]:
-    pattern = config.patterns[scale]
-    return {
-        "side": pattern.grid.height if pattern.grid.height == pattern.grid.width else list(pattern.grid),
-        "tokens": pattern.queries,
-        "window": pattern.window if pattern.is_windowed else 0,
-        "keys_per_query": pattern.keys_per_query,
-        "attention_gmacs": counts.attention_macs(config, scale) / GIGA,
-        "total_gmacs": counts.transformer_macs(config, scale) / GIGA,
-        "parts_gmacs": {part: macs / GIGA for part, macs in counts.scale_macs(config, scale).items()},
-        "kv_cache_bytes": counts.kv_cache_bytes(config, batch_size, setting.dtype_bytes, setting.guided, scale),
-        "micro_batch": batches.scales[scale],
-        "activation_bytes": footprint.scale_bytes(
-            config, scale, setting, batches.scales[scale], whole=batches.scales[scale] >= batches.images
-        ),
-    }
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of the parameters of modules."""
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
+
+
+def cached_tokens(config: ModelConfig, scale: int) -> int:
+    """Tokens whose keys and values are kept once `scale` is done, as the MVAR paper counts them.
+
+    VAR keeps all tokens so far; n scale prefixes keep the last n - 1 scales; n = 1 keeps nothing.
+    """
+    prefixes = config.attention.scale_prefixes
+    first = 0 if prefixes == "all" else max(0, scale - prefixes + 2)
+    return sum(grid.tokens for grid in config.pyramid.grids[first : scale + 1])
+
+
+def _largest_sample_batch(config: ModelConfig, setting: Setting, budget: int | None) -> int | None:
+    """The most images that the sampler lets advance together, 0 where not even one fits.
+
+    With micro-batches a scale takes as much memory as it is given, so that the number is bounded by what an image needs
+    from scale to scale: f̂, tokens, keys and values where a later scale sees them, pixels on a CPU.
+    """
+    if budget is None:
+        return None
+    try:
+        return choose(config, MAX_BATCH, setting, budget=budget, batch_size=MAX_BATCH).images
+    except ConfigError:
+        return 0
+
+
+def largest_batch(peak_bytes: Callable[[int], int], device_memory: int) -> int:
+    """The largest batch whose predicted peak fits, 0 where not even one image does.
+
+    Args:
+        peak_bytes: Predicted peak for a batch size; must not fall as the batch grows.
+        device_memory: Bytes that there are.
+    """
+    fits, too_large = 0, 1
+    while too_large <= MAX_BATCH and peak_bytes(too_large) <= device_memory:
+        fits, too_large = too_large, 2 * too_large
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        if peak_bytes(middle) <= device_memory:
+            fits = middle
+        else:
+            too_large = middle
+    return fits

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from mvar_core.analysis.cost import plan
-from mvar_core.config import AttentionConfig, ModelConfig
+from mvar_core.analysis.cost import cost_of
+from mvar_core.config import AttentionConfig, Machine, ModelConfig
 from mvar_core.errors import DataError
 from mvar_core.pyramid import Grid, ScalePrefixes
 
@@ -148,8 +148,9 @@ def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, 
         images, guided), each with the value of the `model`, of the `recommended` one, and as `part` the ratio of the
         second to the first (None where the first is 0); `dtype_bytes` per value and `device` as given.
     """
+    machine = Machine(device=device, dtype="bfloat16" if dtype_bytes == 2 else "float32")
     both = [
-        plan(each, batch_size=SAVINGS_BATCH, dtype_bytes=dtype_bytes, guided=True, device=device)
+        cost_of(each, machine, batch_size=SAVINGS_BATCH, guided=True)
         for each in (config, recommended_config(config, best))
     ]
     values: dict[str, Any] = {"batch_size": SAVINGS_BATCH, "dtype_bytes": dtype_bytes, "device": device}

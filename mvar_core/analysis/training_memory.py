@@ -1,117 +1,53 @@
-"""Predicted peak memory of a training step of all scales, by formula; no torch.
+"""Predicted peak memory of a training step of all scales, by formula.
 
 A step holds weights, AdamW's two moments, and at its widest either what the forward pass kept for the backward pass, or
 the gradients with what is left of it: the backward pass frees one while it makes the other. The formulas follow what
-the blocks keep, tensor by tensor. Letters: C width, F hidden width of the MLP, V codebook entries, L tokens.
+the blocks keep, tensor by tensor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import nn
 
-from mvar_core.analysis.counts import block_parameters, head_parameters, transformer_parameters
-from mvar_core.config import ModelConfig, TransformerConfig
 from mvar_core.config.training import TrainConfig
-from mvar_core.models.footprint import FLOAT32, INT64, PADDED_ROWS
-
-IMAGE_BY_IMAGE = 1 << 16
-"""Numbers per image in the stream from which blocks on a CPU train image by image, which keeps less."""
-
-
-@dataclass(frozen=True)
-class KeptBytes:
-    """What the forward pass of some images keeps for the backward pass.
-
-    Attributes:
-        block: Of one block.
-        inputs: What is given to the model.
-        stream: The stream that enters a block.
-        head: The head's norm.
-        logits: Of the loss: log-probabilities, and two gradients of their size.
-        copies: Weights of one block in the compute dtype, where that is not float32.
-        transient: What a block's backward pass makes at its widest.
-    """
-
-    block: int
-    inputs: int
-    stream: int
-    head: int
-    logits: int
-    copies: int
-    transient: int
+from mvar_core.models.footprint import FLOAT32, INT64
+from mvar_core.models.linear import SMALLEST_ROWS
+from mvar_core.models.steps import WORTHWHILE_ELEMENTS
+from mvar_core.models.transformer import Transformer
 
 
-def train_peak_bytes(config: ModelConfig, train: TrainConfig, dtype_bytes: int, device: str = "cpu") -> int:
+def count_parameters(*modules: nn.Module) -> int:
+    """Learned values of modules, also of those on the meta device."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def train_peak_bytes(transformer: Transformer, train: TrainConfig, dtype_bytes: int, device: str = "cpu") -> int:
     """Most memory allocated at once in a training step on one device.
 
     Args:
-        config: The model.
-        train: Batch size, micro-batches, averaged weights, activation checkpointing.
+        transformer: The model; it may be on the meta device.
+        train: Batch size, micro-batches, EMA, activation checkpointing.
         dtype_bytes: Bytes per value of the compute dtype; weights, gradients and moments are float32.
         device: cpu, cuda or mps.
     """
-    sizes = config.transformer
-    if sizes is None:
-        return 0
-    parameters = transformer_parameters(config)
-    rows = train.micro_batch or -(-train.batch_size // train.accumulate)
-    rows = min(rows, train.batch_size)
-    kept = kept_bytes(config, sizes, rows, dtype_bytes, device)
-    # Weights, two moments, and averaged weights where they are asked for.
-    states = parameters * FLOAT32 * (3 + (train.ema > 0))
-    # Gradients of the micro-batches before this one.
-    if rows < train.batch_size:
-        states += parameters * FLOAT32
-    return states + max(
-        parameters * FLOAT32, *(_moment(config, sizes, kept, train, rows, done) for done in range(sizes.depth + 1))
-    )
+    sizes, pyramid = transformer.config, transformer.pyramid
+    width, depth, length = sizes.embed_dim, sizes.depth, pyramid.num_tokens
+    weights = FLOAT32 * count_parameters(transformer)
+    block_weights = FLOAT32 * count_parameters(transformer.blocks[0])
+    head_weights = FLOAT32 * count_parameters(transformer.head, transformer.head_modulation)
+    rows = min(train.micro_batch or -(-train.batch_size // train.accumulate), train.batch_size)
+    accumulates, half, tokens = rows < train.batch_size, dtype_bytes < FLOAT32, rows * length
+    image_by_image = device == "cpu" and length * width >= WORTHWHILE_ELEMENTS  # which keeps less
 
-
-def _moment(
-    config: ModelConfig, sizes: TransformerConfig, kept: KeptBytes, train: TrainConfig, rows: int, done: int
-) -> int:
-    """Bytes beside the states when the backward pass has `done` blocks behind it."""
-    left = sizes.depth - done
-    if train.activation_checkpointing:
-        # Each block's input, and one block computed again for its gradient.
-        blocks = min(left, 1) if done else 0
-        streams = left
-    else:
-        blocks, streams = left, 1
-    activations = kept.inputs + streams * kept.stream + blocks * (kept.block + kept.copies)
-    if done == 0:
-        return activations + kept.head + kept.logits
-    gradients = 0
-    if rows == train.batch_size:
-        gradients = FLOAT32 * (head_parameters(config) + done * block_parameters(sizes))
-    return activations + gradients + kept.transient
-
-
-def kept_bytes(
-    config: ModelConfig, sizes: TransformerConfig, rows: int, dtype_bytes: int, device: str = "cpu"
-) -> KeptBytes:
-    """What the forward pass of `rows` images keeps.
-
-    Args:
-        config: The model.
-        sizes: Its transformer.
-        rows: Images.
-        dtype_bytes: Bytes per value of the compute dtype.
-        device: cpu, cuda or mps.
-    """
-    width, hidden, length = sizes.embed_dim, sizes.hidden_dim, config.pyramid.num_tokens
-    half = dtype_bytes < FLOAT32
-    thrifty = device == "cpu" and length * width >= IMAGE_BY_IMAGE
-    hidden_layer = 2 * hidden * dtype_bytes  # before and after GELU
-    if thrifty:
+    # What a block keeps for its backward pass.
+    hidden_layer = 2 * sizes.hidden_dim * dtype_bytes  # before and after GELU
+    apart = 0
+    if image_by_image:
         # Norms, q k v, q and k normalised, attention, both branches; the stream twice in float32; lengths of q and k.
         per_token = 10 * width * dtype_bytes + 2 * width * FLOAT32
-        if sizes.l2_attention:
-            per_token += 2 * sizes.num_heads * FLOAT32
-        else:
-            per_token -= 2 * width * dtype_bytes
-        # Below so many numbers SDPA computes a scale, and keeps its output apart.
-        small = sum(grid.tokens for grid in config.pyramid if rows * grid.tokens * width < IMAGE_BY_IMAGE)
+        per_token += 2 * sizes.num_heads * FLOAT32 if sizes.l2_attention else -2 * width * dtype_bytes
+        # Small scales are computed by SDPA, which keeps its output apart.
+        small = sum(grid.tokens for grid in pyramid if rows * grid.tokens * width < WORTHWHILE_ELEMENTS)
         apart = rows * small * width * dtype_bytes
     else:
         # Both norms, as they are and modulated (and then cast), and the stream twice.
@@ -121,18 +57,32 @@ def kept_bytes(
         if sizes.l2_attention:
             # q and k in float32, q's direction, and what attention reads; in float32 the directions and q.
             per_token += width * (3 * FLOAT32 + 2 * dtype_bytes if half else 3 * FLOAT32)
-        apart = 0
     # AdaLN vectors of the block, and what norms make of them.
-    modulation = max(rows, PADDED_ROWS) * 6 * width * dtype_bytes + rows * 4 * width * FLOAT32
-    tokens = rows * length
+    modulation = max(rows, SMALLEST_ROWS) * 6 * width * dtype_bytes + rows * 4 * width * FLOAT32
     block = tokens * (per_token + hidden_layer) + apart + modulation
-    return KeptBytes(
-        block=block,
-        inputs=tokens * (config.tokenizer.latent_channels * FLOAT32 + INT64),
-        stream=tokens * width * FLOAT32,
-        head=tokens * width * FLOAT32 * (1 if thrifty else 2),
-        logits=3 * tokens * config.tokenizer.codebook_size * FLOAT32,
-        copies=block_parameters(sizes) * dtype_bytes if half else 0,
-        # GELU's output is gone when two gradients of its size are there; a weight's gradient is cast.
-        transient=tokens * (hidden_layer // 2 + 2 * width * FLOAT32) + (hidden * width * dtype_bytes if half else 0),
-    )
+    # Weights of the block in the compute dtype, where that is not float32.
+    block += block_weights // FLOAT32 * dtype_bytes if half else 0
+
+    stream = tokens * width * FLOAT32
+    inputs = tokens * (transformer.input_projection.in_features * FLOAT32 + INT64)
+    # The head's norm; of the loss: log-probabilities, and two gradients of their size.
+    head = stream * (1 if image_by_image else 2) + 3 * tokens * transformer.head.out_features * FLOAT32
+    # What a block's backward pass makes at its widest: GELU's output is gone when two gradients of its size are there;
+    # a weight's gradient is cast.
+    transient = tokens * (hidden_layer // 2 + 2 * width * FLOAT32)
+    transient += sizes.hidden_dim * width * dtype_bytes if half else 0
+
+    def widest(done: int) -> int:
+        """Bytes next to weights and optimizer state when the backward pass has `done` blocks behind it."""
+        left = depth - done
+        if train.activation_checkpointing:  # each block's input, and one block computed again for its gradient
+            activations = inputs + left * stream + (min(left, 1) * block if done else 0)
+        else:
+            activations = inputs + stream + left * block
+        if done == 0:
+            return activations + head
+        return activations + transient + (0 if accumulates else head_weights + done * block_weights)
+
+    # Weights, two moments, EMA, and the gradients of the micro-batches before this one.
+    states = weights * (3 + (train.ema > 0) + accumulates)
+    return states + max(weights, *(widest(done) for done in range(depth + 1)))

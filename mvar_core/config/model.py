@@ -184,14 +184,6 @@ class ModelConfig(Section):
         return self.transformer.num_classes if self.conditioning.dim is None else None
 
     @property
-    def conditioner_parameters(self) -> int:
-        """Learned parameters that turn conditions into embeddings: a table or a projection, and the null condition."""
-        if self.transformer is None:
-            return 0
-        rows = self.transformer.num_classes if self.conditioning.dim is None else self.conditioning.dim + 1
-        return (rows + 1) * self.transformer.embed_dim
-
-    @property
     def patterns(self) -> tuple[AttentionPattern, ...]:
         """What each scale's tokens attend to."""
         return self.pyramid.attention_patterns(self.attention.scale_prefixes, self.windows)

@@ -217,7 +217,7 @@ class Block(nn.Module):
         self.modulation: nn.Linear | None = None
         self.modulation_offset: nn.Parameter | None = None
         if config.shared_adaln:
-            self.modulation_offset = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
+            self.modulation_offset = nn.Parameter(torch.randn(1, 1, 6, width).div_(math.sqrt(width)))
         else:
             self.modulation = RowStableLinear(width, 6 * width)
 

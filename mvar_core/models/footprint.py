@@ -1,28 +1,29 @@
-"""How much memory sampling takes, part by part, by formula; no torch.
+"""How much memory sampling takes, part by part, by formula.
 
-The sampler chooses its micro-batches from these numbers, and the cost model predicts with them. They follow what the
-code allocates, tensor by tensor, and count what lives together, with the scratch space that kernels take from torch's
+The sampler chooses its micro-batches from these numbers, and `mvar plan` predicts with them. They follow what the code
+allocates, tensor by tensor, and count what lives together, with the scratch space that kernels take from torch's
 allocator; not what libraries and allocators hold for themselves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import nn
 
 from mvar_core.config import ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
+from mvar_core.kernels.tiled import PIECE_ELEMENTS
+from mvar_core.models.linear import SMALLEST_ROWS
+from mvar_core.models.meta import meta_device
+from mvar_core.models.vqvae import Decoder, ResidualBlock, SpatialAttention, Upsample
 from mvar_core.pyramid import Grid
 
 FLOAT32 = 4
 FLOAT64 = INT64 = 8
 
-PADDED_ROWS = 16
-"""Rows to which products of fewer are padded on a CPU (mvar_core.models.linear.SMALLEST_ROWS)."""
-
 DIRECT_CONVOLUTION = 20480
-"""Numbers in one float32 image up to which torch convolves on a CPU through a matrix of all neighbourhoods."""
-
-PIECE_NUMBERS = 1 << 20
-"""Numbers that windowed attention copies at a time (mvar_core.kernels.tiled.PIECE_ELEMENTS)."""
+"""Values of one float32 image up to which torch convolves on a CPU through a matrix of all neighbourhoods."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def classes_bytes(config: ModelConfig, images: int, setting: Setting) -> int:
     most = config.most_conditions
     classes = (images if most is None else min(images, most)) + setting.guided
     if setting.device == "cpu":
-        classes = max(classes, PADDED_ROWS)
+        classes = max(classes, SMALLEST_ROWS)
     return classes * class_bytes(config, setting.dtype_bytes)
 
 
@@ -153,7 +154,7 @@ def _attention_bytes(
         # Where tiles are chosen: copies of queries, keys and values, with earlier scales' before them, and answers;
         # as measured a quarter more than a piece is meant to have, for halos and masks.
         tiles = 4 * values + (2 * row * pattern.keys if pattern.prefix_tokens else 0)
-        copies += min(tiles, 5 * PIECE_NUMBERS // 4) * half
+        copies += min(tiles, 5 * PIECE_ELEMENTS // 4) * half
     output = values * half
     return entered + max(normalising, normalised + output + max(copies, output))
 
@@ -195,73 +196,46 @@ def drawing_bytes(codes: int, setting: Setting) -> int:
 
 
 def decoder_bytes(config: ModelConfig, setting: Setting) -> int:
-    """Bytes of one image's widest moment in the decoder, layer by layer, or in the conversion to pixels."""
-    sizes, bytes_each = config.tokenizer, setting.dtype_bytes
-    widest = 0
-
-    def convolve(before: int, inputs: int, outputs: int, grid: Grid, kernel: int = 3) -> None:
-        """A convolution, while so many numbers per position live beside its input and output."""
-        nonlocal widest
-        scratch = _convolution_scratch(inputs, outputs, grid, bytes_each, setting, kernel)
-        widest = max(widest, (before + inputs + outputs) * grid.tokens * bytes_each + scratch)
-
-    def block(inputs: int, outputs: int, grid: Grid) -> None:
-        """Two convolutions beside the input; before each, its norm and the norm's activation."""
-        nonlocal widest
-        elementwise = max(3 * inputs, inputs + 2 * outputs)
-        widest = max(widest, elementwise * grid.tokens * bytes_each)
-        convolve(inputs, inputs, outputs, grid)
-        convolve(inputs, outputs, outputs, grid)
-        if inputs != outputs:
-            convolve(outputs, inputs, outputs, grid, kernel=1)
-        # The input where it is added as it is, or projected; what is added to it; and the sum.
-        kept = inputs + (outputs if inputs != outputs else 0)
-        widest = max(widest, (kept + 2 * outputs) * grid.tokens * bytes_each)
-
-    def attend(channels: int, grid: Grid) -> None:
-        """Input, norm, q k v; then input, q k v as the kernel reads them, output."""
-        nonlocal widest
-        widest = max(widest, 6 * channels * grid.tokens * bytes_each)
-
-    for step in _decoder_steps(sizes, config.pyramid.latent_grid):
-        kind, inputs, outputs, grid = step
-        if kind == "block":
-            block(inputs, outputs, grid)
-        elif kind == "attention":
-            attend(inputs, grid)
-        elif kind == "upsample":
-            coarse = inputs * (grid.tokens // 4)
-            convolve(coarse // max(1, grid.tokens), inputs, outputs, grid)
-        else:
-            convolve(0, inputs, outputs, grid)
+    """Bytes of one image's widest moment in the decoder, part by part, or in the conversion to pixels."""
+    bytes_each, grid = setting.dtype_bytes, config.pyramid.latent_grid
     height, width = config.image_shape
-    pixels = 3 * height * width
     # The image as decoded, as float32, and twice more on its way to bytes.
-    conversion = pixels * ((bytes_each if bytes_each < FLOAT32 else 0) + 3 * FLOAT32)
-    return max(widest, conversion)
+    widest = 3 * height * width * ((bytes_each if bytes_each < FLOAT32 else 0) + 3 * FLOAT32)
+
+    def need(channels: int, scratch: int = 0) -> None:
+        nonlocal widest
+        widest = max(widest, channels * grid.tokens * bytes_each + scratch)
+
+    def convolve(convolution: nn.Conv2d, beside: int = 0) -> None:
+        """A convolution, while so many other channels live beside its input and output."""
+        inputs, outputs, kernel = convolution.in_channels, convolution.out_channels, convolution.kernel_size[0]
+        scratch = _convolution_scratch(inputs, outputs, grid, bytes_each, setting, kernel)
+        need(beside + inputs + outputs, scratch)
+
+    for part in _decoder(config.tokenizer).parts():
+        if isinstance(part, nn.Conv2d):
+            convolve(part)
+        elif isinstance(part, ResidualBlock):
+            inputs, outputs = part.conv1.in_channels, part.conv1.out_channels
+            need(max(3 * inputs, inputs + 2 * outputs))  # a norm and its activation beside the input
+            convolve(part.conv1, inputs)
+            convolve(part.conv2, inputs)
+            if isinstance(part.shortcut, nn.Conv2d):
+                convolve(part.shortcut, outputs)
+                inputs += outputs
+            need(inputs + 2 * outputs)  # the input, also projected; what is added to it; and the sum
+        elif isinstance(part, SpatialAttention):
+            need(6 * part.projection.out_channels)  # input, q k v as the kernel reads them, output
+        elif isinstance(part, Upsample):
+            grid = Grid(2 * grid.height, 2 * grid.width)
+            convolve(part.conv, part.conv.in_channels // 4)
+    return widest
 
 
-def _decoder_steps(sizes: TokenizerConfig, latent: Grid) -> list[tuple[str, int, int, Grid]]:
-    """What a feature map goes through, coarse to fine: kind, channels in and out, grid of the output."""
-    widths = [sizes.base_channels * multiplier for multiplier in reversed(sizes.channel_multipliers)]
-    grid, channels = latent, widths[0]
-    steps = [("convolution", sizes.latent_channels, channels, grid)]
-    for index in range(sizes.middle_blocks):
-        steps.append(("block", channels, channels, grid))
-        if sizes.attention and index < sizes.middle_blocks - 1:
-            steps.append(("attention", channels, channels, grid))
-    for level, width in enumerate(widths):
-        for _ in range(sizes.decoder_blocks):
-            steps.append(("block", channels, width, grid))
-            channels = width
-            if level == 0 and sizes.attention:
-                steps.append(("attention", channels, channels, grid))
-        if level < len(widths) - 1:
-            grid = Grid(grid.height * 2, grid.width * 2)
-            steps.append(("upsample", channels, channels, grid))
-    # The last norm and its activation are no wider than a block; then the image.
-    steps.append(("convolution", channels, 3, grid))
-    return steps
+@lru_cache(maxsize=16)
+def _decoder(config: TokenizerConfig) -> Decoder:
+    with meta_device():
+        return Decoder(config)
 
 
 def _convolution_scratch(

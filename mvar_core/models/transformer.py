@@ -222,6 +222,30 @@ class Transformer(nn.Module):
                 normed_BLC = torch.lerp(unconditional_BLC, conditional_BLC, 1 + guidance)
             return self.head(normed_BLC)
 
+    def macs(self, scale: int) -> dict[str, int]:
+        """Multiply-accumulates at one scale by part, for one image without guidance; without `conditioning_macs`.
+
+        `inputs`: the input projection (the first scale has none). `projections`: q, k, v and attention's output
+        projection. `attention`: the products q·k and the weighted sum of v. `mlp`. `head`.
+        """
+        pattern, blocks = self.patterns[scale], self._layers
+        attentions, mlps = [block.attention for block in blocks], [block.mlp for block in blocks]
+        return {
+            "inputs": pattern.queries * self.input_projection.weight.numel() if scale else 0,
+            "projections": pattern.queries
+            * sum(a.qkv.weight.numel() + a.projection.weight.numel() for a in attentions),
+            "attention": len(blocks) * 2 * self.config.embed_dim * pattern.queries * pattern.keys_per_query,
+            "mlp": pattern.queries * sum(mlp.up.weight.numel() + mlp.down.weight.numel() for mlp in mlps),
+            "head": pattern.queries * self.head.weight.numel(),
+        }
+
+    def conditioning_macs(self) -> int:
+        """Multiply-accumulates of `condition` for one image without guidance: a vector's projection and the AdaLN's."""
+        modules = [self.head_modulation, self.shared_modulation, *(block.modulation for block in self._layers)]
+        if not self.conditioner.tables:
+            modules += [module for module in self.conditioner.modules() if isinstance(module, nn.Linear)]
+        return sum(module.weight.numel() for module in modules if module is not None)
+
     def drop_unseen(self, cache: KeyValueCache, scale: int) -> None:
         """Forget what no scale after `scale` sees."""
         if scale + 1 < self.pyramid.num_scales:

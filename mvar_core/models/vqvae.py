@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import TokenizerConfig
-from mvar_core.models.quantizer import MultiScaleQuantizer
-from mvar_core.pyramid import ScalePyramid
+from mvar_core.models.quantizer import MultiScaleQuantizer, ResidualConv
+from mvar_core.pyramid import Grid, ScalePyramid
 
 
 class TokenizerOutput(NamedTuple):
@@ -193,14 +193,30 @@ class Decoder(nn.Module):
 
     def forward(self, features_BZhw: Tensor) -> Tensor:
         """Images (B, 3, H, W), not clamped, of features (B, Z, h, w)."""
-        x_BCHW = self.input_conv(features_BZhw)
         # Part by part, since a call of a whole stage would keep the stage's input alive until its end.
+        for part in self.parts():
+            features_BZhw = part(features_BZhw)
+        return features_BZhw
+
+    def parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What features go through, one after the other; the memory and the operations of decoding follow from it."""
+        yield self.input_conv
         for stage in (self.middle, *cast("list[Stage]", list(self.levels))):
-            for part in stage.parts():
-                x_BCHW = part(x_BCHW)
-        x_BCHW = self.output_norm(x_BCHW)
-        x_BCHW = F.silu(x_BCHW)
-        return self.output_conv(x_BCHW)
+            yield from stage.parts()
+        yield from (self.output_norm, F.silu, self.output_conv)
+
+    def macs(self, grid: Grid) -> int:
+        """Multiply-accumulates of decoding features on `grid`; borders count like the inside."""
+        macs = 0
+        for part in self.parts():
+            if isinstance(part, Upsample):
+                grid = Grid(2 * grid.height, 2 * grid.width)
+            if isinstance(part, SpatialAttention):
+                macs += 2 * grid.tokens**2 * part.projection.out_channels
+            if isinstance(part, nn.Module):
+                weights = sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Conv2d))
+                macs += weights * grid.tokens
+        return macs
 
 
 class VQVAE(nn.Module):
@@ -253,6 +269,15 @@ class VQVAE(nn.Module):
         features = features_BZhw.to(self.decoder_conv.weight.dtype)
         images_BCHW: Tensor = self.decoder(self.decoder_conv(features))
         return images_BCHW.to(features_BZhw.dtype)
+
+    def decoding_macs(self) -> dict[str, int]:
+        """Multiply-accumulates from the tokens of one image to its pixels: the `quantizer`'s φ, and the `decoder`."""
+        grid, scales = self.quantizer.pyramid.latent_grid, self.quantizer.pyramid.num_scales
+        refinement = cast("ResidualConv", self.quantizer.residual_convs[0]).conv.weight.numel()
+        return {
+            "quantizer": scales * refinement * grid.tokens,
+            "decoder": self.decoder_conv.weight.numel() * grid.tokens + self.decoder.macs(grid),
+        }
 
     @torch.no_grad()
     def encode(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:

@@ -35,7 +35,7 @@ from mvar_core.analysis.ablation import (
     settings_of,
     summarize,
 )
-from mvar_core.analysis.cost import Plan, plan
+from mvar_core.analysis.cost import Plan, cost_of
 from mvar_core.config import Machine, RunConfig, recorded
 from mvar_core.config.presets import load_config
 from mvar_core.config.training import DataConfig
@@ -330,8 +330,8 @@ class Experiment:
     def cost(self, config: RunConfig) -> Plan:
         """The predicted cost of one image."""
         device = resolve_device(self.machine.device)
-        dtype = resolve_dtype(self.machine.dtype, device)
-        return plan(config, dtype_bytes=dtype.itemsize, guided=config.sampling.guided, device=device.type)
+        dtype = str(resolve_dtype(self.machine.dtype, device)).removeprefix("torch.")
+        return cost_of(config, Machine(device=device.type, dtype=dtype), guided=config.sampling.guided)
 
     def plan(self, overwrite: bool) -> AblationResult:
         """What would be done."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from mvar_core.allocator import keep_freed_memory
-from mvar_core.analysis.cost import plan
+from mvar_core.analysis.cost import cost_of, weight_bytes
 from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import Machine, RunConfig
@@ -202,17 +202,11 @@ def measure_memory(request: Request) -> dict[str, Any]:
         def work() -> None:
             sample(request.batch_size)
 
-    weights = sum(p.numel() * p.element_size() for module in held for p in module.parameters())
+    weights = weight_bytes(*held)
     with allocation_peak(device) as live:
         work()
-    predicted = plan(
-        config,
-        batch_size=request.batch_size,
-        dtype_bytes=dtype.itemsize,
-        guided=settings.guided,
-        device=device.type,
-        train=config.train.model_copy(update={"batch_size": request.batch_size}),
-    )
+    machine = Machine(device=device.type, dtype=str(dtype).removeprefix("torch."))
+    predicted = cost_of(config, machine, batch_size=request.batch_size, guided=settings.guided)
     prediction = predicted.train_peak_bytes if request.what == "train-memory" else predicted.sample_peak_bytes
     assert prediction is not None
     return {

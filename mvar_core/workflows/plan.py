@@ -1,4 +1,4 @@
-"""What a model costs, and which presets there are; no torch, unless a checkpoint is read."""
+"""What a model costs, and which presets there are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mvar_core.config import Machine, ModelConfig
 from mvar_core.config.machine import parse_bytes
 from mvar_core.config.presets import load_config, preset_names
 from mvar_core.errors import ConfigError
+from mvar_core.models.directory import read_model_config
 from mvar_core.pyramid import PatchSize
 from mvar_core.results import Result
 
@@ -69,8 +70,6 @@ def resolve(
         raise ConfigError(
             "--checkpoint brings its own configuration.", "Leave out --preset, --set and --image-size, or --checkpoint."
         )
-    from mvar_core.models.directory import read_model_config  # loads torch, which a preset does without
-
     return read_model_config(Path(checkpoint))
 
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mvar_core.analysis import memory
+from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
-from mvar_core.config import SamplingConfig
+from mvar_core.config import Machine, SamplingConfig
 from mvar_core.config.presets import load_config
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
@@ -106,4 +106,6 @@ def test_weights_are_as_many_bytes_as_the_modules_hold():
     transformer = random_transformer(config, dtype=torch.bfloat16)
     tokenizer = random_tokenizer(config, dtype=torch.bfloat16, encoder=False)
     parameters = [*transformer.parameters(), *tokenizer.parameters()]
-    assert memory.weight_bytes(config, 2) == sum(p.numel() * p.element_size() for p in parameters)
+    assert cost_of(config, Machine(dtype="bfloat16")).weight_bytes == sum(
+        p.numel() * p.element_size() for p in parameters
+    )

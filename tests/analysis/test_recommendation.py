@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mvar_core.analysis.cost import plan
+from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.recommendation import (
     SAVINGS_BATCH,
     WINDOWS,
@@ -14,7 +14,7 @@ from mvar_core.analysis.recommendation import (
     recommended_config,
     savings,
 )
-from mvar_core.config import RunConfig
+from mvar_core.config import Machine, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.errors import DataError
 from mvar_core.pyramid import Grid
@@ -97,8 +97,10 @@ def test_savings_are_those_of_the_plan():
     best = recommend(scale_mass, window_mass, config.pyramid.grids, 0.95)
     assert (best.scale_prefixes, best.windows) == (1, (0, 1, 1, 1))
     found = savings(config, best, dtype_bytes=2)
-    settings = {"batch_size": SAVINGS_BATCH, "dtype_bytes": 2, "guided": True}
-    before, after = plan(config, **settings), plan(recommended_config(config, best), **settings)
+    machine = Machine(device="cpu", dtype="bfloat16")
+    before, after = (
+        cost_of(each, machine, batch_size=SAVINGS_BATCH) for each in (config, recommended_config(config, best))
+    )
     assert after.attention_gmacs < before.attention_gmacs
     for name in ("attention_gmacs", "kv_cache_bytes", "sample_peak_bytes"):
         assert found[name]["model"] == getattr(before, name)

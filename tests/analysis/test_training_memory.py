@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mvar_core.analysis.counts import transformer_parameters
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.analysis.random_models import random_transformer
-from mvar_core.analysis.training_memory import train_peak_bytes
+from mvar_core.analysis.training_memory import count_parameters, train_peak_bytes
 from mvar_core.config.presets import load_config
 from mvar_core.training.measured_step import TrainingStep
 
@@ -21,7 +20,11 @@ def measured(config, dtype):
     with allocation_peak() as live:
         step()
         step()
-    return live.peak_bytes + 4 * transformer_parameters(config)
+    return live.peak_bytes + 4 * count_parameters(transformer)
+
+
+def predicted(config, dtype=torch.float32):
+    return train_peak_bytes(random_transformer(config), config.train, dtype.itemsize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,8 +42,7 @@ def measured(config, dtype):
 @pytest.mark.parametrize("batch", [2, 8])
 def test_training_peak_is_what_is_allocated(settings, prefixes, dtype, batch):
     config = load_config("digits", [*settings, f"attention.scale_prefixes={prefixes}", f"train.batch_size={batch}"])
-    predicted = train_peak_bytes(config, config.train, dtype.itemsize)
-    assert predicted == pytest.approx(measured(config, dtype), rel=0.1)
+    assert predicted(config, dtype) == pytest.approx(measured(config, dtype), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +54,10 @@ def test_what_saves_memory_is_predicted_to(settings):
         "digits",
         [*WIDE, "attention.windows=[0,0,0,0,7]", "transformer.depth=6", "train.batch_size=8", *settings],
     )
-    predicted = train_peak_bytes(thrifty, thrifty.train, 4)
-    assert predicted < 0.8 * train_peak_bytes(plain, plain.train, 4)
-    assert predicted == pytest.approx(measured(thrifty, torch.float32), rel=0.1)
+    assert predicted(thrifty) < 0.8 * predicted(plain)
+    assert predicted(thrifty) == pytest.approx(measured(thrifty, torch.float32), rel=0.1)
 
 
-def test_averaged_weights_take_their_bytes():
-    config = load_config("digits")
-    averaged = config.train.model_copy(update={"ema": 0.999})
-    more = train_peak_bytes(config, averaged, 4) - train_peak_bytes(config, config.train, 4)
-    assert more == 4 * transformer_parameters(config)
-    assert train_peak_bytes(config.model_copy(update={"transformer": None}), config.train, 4) == 0
+def test_ema_takes_the_bytes_of_the_weights():
+    config, averaged = load_config("digits"), load_config("digits", ["train.ema=0.999"])
+    assert predicted(averaged) - predicted(config) == 4 * count_parameters(random_transformer(config))

@@ -60,12 +60,6 @@ def test_examples_fit_a_line_and_name_options_that_exist(entry):
     assert len(entry.summary) <= 80
 
 
-def test_planning_a_preset_needs_no_torch():
-    text, loaded = modules_after("plan", "--preset", "mvar-d16-256", "--json")
-    assert "torch" not in loaded
-    assert json.loads(text)["parameters"] > 3e8
-
-
 def test_version(mvar):
     assert mvar("--version").out.strip() == f"mvar {__version__}"
 

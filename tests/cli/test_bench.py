@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mvar_core.analysis.counts import kv_cache_bytes
+from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config
 from mvar_core.errors import MvarError
@@ -51,7 +51,7 @@ def test_sampling_compares_var_with_mvar(mvar, preset, tmp_path):
     # The cache is measured, not computed; VAR's holds all scales of both halves, MVAR has none.
     config = load_config(str(preset))
     var = twins(config)[0][1]
-    assert [row["kv_cache_bytes"] for row in rows[1:3]] == [kv_cache_bytes(var, 1, 4, guided=True), 0]
+    assert [row["kv_cache_bytes"] for row in rows[1:3]] == [cost_of(var).kv_cache_bytes, 0]
 
 
 @pytest.mark.usefixtures("in_process")

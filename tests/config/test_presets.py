@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from mvar_core.analysis.cost import plan
+from mvar_core.analysis.cost import cost_of
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config, preset_names, read_preset
 from mvar_core.models.transformer import Transformer
@@ -64,7 +64,7 @@ def test_preset_builds_with_the_predicted_and_published_parameters(name):
     with torch.device("meta"):
         transformer = None if name in TOKENIZERS else Transformer(config)
         tokenizer = VQVAE(config.tokenizer, config.pyramid)
-    predicted = plan(config)
+    predicted = cost_of(config)
     parameters = sum(parameter.numel() for parameter in transformer.parameters()) if transformer else 0
     assert parameters == predicted.parameters
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == predicted.tokenizer_parameters

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvar_core.analysis.counts import transformer_parameters
+from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.random_models import random_transformer
 from mvar_core.config import ModelConfig
 from mvar_core.config.presets import load_config
@@ -168,7 +168,7 @@ def test_the_configuration_is_checked(settings: list[str], message: str) -> None
 
 def test_counts_weight_decay_and_random_models() -> None:
     model, config = build()
-    assert transformer_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert cost_of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
     assert config.most_conditions is None
     exempt = model.no_decay_names()
     assert {"vector_embedding.no_vector", "vector_embedding.projection.bias"} <= exempt

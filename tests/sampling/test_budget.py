@@ -69,11 +69,3 @@ def test_a_batch_is_never_larger_than_asked_for():
 def test_the_machine_says_what_it_has():
     free = free_memory(CPU)
     assert free is None or free > 10**8
-
-
-def test_numbers_that_are_written_down_twice_agree():
-    from mvar_core.kernels.tiled import PIECE_ELEMENTS
-    from mvar_core.models.linear import SMALLEST_ROWS
-
-    assert footprint.PIECE_NUMBERS == PIECE_ELEMENTS
-    assert footprint.PADDED_ROWS == SMALLEST_ROWS

@@ -46,7 +46,7 @@ def plan(
     console.show(cost)
 
 
-def show_presets(listed: mvar.PresetList) -> None:
+def show_presets(listed: "mvar.PresetList") -> None:
     """One row for each preset."""
     rows = [
         (

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from mvar_core.kernels.select import (
-    BACKEND_NAMES,
-    attend,
-    available_backends,
-    check_backend,
-)
+from mvar_core.kernels.select import BACKEND_NAMES, attend, available_backends, check_backend
 
 __all__ = ["BACKEND_NAMES", "attend", "available_backends", "check_backend"]

@@ -34,20 +34,27 @@ class AttentionCall:
     needs_grad: bool = False
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPattern, float], Tensor]
+"""`(q_BHQD, k_BHKD, v_BHKD, pattern, scale) -> o_BHQD`: softmax(scale · q kᵀ) v over the keys that the pattern shows.
+
+Queries are those of one scale in raster order; keys and values are those of earlier scales that it sees, then its own.
+The output has the dtype of the queries."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention over a scale.
 
     Attributes:
         name: What `--attention` calls it.
-        attend: `(q_BHQD, k_BHKD, v_BHKD, pattern, scale) -> o_BHQD`, differentiable.
+        attend: The function, differentiable.
         cannot_run: The reason why it cannot run a call, or None.
         not_chosen: The reason why "auto" passes it over even where it can run, or None. It is asked first, so it must
             be quick: no import of a package that the answer may not need.
     """
 
     name: str
-    attend: Callable[[Tensor, Tensor, Tensor, AttentionPattern, float], Tensor]
+    attend: Attend
     cannot_run: Callable[[AttentionCall], str | None]
     not_chosen: Callable[[AttentionCall], str | None]
 
@@ -55,6 +62,20 @@ class Backend:
 def runs_everything(call: AttentionCall) -> str | None:
     """The predicate of a backend that has no limits."""
     return None
+
+
+def beyond_flex(call: AttentionCall, name: str) -> str | None:
+    """Why FlexAttention, and what is built on it, cannot run a call; None where it can."""
+    if call.device.type not in ("cpu", "cuda"):
+        return f"{name} does not run on {call.device.type}"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{name} does not run in {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+def any_needs_grad(*tensors: Tensor) -> bool:
+    """Whether a backward pass will follow."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 # A model has a handful of windowed scales; the largest published mask (64×64 tokens and prefixes) takes 39 MB.

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
-from mvar_core.kernels.backend import Backend, runs_everything, visibility_mask
+from mvar_core.kernels.backend import Backend, any_needs_grad, runs_everything, visibility_mask
 from mvar_core.pyramid import AttentionPattern, window_start
 
 STRIP_ROWS = 4
@@ -35,30 +34,15 @@ WORTHWHILE_ELEMENTS = 1 << 16
 """Elements of the queries below which SDPA, with fewer calls, is faster."""
 
 
-def attend_dense(
-    q_BHQD: Float[Tensor, "B H Q D"],
-    k_BHKD: Float[Tensor, "B H K D"],
-    v_BHKD: Float[Tensor, "B H K D"],
-    pattern: AttentionPattern,
-    scale: float,
-) -> Float[Tensor, "B H Q D"]:
-    """softmax(scale · q kᵀ) v over the keys that `pattern` shows; no mask where the scale is whole."""
-    if _strips_pay(q_BHQD, k_BHKD, v_BHKD):
+def attend_dense(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """Attention in strips where a CPU trains, else by SDPA, without a mask where the scale is whole."""
+    # Where a CPU trains, SDPA is slow at masks and in bfloat16, and keeps its output twice.
+    trains = q_BHQD.device.type == "cpu" and any_needs_grad(q_BHQD, k_BHKD, v_BHKD)
+    if trains and q_BHQD.numel() >= WORTHWHILE_ELEMENTS and not torch.compiler.is_compiling():
         output: Tensor = _Strips.apply(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
         return output
     mask_QK = visibility_mask(pattern, q_BHQD.device) if pattern.is_windowed else None
     return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_QK, scale=scale)
-
-
-def _strips_pay(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> bool:
-    """Whether a CPU trains: SDPA is slow at masks there and in bfloat16, and keeps its output twice."""
-    return (
-        q_BHQD.device.type == "cpu"
-        and q_BHQD.numel() >= WORTHWHILE_ELEMENTS
-        and torch.is_grad_enabled()
-        and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
-        and not torch.compiler.is_compiling()
-    )
 
 
 class _Strip(NamedTuple):

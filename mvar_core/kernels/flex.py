@@ -19,10 +19,10 @@ from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from mvar_core.kernels.backend import AttentionCall, Backend, axis_visibility
+from mvar_core.kernels.backend import AttentionCall, Backend, any_needs_grad, axis_visibility, beyond_flex
 from mvar_core.kernels.tiled import differentiable
 from mvar_core.pyramid import AttentionPattern
 
@@ -36,14 +36,8 @@ WORTHWHILE_SHARE = 0.5
 """"auto" chooses FlexAttention where it visits at most this share of the blocks; by counting, not measured."""
 
 
-def attend_flex(
-    q_BHQD: Float[Tensor, "B H Q D"],
-    k_BHKD: Float[Tensor, "B H K D"],
-    v_BHKD: Float[Tensor, "B H K D"],
-    pattern: AttentionPattern,
-    scale: float,
-) -> Float[Tensor, "B H Q D"]:
-    """softmax(scale · q kᵀ) v over the keys that `pattern` shows; whole scales, which need no mask, go to SDPA."""
+def attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """Attention by FlexAttention; whole scales, which need no mask, go to SDPA."""
     if not pattern.is_windowed:
         return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, scale=scale)
     if q_BHQD.device.type == "cpu":
@@ -54,9 +48,8 @@ def attend_flex(
 def _attend_compiled(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
     width = q_BHQD.shape[-1]
     q_BHQD, k_BHKD, v_BHKD = (_padded(x) for x in (q_BHQD, k_BHKD, v_BHKD))
-    needs_grad = torch.is_grad_enabled() and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
     sizes = (q_BHQD.shape[1], q_BHQD.shape[-1])
-    attend = _compiled(pattern, q_BHQD.device, q_BHQD.dtype, sizes, scale, needs_grad)
+    attend = _compiled(pattern, q_BHQD.device, q_BHQD.dtype, sizes, scale, any_needs_grad(q_BHQD, k_BHKD, v_BHKD))
     return attend(q_BHQD, k_BHKD, v_BHKD)[..., :width]
 
 
@@ -189,21 +182,13 @@ def visited_share(pattern: AttentionPattern) -> float:
 
 
 def _cannot_run(call: AttentionCall) -> str | None:
-    if call.device.type not in ("cpu", "cuda"):
-        return f"FlexAttention is not used on {call.device.type}, where it has no backward pass"
-    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"FlexAttention does not run in {str(call.dtype).removeprefix('torch.')}"
-    if call.device.type == "cuda":
-        return _cannot_compile(call.device)
-    return None
-
-
-def _cannot_compile(device: torch.device) -> str | None:
+    if call.device.type != "cuda":
+        return beyond_flex(call, "FlexAttention")
     if importlib.util.find_spec("triton") is None:
         return "FlexAttention is compiled by triton, which is not installed"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (7, 0):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(call.device) < (7, 0):
         return "FlexAttention's compiler needs a GPU of compute capability 7.0 or later"
-    return None
+    return beyond_flex(call, "FlexAttention")
 
 
 def _not_chosen(call: AttentionCall) -> str | None:

@@ -13,22 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
-from mvar_core.kernels.backend import AttentionCall, Backend
+from mvar_core.kernels.backend import AttentionCall, Backend, beyond_flex
 from mvar_core.kernels.tiled import differentiable
 from mvar_core.pyramid import AttentionPattern
 
 
-def attend_natten(
-    q_BHQD: Float[Tensor, "B H Q D"],
-    k_BHKD: Float[Tensor, "B H K D"],
-    v_BHKD: Float[Tensor, "B H K D"],
-    pattern: AttentionPattern,
-    scale: float,
-) -> Float[Tensor, "B H Q D"]:
-    """softmax(scale · q kᵀ) v over the keys that `pattern` shows."""
+def attend_natten(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """Attention by NATTEN's kernels where they are, else through FlexAttention."""
     if pattern.window_grid.tokens == 1:
         return _attend_single(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
     if _has_kernels(q_BHQD.device):
@@ -116,11 +109,7 @@ def _cannot_run(call: AttentionCall) -> str | None:
         return f"natten cannot be imported: {error}"
     except (ImportError, OSError, RuntimeError) as error:
         return f"natten cannot be imported: {error}"
-    if call.device.type not in ("cpu", "cuda"):
-        return f"natten does not run on {call.device.type}"
-    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"natten does not run in {str(call.dtype).removeprefix('torch.')}"
-    return None
+    return beyond_flex(call, "natten")
 
 
 def _not_chosen(call: AttentionCall) -> str | None:

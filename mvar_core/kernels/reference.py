@@ -6,27 +6,17 @@ Shapes: B batch, H heads, Q queries, K keys, D head width, V keys that one query
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
+from mvar_core.kernels.backend import Backend, runs_everything
 from mvar_core.pyramid import AttentionPattern
 
 QUERIES_AT_ONCE = 64
 """Queries whose gathered keys are held at a time; every query has a copy of its keys."""
 
 
-def attend_reference(
-    q_BHQD: Float[Tensor, "B H Q D"],
-    k_BHKD: Float[Tensor, "B H K D"],
-    v_BHKD: Float[Tensor, "B H K D"],
-    pattern: AttentionPattern,
-    scale: float,
-) -> Float[Tensor, "B H Q D"]:
-    """softmax(scale · q kᵀ) v over `pattern.visible_keys`, in float32 or better; slow.
-
-    Keys that a query does not see do not touch its output, whatever they hold.
-    """
+def attend_reference(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """Attention over `pattern.visible_keys` alone, whatever the other keys hold, in float32 or better."""
     accumulate = torch.promote_types(q_BHQD.dtype, torch.float32)
     visible_QV = torch.tensor([pattern.visible_keys(query) for query in range(pattern.queries)], device=q_BHQD.device)
     outputs = []
@@ -38,8 +28,6 @@ def attend_reference(
     return torch.cat(outputs, dim=2).to(q_BHQD.dtype)
 
 
-def _not_chosen(call: AttentionCall) -> str | None:
-    return "it is slow, made to be read and compared with"
-
-
-BACKEND = Backend("reference", attend_reference, runs_everything, _not_chosen)
+BACKEND = Backend(
+    "reference", attend_reference, runs_everything, lambda call: "it is slow, made to be read and compared with"
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvar_core.errors import BackendError, nearest
 from mvar_core.kernels import dense, flex, natten, reference, tiled
-from mvar_core.kernels.backend import AttentionCall, Backend
+from mvar_core.kernels.backend import AttentionCall, Backend, any_needs_grad
 from mvar_core.pyramid import AttentionPattern, Grid
 
 BACKENDS: tuple[Backend, ...] = (natten.BACKEND, flex.BACKEND, tiled.BACKEND, dense.BACKEND, reference.BACKEND)
@@ -57,8 +57,7 @@ def attend(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         q_BHQD, k_BHKD, v_BHKD = q_BHQD.to(dtype), k_BHKD.to(dtype), v_BHKD.to(dtype)
-    needs_grad = torch.is_grad_enabled() and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad)
-    call = AttentionCall(pattern, device, q_BHQD.dtype, needs_grad)
+    call = AttentionCall(pattern, device, q_BHQD.dtype, any_needs_grad(q_BHQD, k_BHKD, v_BHKD))
     return select_backend(backend, call).attend(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mvar_core.kernels.backend import AttentionCall, Backend, runs_everything
+from mvar_core.kernels.backend import Attend, AttentionCall, Backend, any_needs_grad, runs_everything
 from mvar_core.kernels.dense import STRIP_ROWS
 from mvar_core.pyramid import AttentionPattern, Grid, window_start
 
@@ -74,20 +74,21 @@ LARGEST_TILE_SIDE = 16
 """Larger tiles were never the fastest, but on an axis that its window covers."""
 
 
-def attend_tiled(
-    q_BHQD: Float[Tensor, "B H Q D"],
-    k_BHKD: Float[Tensor, "B H K D"],
-    v_BHKD: Float[Tensor, "B H K D"],
-    pattern: AttentionPattern,
-    scale: float,
-) -> Float[Tensor, "B H Q D"]:
-    """softmax(scale · q kᵀ) v over the keys that `pattern` shows, tile by tile."""
+def attend_tiled(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
+    """Attention tile by tile; whole scales, which need no mask, go to SDPA."""
     if not pattern.is_windowed:
         return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, scale=scale)
-    if torch.is_grad_enabled() and (q_BHQD.requires_grad or k_BHKD.requires_grad or v_BHKD.requires_grad):
-        output: Tensor = _TiledWithBackward.apply(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
-        return output
-    return _forward(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    return differentiable(_forward, q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+
+
+def differentiable(
+    forward: Attend, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float
+) -> Tensor:
+    """What `forward` computes, with the gradients of tiled attention, which is the same function."""
+    if not any_needs_grad(q_BHQD, k_BHKD, v_BHKD):
+        return forward(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    output: Tensor = _WithTiledBackward.apply(forward, q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    return output
 
 
 def _forward(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
@@ -100,16 +101,22 @@ def _forward(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionP
     return o_BHYXD.flatten(2, 3)
 
 
-class _TiledWithBackward(torch.autograd.Function):
-    """Tiles with gradients. Each piece's attention is computed again in the backward pass, which bounds its memory."""
+class _WithTiledBackward(torch.autograd.Function):
+    """Each piece's attention is computed again in the backward pass, which bounds its memory."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float
+        ctx: Any,
+        compute: Attend,
+        q_BHQD: Tensor,
+        k_BHKD: Tensor,
+        v_BHKD: Tensor,
+        pattern: AttentionPattern,
+        scale: float,
     ) -> Tensor:
         ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD)
         ctx.pattern, ctx.scale = pattern, scale
-        return _forward(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+        return compute(q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), pattern, scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,8 +139,8 @@ class _TiledWithBackward(torch.autograd.Function):
             for dx_GTkD, dx_BHKD in zip(key_gradients, (dk_BHKD, dv_BHKD), strict=True):
                 piece.add_keys(dx_GTkD, dx_BHKD)
         found = (dq_BHYXD.flatten(2, 3), dk_BHKD.to(k_BHKD.dtype), dv_BHKD.to(v_BHKD.dtype))
-        wanted = (x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False))
-        return (*wanted, None, None)
+        wanted = (x if needed else None for x, needed in zip(found, ctx.needs_input_grad[1:4], strict=True))
+        return (None, *wanted, None, None)
 
 
 class _Maps:
@@ -507,45 +514,6 @@ def dense_training_products(pattern: AttentionPattern, heads: int = TYPICAL_HEAD
         rows_seen = window_start(last, height, window) + window - window_start(top, height, window)
         products += (last + 1 - top) * rows_seen
     return heads * products * pattern.grid.width**2
-
-
-ForwardOnly = Callable[[Tensor, Tensor, Tensor, AttentionPattern, float], Tensor]
-
-
-def differentiable(
-    forward_only: ForwardOnly,
-    q_BHQD: Float[Tensor, "B H Q D"],
-    k_BHKD: Float[Tensor, "B H K D"],
-    v_BHKD: Float[Tensor, "B H K D"],
-    pattern: AttentionPattern,
-    scale: float,
-) -> Float[Tensor, "B H Q D"]:
-    """What `forward_only` computes, with the gradients of tiled attention, which is the same function."""
-    output: Tensor = _Recomputed.apply(forward_only, q_BHQD, k_BHKD, v_BHKD, pattern, scale)
-    return output
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        forward_only: ForwardOnly,
-        q_BHQD: Tensor,
-        k_BHKD: Tensor,
-        v_BHKD: Tensor,
-        pattern: AttentionPattern,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD)
-        ctx.pattern, ctx.scale = pattern, scale
-        return forward_only(q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), pattern, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHQD, k_BHKD, v_BHKD = inputs = tuple(x.detach().requires_grad_() for x in ctx.saved_tensors)
-        with torch.enable_grad():
-            o_BHQD = attend_tiled(q_BHQD, k_BHKD, v_BHKD, ctx.pattern, ctx.scale)
-        return (None, *torch.autograd.grad(o_BHQD, inputs, gradients), None, None)
 
 
 def _not_chosen(call: AttentionCall) -> str | None:

@@ -110,6 +110,7 @@ FAULTS = (
     Fault(
         'size=tuple(grid), mode="bicubic", align_corners=False',
         'size=tuple(grid), mode="bilinear", align_corners=False',
+        "models/quantizer.py",
     ),
     Fault("strength = settings.cfg * ratio", "strength = settings.cfg"),
     Fault(
@@ -138,7 +139,7 @@ FAULTS = (
     ),
     Fault("(1 - config.warmup_start) * step / warmup", "step / warmup"),
     Fault(
-        "factor = config.end + (1 - config.end) * (1 - passed) / (1 - _CONSTANT_PART)",
+        "factor = config.end + (1 - config.end) * (1 - passed) / (1 - _CONSTANT_SHARE)",
         "factor = config.end + (1 - config.end) * (1 - passed)",
     ),
     Fault(

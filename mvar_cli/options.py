@@ -116,9 +116,24 @@ class MachineOptions(Group):
     ] = None  # fmt: skip
 
 
-class LoopOptions(Group):
-    """Keys of a training section that have options of their own; all others are changed by --set."""
+class TrainOptions(Group):
+    """What trainings start from, where they resume, and keys of the training section that have options of their own."""
 
+    tokens: Tokens = None
+    data: OptionalData = None
+    tokenizer: Annotated[
+        Path | None,
+        option("--tokenizer --checkpoint", "PATH", "Model directory with the tokenizer; finetune-from-var also accepts"
+               " its published file. Default: the one that made the tokens, or the VAR's own."),
+    ] = None  # fmt: skip
+    preset: Preset = None
+    settings: Settings = None
+    seed: OptionalSeed = None
+    validation: Validation = None
+    resume: Resume = True
+    overwrite: Overwrite = False
+    fsdp: Fsdp = False
+    dry_run: DryRun = False
     steps: Steps = None
     epochs: Annotated[float | None, option("--epochs", "N", "Passes over the tokens.")] = None
     batch_size: BatchSize = None
@@ -177,8 +192,8 @@ if TYPE_CHECKING:
     BasicSampling = mvar.SamplingConfig
     GuidedSampling = mvar.SamplingConfig
     Sampling = mvar.SamplingConfig
-    Loop = mvar.LoopSettings
-    TokenizerLoop = mvar.TokenizerLoopSettings
+    Train = mvar.TrainOptions
+    TrainTokenizer = mvar.TrainTokenizerOptions
 else:
     Device = MachineOptions.only("device", "dtype")
     MemoryDevice = MachineOptions.only("device", "dtype", "memory")
@@ -188,8 +203,11 @@ else:
     BasicSampling = SamplingOptions.only("cfg", "top_k", "top_p")
     GuidedSampling = SamplingOptions.only("cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales")
     Sampling = SamplingOptions
-    TokenizerLoop = LoopOptions.only("steps", "batch_size", "micro_batch", "ema", "checkpoint_every")
-    Loop = LoopOptions
+    TrainTokenizer = TrainOptions.only(
+        "preset", "settings", "seed", "resume", "overwrite", "dry_run", "steps", "batch_size", "micro_batch", "ema",
+        "checkpoint_every",
+    )  # fmt: skip
+    Train = TrainOptions
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.workflows.plan import PresetList as PresetList
     from mvar_core.workflows.plan import list_presets as list_presets
     from mvar_core.workflows.plan import plan as plan
-    from mvar_core.workflows.runs import LoopSettings as LoopSettings
-    from mvar_core.workflows.runs import TokenizerLoopSettings as TokenizerLoopSettings
+    from mvar_core.workflows.runs import TrainOptions as TrainOptions
+    from mvar_core.workflows.runs import TrainTokenizerOptions as TrainTokenizerOptions
     from mvar_core.workflows.train import TrainResult as TrainResult
     from mvar_core.workflows.train import finetune_from_var as finetune_from_var
     from mvar_core.workflows.train import train as train
@@ -67,7 +67,7 @@ _MODULES = {
     "mvar_core.workflows.reconstruction": ("evaluate_reconstruction",),
     "mvar_core.workflows.sample": ("sample_to",),
     "mvar_core.workflows.tokenize": ("tokenize",),
-    "mvar_core.workflows.runs": ("LoopSettings", "TokenizerLoopSettings"),
+    "mvar_core.workflows.runs": ("TrainOptions", "TrainTokenizerOptions"),
     "mvar_core.workflows.train": ("TrainResult", "finetune_from_var", "train"),
     "mvar_core.workflows.train_tokenizer": ("TrainTokenizerResult", "train_tokenizer"),
 }

@@ -17,20 +17,7 @@ def finetune_from_var(
         Path, typer.Option("--var-checkpoint", metavar="PATH", help="Model directory or published .pth to start from.")
     ],
     machine: options.Machine,
-    loop: options.Loop,
-    tokens: options.Tokens = None,
-    data: options.OptionalData = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            "--tokenizer",
-            "--checkpoint",
-            metavar="PATH",
-            help="The tokenizer's directory or published file. Default: the VAR's own.",
-        ),
-    ] = None,
-    preset: options.Preset = None,
-    settings: options.Settings = None,
+    given: options.Train,
     scale_prefixes: options.ScalePrefixes = None,
     windows: options.Windows = None,
     classes: Annotated[
@@ -42,12 +29,6 @@ def finetune_from_var(
             " number, reinit starts it from scratch; auto keeps where the numbers agree, else reinit.",
         ),
     ] = "auto",
-    seed: options.OptionalSeed = None,
-    validation: options.Validation = None,
-    resume: options.Resume = True,
-    overwrite: options.Overwrite = False,
-    fsdp: options.Fsdp = False,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Train an MVAR that starts from VAR weights; which token sees which follows from the options, never from the file.
 
@@ -59,22 +40,11 @@ def finetune_from_var(
     result = mvar.finetune_from_var(
         out=out,
         var_checkpoint=var_checkpoint,
-        tokens=tokens,
-        data=data,
-        tokenizer=tokenizer,
-        preset=preset,
-        settings=settings or (),
         scale_prefixes=scale_prefixes,
         windows=windows,
         classes=classes,
-        seed=seed,
-        validation=validation,
-        resume=resume,
-        overwrite=overwrite,
-        fsdp=fsdp,
-        dry_run=dry_run,
         machine=machine,
         progress=console.progress,
-        **loop,
+        **given,
     )
     show(result)

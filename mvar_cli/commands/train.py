@@ -12,23 +12,12 @@ from mvar_cli import console, options
 def train(
     out: options.Out,
     machine: options.Machine,
-    loop: options.Loop,
-    tokens: options.Tokens = None,
-    data: options.OptionalData = None,
-    tokenizer: options.OptionalTokenizer = None,
-    preset: options.Preset = None,
-    settings: options.Settings = None,
+    given: options.Train,
     depth: Annotated[
         int | None,
         typer.Option("--depth", min=1, metavar="N", help="Blocks; N heads, width 64·N. Default: the preset's, or 8."),
     ] = None,
     image_size: options.ImageSize = None,
-    seed: options.OptionalSeed = None,
-    validation: options.Validation = None,
-    resume: options.Resume = True,
-    overwrite: options.Overwrite = False,
-    fsdp: options.Fsdp = False,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Train a VAR or MVAR from scratch on a token cache, or on images that are tokenized first.
 
@@ -36,26 +25,8 @@ def train(
     tokenizer is the one that made the cache. Running the same command again resumes where it stopped, with any number
     of processes: under torchrun or --nproc they share every batch. The run directory is also a model directory.
     """
-    result = mvar.train(
-        out=out,
-        tokens=tokens,
-        data=data,
-        tokenizer=tokenizer,
-        preset=preset,
-        settings=settings or (),
-        depth=depth,
-        image_size=image_size,
-        seed=seed,
-        validation=validation,
-        resume=resume,
-        overwrite=overwrite,
-        fsdp=fsdp,
-        dry_run=dry_run,
-        machine=machine,
-        progress=console.progress,
-        **loop,
-    )
-    show(result)
+    progress = console.progress
+    show(mvar.train(out=out, depth=depth, image_size=image_size, machine=machine, progress=progress, **given))
 
 
 def show(result: "mvar.TrainResult") -> None:

@@ -14,11 +14,8 @@ def train_tokenizer(
     data: options.Data,
     out: options.Out,
     machine: options.Device,
-    loop: options.TokenizerLoop,
-    preset: options.Preset = None,
-    settings: options.Settings = None,
+    given: options.TrainTokenizer,
     image_size: options.ImageSize = None,
-    seed: options.OptionalSeed = None,
     start: Annotated[
         Path | None,
         typer.Option("--start", metavar="DIR|FILE.pth", help="Tokenizer to start from: a directory or published file."),
@@ -32,9 +29,6 @@ def train_tokenizer(
     lpips_weights: Annotated[
         Path | None, typer.Option("--lpips-weights", metavar="FILE", help="LPIPS' weights, for the perceptual loss.")
     ] = None,
-    resume: options.Resume = True,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
 ) -> None:
     """Train a multi-scale residual VQVAE on images.
 
@@ -44,20 +38,14 @@ def train_tokenizer(
     result = mvar.train_tokenizer(
         data=data,
         out=out,
-        preset=preset,
-        settings=settings or (),
         image_size=image_size,
-        seed=seed,
         start=start,
         new_codebook=new_codebook,
         vgg_weights=vgg_weights,
         lpips_weights=lpips_weights,
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
         machine=machine,
         progress=console.progress,
-        **loop,
+        **given,
     )
     if result.dry_run is None and not result.interrupted:
         console.end_progress()

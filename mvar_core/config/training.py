@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mvar_core.config.section import Section
 
-WARMUP = "fraction of the steps (below 1) or number of steps (1 and above)"
+Rate = Annotated[float, Field(gt=0, description="peak learning rate, at a batch of lr_batch images where that is set")]
+RateBatch = Annotated[int | None, Field(ge=1, description="scale lr by batch_size / lr_batch; null leaves lr as it is")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, description="not applied to 1-D parameters, biases and tables")]
+Clip = Annotated[float, Field(ge=0, description="clip the gradient's norm; 0 does not clip")]
+Schedule = Annotated[Literal["lin0", "cosine", "constant"], Field(description="shape after the warm-up")]
+Warmup = Annotated[float, Field(ge=0, description="fraction of the steps (below 1) or number of steps (1 and above)")]
+WarmupStart = Annotated[float, Field(ge=0, le=1, description="first learning rate over the peak")]
+End = Annotated[float, Field(ge=0, le=1, description="last learning rate over the peak (wpe)")]
 
 
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(1e-4, gt=0, description="peak learning rate at a batch of lr_batch images")
-    lr_batch: int | None = Field(256, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.05, ge=0, description="not applied to 1-D parameters, biases and tables")
-    grad_clip: float = Field(2.0, ge=0, description="clip the gradient's norm; 0 does not clip")
-    schedule: Literal["lin0", "cosine", "constant"] = Field("lin0", description="shape after the warm-up")
-    warmup: float = Field(0.02, ge=0, description=WARMUP)
-    warmup_start: float = Field(0.005, ge=0, le=1, description="first learning rate over the peak")
-    end: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak (wpe)")
+    lr: Rate = 1e-4
+    lr_batch: RateBatch = 256
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: Decay = 0.05
+    grad_clip: Clip = 2.0
+    schedule: Schedule = "lin0"
+    warmup: Warmup = 0.02
+    warmup_start: WarmupStart = 0.005
+    end: End = 0.1
 
 
 class TokenizerOptimizerConfig(OptimizerConfig):
     """AdamW and its schedule, with the defaults that suit a tokenizer."""
 
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
-    lr_batch: int | None = Field(None, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
-    weight_decay: float = Field(0.0, ge=0, description="not applied to 1-D parameters, biases and tables")
-    grad_clip: float = Field(1.0, ge=0, description="clip the gradient's norm; 0 does not clip")
-    schedule: Literal["lin0", "cosine", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: float = Field(50, ge=0, description=WARMUP)
-    warmup_start: float = Field(0.0, ge=0, le=1, description="first learning rate over the peak")
-    end: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak")
+    lr: Rate = 3e-3
+    lr_batch: RateBatch = None
+    weight_decay: Decay = 0.0
+    grad_clip: Clip = 1.0
+    schedule: Schedule = "cosine"
+    warmup: Warmup = 50
+    warmup_start: WarmupStart = 0.0
+    end: End = 0.0
 
 
 class LoopConfig(Section):
@@ -100,13 +108,13 @@ class PerceptualConfig(Section):
 class DiscriminatorOptimizerConfig(OptimizerConfig):
     """The discriminator's AdamW and its schedule, which runs from the adversarial loss's start to the run's end."""
 
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    lr_batch: int | None = Field(None, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
-    betas: tuple[float, float] = (0.5, 0.9)
-    weight_decay: float = Field(0.0, ge=0, description="not applied to 1-D parameters, biases and tables")
-    grad_clip: float = Field(1.0, ge=0, description="clip the gradient's norm; 0 does not clip")
-    schedule: Literal["lin0", "cosine", "constant"] = Field("constant", description="shape after the warm-up")
-    warmup: float = Field(0, ge=0, description=WARMUP)
+    lr: Rate = 1e-4
+    lr_batch: RateBatch = None
+    betas: tuple[Beta, Beta] = (0.5, 0.9)
+    weight_decay: Decay = 0.0
+    grad_clip: Clip = 1.0
+    schedule: Schedule = "constant"
+    warmup: Warmup = 0
 
 
 class AdversarialConfig(Section):

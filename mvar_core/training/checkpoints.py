@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mvar_core.distributed import World
-from mvar_core.errors import CheckpointError
+from mvar_core.errors import CheckpointError, one_line
 from mvar_core.io.files import atomic_path, sync_directory
 from mvar_core.io.resumable import differences
 
@@ -55,9 +55,8 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSErro
 
 def damaged(path: Path, error: BaseException) -> CheckpointError:
     """What to raise for a checkpoint that cannot be read."""
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return CheckpointError(
-        f"{path} cannot be read as a training checkpoint: {reason[0]}",
+        f"{path} cannot be read as a training checkpoint: {one_line(error)}",
         "Delete it to resume from the one before, or start over with --overwrite.",
     )
 
@@ -72,9 +71,7 @@ class TrainingState:
         optimizer: The optimizer's state of each parameter, by its name.
         scaler: State dict of the fp16 gradient scaler; empty without one.
         objective: Further tensors that the objective carries from step to step.
-        window: Sums of the measures since the last line of metrics.jsonl, and how many steps each sums.
-        loss: Training loss, averaged over the last finished line.
-        seconds: Time spent so far, over all sessions of the run.
+        window: The recorder's `window`; `loss` and `seconds` are the recorder's too.
         average: Exponential average of the weights, where there is one.
         random: State of the global random number generators.
         best_score: Of the best validation so far, which `best_step` had; lower is better.
@@ -82,15 +79,15 @@ class TrainingState:
 
     step: int
     settings: dict[str, Any]
-    model: dict[str, torch.Tensor]
+    model: dict[str, Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any] = field(default_factory=dict)
-    objective: dict[str, torch.Tensor] = field(default_factory=dict)
-    window: torch.Tensor | None = None
+    objective: dict[str, Tensor] = field(default_factory=dict)
+    window: Tensor | None = None
     loss: float = float("nan")
     skipped: int = 0
     seconds: float = 0.0
-    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     random: dict[str, Any] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     best_step: int | None = None
@@ -116,24 +113,22 @@ def remove_checkpoints(out: Path) -> None:
     shutil.rmtree(out / BEST, ignore_errors=True)
 
 
-def best_weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+def best_weights(out: Path, step: int) -> dict[str, Tensor]:
     """The weights that the model has at a checkpoint: the averaged ones, where the run averages."""
     path = next((path for path in reversed(checkpoints(out)) if _step(path) == step), checkpoint_path(out, step))
     state = load_checkpoint(path)
-    return {**state.model, **state.average}
+    return state.model | state.average
 
 
 def checkpoint_path(out: Path, step: int, ending: str = ".pt") -> Path:
-    """Where the checkpoint of a step lies."""
+    """Where the checkpoint of a step is."""
     return out / "checkpoints" / f"step-{step:08d}{ending}"
 
 
 def state_content(state: TrainingState) -> dict[str, Any]:
     """What a checkpoint holds of a state."""
-    content = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    # Settings travel as JSON: they are compared as text is, without tuples turning into lists.
-    content.update(format=_FORMAT, settings=json.dumps(state.settings, sort_keys=True))
-    return content
+    # Settings are stored as JSON, and compared as such: tuples are lists there.
+    return {**vars(state), "format": _FORMAT, "settings": json.dumps(state.settings, sort_keys=True)}
 
 
 def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
@@ -161,10 +156,7 @@ def prune_checkpoints(out: Path, best_step: int | None, keep: int) -> None:
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint of any kind to the CPU; only tensors and plain values are unpickled, never code.
-
-    What is missing, damaged, holds code, or is no training checkpoint raises CheckpointError.
-    """
+    """Read a checkpoint of any kind to the CPU; what is missing, damaged, or holds code raises CheckpointError."""
     if path.is_dir():
         return state_of_content(path, load_shards(path))
     try:
@@ -177,7 +169,7 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def state_of_content(path: Path, content: Any) -> TrainingState:
-    """The state that a checkpoint holds; of another version, or something else, it raises CheckpointError."""
+    """The state that a checkpoint holds; CheckpointError where it is of another version, or no checkpoint."""
     fields = TrainingState.__dataclass_fields__
     needed = {name for name, entry in fields.items() if entry.default is MISSING and entry.default_factory is MISSING}
     if not isinstance(content, dict) or content.get("format") != _FORMAT or not needed <= content.keys():
@@ -193,8 +185,7 @@ def state_of_content(path: Path, content: Any) -> TrainingState:
 
 def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to resume a run that was asked to do something else; names what differs (CheckpointError)."""
-    describe = "{} (checkpoint {}, now {})".format
-    if differing := differences(found, wanted, describe=describe):
+    if differing := differences(found, wanted, describe="{} (checkpoint {}, now {})".format):
         raise CheckpointError(
             f"{path} belongs to a run with other settings: {differing}.",
             "Use those settings to resume it, choose another --out, or add --overwrite to start over.",
@@ -207,7 +198,7 @@ def _step(path: Path) -> int:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        # Under a name that is no checkpoint's first: what is half removed must not be resumed from.
+        # Renamed first: what is half removed must not be resumed from.
         gone = path if path.name.startswith(".") else path.replace(path.with_name(f".{path.name}.tmp"))
         shutil.rmtree(gone, ignore_errors=True)
     else:
@@ -215,10 +206,7 @@ def _remove(path: Path) -> None:
 
 
 def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
-    """Write `path` whole or not at all; all processes call this together.
-
-    `content` is nested mappings, whose sharded tensors are written shard by shard.
-    """
+    """Write nested mappings with sharded tensors to `path`, whole or not at all; all processes call this together."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -242,7 +230,7 @@ def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
 def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Read a directory that any number of processes wrote; CheckpointError where it is damaged, or holds code.
 
-    The processes of `mesh` each take a shard, and call this together; without it, tensors are whole and on the CPU.
+    The processes of `mesh` each read a shard, and call this together; without it, tensors are whole and on the CPU.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -268,7 +256,7 @@ def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
 
 
 def _separated(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, list[str | int]]]:
-    """The sharded tensors by a name for each, everything else as it was nested, and where the tensors belong in it."""
+    """The sharded tensors by name, everything else as it was nested, and where the tensors belong in it."""
     from torch.distributed.tensor import DTensor
 
     sharded: dict[str, Tensor] = {}
@@ -298,7 +286,7 @@ def _empty(size: Any, dtype: torch.dtype, mesh: DeviceMesh | None) -> Tensor:
 
 
 def _reader(path: Path) -> Any:
-    """Torch's reader of such directories, but for the index: torch would run whatever code the index names."""
+    """Torch's reader of such directories, with a safe reader of the index: torch would run any code it names."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):
@@ -312,31 +300,27 @@ def _reader(path: Path) -> Any:
 
 
 class IndexUnpickler(pickle.Unpickler):
-    """Takes the plain classes that an index consists of, and nothing else."""
+    """Accepts the plain classes that an index consists of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in the index stands for; UnpicklingError where it is no part of a checkpoint."""
+        """What a name in the index means; UnpicklingError where it does not belong in a checkpoint."""
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _enum_member  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
-        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which does not belong in a checkpoint")
 
 
 def _enum_member(kind: Any, name: str) -> Enum:
-    """A member of an enumeration, in the place of getattr, which would reach anything."""
+    """A member of an enumeration, instead of getattr, which would reach anything."""
     if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
         return kind[name]
-    raise pickle.UnpicklingError(f"its index asks {kind!r} for {name!r}, which is no part of a checkpoint")
+    raise pickle.UnpicklingError(f"its index asks {kind!r} for {name!r}, which does not belong in a checkpoint")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the global generators of torch (CPU and device), numpy and Python, as tensors and plain values.
-
-    Nothing in mvar uses them while it trains: what is random in a step follows from (seed, step). A user's data
-    source or callback may.
-    """
+    """State of the global generators of torch, numpy and Python, which a user's data source or callback may use."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -352,7 +336,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back; what the state does not hold, or this machine does not have, stays as it is."""
+    """Restore the generators; those that the state does not hold, or this machine does not have, stay as they are."""
     if not state:
         return
     torch.set_rng_state(state["torch"])

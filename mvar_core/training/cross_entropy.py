@@ -12,27 +12,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_NUMBERS = 1 << 21
+CHUNK_ELEMENTS = 1 << 21
 """Logits that are turned into gradients at a time."""
 
-WORTHWHILE_NUMBERS = 1 << 22
+WORTHWHILE_ELEMENTS = 1 << 22
 """Logits below which the three buffers do not matter."""
 
 
 def cross_entropy(
     logits_NV: Float[Tensor, "N V"], targets_N: Int[Tensor, " N"], label_smoothing: float = 0.0
 ) -> Float[Tensor, " N"]:
-    """Cross-entropy of each token, in float32.
+    """Cross-entropy of each token, in float32; `label_smoothing` is the probability spread evenly over the codebook.
 
     Of many logits that need a gradient, the gradient is written over the logits: they must not be used afterwards, and
     the result can be differentiated once.
-
-    Args:
-        logits_NV: Float32 logits.
-        targets_N: True codes.
-        label_smoothing: Probability spread evenly over the codebook.
     """
-    overwrites = logits_NV.requires_grad and logits_NV.numel() >= WORTHWHILE_NUMBERS
+    overwrites = logits_NV.requires_grad and logits_NV.numel() >= WORTHWHILE_ELEMENTS
     if overwrites and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         losses_N: Tensor = _CrossEntropy.apply(logits_NV, targets_N, label_smoothing)
         return losses_N
@@ -45,7 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, label_smoothing: float) -> Tensor:
         losses = []
-        rows = max(1, CHUNK_NUMBERS // logits_NV.shape[1])
+        rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
         uniform = label_smoothing / logits_NV.shape[1]
         gradient_NV = logits_NV.detach()
         for logits_nV, targets_n in zip(gradient_NV.split(rows), targets_N.split(rows), strict=True):

@@ -12,14 +12,10 @@ from mvar_core.training.optim import by_kind
 
 
 class EMA:
-    """The average of a module's trained parameters, in their own type and place.
+    """The average of a module's trained parameters, on their device and in their dtype, starting from those now.
 
     Step t (from 0) moves the average by 1 - min(decay, (1 + t) / (10 + t)) towards the weights, so that the random
     start is soon forgotten.
-
-    Args:
-        module: Its weights now are the average so far.
-        decay: Of the average per step, below 1.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -29,11 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Move the average towards the weights.
-
-        Args:
-            steps: How often that was done before.
-        """
+        """Move the average towards the weights, after `steps` updates before this one."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
         averages, weights = by_kind(list(self._average.values())), by_kind(list(self._weights.values()))
         for average, weight in zip(averages, weights, strict=True):

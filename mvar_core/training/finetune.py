@@ -1,14 +1,13 @@
 """Starting a transformer from the weights of another: what fits is loaded, tables are adapted, the rest is refused.
 
-The weights come under this project's parameter names. Which token sees which is no weight: it follows from the target's
-configuration, so that VAR's weights start an MVAR with the MVAR's own pattern.
+The weights are under this project's parameter names. Which token sees which is not a weight: it follows from the
+target's configuration, so that VAR's weights start an MVAR with the MVAR's own pattern.
 """
 
 # Shape suffixes: L tokens of all scales, l tokens of one scale, C width, S scales, y x the grid of one scale.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -22,7 +21,7 @@ from mvar_core.config import ModelConfig
 from mvar_core.errors import CheckpointError
 from mvar_core.models.conditioning import CONDITIONERS
 from mvar_core.models.transformer import Transformer
-from mvar_core.pyramid import Grid, ScalePyramid
+from mvar_core.pyramid import ScalePyramid
 
 Action = Literal["loaded", "resized", "interpolated", "initialised", "ignored"]
 Classes = Literal["auto", "keep", "resize", "reinit"]
@@ -50,10 +49,7 @@ _Adapted = tuple[Tensor, ParameterReport]
 
 
 def describe_reports(source: str, reports: Sequence[ParameterReport], ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """Everything that became of the weights, for a file in the run directory; `source` is where they came from.
-
-    `ignored` names the file's buffers, which follow from the configuration and are never loaded.
-    """
+    """What became of the weights of `source` and its buffers (`ignored`), for a file in the run directory."""
     note = "follows from the configuration, never from a file"
     rows = [*reports, *(ParameterReport(name, "ignored", note) for name in ignored)]
     return {
@@ -63,27 +59,8 @@ def describe_reports(source: str, reports: Sequence[ParameterReport], ignored: I
     }
 
 
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a state dict says about the model it belongs to; None where it says nothing."""
-    blocks = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    head, inputs = state.get("head.weight"), state.get("input_projection.weight")
-    scales = state.get("blocks.0.attention.log_head_scale")
-    return {
-        "depth": len(blocks),
-        "width": None if head is None else head.shape[1],
-        "heads": None if scales is None else scales.numel(),
-        "codebook": None if head is None else head.shape[0],
-        "latent channels": None if inputs is None else inputs.shape[1],
-        "shared adaln": any(name.startswith("shared_modulation.") for name in state),
-        "l2 attention": scales is not None,
-    }
-
-
 def check_start(config: ModelConfig, source: ModelConfig, origin: str) -> None:
-    """Refuse, before anything slow, weights of other sizes than the model's (CheckpointError).
-
-    `source` is the model that they belong to, `origin` is where they are.
-    """
+    """Refuse weights of another size than the model's (CheckpointError), which are those of `source`, in `origin`."""
     if source.transformer is None:
         raise CheckpointError(f"{origin} is a tokenizer alone; fine-tuning starts from a transformer.")
     assert config.transformer is not None
@@ -116,38 +93,28 @@ def load_pretrained(
 ) -> list[ParameterReport]:
     """Start a transformer from the weights of another one of the same depth, width, heads and codebook.
 
-    `weights` are under this project's names. Another pyramid interpolates positions within the scale at the same
-    relative place, and takes that scale's embedding. Either all of this succeeds or the transformer stays as it was.
-    Returns what became of every parameter.
+    `weights` are under this project's names. For another pyramid, positions are interpolated from the scale at the same
+    relative place, and that scale's embedding is copied. Either all of this succeeds or the transformer stays as it
+    was. Returns what became of every parameter.
 
-    The row of the class table that stands for no class is always taken over. What becomes of the others:
+    The null label's row of the class table is always copied. What becomes of the others:
 
-    * keep: they are taken over as they are; another number of classes is refused.
-    * resize: a class takes over the row of the same name where both models name their classes and some names agree,
-      else of the same number; one that has none starts as the null label, by which the model generates without a class.
+    * keep: they are copied; another number of classes is refused.
+    * resize: a class gets the row of the same name where both models name their classes and some names agree, else of
+      the same number; one that has none starts as the null label.
     * reinit: they start from scratch.
     * auto: keep where the numbers of classes agree, else reinit.
 
-    Where the source is conditioned on classes and the target on vectors, or the other way round, what makes embeddings
-    of conditions starts from scratch, but for the embedding that stands for none.
+    Where the source is conditioned on classes and the target on vectors, or the other way round, the embedding of
+    conditions starts from scratch, except the one for no condition.
 
     Raises:
-        CheckpointError: Sizes that must agree do not, or parameters are missing, unknown or misshaped; all are named.
+        CheckpointError: Parameters are missing, unknown or of another shape; all are named.
     """
     target = transformer.state_dict()
-    sizes = _sizes(target)
-    if problems := [
-        f"{name} is {size} in the weights and {sizes[name]} in the model"
-        for name, size in _sizes(weights).items()
-        if sizes[name] != size and size is not None and sizes[name] is not None
-    ]:
-        raise CheckpointError(
-            f"These weights do not fit the model: {'; '.join(problems)}.",
-            "Choose the preset that they were trained with, or set its transformer.* and tokenizer.* to match.",
-        )
     loaded, reports, others = _other_conditions(transformer, weights)
     lacking, unknown = target.keys() - weights.keys() - loaded.keys(), weights.keys() - target.keys() - others
-    problems = _misfits("the file lacks", lacking) + _misfits("the model knows no", unknown)
+    problems = _misfits("the file lacks", lacking) + _misfits("the model has no", unknown)
     for name in target.keys() & weights.keys():
         found, wanted = weights[name], target[name]
         if name == _CLASSES and found.ndim == 2 and found.shape[1] == wanted.shape[1]:
@@ -160,7 +127,10 @@ def load_pretrained(
             loaded[name], report = adapted
             reports.append(report)
     if problems:
-        raise CheckpointError(f"These weights do not fit the model: {'; '.join(problems)}.")
+        raise CheckpointError(
+            f"These weights do not fit the model: {'; '.join(problems)}.",
+            "Choose the preset that they were trained with, or set its transformer.* and tokenizer.* to match.",
+        )
     transformer.load_state_dict(loaded)
     order = {name: index for index, name in enumerate(target)}
     return sorted(reports, key=lambda report: order[report.name])
@@ -169,7 +139,7 @@ def load_pretrained(
 def _other_conditions(
     transformer: Transformer, weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[ParameterReport], set[str]]:
-    """Where the weights are of another kind of condition: the target's own values, reports, and the weights' names."""
+    """For weights with another kind of condition: the target's own values, reports, and the names of the weights."""
     own = transformer.conditioner
     if any(name.startswith(f"{own.name}.") for name in weights):
         return {}, [], set()
@@ -181,8 +151,8 @@ def _other_conditions(
             values = {f"{own.name}.{name}": value for name, value in own.with_null(null_C).items()}
             names = ", ".join(sorted(prefix + name for name in state))
             notes = {
-                name: f"in the place of {names}"
-                + ("" if value.equal(before[name]) else "; no condition is taken over from there")
+                name: f"instead of {names}"
+                + ("" if value.equal(before[name]) else "; the null condition is copied from there")
                 for name, value in values.items()
             }
             reports = [ParameterReport(name, "initialised", note) for name, note in notes.items()]
@@ -212,7 +182,7 @@ def _class_table(
         if before != now:
             raise CheckpointError(
                 f"These weights do not fit the model: {counts}.",
-                "Say what becomes of the class table: --classes resize or --classes reinit.",
+                "Choose what becomes of the class table: --classes resize or --classes reinit.",
             )
         return value, ParameterReport(_CLASSES, "loaded")
     if classes == "reinit":
@@ -224,8 +194,8 @@ def _class_table(
     named = any(row != before for row in rows)
     if not named:
         rows = [min(number, before) for number in range(now)]
-    taken = sum(row != before for row in rows)
-    note = f"{counts}: {taken} taken over by {'name' if named else 'number'}, {now - taken} start as no-class"
+    copied = sum(row != before for row in rows)
+    note = f"{counts}: {copied} copied by {'name' if named else 'number'}, {now - copied} start as the null label"
     return value[[*rows, before]], ParameterReport(_CLASSES, "resized", note)
 
 
@@ -261,16 +231,13 @@ def interpolate_positions(
     table_1LC: Float[Tensor, "1 L C"], source: ScalePyramid, target: ScalePyramid
 ) -> Float[Tensor, "1 M C"]:
     """A position table for another pyramid: each scale's map is resized (bicubic) from the scale at its place."""
-    parts = []
+    maps = []
     for scale, grid in enumerate(target.grids):
         origin = matching_scale(scale, target, source)
-        parts.append(_resize(table_1LC[:, source.spans[origin]], source.grids[origin], grid))
-    return torch.cat(parts, dim=1)
-
-
-def _resize(map_1lC: Tensor, found: Grid, wanted: Grid) -> Tensor:
-    if found == wanted:
-        return map_1lC
-    map_1Cyx = map_1lC.float().transpose(1, 2).unflatten(2, tuple(found))
-    resized = F.interpolate(map_1Cyx, size=tuple(wanted), mode="bicubic", align_corners=False)
-    return resized.flatten(2).transpose(1, 2).to(map_1lC.dtype)
+        map_1lC, found = table_1LC[:, source.spans[origin]], source.grids[origin]
+        if found != grid:
+            map_1Cyx = map_1lC.float().transpose(1, 2).unflatten(2, tuple(found))
+            resized = F.interpolate(map_1Cyx, size=tuple(grid), mode="bicubic", align_corners=False)
+            map_1lC = resized.flatten(2).transpose(1, 2).to(map_1lC.dtype)
+        maps.append(map_1lC)
+    return torch.cat(maps, dim=1)

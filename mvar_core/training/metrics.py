@@ -20,7 +20,9 @@ from mvar_core.config.training import LoopConfig
 from mvar_core.errors import ConfigError
 from mvar_core.io.files import write_text
 from mvar_core.runtime import peak_memory_bytes
-from mvar_core.training.objective import Objective, Plan, StepReport
+from mvar_core.training.objective import Objective, Plan
+
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,28 @@ class StepResult:
 
 
 class Recorder:
-    """Sums the measures of steps, and turns them into lines and reports.
+    """Sums the measures of steps, and writes them to metrics.jsonl and the trackers.
 
     Attributes:
         window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
         loss: Training loss, averaged over the last finished line.
+        earlier_seconds: Time spent in earlier sessions of the run.
     """
 
-    def __init__(self, objective: Objective[Any], plan: Plan):
+    def __init__(self, objective: Objective, plan: Plan):
         self.objective, self.plan = objective, plan
         self.window = torch.zeros(2, 1 + len(objective.metric_names), device=plan.device)
         self.loss = math.nan
-        self.started = time.monotonic()
         self.earlier_seconds = 0.0
-        self._log: MetricsLog | None = None
-        self._skipped_log: MetricsLog | None = None
+        self._started = time.monotonic()
+        self._out: Path | None = None
         self._trackers: list[Tracker] = []
-        self._first_step = 0
-        self._images = 0
-        self._line_started = self._first_step_started = self.started
+        self.restart_clock()
 
     @property
     def seconds(self) -> float:
         """Time spent so far, over all sessions of the run."""
-        return self.earlier_seconds + time.monotonic() - self.started
+        return self.earlier_seconds + time.monotonic() - self._started
 
     @property
     def images_per_second(self) -> float:
@@ -70,19 +70,16 @@ class Recorder:
         return self._images / max(time.monotonic() - self._line_started, 1e-9)
 
     def open(self, out: Path, step: int, settings: Mapping[str, Any]) -> None:
-        """Begin to write under `out`; without this call nothing is written, which is right for all processes but one.
+        """Begin to write under `out`; without this call nothing is written, which is right for all ranks but 0.
 
         Lines of steps after `step` are dropped: they will be written again. `settings` are shown by the trackers.
         """
+        self._out = out
         self._trackers = open_trackers(self.plan.train, out, step, settings)
-        self._log = MetricsLog(out / "metrics.jsonl", step)
-        self._skipped_log = MetricsLog(out / "skipped.jsonl", step)
-
-    def start(self, step: int) -> None:
-        """The first step of this session comes next, after `step` steps of others."""
-        self._first_step = step
-        self.restart_clock()
-        self._first_step_started = self._line_started
+        for name in (METRICS, SKIPPED):
+            if (out / name).exists():
+                kept = [line for line in read_metrics(out / name) if line["step"] <= step] if step else []
+                write_text(out / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def close(self) -> None:
         """Write what the trackers still hold."""
@@ -99,82 +96,47 @@ class Recorder:
         if values is not None:
             self.window += torch.stack([values.nan_to_num(), (~values.isnan()).float()])
 
-    def training_line(self, step: int, result: StepResult, skipped: int) -> dict[str, Any]:
-        """Write and return the line that is due after `step` steps; empty where none is."""
-        if step % self.plan.train.log_every and step != self.plan.total_steps:
-            return {}
+    def write_training(self, step: int, result: StepResult, skipped: int) -> None:
+        """Write the means of the window as a line, after `step` steps, and start the next window."""
         sums, counts = self.window  # a measure that no step had is 0 / 0 = nan
         means = dict(zip(("loss", *self.objective.metric_names), (sums / counts).tolist(), strict=True))
-        self.loss = means["loss"]
+        self.loss = means.pop("loss")
         speed = self.images_per_second
-        line = {
-            "step": step,
-            "loss": self.loss,
-            **self.objective.describe(means),
-            "lr": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "skipped": skipped,
-            "images_per_second": speed,
-            "tokens_per_second": speed * self.objective.tokens_per_image,
-            "peak_memory_bytes": peak_memory_bytes(self.plan.device),
-        }
-        self.write(line)
+        self.write(
+            {
+                "step": step,
+                "loss": self.loss,
+                **self.objective.describe(means),
+                "lr": result.learning_rate,
+                "grad_norm": result.grad_norm,
+                "skipped": skipped,
+                "images_per_second": speed,
+                "tokens_per_second": speed * self.objective.tokens_per_image,
+                "peak_memory_bytes": peak_memory_bytes(self.plan.device),
+            }
+        )
         self.window.zero_()
-        return line
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        if self._log is not None:
-            self._log.append(line)
+        self._append(METRICS, line)
         for tracker in self._trackers:
             tracker.write(line["step"], {name: value for name, value in line.items() if name != "step"})
+
+    def write_skipped(self, step: int, result: StepResult, rows: Any) -> None:
+        """Append a step that was left out to skipped.jsonl, with the rows of the data that it trained on."""
+        line = {"step": step, "loss": result.found_loss, "grad_norm": result.grad_norm, "rows": rows.tolist()}
+        self._append(SKIPPED, line)
 
     def picture(self, step: int, image: np.ndarray) -> None:
         """Show a picture of what the model makes."""
         for tracker in self._trackers:
             tracker.picture(step, image)
 
-    def write_skipped(self, step: int, result: StepResult, rows: Any) -> None:
-        """Append a step that was left out to skipped.jsonl, with the rows of the data that it trained on."""
-        if self._skipped_log is not None:
-            line = {"step": step, "loss": result.found_loss, "grad_norm": result.grad_norm, "rows": rows.tolist()}
-            self._skipped_log.append(line)
-
-    def report(self, step: int, result: StepResult, skipped: int, line: Mapping[str, Any]) -> StepReport:
-        """What a progress bar may show of a step."""
-        per_step = (time.monotonic() - self._first_step_started) / (step - self._first_step)
-        return StepReport(
-            step=step,
-            total_steps=self.plan.total_steps,
-            loss=result.loss,
-            learning_rate=result.learning_rate,
-            grad_norm=result.grad_norm,
-            images_per_second=self.images_per_second,
-            skipped=skipped,
-            metrics=line,
-            tokens_per_second=self.images_per_second * self.objective.tokens_per_image,
-            peak_memory_bytes=peak_memory_bytes(self.plan.device),
-            seconds_left=per_step * (self.plan.total_steps - step),
-        )
-
-
-class MetricsLog:
-    """metrics.jsonl of a run directory: one JSON object per line, each with the number of steps done.
-
-    Lines of steps after `resume_step`, and a line that was cut off, are dropped: they will be written again.
-    """
-
-    def __init__(self, path: Path, resume_step: int = 0):
-        self.path = path
-        lines = read_metrics(path) if resume_step > 0 else []
-        kept = [line for line in lines if line["step"] <= resume_step]
-        if kept or path.exists():
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Add one line; numbers that JSON does not have (nan, inf) become null."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line)) + "\n")
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if self._out is not None:
+            with (self._out / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line)) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -193,6 +155,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
+    """A value as JSON can hold it: nan and inf become null, floats are rounded."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -209,6 +172,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        self.close = self._writer.close
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers as scalars, lists as one scalar per scale."""
@@ -218,10 +182,6 @@ class TensorBoard:
     def picture(self, step: int, image: np.ndarray) -> None:
         """A picture under "samples"."""
         self._writer.add_image("samples", image, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write what is still held."""
-        self._writer.close()
 
 
 class WeightsAndBiases:
@@ -247,6 +207,7 @@ class WeightsAndBiases:
             config=dict(settings),
         )
         self._run.define_metric("*", step_metric="step")
+        self.close = self._run.finish
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers, against the step as their axis."""
@@ -256,23 +217,14 @@ class WeightsAndBiases:
         """A picture under "samples"."""
         self._run.log({"step": step, "samples": self._wandb.Image(image)})
 
-    def close(self) -> None:
-        """End the session."""
-        self._run.finish()
-
 
 Tracker = TensorBoard | WeightsAndBiases
 
 
 def open_trackers(train: LoopConfig, out: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
     """The trackers that the configuration asks for, in a run directory with `step` steps done."""
-    check_trackers(train)
-    trackers: list[Tracker] = []
-    if train.tensorboard:
-        trackers.append(TensorBoard(out / "tensorboard", step))
-    if train.wandb:
-        trackers.append(WeightsAndBiases(out, settings))
-    return trackers
+    trackers: list[Tracker] = [TensorBoard(out / "tensorboard", step)] if train.tensorboard else []
+    return [*trackers, WeightsAndBiases(out, settings)] if train.wandb else trackers
 
 
 def check_trackers(train: LoopConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,33 +17,16 @@ from mvar_core.config.training import LoopConfig
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step, for progress bars.
+    """One finished step, for progress bars; `loss` is nan where the step was skipped.
 
-    Attributes:
-        step: Steps done, this one included.
-        total_steps: Steps of the whole run.
-        loss: Loss of this step; nan where the step was skipped.
-        learning_rate: Learning rate of this step.
-        grad_norm: Norm of the gradient before clipping.
-        images_per_second: Throughput since the run or the last line of metrics.jsonl began.
-        skipped: Steps left out so far because their loss or gradient was not finite.
-        metrics: The line just appended to metrics.jsonl; empty on the steps between.
-        tokens_per_second: Throughput in tokens.
-        peak_memory_bytes: Highest memory so far.
-        seconds_left: Until the last step, at the speed of this session; nan before there is one.
+    `images_per_second` is since the last line of metrics.jsonl; `skipped` counts the steps that were left out so far.
     """
 
     step: int
     total_steps: int
     loss: float
-    learning_rate: float
-    grad_norm: float
     images_per_second: float
     skipped: int
-    metrics: Mapping[str, Any]
-    tokens_per_second: float = math.nan
-    peak_memory_bytes: int = 0
-    seconds_left: float = math.nan
 
 
 OnStep = Callable[[StepReport], None]
@@ -52,18 +35,11 @@ OnSample = Callable[[int], np.ndarray | None]
 makes a picture (H, W, 3) uint8 of what it generates."""
 PICTURES = "samples"
 """The folder of a run directory where such pictures are kept."""
-Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Rows of a step's batch that are computed together: all of them, a micro-batch, or a process's share.
-
-    Attributes:
-        start: First row.
-        stop: Row after the last.
-        total: Rows of the whole batch.
-    """
+    """Rows `start` … `stop` - 1 of a batch of `total` that are computed together: a micro-batch, a process's share."""
 
     start: int
     stop: int
@@ -81,59 +57,57 @@ class BatchPart:
         ]
 
 
-class Objective(Protocol[Batch]):
-    """What is trained, and on what."""
+class Objective:
+    """What is trained, and on what; the base of objectives that override what they need.
+
+    Attributes:
+        metric_names: Names of the values that `loss` returns next to the loss; nan there is a measure that a step does
+            not have.
+        num_rows: Rows that there are to train on.
+        tokens_per_image: Tokens of an image that a step trains, for throughput.
+    """
 
     metric_names: tuple[str, ...]
-    """Names of the values that `loss` returns next to the loss; nan there is a measure that a step does not have."""
     num_rows: int
-    """Rows that there are to train on."""
     tokens_per_image: int
 
-    def fetch(self, rows: Any, step: int) -> Batch:
+    def fetch(self, rows: Any, step: int) -> Any:
         """Read a batch, a tensor or a tuple of tensors with one row each; runs in a thread of its own."""
-        ...
+        raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Batch, step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch: Any, step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Mean loss of some rows with its gradient, and the values named by `metric_names` without one.
 
-        Called under autocast. What is random for a row must not depend on which rows are computed together.
-
-        Args:
-            model: What is trained, as it is wrapped for the processes: the loss goes through its `forward`.
-            batch: The rows.
-            step: Steps done before this one.
-            part: Where the rows stand in the step's batch.
+        Called under autocast. What is random for a row must not depend on which rows are computed together. `model`
+        is wrapped for the processes: the loss goes through its `forward`. `part` says where the rows stand in the batch
+        of the step, which follows `step` others.
         """
-        ...
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Called once before the first step of a run that does not resume."""
-        ...
 
-    def after_step(self, batch: Batch, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, batch: Any, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called after every step that was not skipped, with this process's rows."""
-        ...
 
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
-        """Means over some steps, as they stand in metrics.jsonl."""
-        ...
+        """Means over some steps, as metrics.jsonl shows them."""
+        return dict(means)
 
     def validate(self) -> dict[str, Any]:
         """Measures on held-out data; empty without any."""
-        ...
+        return {}
 
     def score(self, measures: Mapping[str, Any]) -> float | None:
-        """By what of `validate`'s measures the best checkpoint is chosen, lower is better; None by nothing."""
-        ...
+        """The one of `validate`'s measures that chooses the best checkpoint, lower is better; None without any."""
+        return None
 
     def state(self) -> dict[str, Tensor]:
         """Tensors carried from step to step next to the model."""
-        ...
+        return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,12 +116,12 @@ class Plan:
 
     Attributes:
         total_steps: Optimizer steps of the whole run.
-        train: Batch size, optimizer, micro-batches, averages, the rhythm of logs and checkpoints.
+        train: Batch size, optimizer, micro-batches, averages, intervals of logs and checkpoints.
         device: Where to compute; the model is there.
-        dtype: Type that autocast computes in; parameters stay in float32.
+        dtype: What autocast computes in; parameters stay in float32.
         seed: Of everything random.
         settings: What a resumed run must agree on.
-        resume: Whether to resume from the last checkpoint in `out`.
+        resume: Whether to resume from the last checkpoint in the run directory.
     """
 
     total_steps: int
@@ -161,7 +135,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """How a run ended, as checkpoints record it.
 
     Attributes:
         steps: Steps done.
@@ -172,11 +146,11 @@ class Outcome:
         best_step: The step of the best validation; None without any. Its checkpoint is kept.
     """
 
-    steps: int
-    loss: float
-    seconds: float
-    skipped: int
-    interrupted: bool
+    steps: int = 0
+    loss: float = math.nan
+    seconds: float = 0.0
+    skipped: int = 0
+    interrupted: bool = False
     best_step: int | None = None
 
 
@@ -188,13 +162,7 @@ _FREE_SETTINGS = {
 
 
 def comparable_settings(config: RunConfig, sections: Collection[str], train: LoopConfig) -> dict[str, Any]:
-    """What a resumed run must agree on: sections of the configuration, and what decides what is learned.
-
-    Args:
-        config: The run's configuration.
-        sections: Top-level keys of the model's configuration.
-        train: The training section.
-    """
+    """What a resumed run must agree on: sections of the model's configuration, and what decides what is learned."""
     return {
         **config.model_dump(mode="json", include=set(sections)),
         "train": train.model_dump(mode="json", exclude=_FREE_SETTINGS),

@@ -12,20 +12,14 @@ from torch import Tensor, nn
 
 from mvar_core.config.training import OptimizerConfig
 
-_CONSTANT_PART = 0.05  # of the steps after the warm-up, in the published "lin0"
+_CONSTANT_SHARE = 0.05  # of the steps after the warm-up, in the published "lin0"
 
 
 def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimizerConfig) -> float:
-    """Learning rate of one step: linear warm-up, then constant, cosine, or "lin0".
+    """Learning rate of the step that follows `step` others: linear warm-up, then constant, cosine, or "lin0".
 
     "lin0" is the published schedule: constant for 5 % of the steps after the warm-up, then linear to `end` · peak at
-    the last step.
-
-    Args:
-        step: Steps done before this one, 0 … total_steps - 1.
-        total_steps: Steps of the whole run.
-        batch_size: Images per step; the peak is scaled by batch_size / lr_batch where lr_batch is set.
-        config: The optimizer's settings.
+    the last step. The peak is scaled by batch_size / lr_batch where lr_batch is set.
     """
     peak = config.lr * (batch_size / config.lr_batch if config.lr_batch else 1.0)
     warmup = round(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
@@ -36,40 +30,35 @@ def learning_rate(step: int, total_steps: int, batch_size: int, config: Optimize
         factor = 1.0
     elif config.schedule == "cosine":
         factor = config.end + (1 - config.end) * (0.5 + 0.5 * math.cos(math.pi * passed))
-    elif passed < _CONSTANT_PART:
+    elif passed < _CONSTANT_SHARE:
         factor = 1.0
     else:
-        factor = config.end + (1 - config.end) * (1 - passed) / (1 - _CONSTANT_PART)
+        factor = config.end + (1 - config.end) * (1 - passed) / (1 - _CONSTANT_SHARE)
     return peak * factor
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The groups of AdamW: parameters that decay, and those that do not.
+    """The groups of AdamW: parameters that decay, and those that do not. Frozen ones are left out.
 
-    Biases, 1-D parameters and those named in `no_decay` (tables, scales) do not decay. Frozen parameters are left out.
-
-    Args:
-        module: What is trained.
-        weight_decay: Decay of the first group.
-        no_decay: Names, as in `module.named_parameters()`.
-
-    Raises:
-        ValueError: `no_decay` names a parameter that the module does not have.
+    Biases, 1-D parameters and those named in `no_decay` (tables, scales) do not decay. A name there that the module
+    does not have raises ValueError.
     """
-    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if unknown := sorted(set(no_decay) - {name for name, _ in module.named_parameters()}):
+    parameters = dict(module.named_parameters())
+    if unknown := sorted(set(no_decay) - parameters.keys()):
         raise ValueError(f"no_decay names unknown parameters: {', '.join(unknown)}")
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         spared = parameter.ndim <= 1 or name.endswith("bias") or name in no_decay
-        (kept if spared else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
+        if parameter.requires_grad:
+            (kept if spared else decayed).append(parameter)
     # Operations on lists of tensors take no mixture of sharded and whole ones.
-    return [{**group, "params": kind} for group in groups for kind in by_kind(group["params"]) if kind]
+    return [
+        {"params": kind, "weight_decay": decay}
+        for group, decay in ((decayed, weight_decay), (kept, 0.0))
+        for kind in by_kind(group)
+        if kind
+    ]
 
 
 def by_kind(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -89,11 +78,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, found: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Restore what `optimizer_state` returned; each value goes to the device where the optimizer wants it.
-
-    Raises:
-        KeyError: A parameter that the module does not have.
-    """
+    """Restore what `optimizer_state` returned; a parameter that the module does not have raises KeyError."""
     weights = dict(module.named_parameters())
     indices = {weight: i for i, weight in enumerate(w for group in optimizer.param_groups for w in group["params"])}
     state = {indices[weights[name]]: dict(values) for name, values in found.items()}
@@ -104,13 +89,9 @@ def load_optimizer_state(
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, no_decay: Collection[str] = (), device: torch.device | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over the module's two groups, in one fused kernel where the device has one.
+    """AdamW over the groups of a module that is on its device, in one fused kernel where the device has one.
 
-    Args:
-        module: What is trained, already on its device.
-        config: The optimizer's settings; the learning rate is set before every step.
-        no_decay: Names of further parameters without decay.
-        device: Where the parameters are; by default that of the first.
+    `device` is by default that of the first parameter. The learning rate is set before every step.
     """
     device = device or next(module.parameters()).device
     return torch.optim.AdamW(

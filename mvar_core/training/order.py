@@ -18,7 +18,7 @@ Fetched = TypeVar("Fetched")
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch, made whole.
+    """The order of one epoch.
 
     At 2.56 M rows this takes 0.1 s an epoch and 10 MB; a batch is then a look-up of microseconds. A Feistel network
     would need no memory and no such pause, but 0.25 ms for each batch of 448: more time over the epoch, for an order
@@ -31,21 +31,10 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_rows(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
-    """Rows of one step, over consecutive epochs that are each a fresh permutation.
+    """Rows (batch_size,) int64 of the step that follows `step` others, out of `count`; DataError where there are none.
 
-    A batch at the end of an epoch continues into the next, so that every row is seen equally often.
-
-    Args:
-        step: Steps done before this one.
-        batch_size: Rows per step.
-        count: Rows there are.
-        seed: The run's seed; the order of epoch e depends on (seed, e) alone.
-
-    Returns:
-        int64 array (batch_size,).
-
-    Raises:
-        DataError: There are no rows.
+    Each epoch is a fresh permutation, which depends on (seed, epoch) alone. A batch at the end of an epoch continues
+    into the next, so that every row is seen equally often.
     """
     if count < 1:
         raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
@@ -59,11 +48,7 @@ def batch_rows(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
 
 
 def planned_steps(config: TrainConfig, rows: int) -> int:
-    """How many optimizer steps a run takes: `steps` where given, else `epochs` passes over `rows`.
-
-    Raises:
-        ConfigError: Neither is given.
-    """
+    """How many optimizer steps a run takes: `steps` where given, else `epochs` passes over `rows`."""
     if config.steps is not None:
         return config.steps
     if config.epochs is None:
@@ -74,18 +59,11 @@ def planned_steps(config: TrainConfig, rows: int) -> int:
 def prefetch(fetch: Callable[[int], Fetched], start: int, stop: int, ahead: int = 2) -> Generator[Fetched, None, None]:
     """Results of `fetch(start)` … `fetch(stop - 1)` in order, read by one thread while the caller computes.
 
-    One thread, because sources of images need not be safe to read from several.
-
-    Args:
-        fetch: Reads what one step needs.
-        start: First step.
-        stop: Step after the last.
-        ahead: How many steps are read ahead; 0 reads in the caller's thread, when asked.
+    One thread, because sources of images need not be safe to read from several. `ahead` steps are read ahead; 0 reads
+    in the caller's thread.
     """
     if ahead == 0:
         yield from map(fetch, range(start, stop))
-        return
-    if start >= stop:
         return
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mvar-batches")
     try:

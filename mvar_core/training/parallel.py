@@ -46,7 +46,7 @@ def choose_parallel(
     """How the processes that are connected share a batch of `batch_size` images; alone, one process does it all.
 
     `fsdp` shards the model over them; `partial` says that some steps do not use some parameters. ConfigError where
-    processes, batch and type do not go together.
+    number of processes, batch size and dtype do not fit together.
     """
     here = world()
     if fsdp and dtype == torch.float16:
@@ -65,7 +65,7 @@ def check_batch(batch_size: int, world_size: int, *, fsdp: bool = False) -> None
     """Refuse a batch of too few images for the processes, or with FSDP one of unequal shares (ConfigError)."""
     if batch_size >= world_size and not (fsdp and batch_size % world_size):
         return
-    rule = "a multiple of the number of processes" if fsdp else "one image for each process at least"
+    rule = "a multiple of the number of processes" if fsdp else "at least one image for each process"
     raise ConfigError(
         f"A batch of {batch_size} images cannot be shared by {world_size} processes{' with --fsdp' if fsdp else ''};"
         f" expected {rule}.",
@@ -74,7 +74,7 @@ def check_batch(batch_size: int, world_size: int, *, fsdp: bool = False) -> None
 
 
 class Parallel:
-    """One process that has the whole model; the other ways derive from it."""
+    """One process that has the whole model; the base of the other ways."""
 
     def __init__(self, world: World | None = None):
         self.world = world or World()
@@ -85,8 +85,8 @@ class Parallel:
 
     def part(self, batch_size: int) -> BatchPart:
         """The rows of a step's batch that this process computes."""
-        rank, count = self.world.rank, self.world.world_size
-        return BatchPart(batch_size * rank // count, batch_size * (rank + 1) // count, batch_size)
+        rank, size = self.world.rank, self.world.world_size
+        return BatchPart(batch_size * rank // size, batch_size * (rank + 1) // size, batch_size)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Entered around the forward and backward pass of each micro-batch; only the last exchanges gradients."""
@@ -97,7 +97,7 @@ class Parallel:
         return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
 
     def full_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's whole state dict, in rank 0 at least; all processes ask together."""
+        """The module's whole state dict, in rank 0 at least; all processes call this together."""
         return dict(module.state_dict())
 
     def save(self, out: Path, state: TrainingState, keep: int) -> None:
@@ -106,7 +106,7 @@ class Parallel:
             save_checkpoint(out, state, keep)
 
     def load(self, path: Path, module: nn.Module) -> TrainingState:
-        """Read a checkpoint of any kind, with the tensors as `module` has them; all processes call this together."""
+        """Read a checkpoint of any kind, with tensors sharded as `module`'s are; all processes call this together."""
         return load_checkpoint(path)
 
 
@@ -149,10 +149,7 @@ class Sharded(Parallel):
         self._whole: list[nn.Parameter] = []
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Shard a transformer in place.
-
-        It must be the same in all processes, on any device: shards move to this process's, block by block.
-        """
+        """Shard in place a transformer that is the same in all processes; the shards move to this one's device."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         assert isinstance(module, Transformer)
@@ -170,10 +167,10 @@ class Sharded(Parallel):
         )
         for block in module.blocks:
             modulation = cast("nn.Module | None", block.modulation)
-            if modulation is not None:  # computed before the blocks are, so it is gathered by itself
+            if modulation is not None:  # it is computed before the blocks are, so it is gathered by itself
                 fully_shard(modulation, mesh=self.mesh, mp_policy=policy)
             fully_shard(block, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
-        # Embeddings and head stay in float32: so they are computed.
+        # Embeddings and head are computed in float32.
         fully_shard(module, mesh=self.mesh, ignored_params=whole)
         return module
 
@@ -182,12 +179,8 @@ class Sharded(Parallel):
         """Exchange gradients with the last micro-batch alone."""
         cast("Any", model).set_requires_gradient_sync(last)
         yield
-        if last:
-            self._average_whole()
-
-    def _average_whole(self) -> None:
         gradients = [parameter.grad for parameter in self._whole if parameter.grad is not None]
-        if gradients:
+        if last and gradients:
             total = self.world.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
             means = (total / self.world.world_size).split([gradient.numel() for gradient in gradients])
             for gradient, mean in zip(gradients, means, strict=True):
@@ -195,22 +188,17 @@ class Sharded(Parallel):
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         """Scale the gradients to a total norm of `limit` at most, over all shards; returns the norm before."""
-        kinds = [[p for p in kind if p.grad is not None] for kind in by_kind(parameters)]
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+        kinds = [kind for kind in by_kind([p for p in parameters if p.grad is not None]) if kind]
+        norms = [nn.utils.get_total_norm([cast("Tensor", p.grad) for p in kind]) for kind in kinds]
         total = torch.linalg.vector_norm(torch.stack([whole_tensor(norm) for norm in norms]))
         for kind in kinds:
-            if kind:
-                torch.nn.utils.clip_grads_with_norm_(kind, limit or math.inf, total)
+            nn.utils.clip_grads_with_norm_(kind, limit or math.inf, total)
         return total
 
     def full_state(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's state dict, whole, on the processor; all processes gather, rank 0 keeps it."""
-        gathered = {}
-        for name, value in module.state_dict().items():
-            whole = whole_tensor(value)
-            if self.world.is_rank_zero:
-                gathered[name] = whole.cpu()
-        return gathered
+        every = ((name, whole_tensor(value)) for name, value in module.state_dict().items())
+        return {name: whole.cpu() for name, whole in every if self.world.is_rank_zero}
 
     def save(self, out: Path, state: TrainingState, keep: int) -> None:
         """Write a directory into which every process writes its shards."""
@@ -243,7 +231,7 @@ class Sharded(Parallel):
 
 
 def whole_tensor(value: Tensor) -> Tensor:
-    """A tensor that all processes have, of one that is sharded over them; all of them must ask."""
+    """A whole tensor in all processes, from one that is sharded over them; all of them call this together."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value

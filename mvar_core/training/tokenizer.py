@@ -24,7 +24,7 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
 from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
-from mvar_core.training.objective import BatchPart, OnStep, Outcome, Plan, comparable_settings
+from mvar_core.training.objective import BatchPart, Objective, OnStep, Outcome, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
 from mvar_core.training.parallel import Parallel, choose_parallel
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
@@ -62,7 +62,7 @@ class TokenizerOutcome(Outcome):
     code_usage: float = math.nan
 
 
-class TokenizerObjective:
+class TokenizerObjective(Objective):
     """What a tokenizer is trained on: its losses, a k-means start of the codebook and restarts of unused codes.
 
     The loss is reconstruction + perceptual + adversarial + quantizer loss, each with its weight.

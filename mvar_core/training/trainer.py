@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from mvar_core.training.checkpoints import (
 )
 from mvar_core.training.ema import EMA
 from mvar_core.training.metrics import Recorder, StepResult, check_trackers
-from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan
+from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan, StepReport
 from mvar_core.training.optim import build_optimizer, learning_rate, load_optimizer_state, optimizer_state
 from mvar_core.training.order import batch_rows, prefetch
 from mvar_core.training.parallel import Parallel
@@ -46,7 +45,7 @@ logger = logging.getLogger("mvar")
 
 def optimise(
     module: nn.Module,
-    objective: Objective[Any],
+    objective: Objective,
     plan: Plan,
     config: RunConfig,
     out: Path,
@@ -54,14 +53,14 @@ def optimise(
     no_decay: Collection[str] = (),
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
-    parallel: Parallel | None = None,
+    parallel: Parallel,
 ) -> Outcome:
     """Train `module` on an objective inside a run directory, from its last checkpoint if it has one.
 
     Writes `out`/config.yaml, metrics.jsonl and checkpoints/. A step whose loss or gradient is not finite is left out
     and recorded in skipped.jsonl. At the end the module has the weights that the model is to have: the averaged ones,
     where the plan asks for an average. The module is on its device, in float32; `no_decay` names parameters without
-    weight decay, next to biases and 1-D ones. A KeyboardInterrupt from `on_step` ends the run as Ctrl-C does;
+    weight decay, in addition to biases and 1-D ones. A KeyboardInterrupt from `on_step` ends the run as Ctrl-C does;
     `on_sample` is called every `sample_every` steps and at the end.
 
     Raises:
@@ -73,39 +72,41 @@ def optimise(
     if objective.num_rows < 1:
         raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
     check_trackers(plan.train)
-    session = _Session(module, objective, plan, out, no_decay, on_step, on_sample, parallel or Parallel())
-    if session.parallel.world.is_rank_zero:
+    run = _Run(module, objective, plan, out, no_decay, on_step, on_sample, parallel)
+    if parallel.world.is_rank_zero:
         for directory in (out, out / PICTURES):
             remove_leftovers(directory)
         if not plan.resume:
             remove_checkpoints(out)
     if plan.resume:
-        session.resume()
-    return session.train(config)
+        run.restore()
+    return run.train(config)
 
 
-@dataclass(eq=False)
-class _Session:
+class _Run:
     """One session of a run: from the last checkpoint to the end, or to an interruption."""
 
-    module: nn.Module
-    objective: Objective[Any]
-    plan: Plan
-    out: Path
-    no_decay: Collection[str]
-    on_step: OnStep | None
-    on_sample: OnSample | None
-    parallel: Parallel
-    step: int = 0
-    best_step: int | None = None
-    best_score: float = math.inf
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        plan: Plan,
+        out: Path,
+        no_decay: Collection[str],
+        on_step: OnStep | None,
+        on_sample: OnSample | None,
+        parallel: Parallel,
+    ):
+        self.module, self.objective, self.plan, self.out = module, objective, plan, out
+        self.on_step, self.on_sample, self.parallel = on_step, on_sample, parallel
+        self.stepper = Stepper(module, objective, plan, parallel, no_decay)
+        self.recorder = Recorder(objective, plan)
+        self.ema = EMA(module, plan.train.ema) if plan.train.ema else None
+        self.step = 0
+        self.best_step: int | None = None
+        self.best_score = math.inf
 
-    def __post_init__(self) -> None:
-        self.stepper = Stepper(self.module, self.objective, self.plan, self.parallel, self.no_decay)
-        self.recorder = Recorder(self.objective, self.plan)
-        self.ema = EMA(self.module, self.plan.train.ema) if self.plan.train.ema else None
-
-    def resume(self) -> None:
+    def restore(self) -> None:
         """Restore everything from the last checkpoint, if there is one."""
         path = self.parallel.world.broadcast_object(latest_checkpoint(self.out))
         if path is None:
@@ -154,18 +155,17 @@ class _Session:
 
     def train(self, config: RunConfig) -> Outcome:
         """The steps that are left."""
-        start, total = self.step, self.plan.total_steps
         values = config.model_dump(mode="json")
         if self.parallel.world.is_rank_zero:
             write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-            self.recorder.open(self.out, start, values)
+            self.recorder.open(self.out, self.step, values)
         self.module.train()
-        if start == 0:
+        if self.step == 0:
             self.objective.prepare()
         interrupted = False
         try:
-            if start < total:
-                interrupted = self.take_steps(start, total)
+            if self.step < self.plan.total_steps:
+                interrupted = self.take_steps()
         finally:
             self.recorder.close()
         if self.ema is not None and not interrupted:
@@ -174,15 +174,15 @@ class _Session:
         recorder, skipped = self.recorder, self.stepper.skipped
         return Outcome(self.step, recorder.loss, recorder.seconds, skipped, interrupted, self.best_step)
 
-    def take_steps(self, start: int, total: int) -> bool:
-        """Steps `start` … `total` - 1, with checkpoints; returns whether an interruption ended them early."""
+    def take_steps(self) -> bool:
+        """The steps that are left, with checkpoints; returns whether an interruption ended them early."""
         # On a CPU the model already uses every core: a thread that reads would only stand in its way.
-        ahead = 0 if self.plan.device.type == "cpu" else 2
-        self.recorder.start(start)
+        on_cpu, total = self.plan.device.type == "cpu", self.plan.total_steps
+        self.recorder.restart_clock()
         with (
-            keeping_all_freed_memory() if self.plan.device.type == "cpu" else nullcontext(),
+            keeping_all_freed_memory() if on_cpu else nullcontext(),
             InterruptFlag() as flag,
-            closing(prefetch(self.stepper.fetch, start, total, ahead)) as batches,
+            closing(prefetch(self.stepper.fetch, self.step, total, 0 if on_cpu else 2)) as batches,
         ):
             for batch in batches:
                 self.take_step(batch, flag)
@@ -209,13 +209,17 @@ class _Session:
         if self.ema is not None and result.values is not None:
             self.ema.update(self.step - stepper.skipped - 1)
         recorder.add(result.values)
-        line = recorder.training_line(self.step, result, stepper.skipped)
-        report = recorder.report(self.step, result, stepper.skipped, line)
+        report = StepReport(self.step, self.plan.total_steps, result.loss, recorder.images_per_second, stepper.skipped)
+        if due := self.due(train.log_every):
+            recorder.write_training(self.step, result, stepper.skipped)
         if self.due(train.checkpoint_every):
             self.validate()
-        if self.due(train.sample_every):
-            self.make_picture()
-        if line:
+        if self.due(train.sample_every) and self.on_sample is not None:
+            with self.measuring():
+                image = self.on_sample(self.step)
+            if image is not None:
+                recorder.picture(self.step, image)
+        if due:
             recorder.restart_clock()
         if self.on_step is not None:
             try:
@@ -245,15 +249,6 @@ class _Session:
         if score is not None and score < self.best_score:
             self.best_step, self.best_score = self.step, score
 
-    def make_picture(self) -> None:
-        """Let the caller make a picture of what the model generates."""
-        if self.on_sample is None:
-            return
-        with self.measuring():
-            image = self.on_sample(self.step)
-        if image is not None:
-            self.recorder.picture(self.step, image)
-
 
 class Stepper:
     """Takes steps, and holds what changes with them: optimizer, gradient scaler, how many steps were left out."""
@@ -261,7 +256,7 @@ class Stepper:
     def __init__(
         self,
         module: nn.Module,
-        objective: Objective[Any],
+        objective: Objective,
         plan: Plan,
         parallel: Parallel,
         no_decay: Collection[str] = (),
@@ -282,7 +277,7 @@ class Stepper:
         return batch_rows(step, self.plan.train.batch_size, self.objective.num_rows, self.plan.seed)
 
     def fetch(self, step: int) -> Any:
-        """This process's part of a step's batch."""
+        """This process's share of a step's batch."""
         part = self.parallel.part(self.plan.train.batch_size)
         return self.objective.fetch(self.rows(step)[part.start : part.stop], step)
 
@@ -314,7 +309,7 @@ class Stepper:
     def accumulate_gradients(self, batch: Any, step: int) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch.
 
-        Returns this process's share of the loss and of the objective's values; shares of all processes add up to means.
+        Returns this process's share of the loss and of the objective's values; the sum over all processes is the mean.
         """
         plan, own = self.plan, self.parallel.part(self.plan.train.batch_size)
         total: Tensor | None = None

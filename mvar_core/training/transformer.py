@@ -24,7 +24,7 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
-from mvar_core.training.objective import BatchPart, OnSample, OnStep, Outcome, Plan, comparable_settings
+from mvar_core.training.objective import BatchPart, Objective, OnSample, OnStep, Outcome, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
 from mvar_core.training.parallel import Parallel, choose_parallel
 from mvar_core.training.trainer import optimise
@@ -33,31 +33,27 @@ _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "att
 
 
 class TokenSource(Protocol):
-    """Images as tokens: a token cache, or anything that answers likewise."""
+    """Images as tokens: a token cache, or anything with the same methods."""
 
     def __len__(self) -> int:
         """Rows: images times views."""
         ...
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) int64 of rows, and labels (B,) int64 or vectors (B, X) float32, as the model is conditioned."""
+        """Tokens (B, L) int64 of rows, and labels (B,) int64 or vectors (B, X) float32 as conditions."""
         ...
 
 
 @dataclass(frozen=True)
 class TransformerOutcome(Outcome):
-    """How the training of a transformer ended; `best_step` is that of the weights in `out`/best.
-
-    Attributes:
-        val_loss: Loss on the validation tokens, where there are any.
-    """
+    """How the training of a transformer ended; `val_loss` is on the validation tokens, `out`/best is of `best_step`."""
 
     val_loss: float | None = None
 
 
 @dataclass(eq=False)
-class TransformerObjective:
-    """Cross-entropy of the true tokens under teacher forcing, as the curriculum weighs it."""
+class TransformerObjective(Objective):
+    """Cross-entropy of the true tokens under teacher forcing, as the curriculum weights it."""
 
     transformer: Transformer
     quantizer: MultiScaleQuantizer
@@ -87,12 +83,6 @@ class TransformerObjective:
         """Loss, and each scale's loss and accuracy."""
         return self._losses(model, batch, step, RowDraws(generator("train", self.seed, step), part.start, part.total))
 
-    def prepare(self) -> None:
-        """Nothing to prepare."""
-
-    def after_step(self, batch: object, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to do between steps."""
-
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
         """Per-scale losses and accuracies as lists."""
         scales = range(self.num_scales)
@@ -110,7 +100,7 @@ class TransformerObjective:
         for start in range(0, rows, self.batch_size):
             chosen = np.arange(start, min(start + self.batch_size, rows))
             part = self.parallel.part(len(chosen))
-            # A process without a row computes one that does not count: all must go through the model together.
+            # A process without a row computes one that does not count: all must call the model together.
             batch = self.validation.batch(chosen[part.start : part.stop] if part.rows else chosen[:1])
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 # No step: all scales, whatever the curriculum.
@@ -232,18 +222,11 @@ def train_transformer(
     transformer.recompute_blocks = train.activation_checkpointing
     with compiled_blocks(transformer, train.compile):
         outcome = optimise(
-            transformer,
-            objective,
-            plan,
-            config,
-            out,
-            no_decay=transformer.no_decay_names(),
-            on_step=on_step,
-            on_sample=on_sample if parallel.world.is_rank_zero else None,
-            parallel=parallel,
-        )
+            transformer, objective, plan, config, out, no_decay=transformer.no_decay_names(), on_step=on_step,
+            on_sample=on_sample if parallel.world.is_rank_zero else None, parallel=parallel,
+        )  # fmt: skip
     weights = parallel.full_state(transformer) if not outcome.interrupted else {}
-    if not outcome.interrupted and parallel.world.is_rank_zero:
+    if weights and parallel.world.is_rank_zero:
 
         def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
             facts = {**config.provenance, **(provenance or {}), "training_steps": steps, "seed": seed}
@@ -258,7 +241,7 @@ def train_transformer(
 
 
 def check_tokens(tokens: TokenSource, transformer: Transformer, quantizer: MultiScaleQuantizer) -> None:
-    """Refuse tokens, or conditions, that do not fit the model, judged by the first row (DataError)."""
+    """Refuse tokens or conditions whose first row does not fit the model (DataError)."""
     if len(tokens) == 0:
         raise DataError("The token cache holds no images.", "Run `mvar tokenize` on a folder that has some.")
     tokens_BL, conditions = tokens.batch(np.zeros(1, dtype=np.int64))

@@ -1,19 +1,21 @@
-"""What every training shares: the run directory, first weights, held-out images, progress."""
+"""What every training shares: its result, options of Python calls, the run directory, first weights, progress."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
+from mvar_core.analysis.cost import cost_of
+from mvar_core.config import Machine, RunConfig
 from mvar_core.data.images import ImageSource, open_images, split_name
 from mvar_core.errors import DataError
 from mvar_core.io.files import require_new_directory
 from mvar_core.progress import Progress
-from mvar_core.results import Result
+from mvar_core.results import DryRun, Result
 from mvar_core.runtime import generator, peak_memory_bytes
 from mvar_core.training.finetune import START_REPORT
 from mvar_core.training.objective import Outcome, StepReport
@@ -47,6 +49,9 @@ class TrainingResult(Result):
     processes: int = 1
 
 
+Trained = TypeVar("Trained", bound=TrainingResult)
+
+
 def ended(outcome: Outcome, out: Path, batch_size: int, device: torch.device, processes: int) -> dict[str, Any]:
     """Fields of a `TrainingResult`."""
     return {
@@ -59,6 +64,19 @@ def ended(outcome: Outcome, out: Path, batch_size: int, device: torch.device, pr
         "interrupted": outcome.interrupted,
         "processes": processes,
     }
+
+
+def planned(
+    kind: type[Trained], config: RunConfig, machine: Machine, out: Path, total: int, plan: list[str], **facts: int
+) -> Trained:
+    """The result of a dry run: what would be done to train `total` steps."""
+    dry_run = DryRun(
+        configuration=config.model_dump(mode="json", exclude_none=True),
+        steps=(*plan, f"write {out}"),
+        cost=cost_of(config, machine),
+        facts=facts,
+    )
+    return kind(steps=total, loss=float("nan"), model=out, seconds=0.0, dry_run=dry_run)
 
 
 class TokenizerLoopSettings(TypedDict, total=False):
@@ -78,18 +96,36 @@ class LoopSettings(TokenizerLoopSettings, total=False):
     activation_checkpointing: bool | None
 
 
+class TrainTokenizerOptions(TokenizerLoopSettings, total=False):
+    """What `train_tokenizer` and the trainings of transformers accept, as explained there."""
+
+    preset: str | None
+    settings: Sequence[str]
+    seed: int | None
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+
+
+class TrainOptions(TrainTokenizerOptions, LoopSettings, total=False):
+    """What `train` and `finetune_from_var` both accept, as `train` explains it."""
+
+    tokens: Path | str | None
+    data: Path | str | None
+    tokenizer: Path | str | None
+    validation: Path | str | None
+    fsdp: bool
+
+
 def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:
     """Whether a run in `out` resumes from what is there, after checking that it may.
 
     What is not a run, or one that is neither resumed nor overwritten, raises DataError.
     """
-    if overwrite:
-        require_new_directory(out, overwrite=True)
-        return False
-    if resume and any((out / name).exists() for name in RUN_FILES):
-        return True
-    require_new_directory(out, overwrite=False)
-    return True
+    run_exists = any((out / name).exists() for name in RUN_FILES)
+    if overwrite or not (resume and run_exists):
+        require_new_directory(out, overwrite)
+    return not overwrite
 
 
 def held_out(data: str) -> ImageSource | None:

@@ -14,7 +14,6 @@ from typing import Any, cast, get_args
 import numpy as np
 from typing_extensions import Unpack
 
-from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config, parse_setting
 from mvar_core.data.images import Views, open_images
@@ -31,7 +30,6 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize, mvar_windows, read_sizes
-from mvar_core.results import DryRun
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.conditions import by_labels
 from mvar_core.training.finetune import START_REPORT, Classes, check_start, describe_reports, load_pretrained
@@ -39,7 +37,16 @@ from mvar_core.training.metrics import check_trackers
 from mvar_core.training.objective import PICTURES
 from mvar_core.training.order import planned_steps
 from mvar_core.training.transformer import TransformerOutcome, train_transformer
-from mvar_core.workflows.runs import LoopSettings, TrainingResult, ended, prepare_run, seeded, step_progress
+from mvar_core.workflows.runs import (
+    LoopSettings,
+    TrainingResult,
+    TrainOptions,
+    ended,
+    planned,
+    prepare_run,
+    seeded,
+    step_progress,
+)
 from mvar_core.workflows.tokenize import write_tokens
 
 DEFAULT_DEPTH = 8
@@ -69,7 +76,7 @@ class TrainResult(TrainingResult):
 
 @dataclass(frozen=True)
 class Start:
-    """What gives a transformer its first weights: a model directory, and the published file that it was made from.
+    """The model directory that a transformer starts from, and the published file that it was made of.
 
     `classes` says what becomes of the class table (mvar_core.training.finetune.Classes).
     """
@@ -87,22 +94,11 @@ class Start:
 def train(
     *,
     out: Path | str,
-    tokens: Path | str | None = None,
-    data: Path | str | None = None,
-    tokenizer: Path | str | None = None,
-    preset: str | None = None,
-    settings: Sequence[str] = (),
     depth: int | None = None,
     image_size: PatchSize | str | None = None,
-    seed: int | None = None,
-    validation: Path | str | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    fsdp: bool = False,
-    dry_run: bool = False,
     machine: Machine = Machine(),
     progress: Progress | None = None,
-    **loop: Unpack[LoopSettings],
+    **options: Unpack[TrainOptions],
 ) -> TrainResult:
     """Train a VAR or MVAR from scratch on a token cache, or on images that are tokenized first.
 
@@ -112,60 +108,42 @@ def train(
 
     Args:
         out: The run directory, which is also a model directory.
-        tokens: Token cache.
-        data: Images, where there is no cache; they are tokenized into `out`/tokens.
-        tokenizer: Model directory with the tokenizer; by default the one that made `tokens`.
-        preset: Name of a preset or a YAML file. Without one the model is an MVAR with the pyramid, image size, codebook
-            and classes of `tokens`, or of `tokenizer` for `data`.
-        settings: Changes to single keys, as "attention.scale_prefixes=2".
         depth: Number of blocks; the width is 64 · depth, with `depth` heads.
         image_size: Side, or (height, width), also as "256x384"; pyramid and windows follow.
-        seed: Of everything random.
-        validation: Token cache of held-out images to measure on.
-        resume: Whether to resume what is in `out`; otherwise a run there is refused.
-        overwrite: Start over where a run is in `out`.
-        fsdp: Shard the model over the processes.
-        dry_run: Report what would be done, and do nothing.
         machine: Device, dtype, attention backend, compilation.
         progress: Called after every step.
-        **loop: steps, epochs, batch_size, micro_batch, ema, checkpoint_every and activation_checkpointing, as in the
-            preset's `train` section.
+        **options:
+            tokens: Token cache.
+            data: Images, where there is no cache; they are tokenized into `out`/tokens.
+            tokenizer: Model directory with the tokenizer; by default the one that made `tokens`.
+            preset: Name of a preset or a YAML file. Without one the model is an MVAR with the pyramid, image size,
+                codebook and classes of `tokens`, or of `tokenizer` for `data`.
+            settings: Changes to single keys, as "attention.scale_prefixes=2".
+            seed: Of everything random.
+            validation: Token cache of held-out images to measure on.
+            resume: Whether to resume what is in `out` (the default); otherwise a run there is refused.
+            overwrite: Start over where a run is in `out`.
+            fsdp: Shard the model over the processes.
+            dry_run: Report what would be done, and do nothing.
+            steps, epochs, batch_size, micro_batch, ema, checkpoint_every, activation_checkpointing: As in the preset's
+                `train` section.
 
     Raises:
         MvarError: Configuration, tokens, tokenizer or the run in `out` do not fit.
     """
-    cache = _cache_of(tokens, data)
-    directory = _tokenizer_of(cache, tokenizer)
-    base = None
-    if preset is None:
-        base = _own_configuration(cache, read_model_config(directory), depth or DEFAULT_DEPTH)
-    config = _configuration(preset, settings, loop, machine, base, seed=seed, image_size=image_size, depth=depth)
-    return _run(
-        Path(out), config, directory, cache, str(data), validation, resume, overwrite, fsdp, dry_run, machine, progress
-    )
+    return _train(Path(out), None, machine, progress, depth=depth, image_size=image_size, **options)
 
 
 def finetune_from_var(
     *,
     out: Path | str,
     var_checkpoint: Path | str,
-    tokens: Path | str | None = None,
-    data: Path | str | None = None,
-    tokenizer: Path | str | None = None,
-    preset: str | None = None,
-    settings: Sequence[str] = (),
     scale_prefixes: int | str | None = None,
     windows: int | Sequence[int] | str | None = None,
     classes: str = "auto",
-    seed: int | None = None,
-    validation: Path | str | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    fsdp: bool = False,
-    dry_run: bool = False,
     machine: Machine = Machine(),
     progress: Progress | None = None,
-    **loop: Unpack[LoopSettings],
+    **options: Unpack[TrainOptions],
 ) -> TrainResult:
     """Train an MVAR that starts from VAR weights; which token sees which follows from the arguments, never from a file.
 
@@ -175,70 +153,95 @@ def finetune_from_var(
 
         mvar.finetune_from_var(var_checkpoint="var_d16.pth", tokens="runs/tokens", out="runs/ft")
 
-    Arguments that are not named here are as of `train`.
-
-    * var_checkpoint: Model directory, or a published .pth file. The pyramid of a file that is not a published one is
-      that of `settings` ("patch_sizes=1,2,3x4").
-    * tokenizer: Model directory with the tokenizer, by default the VAR's own; or the published file of it, by default
-      the one next to `var_checkpoint`.
-    * scale_prefixes: Scales that a token sees, its own included, or "all".
-    * windows: One odd number for the windowed scales, one per scale (0 = whole scale), or "auto".
-    * classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
-      or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and starts
-      from scratch otherwise.
+    Args:
+        out: The run directory, which is also a model directory.
+        var_checkpoint: Model directory, or a published .pth file. The pyramid of a file that is not a published one is
+            that of `settings` ("patch_sizes=1,2,3x4").
+        scale_prefixes: Scales that a token sees, its own included, or "all".
+        windows: One odd number for the windowed scales, one per scale (0 = whole scale), or "auto".
+        classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
+            or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and
+            starts from scratch otherwise.
+        machine: Device, dtype, attention backend, compilation.
+        progress: Called after every step.
+        **options: As of `train`. `tokenizer` is by default the VAR's own; it may be the published file of it, by
+            default the one next to `var_checkpoint`.
 
     Raises:
         MvarError: As of `train`, or weights that do not fit the configuration.
     """
-    checkpoint, out = Path(var_checkpoint), Path(out)
+    checkpoint, given, settings = Path(var_checkpoint), options.get("tokenizer"), options.get("settings", ())
     if classes not in get_args(Classes):
         raise ConfigError(f"--classes {classes!r} is not known. {nearest(classes, get_args(Classes))}")
-    if preset is None and any(setting.startswith(("transformer.", "tokenizer.")) for setting in settings):
+    if options.get("preset") is None and any(text.startswith(("transformer.", "tokenizer.")) for text in settings):
         raise ConfigError("Without a preset, sizes are read off the weights.", "Leave out --set transformer.*.")
-    file = Path(tokenizer) if tokenizer is not None and Path(tokenizer).is_file() else None
+    attention = {"scale_prefixes": _number(scale_prefixes), "windows": _number(windows)}
     with ExitStack() as stack:
-        directory = checkpoint
+        start = Start(checkpoint, classes=classes)
+        file = Path(given) if given is not None and Path(given).is_file() else None
         if checkpoint.is_file():
-            scratch = Path(stack.enter_context(TemporaryDirectory())) if dry_run else None
-            world_ = stack.enter_context(connect(machine.device))
-            target = scratch / "start" if scratch else out.parent / f"{out.name}-start"
-            world_.run_on_rank_zero(lambda: _convert(checkpoint, file, target, settings))
-            directory = target
-        start = Start(directory, checkpoint if checkpoint.is_file() else None, classes)
-        cache = _cache_of(tokens, data)
-        base = _read_off(read_model_config(directory)) if preset is None else None
-        attention = {"scale_prefixes": _number(scale_prefixes), "windows": _number(windows)}
-        config = _configuration(preset, settings, loop, machine, base, seed=seed, attention=attention)
-        own = Path(tokenizer) if tokenizer is not None and file is None else directory
-        return _run(
-            out, config, own, cache, str(data), validation, resume, overwrite, fsdp, dry_run, machine, progress, start
-        )
+            directory = Path(out).parent / f"{Path(out).name}-start"
+            if options.get("dry_run"):
+                directory = Path(stack.enter_context(TemporaryDirectory())) / "start"
+            world = stack.enter_context(connect(machine.device))
+            world.run_on_rank_zero(lambda: _convert(checkpoint, file, directory, settings))
+            start = Start(directory, checkpoint, classes)
+        if given is None or file is not None:
+            options["tokenizer"] = start.directory
+        return _train(Path(out), start, machine, progress, attention=attention, **options)
 
 
-def _run(
+def _train(
     out: Path,
-    config: RunConfig,
-    tokenizer: Path,
-    cache: TokenCache | None,
-    data: str,
-    validation: Path | str | None,
-    resume: bool,
-    overwrite: bool,
-    fsdp: bool,
-    dry_run: bool,
+    start: Start | None,
     machine: Machine,
     progress: Progress | None,
-    start: Start | None = None,
+    *,
+    depth: int | None = None,
+    image_size: PatchSize | str | None = None,
+    attention: Mapping[str, Any] | None = None,
+    tokens: Path | str | None = None,
+    data: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+    preset: str | None = None,
+    settings: Sequence[str] = (),
+    seed: int | None = None,
+    validation: Path | str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    fsdp: bool = False,
+    dry_run: bool = False,
+    **loop: Unpack[LoopSettings],
 ) -> TrainResult:
-    """Tokenize where images were given, then train; every process does this."""
-    if out.resolve() == tokenizer.resolve():
+    """Merge the configuration, tokenize where images were given, and train; every process does this."""
+    if (tokens is None) == (data is None):
+        raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
+    cache = TokenCache.open(Path(tokens)) if tokens is not None else None
+    directory = _tokenizer_of(cache, tokenizer)
+    made_by = read_model_config(directory)
+    if start is not None:
+        base = _read_off(read_model_config(start.directory))
+    else:
+        base = _own_configuration(cache, made_by, depth or DEFAULT_DEPTH)
+    if loop.get("steps") is not None and loop.get("epochs") is not None:
+        raise ConfigError("--steps and --epochs both specify how long to train.", "Use one of them.")
+    # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
+    settings = [*settings, *(["train.steps=null"] if loop.get("epochs") is not None else [])]
+    flags = {
+        "seed": seed,
+        "image_size": image_size,
+        "attention": attention,
+        "train": {**loop, "compile": machine.compile or None},
+        "transformer": _sized(depth) if depth is not None else None,
+    }
+    config = load_config(preset, settings, flags, base=base)
+    if out.resolve() == directory.resolve():
         raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
-    made_by = read_model_config(tokenizer)
     if start is not None:
         fitted = config.model_copy(update={"tokenizer": made_by.tokenizer})
         check_start(fitted, read_model_config(start.directory), start.origin)
     if dry_run:
-        return _plan(out, config, cache, data, machine, start)
+        return _plan(out, config, cache, str(data), machine, start)
     with connect(machine.device) as world:
         machine = machine.model_copy(update={"device": world.device(machine.device)})
         device = resolve_device(machine.device)
@@ -249,19 +252,18 @@ def _run(
         if cache is None:
             write_tokens(
                 out / "tokens",
-                data=data,
-                tokenizer=tokenizer,
-                config=fit_to_tokens(config, made_by, open_images(data).class_names),
+                data=str(data),
+                tokenizer=directory,
+                config=fit_to_tokens(config, made_by, open_images(str(data)).class_names),
                 overwrite=overwrite,
                 machine=machine.model_copy(update={"dtype": "auto"}),
                 progress=progress,
             )
             cache = TokenCache.open(out / "tokens")
-        config = fit_to_tokens(config, made_by, cache.class_names)
         outcome = train_on_tokens(
-            config,
+            fit_to_tokens(config, made_by, cache.class_names),
             cache,
-            tokenizer,
+            directory,
             out,
             machine=machine,
             resume=resume,
@@ -282,25 +284,18 @@ def _plan(
     out: Path, config: RunConfig, cache: TokenCache | None, data: str, machine: Machine, start: Start | None
 ) -> TrainResult:
     """What would be done."""
-    steps = []
+    plan = []
     if cache is not None:
         rows = len(cache)
     else:
         source, views = open_images(data), len(Views(config.data, config.seed))
         rows = len(source) * views
-        steps.append(f"encode {len(source)} images in {views} views into {out / 'tokens'}")
+        plan.append(f"encode {len(source)} images in {views} views into {out / 'tokens'}")
     if start is not None:
-        steps.append(f"start from the transformer of {start.origin}")
+        plan.append(f"start from the transformer of {start.origin}")
     total, batch = planned_steps(config.train, rows), config.train.batch_size
-    epochs = total * batch / max(rows, 1)
-    steps += [f"train {total} steps of {batch} of {rows} rows ({epochs:.3g} epochs)", f"write {out}"]
-    dry_run = DryRun(
-        configuration=config.model_dump(mode="json", exclude_none=True),
-        steps=tuple(steps),
-        cost=cost_of(config, machine),
-        facts={"steps": total, "rows": rows},
-    )
-    return TrainResult(steps=total, loss=float("nan"), model=out, seconds=0.0, dry_run=dry_run)
+    plan.append(f"train {total} steps of {batch} of {rows} rows ({total * batch / max(rows, 1):.3g} epochs)")
+    return planned(TrainResult, config, machine, out, total, plan, steps=total, rows=rows)
 
 
 def train_on_tokens(
@@ -318,12 +313,16 @@ def train_on_tokens(
     progress: Progress | None = None,
     stage: str = "training",
 ) -> TransformerOutcome:
-    """Train a transformer with a configuration that is ready; `train` and what trains several models stand on this.
+    """Train a transformer with a configuration that is complete; `train`, `ablate` and `quickstart` use it.
 
     The configuration is from `fit_to_tokens`, `tokenizer` is a model directory, `provenance` holds further facts for
     config.json, and `stage` is what `progress` calls the training.
     """
-    config = _naming_the_encoder(config, tokens)
+    vectors, conditioning = tokens.manifest.vectors, config.conditioning
+    if conditioning.dim is not None and vectors is not None and conditioning.encoder is None:
+        # What made the tokens' vectors is recorded, so that one knows what to sample with.
+        named = conditioning.model_copy(update={"encoder": vectors.encoder})
+        config = config.model_copy(update={"conditioning": named})
     digest = tokenizer_hash(tokenizer)
     for cache in (tokens, validation):
         if cache is not None:
@@ -374,12 +373,6 @@ def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[
             "sampling": config.sampling.model_copy(update={"top_k": top_k}),
         }
     )
-
-
-def _cache_of(tokens: Path | str | None, data: Path | str | None) -> TokenCache | None:
-    if (tokens is None) == (data is None):
-        raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
-    return TokenCache.open(Path(tokens)) if tokens is not None else None
 
 
 def _tokenizer_of(cache: TokenCache | None, given: Path | str | None) -> Path:
@@ -435,27 +428,6 @@ def _sized(depth: int) -> dict[str, int]:
     return {"depth": depth, "embed_dim": WIDTH_PER_LAYER * depth, "num_heads": depth}
 
 
-def _configuration(
-    preset: str | None,
-    settings: Sequence[str],
-    loop: LoopSettings,
-    machine: Machine,
-    base: Mapping[str, Any] | None,
-    *,
-    depth: int | None = None,
-    **flags: Any,
-) -> RunConfig:
-    """Preset or base, settings and flags, merged."""
-    if loop.get("steps") is not None and loop.get("epochs") is not None:
-        raise ConfigError("--steps and --epochs both specify how long to train.", "Use one of them.")
-    # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
-    settings = [*settings, *(["train.steps=null"] if loop.get("epochs") is not None else [])]
-    flags["train"] = {**loop, "compile": machine.compile or None}
-    if depth is not None:
-        flags["transformer"] = _sized(depth)
-    return load_config(preset, settings, flags, base=base)
-
-
 def _number(value: int | Sequence[int] | str | None) -> Any:
     """A number, or a comma list of them, that was given as text."""
     if not isinstance(value, str):
@@ -465,15 +437,6 @@ def _number(value: int | Sequence[int] | str | None) -> Any:
     except ValueError:
         return value
     return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _naming_the_encoder(config: RunConfig, tokens: TokenCache) -> RunConfig:
-    """The configuration, which records what made the tokens' vectors, so that one knows what to sample by."""
-    vectors, conditioning = tokens.manifest.vectors, config.conditioning
-    if conditioning.dim is None or vectors is None or conditioning.encoder is not None:
-        return config
-    named = conditioning.model_copy(update={"encoder": vectors.encoder})
-    return config.model_copy(update={"conditioning": named})
 
 
 def _sample_pictures(
@@ -494,7 +457,7 @@ def _sample_pictures(
 
 
 def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequence[str]) -> None:
-    """Make a published file into a model directory, once; the run resumes without converting it again."""
+    """Convert a published file to a model directory, once; a resumed run does not convert it again."""
     if not (directory / "config.json").is_file():
         named = dict(map(parse_setting, settings)).get(("patch_sizes",))
         try:
@@ -513,7 +476,7 @@ def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequ
 
 
 def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out: Path) -> None:
-    """Copy the weights; what became of each is logged, and written to a file of the run."""
+    """Load the first weights; what became of each is logged, and written to a file of the run."""
     source = read_model_config(start.directory)
     reports = load_pretrained(
         transformer,

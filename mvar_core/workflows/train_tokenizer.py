@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.data.images import ImageRows, ImageSource, RandomCrops, Views, open_images
@@ -24,7 +24,6 @@ from mvar_core.models.directory import load_tokenizer, read_model_config, tokeni
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize
-from mvar_core.results import DryRun
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.training import tokenizer as training
 from mvar_core.training.perceptual import load_perceptual_loss
@@ -33,6 +32,7 @@ from mvar_core.workflows.runs import (
     TrainingResult,
     ended,
     held_out,
+    planned,
     prepare_run,
     seeded,
     step_progress,
@@ -113,17 +113,10 @@ def train_tokenizer(
     source = open_images(data)
     if dry_run:
         chosen = config.train_tokenizer
-        first = (
-            [f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}"] if start else []
-        )
-        steps = (*first, f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images", f"write {out}")
-        planned = DryRun(
-            configuration=config.model_dump(mode="json", exclude_none=True),
-            steps=steps,
-            cost=cost_of(config, machine),
-            facts={"images": len(source)},
-        )
-        return TrainTokenizerResult(steps=chosen.steps, loss=float("nan"), model=out, seconds=0.0, dry_run=planned)
+        plan = [f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images"]
+        if start is not None:
+            plan.insert(0, f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}")
+        return planned(TrainTokenizerResult, config, machine, out, chosen.steps, plan, images=len(source))
     with connect(machine.device) as world:
         own = machine.model_copy(update={"device": world.device(machine.device)})
         resume = world.run_on_rank_zero(lambda: prepare_run(out, resume, overwrite))
@@ -148,10 +141,10 @@ def train_on_images(
     lpips: Path | None = None,
     progress: Progress | None = None,
 ) -> TrainTokenizerResult:
-    """Train a tokenizer with a configuration that is ready; `train_tokenizer` and what does more stand on this.
+    """Train a tokenizer with a configuration that is complete; `train_tokenizer` and `quickstart` use it.
 
-    First weights are those of `start`, a model directory or a published .pth file, `new_codebook` excepts its codebook;
-    `vgg` and `lpips` are files of the perceptual loss.
+    First weights are those of `start`, a model directory or a published .pth file, without its codebook where
+    `new_codebook` is set; `vgg` and `lpips` are files of the perceptual loss.
     """
     source, test = open_images(data), held_out(data)
     device = resolve_device(machine.device)
@@ -160,9 +153,8 @@ def train_on_images(
     provenance: dict[str, Any] = {"data": data, "images": len(source)}
     if start is not None:
         provenance["start"] = str(start)
-        origins["start"] = {
-            "tokenizer": load_start(vqvae, config, start, new_codebook), "new_codebook": new_codebook
-        }  # fmt: skip
+        digest = load_start(vqvae, config, start, new_codebook)
+        origins["start"] = {"tokenizer": digest, "new_codebook": new_codebook}
     perceptual = None
     if config.train_tokenizer.perceptual.weight:
         perceptual, origins["perceptual"] = load_perceptual_loss(vgg, lpips)
@@ -190,7 +182,7 @@ def train_on_images(
 
 
 class ImagesAlone:
-    """Images without their labels, which the training of a tokenizer has no use for."""
+    """Images without their labels, which a tokenizer's training does not need."""
 
     def __init__(self, rows: ImageRows):
         self.rows = rows
@@ -211,9 +203,9 @@ def training_images(source: ImageSource, config: RunConfig) -> training.ImageBat
 
 
 def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool) -> str:
-    """Fill a tokenizer with the weights of another one, which may have another pyramid and image size.
+    """Load the weights of another tokenizer, which may have another pyramid and image size; returns their SHA-256.
 
-    Returns the SHA-256 of the weights; ConfigError where the networks differ, or the codebooks without `new_codebook`.
+    ConfigError where the networks differ, or the codebooks without `new_codebook`.
     """
     if start.is_file():
         converted = official.convert(None, start)
@@ -225,7 +217,8 @@ def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool)
     differing = [name for name in ours if ours[name] != theirs[name] and name != "codebook_size"]
     if differing:
         shown = ", ".join(f"{name} is {theirs[name]} there and {ours[name]} here" for name in differing[:4])
-        changes = " ".join(f"--set tokenizer.{name}={_as_setting(theirs[name])}" for name in differing[:4])
+        values = {name: json.dumps(theirs[name], separators=(",", ":")) for name in differing[:4]}
+        changes = " ".join(f"--set tokenizer.{name}={value}" for name, value in values.items())
         raise ConfigError(f"The tokenizer of {start} is another network: {shown}.", f"Use its sizes: {changes}")
     if ours["codebook_size"] != theirs["codebook_size"] and not new_codebook:
         raise ConfigError(
@@ -239,7 +232,3 @@ def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool)
     sizes = "" if source.pyramid == config.pyramid else f"; its scales were {source.pyramid}, here {config.pyramid}"
     logger.info("Starting from the tokenizer of %s with %s%s.", start, kept, sizes)
     return sha256_of_file(start) if start.is_file() else tokenizer_hash(start)
-
-
-def _as_setting(value: object) -> str:
-    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)

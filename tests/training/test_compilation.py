@@ -12,7 +12,7 @@ import torch
 from mvar_core.errors import BackendError
 from mvar_core.models.compilation import check_compiler, compiled_blocks, uncompiled
 from mvar_core.runtime import RowDraws, generator
-from mvar_core.training.curriculum import JointCurriculum
+from mvar_core.training.curriculum import Curriculum
 from mvar_core.training.transformer import train_transformer
 
 # torch's compiler imports parts of torch that torch itself has deprecated.
@@ -28,7 +28,7 @@ def gradients(make_config, make_models, make_tokens):
         transformer, tokenizer = make_models(config)
         change(transformer.train())
         tokens, labels = make_tokens(config).batch(torch.arange(6).numpy())
-        loss = JointCurriculum(config.pyramid).losses(
+        loss = Curriculum(config.pyramid).losses(
             transformer,
             labels,
             tokens,

@@ -10,8 +10,8 @@ from mvar_core.training import cross_entropy as module
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
 def test_losses_and_gradients(monkeypatch, label_smoothing, chunk):
-    monkeypatch.setattr(module, "WORTHWHILE_NUMBERS", 1)
-    monkeypatch.setattr(module, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(module, "WORTHWHILE_ELEMENTS", 1)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
     logits = (5 * torch.randn(11, 16, generator=torch.Generator().manual_seed(0))).requires_grad_()
     targets, weights = torch.arange(11), torch.linspace(-1, 1, 11)
     expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
@@ -29,7 +29,7 @@ def test_few_logits_and_those_without_gradient_are_left_alone(monkeypatch):
     logits = torch.randn(3, 4, requires_grad=True)
     before = logits.detach().clone()
     module.cross_entropy(logits, torch.arange(3))
-    monkeypatch.setattr(module, "WORTHWHILE_NUMBERS", 1)
+    monkeypatch.setattr(module, "WORTHWHILE_ELEMENTS", 1)
     with torch.no_grad():
         module.cross_entropy(logits, torch.arange(3))
     assert logits.detach().equal(before)

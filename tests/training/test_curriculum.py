@@ -11,7 +11,7 @@ from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError
 from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePyramid
 from mvar_core.training.curriculum import (
-    InterleavedCurriculum,
+    Curriculum,
     build_curriculum,
     per_scale_means,
     scales_alone,
@@ -105,7 +105,7 @@ def test_interleaved_follows_the_published_schedule_over_100_steps():
     ],
 )
 def test_interleaved_on_other_pyramids(ratio_k, alone, expected):
-    curriculum = InterleavedCurriculum(ScalePyramid.from_patch_sizes([1, 2, 4, 8]), ratio_k, alone)
+    curriculum = Curriculum(ScalePyramid.from_patch_sizes([1, 2, 4, 8]), ratio_k=ratio_k, alone=alone)
     assert [(s.start + 1, s.stop) for s in map(curriculum.trained_scales, range(6))] == expected
 
 

@@ -131,13 +131,13 @@ def test_a_square_model_starts_a_wide_one_of_more_scales(transformers):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("transformer.depth=3", "depth is 2 in the weights and 3 in the model"),
-        ("transformer.embed_dim=48", "width is 32 in the weights and 48 in the model"),
-        ("transformer.num_heads=4", "heads is 2 in the weights and 4 in the model"),
-        ("tokenizer.codebook_size=8", "codebook is 16 in the weights and 8 in the model"),
-        ("tokenizer.latent_channels=8", "latent channels is 4 in the weights and 8 in the model"),
-        ("transformer.shared_adaln=true", "shared adaln is False in the weights and True in the model"),
-        ("transformer.l2_attention=false", "l2 attention is True in the weights and False in the model"),
+        ("transformer.depth=3", "the file lacks blocks.2.attention.log_head_scale"),
+        ("transformer.embed_dim=48", "head.weight is (16, 32), expected (16, 48)"),
+        ("transformer.num_heads=4", "blocks.0.attention.log_head_scale is"),
+        ("tokenizer.codebook_size=8", "head.weight is (16, 32), expected (8, 32)"),
+        ("tokenizer.latent_channels=8", "input_projection.weight is (32, 4), expected (32, 8)"),
+        ("transformer.shared_adaln=true", "shared_modulation"),
+        ("transformer.l2_attention=false", "the model has no blocks.0.attention.log_head_scale"),
         ("transformer.mlp_ratio=2", "blocks.0.mlp.up.weight is (128, 32), expected (64, 32)"),
     ],
 )
@@ -154,7 +154,7 @@ def test_missing_and_unknown_parameters_are_named(transformers):
     weights, pyramid, target = transformers()
     del weights["head.bias"]
     weights["attention_mask"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"lacks head\.bias.*knows no attention_mask"):
+    with pytest.raises(CheckpointError, match=r"lacks head\.bias.*the model has no attention_mask"):
         load_pretrained(target, weights, pyramid)
 
 
@@ -221,10 +221,10 @@ def test_classes_start_a_model_of_vectors(transformers):
     assert list(reports) == list(before)
     for name in ("vector_embedding.projection.weight", "vector_embedding.projection.bias"):
         assert reports[name].action == "initialised"
-        assert "in the place of class_embedding.weight" in reports[name].note
+        assert "class_embedding.weight" in reports[name].note
         assert target.state_dict()[name].equal(before[name])
     assert reports["vector_embedding.no_vector"].action == "initialised"
-    assert "no condition is taken over" in reports["vector_embedding.no_vector"].note
+    assert "null condition" in reports["vector_embedding.no_vector"].note
     assert target.conditioner.no_vector.equal(weights["class_embedding.weight"][-1])
     others = [report for name, report in reports.items() if not name.startswith("vector_embedding.")]
     assert {report.action for report in others} == {"loaded"}

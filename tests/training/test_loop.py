@@ -321,15 +321,15 @@ def test_steps_that_are_not_finite_end_the_run_and_name_the_rows(train, tmp_path
 
 
 def test_one_bad_step_is_left_out(train, tmp_path, monkeypatch, caplog):
-    from mvar_core.training.curriculum import JointCurriculum
+    from mvar_core.training.curriculum import Curriculum
 
-    original = JointCurriculum.losses
+    original = Curriculum.losses
 
     def losses(self, *args, step, **options):
         found = original(self, *args, step=step, **options)
         return found._replace(loss=found.loss * float("inf")) if step == 2 else found
 
-    monkeypatch.setattr(JointCurriculum, "losses", losses)
+    monkeypatch.setattr(Curriculum, "losses", losses)
     reports = []
     result, weights = train(tmp_path, on_step=reports.append)
     assert result.skipped == 1

@@ -52,5 +52,5 @@ def test_a_bad_setting_is_an_error_that_names_it(values):
 
 
 def test_loop_options_are_keys_of_their_sections():
-    keys = {parameter.name for parameter in options.LoopOptions.parameters()}
+    keys = {parameter.name for parameter in options.TrainOptions.parameters()}
     assert keys & set(RunConfig().train.model_dump()) >= {"micro_batch", "ema", "checkpoint_every"}

@@ -33,8 +33,8 @@ lint: $(STAMP)  ## what CI checks without running anything
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint, types, and all quick tests
-	$(BIN)/python -m pytest -m "not slow"
+test: lint  ## lint, types, and all quick tests, a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

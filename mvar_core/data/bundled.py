@@ -22,9 +22,6 @@ HELD_OUT = slice(240, 336)
 class DigitsSource(ImageSource):
     """Handwritten digits (UCI, 8×8 pixels), split by class into 1,437 training and 360 test images.
 
-    Args:
-        split: train or test.
-
     Raises:
         DataError: Another split.
     """
@@ -35,11 +32,11 @@ class DigitsSource(ImageSource):
         from sklearn.datasets import load_digits  # here: it takes long to import
         from sklearn.model_selection import train_test_split
 
-        _require_split("digits", split)
+        number = _split_number("digits", split)
         digits = load_digits()
         targets = digits.target.astype(np.int64)
-        parts = train_test_split(np.arange(len(targets)), test_size=TEST_DIGITS, stratify=targets, random_state=0)
-        chosen = np.sort(parts[SPLITS.index(split)])
+        splits = train_test_split(np.arange(len(targets)), test_size=TEST_DIGITS, stratify=targets, random_state=0)
+        chosen = np.sort(splits[number])
         names = [f"digits/{index:04d}" for index in chosen]
         super().__init__("digits", split, [str(digit) for digit in range(10)], targets[chosen], names)
         self._pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
@@ -63,9 +60,6 @@ class PhotographsSource(ImageSource):
     A horizontal strip of 96 rows, through temple, lake, trees and flower, is held out: test crops lie within it,
     training crops above or below it. Crops keep the photographs' own pixels where they fit; larger sizes are enlarged.
 
-    Args:
-        split: train or test.
-
     Raises:
         DataError: Another split.
     """
@@ -75,32 +69,30 @@ class PhotographsSource(ImageSource):
     def __init__(self, split: str = "train"):
         from sklearn.datasets import load_sample_image
 
-        _require_split("photographs", split)
-        count = CROPS[split]
-        labels = np.repeat(np.arange(len(PHOTOGRAPHS), dtype=np.int64), count)
-        names = [f"photographs/{name}-{split}-{number:04d}" for name in PHOTOGRAPHS for number in range(count)]
+        self._number = _split_number("photographs", split)
+        labels = np.repeat(np.arange(len(PHOTOGRAPHS), dtype=np.int64), CROPS[split])
+        names = [f"photographs/{name}-{split}-{number:04d}" for name in PHOTOGRAPHS for number in range(CROPS[split])]
         super().__init__("photographs", split, PHOTOGRAPHS, labels, names)
-        self._areas: list[list[Pixels]] = []
-        for name in PHOTOGRAPHS:
-            pixels = load_sample_image(f"{name}.jpg")
-            sides = [pixels[: HELD_OUT.start], pixels[HELD_OUT.stop :]]
-            self._areas.append([pixels[HELD_OUT]] if split == "test" else sides)
+        rows = [HELD_OUT] if split == "test" else [slice(HELD_OUT.start), slice(HELD_OUT.stop, None)]
+        pictures = [load_sample_image(f"{name}.jpg") for name in PHOTOGRAPHS]
+        self._areas = [[pixels[area] for area in rows] for pixels in pictures]
 
     def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
         """For None always the same crop for the same index; else another crop of the same photograph."""
-        own = (SPLITS.index(self.split), index)
-        return [self._crop(index, image_shape, random or np.random.default_rng(own)) for random in randoms]
-
-    def _crop(self, index: int, image_shape: tuple[int, int], random: np.random.Generator) -> Pixels:
         areas = self._areas[int(self.labels[index])]
         fitting = [area for area in areas if area.shape[0] >= image_shape[0] and area.shape[1] >= image_shape[1]]
         if not fitting:
-            return np.asarray(resize_and_crop(Image.fromarray(areas[0]), image_shape))
+            return [np.asarray(resize_and_crop(Image.fromarray(areas[0]), image_shape))] * len(randoms)
         # Each area as often as it has places, so that every place is as likely.
         places = np.array([area.shape[0] - image_shape[0] + 1 for area in fitting], np.float64)
-        return cut(fitting[int(random.choice(len(fitting), p=places / places.sum()))], image_shape, random)
+        found = []
+        for given in randoms:
+            random = given or np.random.default_rng((self._number, index))
+            found.append(cut(fitting[int(random.choice(len(fitting), p=places / places.sum()))], image_shape, random))
+        return found
 
 
-def _require_split(name: str, split: str) -> None:
+def _split_number(name: str, split: str) -> int:
     if split not in SPLITS:
         raise DataError(f"{name} has no split {split!r}. {nearest(split, SPLITS)}")
+    return SPLITS.index(split)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from mvar_core.data.images import open_images, pixel_batches
-from mvar_core.data.sources import ImageSource, StoredSource, reading_threads
-from mvar_core.data.transforms import resize_and_crop
+from mvar_core.data.sources import ImageSource, Report, StoredSource
 from mvar_core.errors import DataError, one_line
 from mvar_core.io.files import sha256_of_file
-from mvar_core.io.pixels import Pixels
 
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")
@@ -34,37 +30,42 @@ logger = logging.getLogger("mvar")
 ImageShape = tuple[int, int]
 
 
-class EvaluationImages(ABC):
+class EvaluationImages:
     """Images of one size that can be read from the start any number of times, never all at once.
 
     Attributes:
         name: What the user typed.
         image_shape: Height and width in pixels.
         labels: int64 (N,), or None where they are not known.
+        class_names: Names of the labels, or None.
         num_lossy: How many images are stored with lossy compression, which moves features.
         stored_shape: Height and width that some images have where they are stored, if not `image_shape`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        count: int,
-        found: ImageShape,
-        wanted: ImageShape | None,
-        labels: NDArray[np.int64] | None = None,
-        class_names: tuple[str, ...] | None = None,
-        num_lossy: int = 0,
-    ):
+    def __init__(self, name: str, source: ImageSource, image_shape: ImageShape | None):
         self.name = name
-        self.count = count
-        self.image_shape = wanted or found
-        self.stored_shape = found if found != self.image_shape else None
-        self.labels = labels
-        self.class_names = class_names
-        self.num_lossy = num_lossy
-        if self.stored_shape is not None:
-            sizes = shape_text(self.stored_shape), shape_text(self.image_shape)
-            logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, *sizes)
+        self.source = source
+        self.count = len(source)
+        has_classes = len(source.class_names) != 1
+        self.labels: NDArray[np.int64] | None = source.labels if has_classes else None
+        self.class_names = source.class_names or None if has_classes else None
+        self.num_lossy = sum(item.lower().endswith(LOSSY_EXTENSIONS) for item in source.item_names)
+        shapes = source.stored_shapes()
+        if shapes is None and image_shape is None:
+            raise DataError(f"{name} has no image size of its own.", "Specify a size to measure at.")
+        self.image_shape: ImageShape = image_shape or shapes[0]  # type: ignore[index]
+        other = next((index for index, shape in enumerate(shapes or ()) if shape != self.image_shape), None)
+        self.stored_shape = None if other is None or shapes is None else shapes[other]
+        if self.stored_shape is None:
+            return
+        sizes = shape_text(self.stored_shape), shape_text(self.image_shape)
+        if image_shape is None:
+            raise DataError(
+                f"{name} holds images of several sizes: {source.item_names[0]} is {sizes[1]},"
+                f" {source.item_names[other or 0]} is {sizes[0]} pixels (height×width).",
+                "Images are measured as they are, so bring them to one size first.",
+            )
+        logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, *sizes)
 
     def batches(self, batch_size: int = 64, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """The images `start` up to `stop` in order: uint8 (B, 3, H, W); the last batch may be smaller.
@@ -72,19 +73,13 @@ class EvaluationImages(ABC):
         Raises:
             DataError: An image cannot be read.
         """
-        stop = self.count if stop is None else min(stop, self.count)
-        for pixels in self._read(batch_size, start, stop):
+        rows = range(start, self.count if stop is None else min(stop, self.count))
+        for pixels, _ in pixel_batches(self.source, self.image_shape, rows, batch_size):
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
     def fingerprint(self) -> str:
         """SHA-256 that equal images of an equal form have, wherever they are: of their stored bytes and their size."""
-        return hashlib.sha256(f"{self._content()} {shape_text(self.image_shape)}".encode()).hexdigest()
-
-    @abstractmethod
-    def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]: ...
-
-    @abstractmethod
-    def _content(self) -> str: ...
+        return hashlib.sha256(f"{self.source.content()} {shape_text(self.image_shape)}".encode()).hexdigest()
 
 
 def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> EvaluationImages:
@@ -97,62 +92,19 @@ def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> 
         DataError: No such images, images of several sizes, or an npz without uint8 images (N, H, W, 3).
     """
     path = Path(text).expanduser()
-    if path.suffix.lower() == ".npz":
-        return _NpzImages(text, path, image_shape)
-    return _SourceImages(text, open_images(text), image_shape)
+    source = NpzSource(text, path) if path.suffix.lower() == ".npz" else open_images(text)
+    return EvaluationImages(text, source, image_shape)
 
 
-class _SourceImages(EvaluationImages):
-    """Images of a folder, of shards, or bundled ones."""
+class NpzSource(StoredSource):
+    """The images of an npz file, best read in order: a compressed array has no other; one at a time is in memory.
 
-    def __init__(self, text: str, source: ImageSource, wanted: ImageShape | None):
-        self.source = source
-        stored = isinstance(source, StoredSource)
-        found = self._common_shape(wanted)
-        has_classes = not stored or len(source.class_names) > 1
-        labels, class_names = (source.labels, source.class_names) if has_classes else (None, None)
-        num_lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in source.item_names)
-        super().__init__(text, len(source), found, wanted, labels, class_names, num_lossy)
+    Without labels they are of one class; labels have no names.
+    """
 
-    def _common_shape(self, wanted: ImageShape | None) -> ImageShape:
-        """The size that all images have; where one is wanted, the size of one image that differs, if any."""
-        source = self.source
-        if not isinstance(source, StoredSource):
-            if wanted is None:
-                raise DataError(f"{source.name} has no image size of its own.", "Specify a size to measure at.")
-            return wanted
-        shapes = source.stored_shapes(range(len(source)))
-        expected = wanted or shapes[0]
-        other = next((index for index, shape in enumerate(shapes) if shape != expected), None)
-        if other is None:
-            return expected
-        if wanted is None:
-            raise DataError(
-                f"{source.name} holds images of several sizes: {source.item_names[0]} is {shape_text(expected)},"
-                f" {source.item_names[other]} is {shape_text(shapes[other])} pixels (height×width).",
-                "Images are measured as they are, so bring them to one size first.",
-            )
-        return shapes[other]
+    in_memory = True  # one file, read front to back: threads would wait for each other
 
-    def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]:
-        for pixels, _ in pixel_batches(self.source, self.image_shape, range(start, stop), batch_size):
-            yield pixels
-
-    def _content(self) -> str:
-        """What the images are: every file's bytes in order, or for bundled data its name."""
-        if not isinstance(self.source, StoredSource):
-            return f"{self.source.name}:{self.source.split} {self.source.fingerprint()}"
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor(reading_threads()) as pool:
-            for content in pool.map(self.source.digest, range(len(self.source))):
-                digest.update(content.encode())
-        return digest.hexdigest()
-
-
-class _NpzImages(EvaluationImages):
-    """An array of an npz file, read front to back: nothing but one batch is ever in memory."""
-
-    def __init__(self, text: str, path: Path, wanted: ImageShape | None):
+    def __init__(self, text: str, path: Path):
         if not path.is_file():
             raise DataError(f"{text} does not exist.")
         self.path = path
@@ -164,36 +116,50 @@ class _NpzImages(EvaluationImages):
                     found = ", ".join(arrays) or "nothing"
                     hint = "These are statistics of images, which can serve as --reference." if "mu" in arrays else None
                     raise DataError(f"{text} holds no images: expected an array arr_0 or images, found {found}.", hint)
-                self.array = f"{array}.npy"
-                with archive.open(self.array) as file:
-                    self.shape = _read_header(file, f"{text}, array {array}")
-                labels = (_read_labels(archive, name, self.shape[0]) for name in LABEL_ARRAYS if name in arrays)
-                super().__init__(text, self.shape[0], self.shape[1:], wanted, next(labels, None))
+                with archive.open(f"{array}.npy") as file:
+                    count, self.shape = _images_header(file, f"{text}, array {array}")
+                labels = next((_labels(archive, name, count) for name in LABEL_ARRAYS if name in arrays), None)
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            raise _damaged(text, error) from None
+            problem = f"{text} is not a whole npz file: {one_line(error)}."
+            raise DataError(problem, "Write or download it again.") from None
+        self._array = array
+        self._file: IO[bytes] | None = None
+        self._next = 0
+        names = ("images",) if labels is None else ()
+        items = [f"{array}[{index}]" for index in range(count)]
+        super().__init__(text, "train", names, np.zeros(count, np.int64) if labels is None else labels, items)
 
-    def _read(self, batch_size: int, start: int, stop: int) -> Iterator[Pixels]:
-        count, height, width = self.shape
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.array) as file:
-                _read_header(file, f"{self.name}, array {self.array}")
-                if start:
-                    file.seek(start * height * width * 3, 1)
-                for first in range(start, stop, batch_size):
-                    size = min(batch_size, stop - first)
-                    wanted = size * height * width * 3
-                    content = file.read(wanted)
-                    if len(content) < wanted:
-                        raise EOFError(f"it ends within images {first} to {first + size - 1} of {count}")
-                    pixels = np.frombuffer(content, np.uint8).reshape(size, height, width, 3)
-                    if self.stored_shape is not None:
-                        resized = (resize_and_crop(Image.fromarray(image), self.image_shape) for image in pixels)
-                        pixels = np.stack([np.asarray(image) for image in resized])
-                    yield pixels
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            raise _damaged(self.name, error) from None
+    def open(self, index: int) -> IO[bytes]:
+        """An image as a file in the format PPM, which is its bytes behind a header."""
+        if self._file is not None and index < self._next:
+            self._file.close()
+            self._file = None
+        if self._file is None:
+            self._file, self._next = zipfile.ZipFile(self.path).open(f"{self._array}.npy"), 0  # noqa: SIM115
+            _images_header(self._file, self.where(index))
+        height, width = self.shape
+        size = height * width * 3
+        if index > self._next:
+            self._file.seek((index - self._next) * size, 1)
+        content = self._file.read(size)
+        self._next = index + 1
+        if self._next == len(self) or len(content) < size:
+            self._file.close()
+            self._file = None
+        if len(content) < size:
+            raise EOFError("the file ends before it does")
+        return io.BytesIO(b"P6 %d %d 255\n" % (width, height) + content)
 
-    def _content(self) -> str:
+    def where(self, index: int) -> str:
+        """The file, and the place in its array."""
+        return f"{self.path}, {self.item_names[index]}"
+
+    def stored_shapes(self, indices: Any = None, progress: Report | None = None) -> list[ImageShape]:
+        """The one size that all have, as often as there are images."""
+        return [self.shape] * len(self if indices is None else indices)
+
+    def content(self) -> str:
+        """SHA-256 of the file."""
         return sha256_of_file(self.path)
 
 
@@ -202,19 +168,14 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}×{shape[1]}"
 
 
-def _damaged(text: str, error: Exception) -> DataError:
-    return DataError(f"{text} is not a whole npz file: {one_line(error)}.", "Write or download it again.")
-
-
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
-def _read_header(file: IO[bytes], where: str) -> tuple[int, int, int]:
-    """Number, height and width of the images whose npy header is at the file's position."""
+def _images_header(file: IO[bytes], where: str) -> tuple[int, ImageShape]:
+    """How many images follow the npy header at the file's position, and their height and width."""
     try:
         shape, fortran_order, dtype = _npy_header(file)
     except ValueError as error:
@@ -224,10 +185,10 @@ def _read_header(file: IO[bytes], where: str) -> tuple[int, int, int]:
         raise DataError(
             f"{where} is {dtype} {shape}{order}; expected uint8 images (N, height, width, 3), N at least 1."
         )
-    return shape[0], shape[1], shape[2]
+    return shape[0], (shape[1], shape[2])
 
 
-def _read_labels(archive: zipfile.ZipFile, name: str, count: int) -> NDArray[np.int64] | None:
+def _labels(archive: zipfile.ZipFile, name: str, count: int) -> NDArray[np.int64] | None:
     """An array of labels, if it is one: `count` integers."""
     with archive.open(f"{name}.npy") as file:
         try:

@@ -1,10 +1,9 @@
-"""Folders of image files: finding them, checking them, reading them as RGB."""
+"""Folders of image files: their classes, their splits, their images."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +20,7 @@ logger = logging.getLogger("mvar")
 
 
 def split_name(source: str, split: str = "train") -> tuple[str, str]:
-    """Take `digits:test` or `folder:test` apart; without a split at its end, the split is `split`."""
+    """Name and split of `digits:test` or `folder:test`; without a split at its end, the split is `split`."""
     name, colon, last = source.rpartition(":")
     if colon and name and last in SPLIT_FOLDERS and not Path(source).exists():
         return name, last
@@ -40,30 +39,29 @@ class FolderSource(StoredSource):
     """
 
     def __init__(self, root: Path, split: str = "train", name: str | None = None):
-        folder, reference = split_folder(root, split)
-        class_names, files, labels = find_images(folder)
-        if reference != folder:
-            known, _, _ = find_images(reference)
-            labels = _relabel(class_names, known, labels, folder, reference)
-            class_names = known
-        super().__init__(name or str(root), split, class_names, np.asarray(labels, np.int64), files)
-        self.folder = folder
-
-    def path(self, index: int) -> Path:
-        """The file of an image."""
-        return self.folder / self.item_names[index]
+        self.folder, reference = split_folder(root, split)
+        names, files, labels = find_images(self.folder)
+        known = names if reference == self.folder else find_images(reference)[0]
+        if not len(names) == len(known) == 1:
+            for missing in sorted(set(names).difference(known)):
+                raise DataError(
+                    f"{self.folder}: class {missing!r} is not among the {len(known)} classes of {reference}."
+                    f" {nearest(missing, known)}"
+                )
+            labels = [known.index(names[label]) for label in labels]
+        super().__init__(name or str(root), split, known, np.asarray(labels, np.int64), files)
 
     def item_bytes(self, index: int) -> int:
         """Size of the image's file."""
-        return self.path(index).stat().st_size
+        return (self.folder / self.item_names[index]).stat().st_size
 
     def open(self, index: int) -> IO[bytes]:
         """The file of an image, open for reading."""
-        return self.path(index).open("rb")
+        return (self.folder / self.item_names[index]).open("rb")
 
     def where(self, index: int) -> str:
         """The file's path."""
-        return str(self.path(index))
+        return str(self.folder / self.item_names[index])
 
 
 def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
@@ -72,12 +70,10 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
     Raises:
         DataError: No images, or images next to class folders.
     """
-    entries = sorted(entry for entry in os.listdir(folder) if _is_visible(entry))
+    entries = sorted(filter(_is_visible, os.listdir(folder)))
     flat = [entry for entry in entries if _is_image(entry) and (folder / entry).is_file()]
-    directories = [entry for entry in entries if (folder / entry).is_dir()]
-    classes = {directory: _walk(folder, directory) for directory in directories}
-    empty = [directory for directory, files in classes.items() if not files]
-    classes = {directory: files for directory, files in classes.items() if files}
+    found = {entry: _walk(folder, entry) for entry in entries if (folder / entry).is_dir()}
+    classes = {name: files for name, files in found.items() if files}
     if flat and classes:
         raise DataError(
             f"{folder} holds images ({flat[0]}, …; {len(flat)} in all) next to folders of images"
@@ -90,21 +86,19 @@ def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
         raise DataError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {shown}.")
     if flat:
         return [folder.resolve().name], flat, [0] * len(flat)
-    if empty:
+    if empty := [name for name in found if name not in classes]:
         logger.warning("%s: no images in %s; not counted as classes.", folder, ", ".join(empty[:5]))
-    files = [file for directory in classes for file in classes[directory]]
-    labels = [label for label, directory in enumerate(classes) for _ in classes[directory]]
-    return list(classes), files, labels
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    return list(classes), [file for files in classes.values() for file in files], labels
 
 
 def split_folder(root: Path, split: str) -> tuple[Path, Path]:
     """The folder of a split, and the folder whose classes count."""
     if split not in SPLIT_FOLDERS:
         raise DataError(f"There is no split {split!r}. {nearest(split, SPLIT_FOLDERS)}")
-    if not root.exists():
-        raise DataError(f"{root} does not exist.", "Give a folder of images, or `digits` for the bundled data.")
     if not root.is_dir():
-        raise DataError(f"{root} is a file; expected a folder of images, or `digits` for the bundled data.")
+        found = "is a file; expected a folder of images." if root.exists() else "does not exist."
+        raise DataError(f"{root} {found}", "Specify a folder of images, or `digits` for the bundled data.")
     directories = {entry for entry in os.listdir(root) if _is_visible(entry) and (root / entry).is_dir()}
     known = {name for names in SPLIT_FOLDERS.values() for name in names}
     if directories <= known and "train" in directories and len(directories) > 1:
@@ -116,20 +110,6 @@ def split_folder(root: Path, split: str) -> tuple[Path, Path]:
             "Put its images into these two folders, or name the folder of the images you want.",
         )
     return root, root
-
-
-def _relabel(
-    names: Sequence[str], known: Sequence[str], labels: Sequence[int], folder: Path, reference: Path
-) -> list[int]:
-    if len(names) == len(known) == 1:
-        return list(labels)
-    for name in names:
-        if name not in known:
-            raise DataError(
-                f"{folder}: class {name!r} is not among the {len(known)} classes of {reference}. {nearest(name, known)}"
-            )
-    index = {name: number for number, name in enumerate(known)}
-    return [index[names[label]] for label in labels]
 
 
 def _walk(folder: Path, directory: str) -> list[str]:

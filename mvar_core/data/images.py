@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mvar_core.data.bundled import DigitsSource, PhotographsSource
 from mvar_core.data.folders import FolderSource, split_name
 from mvar_core.data.parquet import ParquetSource
 from mvar_core.data.shards import find_shards
-from mvar_core.data.sources import ImageSource, reading_threads
+from mvar_core.data.sources import ImageSource, in_threads
 from mvar_core.data.tar import TarSource
 from mvar_core.data.transforms import Views
 from mvar_core.errors import DataError
@@ -31,8 +31,8 @@ __all__ = [
 CACHE_BYTES = 256 * 2**20
 """Largest set of images that `ImageRows` keeps in memory once they have been read."""
 
-BATCHES_AHEAD = 3
-"""Batches that are being read or wait to be used, the current one included."""
+READ_AHEAD = 192
+"""Images that are being read or wait to be used, three batches of the usual size."""
 
 Rows = Sequence[int] | NDArray[np.int64]
 
@@ -55,18 +55,14 @@ def open_images(source: str, split: str = "train") -> ImageSource:
     shards = find_shards(name, split)
     if shards is None:
         return FolderSource(Path(name).expanduser(), split, name)
-    if shards.kind == "tar":
-        return TarSource(shards)
-    return ParquetSource(shards)
+    return (TarSource if shards.suffix == ".tar" else ParquetSource)(shards)
 
 
 class ImageRows:
-    """Random access to the images and views of a source: what a training loop takes its batches from.
+    """Random access to the images and views of a source, brought to `image_shape` (height, width).
 
-    Row r is view r % V of image r // V, where V is the number of views. A set that is small enough is kept in memory
-    once read.
-
-    Images are brought to `image_shape` (height, width); without views, each is its only view.
+    Row r is view r % V of image r // V, where V is the number of views; without views, each image is its only one. A
+    set that is small enough is kept in memory once read.
     """
 
     def __init__(self, source: ImageSource, image_shape: tuple[int, int], views: Views | None = None):
@@ -130,15 +126,14 @@ class RandomCrops:
         for row in map(int, rows):
             tasks.append((row, np.random.default_rng((self.seed, step, row, seen[row]))))
             seen[row] += 1
-        if self.source.in_memory:
-            return from_uint8(np.stack([self._crop(*task) for task in tasks]))
-        with ThreadPoolExecutor(min(len(tasks), reading_threads())) as pool:
-            return from_uint8(np.stack(list(pool.map(self._crop, *zip(*tasks, strict=True)))))
 
-    def _crop(self, row: int, random: np.random.Generator) -> Pixels:
-        pixels = self.source.crops(row, self.image_shape, self.data.crop_scale, [random])[0]
-        mirrored = self.data.flip and random.random() < 0.5
-        return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
+        def crop(task: tuple[int, np.random.Generator]) -> Pixels:
+            row, random = task
+            pixels = self.source.crops(row, self.image_shape, self.data.crop_scale, [random])[0]
+            mirrored = self.data.flip and random.random() < 0.5
+            return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
+
+        return from_uint8(np.stack(list((map if self.source.in_memory else in_threads)(crop, tasks))))
 
 
 def pixel_batches(
@@ -148,7 +143,7 @@ def pixel_batches(
     batch_size: int = 64,
     views: Views | None = None,
 ) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
-    """Images in order, batch by batch, the next batches being read while the caller works on this one.
+    """Images in order, batch by batch; threads read the next ones while the caller works on this batch.
 
     `indices` are rows, all by default: image indices, or image · V + view where `views` has V views.
 
@@ -173,10 +168,10 @@ def row_batches(
     views: Views | None = None,
     on_bad: Callable[[int, DataError], None] | None = None,
 ) -> Iterator[tuple[Pixels | None, NDArray[np.int64]]]:
-    """Batches of given rows, in order; threads read the next ones while the caller works on this one.
+    """Batches of given rows, as `pixel_batches` reads them.
 
-    The arguments are those of `pixel_batches`; `on_bad` is called with the index of an image that cannot be read, and
-    why, and its rows are left out. Without it the error is raised.
+    `on_bad` is called with the index of an image that cannot be read, and why, and its rows are left out; without it
+    the error is raised.
 
     Yields:
         uint8 (B, H, W, 3), or None where no row of a batch is left, and the rows int64 (B,).
@@ -186,46 +181,34 @@ def row_batches(
     """
     num_views = len(views) if views else 1
 
-    def read(neighbours: NDArray[np.int64]) -> list[Pixels] | DataError:
-        image = int(neighbours[0]) // num_views
+    def tasks(batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Neighbouring rows of one image together, so that its file is decoded once for all of its views."""
+        return np.split(batch, np.flatnonzero(np.diff(batch // num_views)) + 1)
+
+    def read(rows: NDArray[np.int64]) -> list[Pixels] | DataError:
+        image = int(rows[0]) // num_views
         try:
             if views is None:
-                return [source.read(image, image_shape)] * len(neighbours)
-            return views.render(source, image, image_shape, (neighbours % num_views).tolist())
+                return [source.read(image, image_shape)] * len(rows)
+            return views.render(source, image, image_shape, (rows % num_views).tolist())
         except DataError as error:
             if on_bad is None:
                 raise
             return error
 
-    def tasks(batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Neighbouring rows of one image together, so that its file is decoded once for all of its views."""
-        return np.split(batch, np.flatnonzero(np.diff(batch // num_views)) + 1)
-
-    def gather(batch: NDArray[np.int64], results: Iterable[list[Pixels] | DataError]) -> tuple[Pixels | None, Any]:
-        pixels, kept = [], []
-        for task, result in zip(tasks(batch), results, strict=True):
-            if isinstance(result, DataError):
-                assert on_bad is not None
-                on_bad(int(task[0]) // num_views, result)
-            else:
-                pixels += result
-                kept.append(task)
-        return (np.stack(pixels), np.concatenate(kept)) if pixels else (None, batch[:0])
-
-    if source.in_memory:
-        for batch in batches:
-            yield gather(batch, map(read, tasks(batch)))
-        return
-    pool = ThreadPoolExecutor(reading_threads())
-    try:
-        waiting: deque[tuple[NDArray[np.int64], list[Future[list[Pixels] | DataError]]]] = deque()
-        for batch in batches:
-            waiting.append((batch, [pool.submit(read, task) for task in tasks(batch)]))
-            if len(waiting) >= BATCHES_AHEAD:
-                first, futures = waiting.popleft()
-                yield gather(first, (future.result() for future in futures))
-        while waiting:
-            first, futures = waiting.popleft()
-            yield gather(first, (future.result() for future in futures))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    to_read, to_return = itertools.tee(batches)
+    every_task = (task for batch in to_read for task in tasks(batch))
+    with closing(
+        (read(task) for task in every_task) if source.in_memory else in_threads(read, every_task, READ_AHEAD)
+    ) as results:
+        for batch in to_return:
+            pixels, kept = [], []
+            for task in tasks(batch):
+                result = next(results)
+                if isinstance(result, DataError):
+                    assert on_bad is not None
+                    on_bad(int(task[0]) // num_views, result)
+                else:
+                    pixels += result
+                    kept.append(task)
+            yield (np.stack(pixels), np.concatenate(kept)) if pixels else (None, batch[:0])

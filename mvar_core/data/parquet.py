@@ -6,15 +6,16 @@ import hashlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
 import numpy as np
 
-from mvar_core.data.shards import Label, Shards, number_classes
-from mvar_core.data.sources import Report, StoredSource
+from mvar_core.data.shards import Label, ShardIndex, Shards, ShardSource
+from mvar_core.data.sources import Report
 from mvar_core.errors import DataError, one_line
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -23,7 +24,16 @@ KEPT_BYTES = 512 * 2**20
 """Row groups of parquet files that are kept decoded, while images next to each other are read."""
 
 
-class ParquetSource(StoredSource):
+@dataclass(frozen=True)
+class _Table:
+    """One file: the rows of each of its groups, and how a column of a group is read."""
+
+    schema: Any
+    groups: list[int]
+    read: Callable[[int, str], Any]
+
+
+class ParquetSource(ShardSource):
     """Images in parquet or arrow files: a column image {bytes, path} (or of bytes alone), and label where there is one.
 
     The `datasets` package writes such files, but only pyarrow is needed, which it brings along. Class names come from
@@ -31,42 +41,43 @@ class ParquetSource(StoredSource):
     whole row groups are decoded and some kept, so that they suit reading in order better than in any order.
 
     Raises:
-        DataError: pyarrow is missing, a damaged file, or no column that holds images.
+        DataError: pyarrow is missing, a damaged file, no column that holds images, or what `ShardSource` refuses.
     """
 
     def __init__(self, shards: Shards):
-        self.files = shards.files
-        self._tables = [_open(path, shards.name) for path in shards.files]
-        sizes = [table.group_sizes() for table in self._tables]
-        counts = [sum(groups) for groups in sizes]
-        if not sum(counts):
-            raise DataError(f"{shards.name} holds no rows.")
-        # Row r of the data set is in group searchsorted(starts, r) of the list of all groups of all files.
-        self._groups = [(number, group) for number, groups in enumerate(sizes) for group in range(len(groups))]
-        self._starts = np.cumsum([0, *(size for groups in sizes for size in groups)])
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._tables: dict[Path, _Table] = {}
+        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = Lock()
-        names = [f"{path.name}#{row}" for path, count in zip(shards.files, counts, strict=True) for row in range(count)]
+        super().__init__(shards)
+        self._columns = [_image_column(path, self._tables[path].schema) for path in self.files]
+        self._groups = [np.cumsum([0, *self._tables[path].groups]) for path in self.files]
 
-        def labels_of(tables: Sequence[_Table]) -> list[Label]:
-            return [label for table in tables for label in table.labels()]
+    def index(self, path: Path) -> ShardIndex:
+        """The labels of a file's rows."""
+        table = self._tables[path] = _open(path)
+        rows = sum(table.groups)
+        column = next((name for name in LABEL_COLUMNS if name in table.schema.names), None)
+        labels: list[Label] = [None] * rows
+        if column is not None:
+            labels = [label for group in range(len(table.groups)) for label in table.read(group, column).to_pylist()]
+        return ShardIndex([f"{path.name}#{row}" for row in range(rows)], labels)
 
-        labels = labels_of(self._tables)
-        same = shards.reference == shards.files
-        class_names, numbers = number_classes(
-            shards,
-            labels,
-            names,
-            lambda: labels if same else labels_of([_open(path, shards.name) for path in shards.reference]),
-            self._tables[0].class_names(),
-            {},
-        )
-        super().__init__(shards.name, shards.split, class_names, numbers, names)
+    def listed_names(self) -> list[str] | None:
+        """Names of the labels, from the data set's features."""
+        schema = self._tables[self.files[0]].schema
+        column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+        metadata = (schema.metadata or {}).get(b"huggingface")
+        if metadata is None:
+            return None
+        feature = json.loads(metadata).get("info", {}).get("features", {}).get(column) or {}
+        names = feature.get("names") if isinstance(feature, dict) else None
+        return [str(name) for name in names] if names else None
 
     def open(self, index: int) -> IO[bytes]:
         """The bytes of an image."""
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        value = self._group(group)[index - int(self._starts[group])].as_py()
+        file, row = self.place(index)
+        group = int(np.searchsorted(self._groups[file], row, side="right")) - 1
+        value = self._images(file, group)[row - int(self._groups[file][group])].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not content:
             path = f", only the path {value['path']}" if isinstance(value, dict) and value.get("path") else ""
@@ -75,8 +86,8 @@ class ParquetSource(StoredSource):
 
     def where(self, index: int) -> str:
         """Path of the file, and the row in it."""
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"{self.files[self._groups[group][0]]}, row {self.item_names[index].rpartition('#')[2]}"
+        file, row = self.place(index)
+        return f"{self.files[file]}, row {row}"
 
     def check(self, progress: Report | None = None, indices: Sequence[int] | None = None) -> None:
         """Nothing: looking at images in parquet files means reading all of them."""
@@ -88,102 +99,46 @@ class ParquetSource(StoredSource):
             digest.update(f"\n{path.name}\t{path.stat().st_size}".encode())
         return digest.hexdigest()
 
-    def _group(self, number: int) -> Any:
+    def _images(self, file: int, group: int) -> Any:
         with self._lock:  # one thread decodes; the others want the same group, or the next
-            if number in self._kept:
-                self._kept.move_to_end(number)
-                return self._kept[number]
-            file, group = self._groups[number]
-            images = self._tables[file].images(group)
-            self._kept[number] = images
+            if (file, group) not in self._kept:
+                self._kept[file, group] = self._tables[self.files[file]].read(group, self._columns[file])
+            self._kept.move_to_end((file, group))
+            found = self._kept[file, group]
             while len(self._kept) > 2 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
-            return images
+            return found
 
 
-class _Table:
-    """One file: its columns, and its images by groups of rows."""
-
-    def __init__(self, path: Path, schema: Any):
-        self.image = _image_column(path, schema)
-        self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-        self._metadata = (schema.metadata or {}).get(b"huggingface")
-
-    def group_sizes(self) -> list[int]:
-        raise NotImplementedError
-
-    def images(self, group: int) -> Any:
-        raise NotImplementedError
-
-    def column(self, name: str) -> list[Label]:
-        raise NotImplementedError
-
-    def labels(self) -> list[Label]:
-        """One for each row; None where there is no column of labels."""
-        return [None] * sum(self.group_sizes()) if self.label is None else self.column(self.label)
-
-    def class_names(self) -> list[str] | None:
-        """Names of the labels, from the data set's features."""
-        if self._metadata is None:
-            return None
-        feature = json.loads(self._metadata).get("info", {}).get("features", {}).get(self.label) or {}
-        names = feature.get("names") if isinstance(feature, dict) else None
-        return [str(name) for name in names] if names else None
-
-
-class _ParquetTable(_Table):
-    def __init__(self, path: Path):
-        import pyarrow.parquet as parquet
-
-        self._file = parquet.ParquetFile(path)
-        super().__init__(path, self._file.schema_arrow)
-
-    def group_sizes(self) -> list[int]:
-        metadata = self._file.metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-    def images(self, group: int) -> Any:
-        return self._file.read_row_group(group, columns=[self.image]).column(0).combine_chunks()
-
-    def column(self, name: str) -> list[Label]:
-        values: list[Label] = self._file.read(columns=[name]).column(0).to_pylist()
-        return values
-
-
-class _ArrowTable(_Table):
-    def __init__(self, path: Path):
-        import pyarrow
-
-        content = pyarrow.memory_map(str(path))
-        try:
-            reader = pyarrow.ipc.open_file(content)
-            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        except pyarrow.ArrowInvalid:
-            content.seek(0)
-            reader = pyarrow.ipc.open_stream(content)
-            self._batches = list(reader)
-        super().__init__(path, reader.schema)
-
-    def group_sizes(self) -> list[int]:
-        return [batch.num_rows for batch in self._batches]
-
-    def images(self, group: int) -> Any:
-        return self._batches[group].column(self.image)
-
-    def column(self, name: str) -> list[Label]:
-        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
-
-
-def _open(path: Path, name: str) -> _Table:
+def _open(path: Path) -> _Table:
     try:
         import pyarrow
+        import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(
-            f"{name} is read with pyarrow, which is not installed.",
+            f"{path} is read with pyarrow, which is not installed.",
             "Install it: pip install pyarrow (mvar[parquet]; the `datasets` package brings it along).",
         ) from None
     try:
-        return _ParquetTable(path) if path.suffix.lower() == ".parquet" else _ArrowTable(path)
+        if path.suffix.lower() == ".parquet":
+            file = parquet.ParquetFile(path)
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            return _Table(
+                file.schema_arrow,
+                rows,
+                lambda group, name: file.read_row_group(group, columns=[name]).column(0).combine_chunks(),
+            )
+        content = pyarrow.memory_map(str(path))
+        try:
+            reader = pyarrow.ipc.open_file(content)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except pyarrow.ArrowInvalid:
+            content.seek(0)
+            reader = pyarrow.ipc.open_stream(content)
+            batches = list(reader)
+        return _Table(
+            reader.schema, [batch.num_rows for batch in batches], lambda group, name: batches[group].column(name)
+        )
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}.", "Write or download it again.") from None
 

@@ -1,26 +1,27 @@
-"""Which files a name such as `train-{000..146}.tar` stands for, which a split has, and what their labels mean."""
+"""Images within larger files: which files a name such as `train-{000..146}.tar` means, and what their labels mean."""
 
 from __future__ import annotations
 
 import glob
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.data.folders import SPLIT_FOLDERS, split_folder
+from mvar_core.data.sources import StoredSource, in_threads
 from mvar_core.errors import DataError, nearest
 
-Kind = Literal["tar", "parquet", "arrow"]
 Label = int | str | None
 
-_KINDS: dict[str, Kind] = {".tar": "tar", ".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = (".tar", ".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "dev": "val"}
@@ -29,7 +30,7 @@ _SPLIT_WORDS |= {"validation": "validation"}
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of one split of a data set.
+    """The files of one split of a data set, all of one kind.
 
     Attributes:
         files: In the order in which their images count.
@@ -37,11 +38,119 @@ class Shards:
         reference: The files of the split train, whose classes count; those of this split where there is no other.
     """
 
-    kind: Kind
     files: tuple[Path, ...]
     name: str
     split: str
     reference: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        kinds = {_suffix(path.name) for path in self.files}
+        if None in kinds:
+            raise DataError(f"{self.name} names files that are not shards ({' '.join(SUFFIXES)}).")
+        if len(kinds) > 1:
+            found = ", ".join(sorted(map(str, kinds)))
+            raise DataError(f"{self.name} holds several kinds of shards: {found}.", "Use one kind.")
+
+    @property
+    def suffix(self) -> str | None:
+        """Which of `SUFFIXES` the files have."""
+        return _suffix(self.files[0].name)
+
+
+@dataclass
+class ShardIndex:
+    """What one file holds: names and labels of its images, in order, and names of classes by number."""
+
+    names: list[str] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    class_names: dict[int, str] = field(default_factory=dict)
+
+
+class ShardSource(StoredSource):
+    """Images within larger files, which are indexed once.
+
+    Labels are numbers or names; without any, all images are one class, which is called as the files' folder. Numbers
+    are named by a list of all classes, else by what the files say, else they are their own names. The classes are those
+    of the split train.
+
+    Raises:
+        DataError: No images, images with and without labels, a number below 0 or without a name, or a class that train
+            lacks.
+    """
+
+    def __init__(self, shards: Shards):
+        self.files = shards.files
+        indices = list(in_threads(self.index, shards.files))
+        names = [name for index in indices for name in index.names]
+        if not names:
+            raise DataError(f"{shards.name} holds no images ({' '.join(EXTENSIONS)}).", self.hint())
+        self._starts = np.cumsum([0, *(len(index.names) for index in indices)])
+        class_names, labels = self._classes(shards, indices, names)
+        super().__init__(shards.name, shards.split, class_names, labels, names)
+
+    @abstractmethod
+    def index(self, path: Path) -> ShardIndex:
+        """Look through one file."""
+
+    @abstractmethod
+    def open(self, index: int) -> IO[bytes]:
+        """The file of an image, open for reading."""
+
+    def listed_names(self) -> Sequence[str] | None:
+        """Names of all classes, if they are listed somewhere."""
+        return None
+
+    def hint(self) -> str | None:
+        """What to do with files that hold no images."""
+        return None
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which file an image is in, and which of the file's images it is."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
+    def _classes(
+        self, shards: Shards, indices: Sequence[ShardIndex], items: Sequence[str]
+    ) -> tuple[Sequence[str], NDArray[np.int64]]:
+        labels = [label for index in indices for label in index.labels]
+        missing = labels.count(None)
+        if missing == len(labels):
+            folder = self.files[0].resolve().parent
+            return [folder.parent.name if folder.name == "data" else folder.name], np.zeros(len(labels), np.int64)
+        if missing:
+            item = items[labels.index(None)]
+            raise DataError(
+                f"{shards.name}: {item} has no class ({missing} of {len(labels)} images have none).",
+                "Give every image a label, or none of them.",
+            )
+        numbers = [label for label in labels if isinstance(label, int)]
+        if len(numbers) < len(labels):
+            known = sorted({str(label) for index in self._reference(shards, indices) for label in index.labels})
+            positions = {name: position for position, name in enumerate(known)}
+            for label in map(str, labels):
+                if label not in positions:
+                    raise DataError(
+                        f"{shards.name}: class {label!r} is not among the {len(known)} classes of the split train."
+                        f" {nearest(label, known)}"
+                    )
+            return known, np.asarray([positions[str(label)] for label in labels], np.int64)
+        if min(numbers) < 0:
+            raise DataError(
+                f"{shards.name}: {items[numbers.index(min(numbers))]} has the class {min(numbers)}, which means none.",
+                "Choose a split with labels, for example :val.",
+            )
+        names = self.listed_names()
+        if names is None:
+            reference = self._reference(shards, indices)
+            found = {number: name for index in reference for number, name in index.class_names.items()}
+            known_numbers = [label for index in reference for label in index.labels if isinstance(label, int)]
+            names = [found.get(number, str(number)) for number in range(max(numbers + known_numbers) + 1)]
+        if max(numbers) >= len(names):
+            raise DataError(f"{shards.name} has images of class {max(numbers)}, and names for {len(names)} classes.")
+        return names, np.asarray(numbers, np.int64)
+
+    def _reference(self, shards: Shards, indices: Sequence[ShardIndex]) -> Sequence[ShardIndex]:
+        return indices if shards.reference == shards.files else list(in_threads(self.index, shards.reference))
 
 
 def find_shards(name: str, split: str = "train") -> Shards | None:
@@ -50,7 +159,7 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
     A folder's splits are its sub-folders train and test (or val), or a word of its files' names, as in
     `train-00000-of-00040.parquet`; files in a sub-folder `data` count as the folder's own.
 
-    None where the name stands for something else.
+    None where the name means something else.
 
     Raises:
         DataError: No such files, compressed ones, several kinds of them, or no such split.
@@ -60,72 +169,26 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
         raise _compressed(name)
     if path.is_dir():
         return _of_folder(path, name, split)
-    is_pattern = bool(_BRACES.search(name)) or glob.has_magic(name)
-    if not path.exists() and is_pattern and _suffix(name):
-        files = _matching(str(path), name)
-    elif _suffix(name) and (path.is_file() or not path.exists()):
-        if not path.exists():
-            raise DataError(f"{name} does not exist.")
-        files = [path]
-    else:
+    if not _suffix(name):
         return None
+    files = [path]
+    if not path.is_file():
+        if path.exists():
+            return None
+        if not _BRACES.search(name) and not glob.has_magic(name):
+            raise DataError(f"{name} does not exist.")
+        files = []
+        for expanded in expand_braces(str(path)):
+            matches = sorted(map(Path, glob.glob(expanded))) if glob.has_magic(expanded) else [Path(expanded)]
+            if not matches or not matches[0].is_file():
+                raise DataError(f"{name} names {expanded}, which does not exist.")
+            files += matches
     if split != "train":
         raise DataError(
             f"{name} has no split {split!r}: the name says which files to read.",
             "Name the files of that split, or their folder.",
         )
-    return Shards(_kind(files, name), tuple(files), name, split, tuple(files))
-
-
-def number_classes(
-    shards: Shards,
-    labels: Sequence[Label],
-    items: Sequence[str],
-    reference: Callable[[], Sequence[Label]],
-    names: Sequence[str] | None,
-    some_names: Mapping[int, str],
-) -> tuple[Sequence[str], NDArray[np.int64]]:
-    """Names of the classes, and each image's class as their position.
-
-    Labels are numbers or names; None for all images makes one class. `items` are the images' names in messages, and
-    `reference` finds the labels of the split train, whose classes count. Numbers are named by `names`, where something
-    lists all of them, or by `some_names`; others are their own names.
-
-    Raises:
-        DataError: Images with and without labels, a number below 0 or without a name, or a class that train lacks.
-    """
-    missing = sum(label is None for label in labels)
-    if missing == len(labels):
-        folder = shards.files[0].resolve().parent
-        return [folder.parent.name if folder.name == "data" else folder.name], np.zeros(len(labels), np.int64)
-    if missing:
-        item = items[list(labels).index(None)]
-        raise DataError(
-            f"{shards.name}: {item} has no class ({missing} of {len(labels)} images have none).",
-            "Give every image a label, or none of them.",
-        )
-    if all(isinstance(label, int) for label in labels):
-        numbers = np.asarray(labels, np.int64)
-        if numbers.min() < 0:
-            raise DataError(
-                f"{shards.name}: {items[int(numbers.argmin())]} has the class {numbers.min()}, which stands for none.",
-                "Choose a split with labels, for example :val.",
-            )
-        if names is None:
-            count = max(int(numbers.max()), *(label for label in reference() if isinstance(label, int))) + 1
-            names = [some_names.get(number, str(number)) for number in range(count)]
-        if numbers.max() >= len(names):
-            raise DataError(f"{shards.name} has images of class {numbers.max()}, and names for {len(names)} classes.")
-        return names, numbers
-    names = sorted(set(map(str, reference())))
-    positions = {name: position for position, name in enumerate(names)}
-    unknown = next((str(label) for label in labels if str(label) not in positions), None)
-    if unknown is not None:
-        raise DataError(
-            f"{shards.name}: class {unknown!r} is not among the {len(names)} classes of the split train."
-            f" {nearest(unknown, names)}"
-        )
-    return names, np.asarray([positions[str(label)] for label in labels], np.int64)
+    return Shards(tuple(files), name, split, tuple(files))
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -139,55 +202,41 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     inside = found[1]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    choices = inside.split(",") if "," in inside else []
     if span:
         first, last = int(span[1]), int(span[2])
         width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
         choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    elif "," in inside:
-        choices = inside.split(",")
-    else:
-        choices = []
     if not choices:
-        raise DataError(f"{pattern}: {{{inside}}} is no range.", "Write for example shard-{000..146}.tar.")
+        raise DataError(f"{pattern}: {{{inside}}} is not a range.", "Write for example shard-{000..146}.tar.")
     tails = expand_braces(pattern[found.end() :])
     return [pattern[: found.start()] + choice + tail for choice, tail in itertools.product(choices, tails)]
 
 
-def _matching(pattern: str, name: str) -> list[Path]:
-    files: list[Path] = []
-    for expanded in expand_braces(pattern):
-        if glob.has_magic(expanded):
-            matches = sorted(map(Path, glob.glob(expanded)))
-        else:
-            matches = [Path(expanded)] if Path(expanded).is_file() else []
-        if not matches:
-            raise DataError(f"{name} names {expanded}, which does not exist.")
-        files += matches
-    return files
-
-
 def _of_folder(root: Path, name: str, split: str) -> Shards | None:
-    folders: Sequence[Path] = (root, root)
+    folder = reference = root
     if any((root / sub).is_dir() for sub in SPLIT_FOLDERS["train"]):
         try:
-            folders = split_folder(root, split)
+            folder, reference = split_folder(root, split)
         except DataError:
-            folders = (root, root)
+            folder = reference = root
     elif not _listed(root) and _listed(root / "data"):
-        folders = (root / "data", root / "data")
-    files, reference = (_listed(folder) for folder in folders)
+        folder = reference = root / "data"
+    files, known = _listed(folder), _listed(reference)
     if not files:
         return None
-    if folders[0] == folders[1]:
-        by_split = {word: [path for path in files if _split_of(path) == word] for word in set(map(_split_of, files))}
+    if folder == reference:
+        by_split: dict[str | None, list[Path]] = {}
+        for path in files:
+            by_split.setdefault(_split_of(path), []).append(path)
         if set(by_split) == {None}:
             by_split = {"train": files}
-        found = next((word for word in SPLIT_FOLDERS.get(split, ()) if by_split.get(word)), None)
+        found = next((word for word in SPLIT_FOLDERS.get(split, ()) if word in by_split), None)
         if found is None:
-            known = ", ".join(sorted(word for word in by_split if word))
-            raise DataError(f"{name} has no split {split!r}; found {known}. {nearest(split, SPLIT_FOLDERS)}")
-        files, reference = by_split[found], by_split.get("train") or by_split[found]
-    return Shards(_kind(files, name), tuple(files), name, split, tuple(reference))
+            words = ", ".join(sorted(word for word in by_split if word))
+            raise DataError(f"{name} has no split {split!r}; found {words}. {nearest(split, SPLIT_FOLDERS)}")
+        files, known = by_split[found], by_split.get("train", by_split[found])
+    return Shards(tuple(files), name, split, tuple(known))
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -211,17 +260,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _suffix(name: str) -> str | None:
-    return next((suffix for suffix in _KINDS if name.lower().endswith(suffix)), None)
-
-
-def _kind(files: Sequence[Path], name: str) -> Kind:
-    kinds = {_suffix(path.name) for path in files}
-    if len(kinds) > 1:
-        raise DataError(f"{name} holds several kinds of shards: {', '.join(sorted(map(str, kinds)))}.", "Use one kind.")
-    suffix = kinds.pop()
-    if suffix is None:
-        raise DataError(f"{name} names files that are not shards ({' '.join(_KINDS)}).")
-    return _KINDS[suffix]
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
 
 
 def _compressed(name: str) -> DataError:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.transforms import random_resized_crop, resize_and_crop
 from mvar_core.io.pixels import Pixels
-
-CHECKED_AT_ONCE = 4096
-"""Images whose checks wait in line at a time: a thread pool keeps something for each of them."""
 
 Report = Callable[[int, int], None]
 """Called with the number of things done and the total."""
@@ -26,10 +23,28 @@ Report = Callable[[int, int], None]
 Randoms = Sequence[np.random.Generator | None]
 """One entry for each crop: None is the centre crop, a generator chooses size and place of a random one."""
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
-def reading_threads() -> int:
-    """How many threads read image files: decoding frees the interpreter, and some of them wait for the disk."""
-    return min(16, (os.cpu_count() or 1) + 2)
+
+def in_threads(
+    function: Callable[[Item], Found], items: Iterable[Item], ahead: int = 4096
+) -> Generator[Found, None, None]:
+    """Results of `function` in order; threads compute up to `ahead` of them while the caller works.
+
+    There are a few more threads than cores: decoding releases the interpreter, and some threads wait for the disk.
+    """
+    pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2))
+    waiting: deque[Future[Found]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class ImageSource(ABC):
@@ -47,12 +62,7 @@ class ImageSource(ABC):
     in_memory = False
 
     def __init__(
-        self,
-        name: str,
-        split: str,
-        class_names: Sequence[str],
-        labels: NDArray[np.int64],
-        item_names: Sequence[str],
+        self, name: str, split: str, class_names: Sequence[str], labels: NDArray[np.int64], item_names: Sequence[str]
     ):
         assert len(labels) == len(item_names)
         self.name = name
@@ -82,18 +92,21 @@ class ImageSource(ABC):
         """One image, resized and cropped to `image_shape` (height, width): uint8 (H, W, 3)."""
         return self.crops(index, image_shape, 1, [None])[0]
 
-    def check(  # noqa: B027 - nothing to check is a fair default
-        self, progress: Report | None = None, indices: Sequence[int] | None = None
-    ) -> None:
-        """Look for images that cannot be read before slow work starts.
+    def stored_shapes(
+        self, indices: Sequence[int] | None = None, progress: Report | None = None
+    ) -> list[tuple[int, int]] | None:
+        """Height and width of images, all by default, where they are stored; None for images without a size.
 
-        Args:
-            progress: Called with images checked and images to check.
-            indices: Which images; all by default.
+        Every header is read, and the end of every file looked for.
 
         Raises:
-            DataError: An image is damaged, or is not an image.
+            DataError: An image is missing, truncated, or not an image.
         """
+        return None
+
+    def check(self, progress: Report | None = None, indices: Sequence[int] | None = None) -> None:
+        """Look for images that cannot be read before slow work starts; arguments and errors as of `stored_shapes`."""
+        self.stored_shapes(indices, progress)
 
     def item_bytes(self, index: int) -> int:
         """Size of an item where it is stored; 0 where that says nothing."""
@@ -105,6 +118,10 @@ class ImageSource(ABC):
         for index, (name, label) in enumerate(zip(self.item_names, self.labels, strict=True)):
             digest.update(f"\n{name}\t{label}\t{self.item_bytes(index)}".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def content(self) -> str:
+        """What the images are, to the last bit."""
+        return f"{self.name}:{self.split} {self.fingerprint()}"
 
 
 class StoredSource(ImageSource):
@@ -118,17 +135,9 @@ class StoredSource(ImageSource):
         """What messages call an image."""
         return self.item_names[index]
 
-    def picture(self, index: int) -> Image.Image:
-        """One whole image, RGB and upright.
-
-        Raises:
-            DataError: The image cannot be read.
-        """
-        return read_rgb(lambda: self.open(index), self.where(index))
-
     def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
         """Several crops of one image, see `ImageSource.crops`."""
-        picture = self.picture(index)
+        picture = read_rgb(lambda: self.open(index), self.where(index))
         return [
             np.asarray(resize_and_crop(picture, image_shape))
             if random is None
@@ -136,37 +145,26 @@ class StoredSource(ImageSource):
             for random in randoms
         ]
 
-    def stored_shapes(self, indices: Iterable[int], progress: Report | None = None) -> list[tuple[int, int]]:
-        """Height and width of images where they are stored; every header is read, and the end of every file looked for.
-
-        Raises:
-            DataError: An image is missing, cut off short, or not an image.
-        """
-
-        def shape_of(index: int) -> tuple[int, int]:
-            return check_image(lambda: self.open(index), self.where(index))
-
-        chosen = list(indices)
+    def stored_shapes(
+        self, indices: Sequence[int] | None = None, progress: Report | None = None
+    ) -> list[tuple[int, int]] | None:
+        """See `ImageSource.stored_shapes`."""
+        chosen = range(len(self)) if indices is None else indices
         shapes = []
-        with ThreadPoolExecutor(reading_threads()) as pool:
-            try:
-                for start in range(0, len(chosen), CHECKED_AT_ONCE):
-                    for shape in pool.map(shape_of, chosen[start : start + CHECKED_AT_ONCE]):
-                        shapes.append(shape)
-                        if progress is not None:
-                            progress(len(shapes), len(chosen))
-            finally:
-                pool.shutdown(cancel_futures=True)
+        for shape in in_threads(lambda index: check_image(lambda: self.open(index), self.where(index)), chosen):
+            shapes.append(shape)
+            if progress is not None:
+                progress(len(shapes), len(chosen))
         return shapes
 
-    def digest(self, index: int) -> str:
-        """SHA-256 of an image's stored bytes."""
-        digest = hashlib.sha256()
-        with self.open(index) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+    def content(self) -> str:
+        """SHA-256 over the stored bytes of all images in order."""
 
-    def check(self, progress: Report | None = None, indices: Sequence[int] | None = None) -> None:
-        """Open images, read their headers and look whether their ends are there."""
-        self.stored_shapes(range(len(self)) if indices is None else indices, progress)
+        def hash_of(index: int) -> str:
+            digest = hashlib.sha256()
+            with self.open(index) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            return digest.hexdigest()
+
+        return hashlib.sha256("".join(in_threads(hash_of, range(len(self)))).encode()).hexdigest()

@@ -6,17 +6,14 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from mvar_core.data.decoding import EXTENSIONS
-from mvar_core.data.shards import Label, Shards, number_classes
-from mvar_core.data.sources import StoredSource, reading_threads
+from mvar_core.data.shards import Label, ShardIndex, Shards, ShardSource
 from mvar_core.errors import DataError
 
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")
@@ -25,64 +22,84 @@ CLASS_FILES = ("classes.json", "class_names.json", "classes.txt", "class_names.t
 """Files next to the shards that may name the classes: a list, {"0": name} or {name: 0}; or one name per line."""
 
 
-@dataclass
-class _Index:
-    """What one shard holds, in the order of its members."""
-
-    names: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
-    class_names: dict[int, str] = field(default_factory=dict)
-
-
-class TarSource(StoredSource):
+class TarSource(ShardSource):
     """Images in tar files: `KEY.jpg` with `KEY.cls` or `KEY.json` next to it, one after the other.
 
     A `.cls` holds the class's number or name as text; a `.json` holds it under label, cls, class, class_id or
-    class_index, and the name under class_name. Without any, all images are one class. Numbers get their names
-    from the json files, from a file classes.json or classes.txt next to the shards, or are their own names.
+    class_index, and the name under class_name. A file classes.json or classes.txt next to the shards lists names.
 
     Raises:
-        DataError: A damaged file, no images, or images with and without classes.
+        DataError: A damaged file, or what `ShardSource` refuses.
     """
 
     def __init__(self, shards: Shards):
-        indices = _index_all(shards.files)
-        labels = [label for index in indices for label in index.labels]
-        if not labels:
-            raise DataError(f"{shards.name} holds no images ({' '.join(EXTENSIONS)}).", _nested_hint(shards.files[0]))
-        names = [
-            f"{path.name}/{name}" for path, index in zip(shards.files, indices, strict=True) for name in index.names
-        ]
-        reference = indices if shards.reference == shards.files else _index_all(shards.reference)
-        class_names, numbers = number_classes(
-            shards,
-            labels,
-            names,
-            lambda: [label for index in reference for label in index.labels],
-            _listed_names(shards.files[0].parent),
-            {number: name for index in reference for number, name in index.class_names.items()},
-        )
-        super().__init__(shards.name, shards.split, class_names, numbers, names)
-        self.files = shards.files
-        self._shard = np.repeat(np.arange(len(indices)), [len(index.names) for index in indices])
-        self._offsets = np.concatenate([np.asarray(index.offsets, np.int64) for index in indices])
-        self._sizes = np.concatenate([np.asarray(index.sizes, np.int64) for index in indices])
+        # Offset and size of each image in its file, by file. Threads fill it in.
+        self._spans: dict[Path, list[tuple[int, int]]] = {}
+        super().__init__(shards)
+        spans = [span for path in self.files for span in self._spans.pop(path)]
+        self._offsets, self._sizes = np.asarray(spans, np.int64).T
+
+    def index(self, path: Path) -> ShardIndex:
+        """Read the headers of a shard's members, and the labels; images are skipped."""
+        index = ShardIndex()
+        spans: list[tuple[int, int]] = []
+        try:
+            size = path.stat().st_size
+            with tarfile.open(path, "r:") as archive:
+                for members in _samples(archive):
+                    image = next((members[ext] for ext in (e[1:] for e in EXTENSIONS) if ext in members), None)
+                    if image is None:
+                        continue
+                    if image.offset_data + image.size > size:
+                        raise tarfile.ReadError(f"it ends within {image.name}")
+                    index.names.append(f"{path.name}/{image.name.removeprefix('./')}")
+                    index.labels.append(_label(path, archive, members, index.class_names))
+                    spans.append((image.offset_data, image.size))
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist.") from None
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise DataError(f"{path} is not a whole tar file: {error}.", "Write or download it again.") from None
+        self._spans[path] = spans
+        return index
 
     def open(self, index: int) -> IO[bytes]:
         """A member, read at its offset in its shard."""
-        path = self.files[self._shard[index]]
+        path = self.files[self.place(index)[0]]
         return io.BufferedReader(_Member(path, int(self._offsets[index]), int(self._sizes[index])), 1 << 16)
 
     def where(self, index: int) -> str:
         """Path of the shard, and the member's name."""
-        path = self.files[self._shard[index]]
+        path = self.files[self.place(index)[0]]
         return f"{path}: {self.item_names[index][len(path.name) + 1 :]}"
 
     def item_bytes(self, index: int) -> int:
         """Size of the member."""
         return int(self._sizes[index])
+
+    def hint(self) -> str | None:
+        """That tar files within tar files must be unpacked."""
+        with tarfile.open(self.files[0], "r:") as archive:
+            first = archive.next()
+        if first is not None and first.name.lower().endswith(".tar"):
+            return f"It holds further tar files ({first.name}, …): unpack them, one folder for each."
+        return None
+
+    def listed_names(self) -> list[str] | None:
+        """Names of classes from a file next to the shards."""
+        folder = self.files[0].parent
+        path = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
+        if path is None:
+            return None
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else text.split("\n")[: len(text.splitlines())]
+            if isinstance(values, dict):
+                if all(isinstance(value, int) for value in values.values()):
+                    values = {value: key for key, value in values.items()}
+                values = [values[key] for key in sorted(values, key=int)]
+            return [str(value).strip() for value in values]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} does not list class names: {error}.", "Write a JSON list of names.") from None
 
 
 class _Member(io.RawIOBase):
@@ -112,34 +129,6 @@ class _Member(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-def _index_all(files: Sequence[Path]) -> list[_Index]:
-    with ThreadPoolExecutor(min(reading_threads(), len(files))) as pool:
-        return list(pool.map(_index, files))
-
-
-def _index(path: Path) -> _Index:
-    """Read the headers of a shard's members, and the labels; images are skipped."""
-    index = _Index()
-    try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
-            for members in _samples(archive):
-                image = next((members[ext] for ext in (e[1:] for e in EXTENSIONS) if ext in members), None)
-                if image is None:
-                    continue
-                if image.offset_data + image.size > size:
-                    raise tarfile.ReadError(f"it ends within {image.name}")
-                index.names.append(image.name.removeprefix("./"))
-                index.offsets.append(image.offset_data)
-                index.sizes.append(image.size)
-                index.labels.append(_label(path, archive, members, index.class_names))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a whole tar file: {error}.", "Write or download it again.") from None
-    return index
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
@@ -195,28 +184,3 @@ def _number(value: Any) -> Label:
         return None
     text = str(value)
     return int(text) if text.removeprefix("-").isdecimal() else text
-
-
-def _listed_names(folder: Path) -> list[str] | None:
-    """Names of classes from a file in the shards' folder."""
-    path = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else text.split("\n")[: len(text.splitlines())]
-        if isinstance(values, dict):
-            if all(isinstance(value, int) for value in values.values()):
-                values = {value: key for key, value in values.items()}
-            values = [values[key] for key in sorted(values, key=int)]
-        return [str(value).strip() for value in values]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} does not list class names: {error}.", "Write a JSON list of names.") from None
-
-
-def _nested_hint(path: Path) -> str | None:
-    with tarfile.open(path, "r:") as archive:
-        first = archive.next()
-    if first is not None and first.name.lower().endswith(".tar"):
-        return f"It holds further tar files ({first.name}, …): unpack them, one folder for each."
-    return None

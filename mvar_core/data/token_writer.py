@@ -8,12 +8,12 @@ it leaves behind does not depend on when it was stopped or on how many processes
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from mvar_core.data.tokens import (
     Manifest,
     Shard,
     TokenCache,
+    find_problem,
     smallest_unsigned,
 )
 from mvar_core.data.transforms import Views
@@ -97,6 +98,11 @@ class Work:
     pending: tuple[int, ...]
 
     @property
+    def pieces(self) -> range:
+        """Numbers of all shards."""
+        return range(-(-self.total // self.images_per_shard))
+
+    @property
     def images(self) -> int:
         """Images that are still to be encoded."""
         return sum(len(self.images_of(number)) for number in self.pending)
@@ -106,18 +112,64 @@ class Work:
         return range(number * self.images_per_shard, min((number + 1) * self.images_per_shard, self.total))
 
 
-class UnfinishedCache(Resumable):
-    """The shards of a cache that is being written; its record is the manifest without its files."""
+@dataclass(eq=False)
+class CacheWriter(Resumable):
+    """Encodes all views of all images into a token cache, alone or as one of several processes.
 
-    def __init__(self, out: Path, manifest: Manifest):
-        shards = -(-manifest.images // manifest.images_per_shard)
-        super().__init__(out, manifest.to_json(), shards, record_file=PARTIAL, piece_name=RECEIPT)
-        self.manifest = manifest
+    Rank 0 calls `prepare` and broadcasts the result; each process calls `check`, `write` and `finish`. They must see
+    the same directory. The record of the unfinished work is the manifest without its files.
+
+    No batch of `batch_size` views spans two shards. `images_per_shard` is by default that of the cache that is there,
+    else as many as make a shard some tens of megabytes, and fewer where the images are few. `skip_bad` leaves out
+    images that cannot be read instead of raising an error; `vectors` are for models that are conditioned on them.
+    """
+
+    out: Path
+    source: ImageSource
+    encode: Encode
+    _: KW_ONLY
+    config: ModelConfig
+    tokenizer_hash: str
+    data: DataConfig
+    seed: int = 0
+    batch_size: int = 64
+    images_per_shard: int | None = None
+    skip_bad: bool = False
+    vectors: Vectors | None = None
+    tokenizer: str | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        config, source = self.config, self.source
+        self.views = Views(self.data, self.seed)
+        self.dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)
+        bytes_per_image = len(self.views) * config.pyramid.num_tokens * self.dtype.itemsize
+        self.manifest = Manifest(
+            version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
+            vectors=self.vectors.entry() if self.vectors is not None else None,
+            tokenizer_hash=self.tokenizer_hash,
+            tokenizer=self.tokenizer,
+            patch_sizes=config.pyramid.patch_sizes,
+            codebook_size=config.tokenizer.codebook_size,
+            image_size=config.image_size,
+            class_names=source.class_names,
+            images=len(source),
+            views=len(self.views),
+            view_names=self.views.names,
+            data=self.data,
+            seed=self.seed,
+            dtype=self.dtype.name,
+            source=f"{source.name}:{source.split}",
+            fingerprint=source.fingerprint(),
+            images_per_shard=self.images_per_shard or default_shard(bytes_per_image, len(source)),
+        )
+        super().__init__(self.out, self.manifest.to_json(), 0, record_file=PARTIAL, piece_name=RECEIPT)
 
     def is_whole(self, number: int) -> bool:
         """Whether a shard's receipt can be read and its files are as they were written."""
         shard = Shard.read(self.piece(number))
-        return shard is not None and not shard.problem(self.directory, verify=True)
+        return shard is not None and find_problem(shard.files, self.directory, verify=True) is None
 
     def difference(self) -> str:
         """How the cache that is there differs in what its tokens depend on."""
@@ -129,76 +181,6 @@ class UnfinishedCache(Resumable):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
 
-    def complete(self) -> None:
-        """Remove what only an unfinished cache needs."""
-        self.release()
-        for path in (*self.directory.glob(RECEIPTS), self.record_path, self.directory / LOCK_FILE):
-            path.unlink(missing_ok=True)
-
-
-class CacheWriter:
-    """Encodes all views of all images into a token cache, alone or as one of several processes.
-
-    Rank 0 calls `prepare` and broadcasts the result; each process calls `check`, `write` and `finish`. They must see
-    the same directory.
-
-    No batch of `batch_size` views spans two shards. `images_per_shard` is by default that of the cache that is there,
-    else as many as make a shard some tens of megabytes, and fewer where the images are few. `skip_bad` leaves out
-    images that cannot be read instead of raising an error; `vectors` are for models that are conditioned on them.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        source: ImageSource,
-        encode: Encode,
-        *,
-        config: ModelConfig,
-        tokenizer_hash: str,
-        data: DataConfig,
-        seed: int = 0,
-        batch_size: int = 64,
-        images_per_shard: int | None = None,
-        skip_bad: bool = False,
-        vectors: Vectors | None = None,
-        tokenizer: str | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.out = out
-        self.source = source
-        self.encode = encode
-        self.config = config
-        self.batch_size = batch_size
-        self.images_per_shard = images_per_shard
-        self.skip_bad = skip_bad
-        self.vectors = vectors
-        self.rank = rank
-        self.world_size = world_size
-        self.views = Views(data, seed)
-        self.dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)
-        bytes_per_image = len(self.views) * config.pyramid.num_tokens * self.dtype.itemsize
-        self.manifest = Manifest(
-            version=VERSION if vectors is None else VERSION_WITH_VECTORS,
-            vectors=vectors.entry() if vectors is not None else None,
-            tokenizer_hash=tokenizer_hash,
-            tokenizer=tokenizer,
-            patch_sizes=config.pyramid.patch_sizes,
-            codebook_size=config.tokenizer.codebook_size,
-            image_size=config.image_size,
-            class_names=source.class_names,
-            images=len(source),
-            views=len(self.views),
-            view_names=self.views.names,
-            data=data,
-            seed=seed,
-            dtype=self.dtype.name,
-            source=f"{source.name}:{source.split}",
-            fingerprint=source.fingerprint(),
-            images_per_shard=images_per_shard or default_shard(bytes_per_image, len(source)),
-        )
-        self.unfinished = UnfinishedCache(out, self.manifest)
-
     def prepare(self, overwrite: bool = False) -> Work:
         """Look at what is there, make room, and return what is left to do.
 
@@ -207,45 +189,45 @@ class CacheWriter:
         Raises:
             DataError: `out` holds something else, or a cache of other settings; or another process works there.
         """
-        if self._is_complete(overwrite):
-            self.unfinished.complete()
-            return Work(self.manifest.images, self.manifest.images_per_shard, ())
-        done = self.unfinished.begin()
+        complete = self._is_complete(overwrite)
+        work = Work(len(self.source), self.manifest.images_per_shard, ())
+        if complete:
+            self._tidy()
+            return work
+        self.record, self.pieces = self.manifest.to_json(), work.pieces
+        done = self.begin()
         if self.vectors is not None and self.vectors.of == "class":
-            with self._writing(VECTORS) as file:
-                np.save(file, self.vectors.values)
-        pending = tuple(number for number in self.unfinished.pieces if number not in done)
-        work = Work(len(self.source), self.manifest.images_per_shard, pending)
+            self._save(VECTORS, self.vectors.values)
+        work = replace(work, pending=tuple(number for number in self.pieces if number not in done))
         if work.images < work.total:
-            logger.info("%s: resuming after %d of %d images.", self.out, work.total - work.images, work.total)
+            logger.info("%s: resuming after %d of %d images.", self.directory, work.total - work.images, work.total)
         return work
 
     def _is_complete(self, overwrite: bool) -> bool:
         """Whether the cache is there already; what may not stay there is removed."""
-        complete, unfinished = (self.out / MANIFEST).exists(), (self.out / PARTIAL).exists()
-        if not complete and not unfinished:
-            require_new_directory(self.out, overwrite)
-        elif complete and overwrite:
-            self.unfinished.clear()
-        else:
-            try:
-                there = TokenCache.open(self.out).manifest if complete else Manifest.read(self.out / PARTIAL)
-                if not complete and there.version < VERSION:
-                    raise DataError(f"{self.out} holds an unfinished token cache of an earlier version of mvar.")
-                if self.images_per_shard is None:
-                    update = {"images_per_shard": there.images_per_shard}
-                    self.manifest = self.manifest.model_copy(update=update)
-                    self.unfinished = UnfinishedCache(self.out, self.manifest)
-                if found := there.differences(self.manifest):
-                    kind = "a token cache" if complete else "an unfinished token cache"
-                    raise DataError(f"{self.out} holds {kind} made with other settings: {found}.")
-                return complete
-            except DataError as error:
-                if not overwrite:
-                    hint = "Choose another --out, or add --overwrite to replace it."
-                    raise DataError(error.message, hint) from None
-                self.unfinished.clear()
-        return False
+        out = self.directory
+        complete = (out / MANIFEST).exists()
+        if not complete and not self.begun:
+            require_new_directory(out, overwrite)
+            return False
+        if complete and overwrite:
+            self.clear()
+            return False
+        try:
+            there = TokenCache.open(out).manifest if complete else Manifest.read(self.record_path)
+            if not complete and there.version < VERSION:
+                raise DataError(f"{out} holds an unfinished token cache of an earlier version of mvar.")
+            if self.images_per_shard is None:
+                self.manifest = self.manifest.model_copy(update={"images_per_shard": there.images_per_shard})
+            if found := there.differences(self.manifest):
+                kind = "a token cache" if complete else "an unfinished token cache"
+                raise DataError(f"{out} holds {kind} made with other settings: {found}.")
+            return complete
+        except DataError as error:
+            if not overwrite:
+                raise DataError(error.message, "Choose another --out, or add --overwrite to replace it.") from None
+            self.clear()
+            return False
 
     def check(self, work: Work, progress: Report | None = None) -> None:
         """Look for damaged images among those that this process will encode, unless they may be left out.
@@ -253,9 +235,9 @@ class CacheWriter:
         Raises:
             DataError: An image cannot be read, or `out` is not the directory that was prepared.
         """
-        if work.pending and not (self.out / PARTIAL).exists():
+        if work.pending and not self.begun:
             raise DataError(
-                f"{self.out} was prepared by process 0, and process {self.rank} does not see it.",
+                f"{self.directory} was prepared by process 0, and process {self.rank} does not see it.",
                 "Use an --out on storage that all machines share.",
             )
         if not self.skip_bad and work.pending:
@@ -267,27 +249,29 @@ class CacheWriter:
         Raises:
             DataError: An image cannot be read.
         """
-        numbers = self._share(work)
+        self.pieces = work.pieces
         views = len(self.views)
         bad: dict[int, DataError] = {}
-        report = _reporter(self.unfinished, work, numbers, progress)
         batches = row_batches(
             self.source,
             self.config.image_shape,
-            (rows for number in numbers for rows in self._batches(work.images_of(number))),
+            (rows for number in self._share(work) for rows in self._batches(work.images_of(number))),
             self.views,
             bad.__setitem__ if self.skip_bad else None,
         )
-        for number in numbers:
+        for number in self._share(work):
             images = work.images_of(number)
             tokens = np.empty((len(images) * views, self.config.pyramid.num_tokens), self.dtype)
-            filled = 0
+            filled, looked, finished = 0, -math.inf, 0
             for _ in self._batches(images):
                 pixels, rows = next(batches)
                 if pixels is not None:
                     tokens[filled : filled + len(rows)] = self._encoded(from_uint8(pixels))
                     filled += len(rows)
-                report(number, filled // views)
+                if progress is not None:
+                    if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                        looked, finished = time.monotonic(), sum(len(work.images_of(piece)) for piece in self.present())
+                    progress(finished + filled // views, work.total)
             for image in filter(bad.__contains__, images):
                 logger.warning("Left out: %s", bad[image].message)
             kept = [image for image in images if image not in bad]
@@ -299,9 +283,9 @@ class CacheWriter:
         Raises:
             DataError: No image could be read.
         """
-        path = self.out / MANIFEST
+        path = self.directory / MANIFEST
         while not path.exists():
-            if self.rank == 0 and len(self.unfinished.present()) == len(self.unfinished.pieces):
+            if self.rank == 0 and len(self.present()) == len(work.pieces):
                 self._complete()
             else:
                 time.sleep(0.2)
@@ -311,17 +295,23 @@ class CacheWriter:
         return CacheSummary(there.images, there.views, size, work.images, skipped)
 
     def _complete(self) -> None:
-        shards = tuple(filter(None, map(Shard.read, map(self.unfinished.piece, self.unfinished.pieces))))
-        assert len(shards) == len(self.unfinished.pieces)
+        shards = tuple(filter(None, map(Shard.read, map(self.piece, self.pieces))))
+        assert len(shards) == len(self.pieces)
         images = sum(shard.images for shard in shards)
         if not images:
             raise DataError(f"None of the {len(self.source)} images of {self.source.name} could be read.")
         update: dict[str, Any] = {"images": images, "skipped": len(self.source) - images, "shards": shards}
         if self.manifest.vectors is not None and self.manifest.vectors.of == "class":
-            entry = FileEntry.of(self.out / VECTORS)
+            entry = FileEntry.of(self.directory / VECTORS)
             update["vectors"] = self.manifest.vectors.model_copy(update={"file": entry})
-        write_json(self.out / MANIFEST, self.manifest.model_copy(update=update).to_json())
-        self.unfinished.complete()
+        write_json(self.directory / MANIFEST, self.manifest.model_copy(update=update).to_json())
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what only an unfinished cache needs."""
+        self.release()
+        for path in (*self.directory.glob(RECEIPTS), self.record_path, self.directory / LOCK_FILE):
+            path.unlink(missing_ok=True)
 
     def _share(self, work: Work) -> tuple[int, ...]:
         """The shards that this process writes."""
@@ -344,31 +334,28 @@ class CacheWriter:
         return tokens
 
     def _write_shard(self, number: int, tokens: NDArray[np.unsignedinteger], kept: list[int], images: range) -> None:
-        names, labels = self.source.item_names, self.source.labels[kept]
+        names = [_line(self.source.item_names[image]) for image in images]
         label_dtype = smallest_unsigned(len(self.source.class_names) - 1)
-        arrays: dict[str, NDArray[Any]] = {"tokens": tokens, "labels": labels.astype(label_dtype)}
+        arrays: dict[str, NDArray[Any]] = {"tokens": tokens, "labels": self.source.labels[kept].astype(label_dtype)}
         if self.vectors is not None and self.vectors.of == "image":
             arrays["vectors"] = np.ascontiguousarray(self.vectors.values[kept, 0])
-        for kind, array in arrays.items():
-            with self._writing(f"{kind}-{number:05d}.npy") as file:
-                np.save(file, array)
-        with self._writing(f"names-{number:05d}.txt") as file:
-            file.writelines(f"{_line(names[image])}\n".encode() for image in kept)
-        entries = {kind: FileEntry.of(self.out / f"{kind}-{number:05d}.npy") for kind in arrays}
-        left_out = set(images).difference(kept)
         shard = Shard(
             images=len(kept),
-            **entries,
-            names=FileEntry.of(self.out / f"names-{number:05d}.txt"),
-            skipped=tuple(_line(names[image]) for image in sorted(left_out)),
+            **{kind: self._save(f"{kind}-{number:05d}.npy", array) for kind, array in arrays.items()},
+            names=self._save(f"names-{number:05d}.txt", [names[image - images.start] for image in kept]),
+            skipped=tuple(names[image - images.start] for image in sorted(set(images).difference(kept))),
         )
-        write_json(self.unfinished.piece(number), shard.model_dump(mode="json", exclude_none=True))
+        write_json(self.piece(number), shard.model_dump(mode="json", exclude_none=True))
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[IO[bytes]]:
-        """A file of the cache that is on the disk before it has its name: a receipt must not outlive its files."""
-        with atomic_path(self.out / name, durable=True) as temporary, temporary.open("wb") as file:
-            yield file
+    def _save(self, name: str, content: NDArray[Any] | list[str]) -> FileEntry:
+        """Write a file, which is on the disk before it has its name: a receipt must not outlive its files."""
+        path = self.directory / name
+        with atomic_path(path, durable=True) as temporary, temporary.open("wb") as file:
+            if isinstance(content, list):
+                file.writelines(f"{line}\n".encode() for line in content)
+            else:
+                np.save(file, content)
+        return FileEntry.of(path)
 
 
 def write_token_cache(
@@ -396,7 +383,7 @@ def write_token_cache(
         writer.write(work, stage(progress, "tokenizing"))
         return writer.finish(work)
     finally:
-        writer.unfinished.release()
+        writer.release()
 
 
 def default_shard(bytes_per_image: int, images: int) -> int:
@@ -404,30 +391,6 @@ def default_shard(bytes_per_image: int, images: int) -> int:
     fits = min(max(SHARD_BYTES // bytes_per_image, 1), LARGEST_SHARD)
     wanted = max(SMALLEST_SHARD, -(-images // SHARDS_WANTED))
     return 1 << (min(fits, wanted).bit_length() - 1)
-
-
-def _reporter(
-    shards: UnfinishedCache, work: Work, own: tuple[int, ...], progress: Report | None
-) -> Callable[[int, int], None]:
-    """Reports images over all processes: its own as they come, those of others by their receipts."""
-    others = set(work.pending).difference(own)
-    done = dict.fromkeys(work.pending, 0)
-    looked = time.monotonic()
-
-    def report(number: int, images: int) -> None:
-        """So many images of an own shard are encoded."""
-        nonlocal looked
-        if progress is None:
-            return
-        done[number] = images
-        if others and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
-            looked = time.monotonic()
-            for finished in others & shards.present():
-                others.remove(finished)
-                done[finished] = len(work.images_of(finished))
-        progress(work.total - work.images + sum(done.values()), work.total)
-
-    return report
 
 
 def _line(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,25 +52,27 @@ class FileEntry(_Record):
         """The entry of a file as it is now."""
         return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
-    def problem(self, directory: Path, verify: bool) -> str | None:
-        """What is wrong with the file, or None; `verify` compares its hash as well as its size."""
-        path = directory / self.file
+
+def find_problem(files: Iterable[FileEntry], directory: Path, verify: bool) -> str | None:
+    """What is wrong with some files of a cache, or None; `verify` compares hashes as well as sizes."""
+    for entry in files:
+        path = directory / entry.file
         if not path.is_file():
             return f"{path} is missing"
-        if (found := path.stat().st_size) != self.bytes:
-            return f"{path} has {found} bytes instead of {self.bytes}"
-        if verify and sha256_of_file(path) != self.sha256:
+        if (found := path.stat().st_size) != entry.bytes:
+            return f"{path} has {found} bytes instead of {entry.bytes}"
+        if verify and sha256_of_file(path) != entry.sha256:
             return f"{path} has changed since it was written"
-        return None
+    return None
 
 
 class Shard(_Record):
     """Some consecutive images of a cache.
 
     Attributes:
-        tokens: The file of their tokens (images, views, L).
-        names: The file of their names, a line for each image; None in caches of version 1.
-        vectors: The file of their vectors (images, X), where each image has one of its own.
+        tokens: (images, views, L).
+        names: A line for each image; None in caches of version 1.
+        vectors: (images, X), where each image has one of its own.
         skipped: Names of images that could not be read and were left out.
     """
 
@@ -81,10 +83,10 @@ class Shard(_Record):
     vectors: FileEntry | None = None
     skipped: tuple[str, ...] = ()
 
-    def problem(self, directory: Path, verify: bool) -> str | None:
-        """What is wrong with the shard's files, or None."""
-        files = filter(None, (self.tokens, self.labels, self.names, self.vectors))
-        return next((problem for file in files if (problem := file.problem(directory, verify))), None)
+    @property
+    def files(self) -> list[FileEntry]:
+        """All files that the shard has."""
+        return list(filter(None, (self.tokens, self.labels, self.names, self.vectors)))
 
     @classmethod
     def read(cls, path: Path) -> Shard | None:
@@ -104,8 +106,8 @@ class VectorsEntry(_Record):
         phrasings: Vectors of a class, which its images use in turn.
         encoder: What made them: "hashed-words", or what the user called it.
         source: The file that they came from.
-        sha256: Of their values.
-        file: The file of those of classes, once it is there.
+        sha256: Hash of their values.
+        file: The file with those of classes, once it is there.
     """
 
     of: Literal["class", "image"]
@@ -123,13 +125,10 @@ class Manifest(_Record):
 
     Attributes:
         tokenizer_hash: SHA-256 of the tokenizer's weights file.
-        codebook_size: V; every token is below it.
         image_size: Side, or (height, width), of the images that were encoded.
         images: Number of images, N, without those that were left out.
-        skipped: How many images were left out because they could not be read.
-        view_names: What each view is.
+        skipped: How many were left out because they could not be read.
         data: The settings of the views.
-        seed: Seed of the augmented views.
         source: Name and split of the images, as typed.
         fingerprint: SHA-256 over names, labels and sizes of all images.
         images_per_shard: Images of the source in every shard but the last.
@@ -182,22 +181,23 @@ class Manifest(_Record):
         return values
 
     def differences(self, wanted: Manifest) -> str:
-        """How this cache's settings differ from those of another, in words; empty where they are equal."""
-        return differences(self._settings(), wanted._settings())
+        """How this cache's settings differ from those of another, in words; empty where they are equal.
 
-    def _settings(self) -> dict[str, Any]:
-        """What the tokens depend on: not where images and tokenizer are, nor which images could not be read."""
-        values = self.to_json()
-        for key in ("shards", "source", "tokenizer", "version", "skipped"):
-            values.pop(key, None)
-        vectors = {key: value for key, value in values.get("vectors", {}).items() if key not in ("file", "source")}
-        return {**values, "images": self.images + self.skipped, "vectors": vectors or None}
+        What tokens depend on counts: not where images and tokenizer are, nor which images could not be read.
+        """
 
-    def problem(self, directory: Path, verify: bool) -> str | None:
-        """What is wrong with the cache's files, or None; `verify` compares hashes as well as sizes."""
+        def settings(manifest: Manifest) -> dict[str, Any]:
+            values = manifest.to_json()
+            vectors = {key: value for key, value in values.get("vectors", {}).items() if key not in ("file", "source")}
+            return {**values, "images": manifest.images + manifest.skipped, "vectors": vectors or None}
+
+        return differences(settings(self), settings(wanted), ("shards", "source", "tokenizer", "version", "skipped"))
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """All files that the cache has."""
         table = self.vectors.file if self.vectors is not None else None
-        files: list[FileEntry | Shard] = [*([table] if table else []), *self.shards]
-        return next((problem for file in files if (problem := file.problem(directory, verify))), None)
+        return [*([table] if table else []), *(file for shard in self.shards for file in shard.files)]
 
     def command(self, out: Path, tokenizer: str | None = None) -> str:
         """The command that makes the cache again, with its own or another tokenizer."""
@@ -215,6 +215,9 @@ class TokenCache:
     Attributes:
         images: The images that count, in the order in which they are numbered here; None for all.
         labels: int64 (N,), the class of each image.
+        num_images: Number of images, N.
+        num_views: Views of each.
+        class_names: One name per label.
     """
 
     def __init__(self, path: Path, manifest: Manifest, images: NDArray[np.int64] | None = None):
@@ -224,6 +227,9 @@ class TokenCache:
         labels = np.concatenate([np.load(path / shard.labels.file) for shard in manifest.shards]).astype(np.int64)
         self.labels: NDArray[np.int64] = labels if images is None else labels[images]
         self.images = images
+        self.num_images = len(self.labels)
+        self.num_views = manifest.views
+        self.class_names = manifest.class_names
         self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
         self._maps: dict[str, NDArray[Any]] = {}
         self._names: tuple[str, list[str]] | None = None
@@ -236,40 +242,25 @@ class TokenCache:
         `verify` also compares the files' hashes, which reads all of them.
 
         Raises:
-            DataError: Not a token cache, an unfinished one, or one with missing, shortened or changed files.
+            DataError: Not a token cache, an unfinished one, or one with missing, truncated or changed files.
         """
-        make = "Make one with `mvar tokenize --tokenizer DIRECTORY --data IMAGES --out DIRECTORY`."
-        if not path.is_dir():
-            found = "is not a directory" if path.exists() else "does not exist"
-            raise DataError(f"{path} {found}; expected a token cache.", make)
-        if (path / PARTIAL).exists() and not (path / MANIFEST).exists():
-            partial = Manifest.read(path / PARTIAL)
-            done = sum(shard.images for shard in filter(None, map(Shard.read, path.glob(RECEIPTS))))
-            raise DataError(
-                f"{path} is not finished: {done} of {partial.images} images are encoded.",
-                "Run the same `mvar tokenize` command again to resume it.",
-            )
         if not (path / MANIFEST).exists():
-            raise DataError(f"{path} is not a token cache: it has no {MANIFEST}.", make)
+            if (path / PARTIAL).exists():
+                total = Manifest.read(path / PARTIAL).images
+                done = sum(shard.images for shard in filter(None, map(Shard.read, path.glob(RECEIPTS))))
+                raise DataError(
+                    f"{path} is not finished: {done} of {total} images are encoded.",
+                    "Run the same `mvar tokenize` command again to resume it.",
+                )
+            found = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+            raise DataError(
+                f"{path} is not a token cache: it {found}.",
+                "Make one with `mvar tokenize --tokenizer DIRECTORY --data IMAGES --out DIRECTORY`.",
+            )
         manifest = Manifest.read(path / MANIFEST)
-        if problem := manifest.problem(path, verify):
+        if problem := find_problem(manifest.files, path, verify):
             raise DataError(f"The token cache is damaged: {problem}.", f"Make it again: {manifest.command(path)}")
         return cls(path, manifest)
-
-    @property
-    def num_images(self) -> int:
-        """Number of images."""
-        return len(self.labels)
-
-    @property
-    def num_views(self) -> int:
-        """Views per image."""
-        return self.manifest.views
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name per label."""
-        return self.manifest.class_names
 
     def __len__(self) -> int:
         return self.num_images * self.num_views
@@ -289,31 +280,20 @@ class TokenCache:
 
     def tokens_of(self, images: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
         """Tokens int64 (B, L) of some views of some images."""
-        stored = self._stored(images)
-        tokens = np.empty((len(stored), self.pyramid.num_tokens), np.int64)
-        for number, here in self._by_shard(stored):
-            shard = self.manifest.shards[number]
-            shape = (shard.images, self.num_views, self.pyramid.num_tokens)
-            array = self._map(shard.tokens.file, shape, self.manifest.dtype)
-            tokens[here] = array[stored[here] - self._starts[number], views[here]]
-        return torch.from_numpy(tokens)
+        shape = (self.num_views, self.pyramid.num_tokens)
+        return torch.from_numpy(self._gather("tokens", images, shape, self.manifest.dtype, views).astype(np.int64))
 
     def vectors(self, rows: NDArray[np.int64]) -> Tensor:
         """The vectors of some rows, float32 (B, X); views of the images of a class use its phrasings in turn."""
         images, views = np.divmod(np.asarray(rows, np.int64), self.num_views)
-        stored, entry = self._stored(images), self.manifest.vectors
+        entry = self.manifest.vectors
         assert entry is not None
         if entry.of == "class":
             table = self._map(VECTORS, (len(self.class_names), entry.phrasings, entry.dim), entry.dtype)
-            phrasings = (stored + views) % entry.phrasings
-            return torch.from_numpy(table[self.labels[images], phrasings].astype(np.float32))
-        vectors = np.empty((len(images), entry.dim), np.float32)
-        for number, here in self._by_shard(stored):
-            shard = self.manifest.shards[number]
-            assert shard.vectors is not None
-            array = self._map(shard.vectors.file, (shard.images, entry.dim), entry.dtype)
-            vectors[here] = array[stored[here] - self._starts[number]]
-        return torch.from_numpy(vectors)
+            found = table[self.labels[images], (self._stored(images) + views) % entry.phrasings]
+        else:
+            found = self._gather("vectors", images, (entry.dim,), entry.dtype)
+        return torch.from_numpy(found.astype(np.float32))
 
     def conditioned(self, conditioning: ConditioningConfig) -> TokenCache:
         """What a model trains on: rows with labels, or with vectors where it is conditioned on them.
@@ -360,28 +340,32 @@ class TokenCache:
         Raises:
             DataError: The cache was made by another tokenizer, or for another pyramid.
         """
-        hint = f"Make a cache with this tokenizer: {self.manifest.command(self.path, 'TOKENIZER')}"
-        if self.manifest.tokenizer_hash != tokenizer_hash:
-            raise DataError(
-                f"{self.path} was made by another tokenizer: {self.manifest.tokenizer_hash} there, {tokenizer_hash}"
-                " in this model.",
-                hint,
-            )
-        if self.pyramid.patch_sizes != pyramid.patch_sizes:
-            raise DataError(
-                f"{self.path} was made for another pyramid: {self.pyramid.spelled} there, {pyramid.spelled} in"
-                " this model.",
-                hint,
-            )
+        for kind, found, expected in (
+            ("by another tokenizer", self.manifest.tokenizer_hash, tokenizer_hash),
+            ("for another pyramid", self.pyramid.spelled, pyramid.spelled),
+        ):
+            if found != expected:
+                raise DataError(
+                    f"{self.path} was made {kind}: {found} there, {expected} in this model.",
+                    f"Make a cache with this tokenizer: {self.manifest.command(self.path, 'TOKENIZER')}",
+                )
 
     def _stored(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
         """The manifest's numbers of some images."""
         return images if self.images is None else self.images[images]
 
-    def _by_shard(self, stored: NDArray[np.int64]) -> list[tuple[int, NDArray[np.bool_]]]:
-        """The shards that some images are in, and which of the images each has."""
+    def _gather(
+        self, kind: str, images: NDArray[np.int64], shape: tuple[int, ...], dtype: str, *within: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """What the shards' arrays (images, *shape) hold for some images, at the indices `within` the further axes."""
+        stored = self._stored(images)
         shards = np.searchsorted(self._starts, stored, side="right") - 1
-        return [(int(shard), shards == shard) for shard in np.unique(shards)]
+        found = np.empty((len(stored), *shape[len(within) :]), dtype)
+        for number in np.unique(shards):
+            here, shard = shards == number, self.manifest.shards[number]
+            array = self._map(getattr(shard, kind).file, (shard.images, *shape), dtype)
+            found[here] = array[(stored[here] - self._starts[number], *(index[here] for index in within))]
+        return found
 
     def _map(self, file: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         """An array that a file holds, mapped when it is first asked for."""
@@ -410,8 +394,8 @@ def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache
         raise DataError(f"{cache.path} holds {count} images: none can be held out.", "Use --validation CACHE.")
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(count)
     held = min(count - 1, max(1, round(fraction * count)))
-    chosen = [cache._stored(np.sort(order[held:])), cache._stored(np.sort(order[:held]))]
-    return TokenCache(cache.path, cache.manifest, chosen[0]), TokenCache(cache.path, cache.manifest, chosen[1])
+    train, held_out = (cache._stored(np.sort(chosen)) for chosen in (order[held:], order[:held]))
+    return TokenCache(cache.path, cache.manifest, train), TokenCache(cache.path, cache.manifest, held_out)
 
 
 def smallest_unsigned(largest: int) -> np.dtype[Any]:

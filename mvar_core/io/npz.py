@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -73,60 +70,3 @@ def npz_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtyp
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(member, header)
         yield member
-
-
-class NpzWriter:
-    """An npz of images whose arrays grow batch by batch: `arr_0`, `labels` and, if asked for, `tokens`.
-
-    `arr_0` streams into the archive; the smaller arrays wait in temporary files: a zip accepts one member at a time.
-
-    Args:
-        path: The file to write.
-        total: How many images there will be: an npy header states the length first.
-        save_tokens: Also write the tokens.
-    """
-
-    def __init__(self, path: Path, total: int, save_tokens: bool):
-        self.total = total
-        self.save_tokens = save_tokens
-        self.open_files = ExitStack()
-        self.archive = self.open_files.enter_context(zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True))
-        self.images: Any = None
-        self.first_member = ExitStack()
-        self.waiting: dict[str, tuple[Any, tuple[int, ...], np.dtype]] = {}
-        self.count = 0
-
-    def __enter__(self) -> NpzWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.first_member.close()
-        self.open_files.close()
-
-    def write(self, images: NDArray, labels: NDArray, tokens: NDArray) -> None:
-        """Add one batch, in order: images (B, H, W, 3) uint8, labels (B,), tokens (B, L)."""
-        if self.images is None:
-            shape = (self.total, *images.shape[1:])
-            self.images = self.first_member.enter_context(npz_member(self.archive, "arr_0", shape, images.dtype))
-        self.images.write(np.ascontiguousarray(images).tobytes())
-        arrays = {"labels": labels.astype(np.int64)}
-        if self.save_tokens:
-            arrays["tokens"] = tokens.astype(np.int32)
-        for name, array in arrays.items():
-            if name not in self.waiting:
-                file = self.open_files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-                self.waiting[name] = (file, array.shape[1:], array.dtype)
-            self.waiting[name][0].write(np.ascontiguousarray(array).tobytes())
-        self.count += len(images)
-
-    def close(self) -> None:
-        """Append the waiting arrays after the images."""
-        assert self.count == self.total, (self.count, self.total)
-        self.first_member.close()
-        for name, (file, shape, dtype) in self.waiting.items():
-            with npz_member(self.archive, name, (self.total, *shape), dtype) as member:
-                file.seek(0)
-                shutil.copyfileobj(file, member, 1 << 20)
-        self.open_files.close()

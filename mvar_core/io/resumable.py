@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mvar_core.errors import DataError
-from mvar_core.io.files import read_json, remove_leftovers, write_json
+from mvar_core.io.files import read_json, remove, remove_leftovers, write_json
 
 LOCK_FILE = ".lock"
 LONGEST_VALUE = 60
@@ -26,15 +26,9 @@ MOST_DIFFERENCES = 8
 
 
 class Resumable:
-    """A directory of numbered pieces.
+    """A directory of numbered pieces, `pieces` of them, in files `piece_name` with a place for the number.
 
-    Args:
-        directory: Where the pieces are.
-        record: JSON values: everything that the result depends on.
-        pieces: How many there are.
-        record_file: Name of the record's file.
-        piece_name: Name of a piece's file, with a place for its number.
-        ignore: Keys of the record that may differ.
+    The `record` in `record_file` is of JSON values: everything that the result depends on. The keys `ignore` may differ.
     """
 
     def __init__(
@@ -127,7 +121,17 @@ class Resumable:
         Raises:
             DataError: Another process works here.
         """
-        self._lock = lock_directory(self.directory)
+        lock = FileLock(self.directory / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+            self._lock = lock
+        except Timeout:
+            raise DataError(
+                f"Another process is at work in {self.directory}.",
+                "Wait for it, or choose another --out; several processes share the work under --nproc or torchrun.",
+            ) from None
+        except (OSError, NotImplementedError):
+            self._lock = None
 
     def release(self) -> None:
         """Let other processes work here."""
@@ -139,25 +143,6 @@ class Resumable:
         """Remove the directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self.release()
-
-
-def lock_directory(directory: Path) -> FileLock | None:
-    """A lock that is held until it is released; None where the file system has none.
-
-    Raises:
-        DataError: Another process holds it.
-    """
-    lock = FileLock(directory / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise DataError(
-            f"Another process is at work in {directory}.",
-            "Wait for it, or choose another --out; several processes share the work under --nproc or torchrun.",
-        ) from None
-    except (OSError, NotImplementedError):
-        return None
-    return lock
 
 
 def differences(
@@ -175,26 +160,19 @@ def differences(
         ignore: Top-level keys that do not count.
         describe: Makes a phrase of a key and both values.
     """
-    before = flattened({key: value for key, value in as_json(found).items() if key not in ignore})
-    now = flattened({key: value for key, value in as_json(wanted).items() if key not in ignore})
-    phrases = [
-        describe(key, _short(before.get(key, "absent")), _short(now.get(key, "absent")))
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key, "absent") != now.get(key, "absent")
-    ]
+
+    def short(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False).strip('"')
+        return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+
+    before, now = (
+        _flattened({key: value for key, value in as_json(values).items() if key not in ignore})
+        for values in (found, wanted)
+    )
+    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in [*now, *before]}
+    phrases = [describe(key, short(old), short(new)) for key, (old, new) in pairs.items() if old != new]
     more = len(phrases) - MOST_DIFFERENCES
     return "; ".join(phrases[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys as `--set` writes them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flattened(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,14 +181,12 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a directory with everything in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False).strip('"')
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys as `--set` writes them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

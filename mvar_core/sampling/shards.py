@@ -26,10 +26,10 @@ from PIL import Image
 
 from mvar_core.config import recorded
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.io.files import atomic_path, read_json, require_new_directory, write_json
+from mvar_core.io.files import atomic_path, read_json, remove, require_new_directory, write_json
 from mvar_core.io.npz import npz_member
 from mvar_core.io.pictures import save_grid
-from mvar_core.io.resumable import Resumable, remove
+from mvar_core.io.resumable import Resumable
 from mvar_core.sampling.images import Samples, join_samples
 from mvar_core.sampling.writers import WriterPool
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mvar_core.config import Machine, ModelConfig, RunConfig
@@ -42,12 +42,16 @@ class TokenizeResult(Result):
     images: int
     views: int
     bytes: int
-    bytes_per_view: float
+    bytes_per_view: float = field(init=False)
     seconds: float
     encoded: int
     skipped: tuple[str, ...]
     path: Path
-    tokens: Path
+    tokens: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bytes_per_view", self.bytes / max(1, self.images * self.views))
+        object.__setattr__(self, "tokens", self.path)
 
 
 def tokenize(
@@ -102,8 +106,23 @@ def tokenize(
     Raises:
         MvarError: Images, tokenizer, preset or cache do not fit.
     """
-    config = _configuration(Path(tokenizer), preset, settings, image_size, flip, crops, seed)
-    config = _with_words(config, words, vectors, encoder)
+    own = read_model_config(Path(tokenizer))
+    section = {"tokenizer": own.tokenizer.model_dump()}
+    base = {"name": own.name, "image_size": own.image_size, "patch_sizes": own.patch_sizes, **section}
+    flags = {"image_size": image_size, "data": {"flip": flip, "crops": crops}, "seed": seed, **section}
+    config = load_config(preset, settings, flags, base=base).model_copy(update={"transformer": None})
+    if words and vectors is not None:
+        raise ConfigError("--words and --vectors both specify vectors.", "Use one of them.")
+    if encoder is not None and vectors is None:
+        raise ConfigError("--encoder names what made the file of --vectors.", "Add --vectors FILE.")
+    if words:
+        if config.conditioning.dim is None:
+            raise ConfigError(
+                "--words needs the length of a vector.",
+                "Add --preset digits-words, or --set conditioning.kind=vector --set conditioning.dim=64.",
+            )
+        conditioning = config.conditioning.model_copy(update={"encoder": ENCODER})
+        config = config.model_copy(update={"conditioning": conditioning})
     if dry_run:
         return _plan(config, str(data), Path(out))
     return write_tokens(
@@ -128,7 +147,6 @@ def write_tokens(
     tokenizer: Path,
     config: RunConfig,
     batch_size: int = 64,
-    images_per_shard: int | None = None,
     skip_bad: bool = False,
     vectors: Path | str | None = None,
     encoder: str | None = None,
@@ -158,7 +176,6 @@ def write_tokens(
             data=config.data,
             seed=config.seed,
             batch_size=batch_size,
-            images_per_shard=images_per_shard,
             skip_bad=skip_bad,
             vectors=_vectors(source, config, vectors, encoder),
         )
@@ -166,52 +183,11 @@ def write_tokens(
         images=summary.images,
         views=summary.views,
         bytes=summary.bytes,
-        bytes_per_view=summary.bytes / max(1, summary.images * summary.views),
         seconds=time.monotonic() - start,
         encoded=summary.encoded,
         skipped=summary.skipped,
         path=out,
-        tokens=out,
     )
-
-
-def _configuration(
-    directory: Path,
-    preset: str | None,
-    settings: Sequence[str],
-    image_size: PatchSize | str | None,
-    flip: bool | None,
-    crops: int | None,
-    seed: int | None,
-) -> RunConfig:
-    """The directory's image size and pyramid, or the preset's; the directory's tokenizer in any case."""
-    own = read_model_config(directory)
-    tokenizer = {"tokenizer": own.tokenizer.model_dump()}
-    base = {"name": own.name, "image_size": own.image_size, "patch_sizes": own.patch_sizes}
-    flags = {"image_size": image_size, "data": {"flip": flip, "crops": crops}, "seed": seed}
-    config = load_config(preset, settings, {**flags, **tokenizer}, base={**base, **tokenizer})
-    return config.model_copy(update={"transformer": None})
-
-
-def _with_words(config: RunConfig, words: bool, vectors: Path | str | None, encoder: str | None) -> RunConfig:
-    """The configuration with vectors of words, where `words` asks for them.
-
-    Raises:
-        ConfigError: Arguments that contradict each other or the preset.
-    """
-    if words and vectors is not None:
-        raise ConfigError("--words and --vectors both specify vectors.", "Use one of them.")
-    if encoder is not None and vectors is None:
-        raise ConfigError("--encoder names what made the file of --vectors.", "Add --vectors FILE.")
-    if not words:
-        return config
-    if config.conditioning.dim is None:
-        raise ConfigError(
-            "--words needs the length of a vector.",
-            "Add --preset digits-words, or --set conditioning.kind=vector --set conditioning.dim=64.",
-        )
-    conditioning = config.conditioning.model_copy(update={"encoder": ENCODER})
-    return config.model_copy(update={"conditioning": conditioning})
 
 
 def _vectors(source: ImageSource, config: RunConfig, file: Path | str | None, encoder: str | None) -> Vectors | None:
@@ -243,14 +219,5 @@ def _plan(config: RunConfig, data: str, out: Path) -> TokenizeResult:
         facts={"images": images, "views": views, "bytes": size},
     )
     return TokenizeResult(
-        images=images,
-        views=views,
-        bytes=size,
-        bytes_per_view=size / (images * views),
-        seconds=0.0,
-        encoded=0,
-        skipped=(),
-        path=out,
-        tokens=out,
-        dry_run=plan,
+        images=images, views=views, bytes=size, seconds=0.0, encoded=0, skipped=(), path=out, dry_run=plan
     )

@@ -99,7 +99,7 @@ def test_an_array_that_ends_early_is_noticed(tmp_path, images, compression):
         archive.writestr("arr_0.npy", content[:-400])
     batches = open_evaluation_images(str(tmp_path / "a.npz")).batches(3)
     next(batches)
-    with pytest.raises(DataError, match="it ends within images 3 to 5 of 7"):
+    with pytest.raises(DataError, match=r"a\.npz, arr_0\[5\] cannot be read"):
         list(batches)
 
 
@@ -108,7 +108,7 @@ def test_changed_bytes_are_noticed(tmp_path, images):
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[700] ^= 255
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.npz is not a whole npz file.*CRC"):
+    with pytest.raises(DataError, match=r"a\.npz.*CRC"):
         read(tmp_path / "a.npz")
 
 

@@ -72,8 +72,8 @@ def test_batches_of_chosen_rows_hold_their_views(class_folders):
 
 def test_an_image_is_read_once_for_all_of_its_views(class_folders, monkeypatch):
     source = open_images(str(class_folders))
-    picture, calls = source.picture, []
-    monkeypatch.setattr(source, "picture", lambda index: calls.append(index) or picture(index))
+    opened, calls = source.open, []
+    monkeypatch.setattr(source, "open", lambda index: calls.append(index) or opened(index))
     views = Views(DataConfig(flip=True, crops=3))
     assert sum(len(labels) for _, labels in pixel_batches(source, (8, 8), None, 6, views)) == 42
     assert sorted(calls) == list(range(7))

@@ -17,7 +17,7 @@ sys.path.insert(0, {tests!r})
 from test_tokens import HASH, MeanTokenizer, TokenCache, contents, small_config
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images
-from mvar_core.data.tokens import MANIFEST, Shard
+from mvar_core.data.tokens import MANIFEST, Shard, find_problem
 from mvar_core.data.token_writer import CacheWriter
 
 folder, pictures = Path({folder!r}), {pictures!r}
@@ -81,7 +81,7 @@ def check_and_resume(out, whole, ranks):
         if path.name.startswith(("tokens", "labels", "names")):
             assert path.read_bytes() == whole[path.name], path
         if path.name.startswith("shard"):
-            assert Shard.read(path).problem(out, verify=True) is None
+            assert find_problem(Shard.read(path).files, out, verify=True) is None
         if path.name == MANIFEST:
             TokenCache.open(out, verify=True)
     assert child(lambda: write(out, ranks)) == 0

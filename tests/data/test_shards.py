@@ -26,9 +26,9 @@ def test_braces_are_ranges_and_lists():
     assert expand_braces("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
     assert expand_braces("{8..11}") == ["8", "9", "10", "11"]
     assert expand_braces("plain.tar") == ["plain.tar"]
-    with pytest.raises(DataError, match=r"\{3\.\.1\} is no range"):
+    with pytest.raises(DataError, match=r"\{3\.\.1\} is not a range"):
         expand_braces("a-{3..1}.tar")
-    with pytest.raises(DataError, match=r"\{one\} is no range"):
+    with pytest.raises(DataError, match=r"\{one\} is not a range"):
         expand_braces("a-{one}.tar")
 
 
@@ -47,7 +47,7 @@ def test_other_names_are_not_shards(tmp_path, class_folders):
     assert find_shards(str(class_folders)) is None
     assert find_shards(str(tmp_path / "nowhere")) is None
     touch(class_folders, "stray.tar", "photo.png")
-    assert find_shards(str(class_folders)) is None  # images stand beside it
+    assert find_shards(str(class_folders)) is None  # images are next to it
 
 
 def test_splits_are_words_of_file_names(tmp_path):

@@ -175,7 +175,7 @@ FAULTS = (
         "return (rows, columns), ((rows - height) // 2, (columns - width + 1) // 2)",
     ),
     Fault("image_index, view)).random(4) * 2 - 1", "image_index)).random(4) * 2 - 1"),
-    Fault("array[stored[here] - self._starts[number], views[here]]", "array[stored[here] - self._starts[number], 0]"),
+    Fault("*(index[here] for index in within))]", "*(0 * index[here] for index in within))]"),
 )
 
 

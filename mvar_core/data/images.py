@@ -40,9 +40,8 @@ Rows = Sequence[int] | NDArray[np.int64]
 def open_images(source: str, split: str = "train") -> ImageSource:
     """Open what `--data` names: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
 
-    A folder has one sub-folder per class, or all images in itself, or holds shards. Shards are also named by a pattern:
-    `shard-{000..146}.tar`, `shard-*.tar`. A folder called digits is `./digits`. `:train` or `:test` at the end chooses
-    the split, before `split` does.
+    A folder has one sub-folder per class, or all images in itself, or holds shards, which a pattern can name too:
+    `shard-{000..146}.tar`, `shard-*.tar`. A folder called digits is `./digits`. `:test` at the end chooses a split.
 
     Raises:
         DataError: No such data or split, or a folder without images.

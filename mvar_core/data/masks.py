@@ -1,4 +1,4 @@
-"""Boolean masks of pictures: read from a file, made from a box, and resized and cropped as the picture is."""
+"""Boolean masks (H, W) of pictures: read from a file, made from a box, and resized and cropped as the picture is."""
 
 from __future__ import annotations
 
@@ -13,25 +13,18 @@ from mvar_core.errors import DataError
 
 Mask = NDArray[np.bool_]
 
-WHITE = 128
-"""The level of gray from which on a pixel of a mask's file belongs to the mask."""
-
 
 def read_mask(path: Path) -> Mask:
-    """A mask (H, W) from an image file: what is white, or nearer to it than to black, belongs to it.
+    """A mask from an image file: what is white, or nearer to white than to black, belongs to it.
 
     Raises:
         DataError: The file is missing, damaged, or not an image.
     """
-    return np.asarray(read_rgb(path).convert("L")) >= WHITE
+    return np.asarray(read_rgb(path).convert("L")) >= 128
 
 
 def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Mask:
-    """A mask (H, W) of a box.
-
-    Args:
-        box: x0, y0, x1, y1 in pixels from the upper left corner; x1 and y1 are the first that are outside.
-        shape: Height and width of the picture.
+    """A mask of a box x0, y0, x1, y1 in pixels from the upper left corner; x1 and y1 are the first outside.
 
     Raises:
         DataError: The box is empty, or reaches beyond the picture.
@@ -49,26 +42,21 @@ def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Mask:
 
 
 def crop_kept(kept: Mask, image_shape: tuple[int, int]) -> Mask:
-    """Where pixels stay in a picture that `resize_and_crop` has brought to `image_shape`.
+    """Where pixels stay in a picture that `resize_and_crop` has brought to `image_shape`, given where they stay in it.
 
-    A pixel stays where every pixel of the picture that it shows, even partly, stays.
-
-    Args:
-        kept: (H, W) of the picture as it is stored.
-        image_shape: Height and width asked for.
+    A pixel stays where every pixel of the stored picture that it shows, even partly, stays.
     """
-    (rows, columns), (top, left) = crop_geometry((kept.shape[0], kept.shape[1]), image_shape)
+
+    def shown(axis: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first stored pixel that each pixel of the crop shows, and the first that it does not show any more."""
+        positions = np.arange(starts[axis], starts[axis] + image_shape[axis])
+        return positions * kept.shape[axis] // resized[axis], -(-(positions + 1) * kept.shape[axis] // resized[axis])
+
+    resized, starts = crop_geometry((kept.shape[0], kept.shape[1]), image_shape)
     # Sums over all rectangles from the upper left corner tell how many pixels change within any rectangle.
     sums = np.zeros((kept.shape[0] + 1, kept.shape[1] + 1), np.int64)
     sums[1:, 1:] = (~kept).cumsum(0).cumsum(1)
-    upper, lower = _shown(kept.shape[0], rows, top, image_shape[0])
-    first, end = _shown(kept.shape[1], columns, left, image_shape[1])
+    (upper, lower), (first, end) = shown(0), shown(1)
     changing = sums[lower][:, end] - sums[upper][:, end] - sums[lower][:, first] + sums[upper][:, first]
     stays: Mask = changing == 0
     return stays
-
-
-def _shown(stored: int, resized: int, start: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """On one axis, the first stored pixel that each pixel of the crop shows, and the first behind them."""
-    positions = np.arange(start, start + length)
-    return positions * stored // resized, -(-(positions + 1) * stored // resized)

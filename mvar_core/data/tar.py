@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,33 +101,26 @@ class TarSource(ShardSource):
             raise DataError(f"{path} does not list class names: {error}.", "Write a JSON list of names.") from None
 
 
-class _Member(io.RawIOBase):
+class _Member(io.FileIO):
     """A range of a file, as a file."""
 
+    # By way of `readinto`, which knows the end.
+    read, readall = io.RawIOBase.read, io.RawIOBase.readall  # type: ignore[assignment]
+
     def __init__(self, path: Path, offset: int, size: int):
-        self._file = path.open("rb", buffering=0)
-        self._offset, self._size, self._place = offset, size, 0
+        super().__init__(path)
+        self._start, self._stop = offset, offset + size
+        super().seek(offset)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+    def tell(self) -> int:
+        return super().tell() - self._start
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = max(0, offset + (0, self._place, self._size)[whence])
-        return self._place
+        base = (self._start, super().tell(), self._stop)[whence]
+        return super().seek(max(self._start, base + offset)) - self._start
 
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self._size - self._place))
-        content = os.pread(self._file.fileno(), wanted, self._offset + self._place)
-        buffer[: len(content)] = content
-        self._place += len(content)
-        return len(content)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def readinto(self, buffer: Any) -> int | None:
+        return super().readinto(memoryview(buffer)[: max(0, self._stop - super().tell())])
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:

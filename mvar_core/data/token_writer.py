@@ -68,13 +68,7 @@ SECONDS_BETWEEN_LOOKS = 5.0
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What writing a cache leaves behind.
-
-    Attributes:
-        bytes: Size of its tokens and labels.
-        encoded: Images encoded by this call; the others were there already.
-        skipped: Names of images that could not be read and were left out.
-    """
+    """What writing a cache leaves behind, as `mvar_core.workflows.tokenize.TokenizeResult` explains it."""
 
     images: int
     views: int
@@ -85,13 +79,7 @@ class CacheSummary:
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to do for a cache; every process receives the same.
-
-    Attributes:
-        total: Images of the source.
-        images_per_shard: Of these, in every shard but the last.
-        pending: Numbers of the shards that are not there yet.
-    """
+    """What is left to do for a cache of `total` images: the shards `pending`; every process receives the same."""
 
     total: int
     images_per_shard: int
@@ -147,7 +135,7 @@ class CacheWriter(Resumable):
         bytes_per_image = len(self.views) * config.pyramid.num_tokens * self.dtype.itemsize
         self.manifest = Manifest(
             version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
-            vectors=self.vectors.entry() if self.vectors is not None else None,
+            vectors=self.vectors.entry if self.vectors is not None else None,
             tokenizer_hash=self.tokenizer_hash,
             tokenizer=self.tokenizer,
             patch_sizes=config.pyramid.patch_sizes,
@@ -196,7 +184,7 @@ class CacheWriter(Resumable):
             return work
         self.record, self.pieces = self.manifest.to_json(), work.pieces
         done = self.begin()
-        if self.vectors is not None and self.vectors.of == "class":
+        if self.vectors is not None and self.vectors.entry.of == "class":
             self._save(VECTORS, self.vectors.values)
         work = replace(work, pending=tuple(number for number in self.pieces if number not in done))
         if work.images < work.total:
@@ -337,7 +325,7 @@ class CacheWriter(Resumable):
         names = [_line(self.source.item_names[image]) for image in images]
         label_dtype = smallest_unsigned(len(self.source.class_names) - 1)
         arrays: dict[str, NDArray[Any]] = {"tokens": tokens, "labels": self.source.labels[kept].astype(label_dtype)}
-        if self.vectors is not None and self.vectors.of == "image":
+        if self.vectors is not None and self.vectors.entry.of == "image":
             arrays["vectors"] = np.ascontiguousarray(self.vectors.values[kept, 0])
         shard = Shard(
             images=len(kept),

@@ -1,4 +1,7 @@
-"""From a picture to training pixels: resize, crop, and the views (flip, small affine changes) of an image."""
+"""From a picture to training pixels: resize, crop, and the views (flip, small affine changes) of an image.
+
+Shapes are (height, width) in pixels.
+"""
 
 from __future__ import annotations
 
@@ -23,30 +26,14 @@ def resize_and_crop(image: Image.Image, image_shape: tuple[int, int]) -> Image.I
 
     The published preparation of images (that of ADM): halve with a box filter while both sides stay at least as long as
     asked, then bicubic, then a centre crop. For a square this brings the shorter side to the square's side.
-
-    Args:
-        image: The picture.
-        image_shape: Height and width asked for, in pixels.
     """
     height, width = image_shape
     (rows, columns), (top, left) = crop_geometry((image.height, image.width), image_shape)
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if (columns, rows) != image.size:
-        image = image.resize((columns, rows), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + width, top + height))
+    return _resize(image, (columns, rows), (width, height)).crop((left, top, left + width, top + height))
 
 
 def crop_geometry(shape: tuple[int, int], image_shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What `resize_and_crop` makes of a picture's size, all as (vertical, horizontal) in pixels.
-
-    Args:
-        shape: Height and width of the picture.
-        image_shape: Height and width asked for.
-
-    Returns:
-        The size to which the whole picture is resized, and where in it the crop begins.
-    """
+    """What `resize_and_crop` makes of a picture's shape: that of the resized picture, and where the crop begins."""
     (rows, columns), (height, width) = shape, image_shape
     while columns >= 2 * width and rows >= 2 * height:
         rows, columns = rows // 2, columns // 2
@@ -58,19 +45,10 @@ def crop_geometry(shape: tuple[int, int], image_shape: tuple[int, int]) -> tuple
 def random_resized_crop(
     image: Image.Image, image_shape: tuple[int, int], smallest: float, random: np.random.Generator
 ) -> Pixels:
-    """Resize a picture to a random size that covers `image_shape`, and cut out a random place.
+    """Resize a picture to a random size that covers `image_shape`, and cut out a random place: uint8 (H, W, 3).
 
-    The crop covers between `smallest` and all of the picture's shorter side (of the side that limits it, where
-    `image_shape` is not square). It is never enlarged, unless the picture is smaller than `image_shape`.
-
-    Args:
-        image: The picture.
-        image_shape: Height and width asked for, in pixels.
-        smallest: Smallest crop, as a fraction of the picture.
-        random: Chooses size and place.
-
-    Returns:
-        uint8 pixels (H, W, 3).
+    The crop covers between `smallest` (a fraction) and all of the picture's shorter side (of the side that limits it,
+    where `image_shape` is not square). It is never enlarged, unless the picture is smaller than `image_shape`.
     """
     height, width = image_shape
     covering = max(height / image.height, width / image.width)  # resizing by this shows as much as can be shown
@@ -78,15 +56,18 @@ def random_resized_crop(
     # Uniform in the fraction of the picture that is seen, which is covering / scale.
     scale = covering / random.uniform(covering / largest, 1) if largest > covering else covering
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    while image.width >= 2 * size[0] and image.height >= 2 * size[1]:
+    return cut(np.asarray(_resize(image, size, size)), image_shape, random)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], least: tuple[int, int]) -> Image.Image:
+    """Halve an image while it stays at least (width, height) large, then bring it to `size`."""
+    while image.width >= 2 * least[0] and image.height >= 2 * least[1]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return cut(np.asarray(image), image_shape, random)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def cut(image: Pixels, image_shape: tuple[int, int], random: np.random.Generator) -> Pixels:
-    """A random place of an image that is at least `image_shape` (height, width) large, as a copy."""
+    """A random place of an image that is at least `image_shape` large, as a copy."""
     height, width = image_shape
     top = int(random.integers(image.shape[0] - height + 1))
     left = int(random.integers(image.shape[1] - width + 1))
@@ -101,20 +82,20 @@ class Views:
     shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image. What is
     outside the image repeats its edge. A view depends on (seed, image index, view) alone.
 
-    Args:
-        data: Which views, and how large their changes are.
-        seed: Seed of the crops, shifts, rotations and zooms.
+    Attributes:
+        names: What each view is.
     """
 
     def __init__(self, data: DataConfig, seed: int = 0):
         self.data = data
         self.seed = seed
-        augmented = tuple(f"augmented-{number}" for number in range(1, data.augmented_views + 1))
-        crops = ["image", *(f"crop-{number}" for number in range(1, data.crops))]
-        mirrored = ["flip", *(f"{name}-flip" for name in crops[1:])] if data.flip else []
-        plain = [name for pair in zip(crops, mirrored, strict=True) for name in pair] if mirrored else crops
+        augmented = [f"augmented-{number}" for number in range(1, data.augmented_views + 1)]
+        plain = ["image", *(f"crop-{number}" for number in range(1, data.crops))]
+        if data.flip:
+            mirrored = ["flip", *(f"{name}-flip" for name in plain[1:])]
+            plain = [name for pair in zip(plain, mirrored, strict=True) for name in pair]
         self.names: tuple[str, ...] = (*plain, *augmented)
-        self._first_augmented = len(self.names) - len(augmented)
+        self._first_augmented = len(plain)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -137,22 +118,18 @@ class Views:
         return view // (2 if self.data.flip else 1) if view < self._first_augmented else 0
 
     def apply(self, image: Pixels, image_index: int, view: int) -> Pixels:
-        """One view of an image, given the crop that it shows.
-
-        Args:
-            image: uint8 pixels (H, W, 3).
-            image_index: Index of the image in its source.
-            view: Index into `names`.
+        """One view (an index into `names`) of an image of the source, given the crop that it shows.
 
         Raises:
             IndexError: No such view.
         """
         if not 0 <= view < len(self):
             raise IndexError(f"view {view} of {len(self)}")
-        if view < self._first_augmented:
-            return np.ascontiguousarray(image[:, ::-1]) if self.data.flip and view % 2 else image
-        if self.data.flip and (view - self._first_augmented) % 2:
+        number = view if view < self._first_augmented else view - self._first_augmented
+        if self.data.flip and number % 2:
             image = np.ascontiguousarray(image[:, ::-1])
+        if view < self._first_augmented:
+            return image
         uniform = np.random.default_rng((self.seed, image_index, view)).random(4) * 2 - 1
         return affine(
             image,

@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,51 +46,35 @@ _AT_ONCE = 65_536
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors for the images of a source.
+    """Vectors for the images of a source, with their entry in a cache's manifest.
 
-    Attributes:
-        values: float16 or float32 (rows, phrasings, X): a row for each class, or for each image of the source.
-        of: What the rows are of.
-        encoder: What made them, as the user or the file calls it.
-        source: The file, or what else they came from.
+    `values` are float16 or float32 (rows, phrasings, X): a row for each class, or for each image of the source.
     """
 
     values: NDArray[Any]
-    of: Literal["class", "image"]
-    encoder: str | None
-    source: str
+    entry: VectorsEntry
 
-    def entry(self) -> VectorsEntry:
-        """Their entry in a cache's manifest."""
-        _, phrasings, dim = self.values.shape
+    @classmethod
+    def of(cls, kind: Literal["class", "image"], values: NDArray[Any], encoder: str | None, source: str) -> Vectors:
+        """Vectors of classes or images, what made them, and the file or what else they came from."""
+        _, phrasings, dim = values.shape
         digest = hashlib.sha256()
-        for start in range(0, len(self.values), _AT_ONCE):
-            digest.update(np.ascontiguousarray(self.values[start : start + _AT_ONCE]).tobytes())
-        return VectorsEntry(
-            of=self.of,
-            dim=dim,
-            phrasings=phrasings,
-            dtype=self.values.dtype.name,
-            encoder=self.encoder,
-            source=self.source,
-            sha256=digest.hexdigest(),
-        )
+        for start in range(0, len(values), _AT_ONCE):
+            digest.update(np.ascontiguousarray(values[start : start + _AT_ONCE]).tobytes())
+        made = {"encoder": encoder, "source": source, "sha256": digest.hexdigest(), "dtype": values.dtype.name}
+        return cls(values, VectorsEntry(of=kind, dim=dim, phrasings=phrasings, **made))
 
 
 def word_vectors(class_names: Sequence[str], dim: int) -> Vectors:
     """Vectors of the classes' names by `embed_words`, several phrasings of each."""
     values = np.stack([embed_words(phrasings(name), dim) for name in class_names])
-    return Vectors(values, "class", ENCODER, "class names")
+    return Vectors.of("class", values, ENCODER, "class names")
 
 
 def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None = None) -> Vectors:
-    """The vectors of a file, one for each image of a source or one for each of its classes.
+    """The vectors of a file, one for each of the images of a source (first choice) or for each of its classes.
 
-    Args:
-        path: As of `read_vectors`.
-        classes: Number of the source's classes.
-        images: Number of its images; a file of so many rows is of images.
-        encoder: What made the vectors; by default the name in the file.
+    `encoder` is what made them, by default the name in the file.
 
     Raises:
         DataError: As `read_vectors`; or another number of rows.
@@ -101,8 +86,7 @@ def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None =
             " class.",
             "Write them in the order of the images' names, or of the classes' names.",
         )
-    of: Literal["class", "image"] = "image" if len(values) == images else "class"
-    return Vectors(values[:, None], of, encoder or named, path.name)
+    return Vectors.of("image" if len(values) == images else "class", values[:, None], encoder or named, path.name)
 
 
 def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
@@ -160,11 +144,8 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
 def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"]:
     """One vector of length 1 for each text, float32; equal texts have equal vectors, on any machine.
 
-    Case, punctuation, and order of the words make no difference.
-
-    Args:
-        texts: In any language that separates words.
-        dim: Values of a vector; 64 tell some dozens of words apart.
+    Case, punctuation, and order of the words make no difference. Texts are in any language that separates words; 64
+    values (`dim`) tell some dozens of words apart.
 
     Raises:
         DataError: A text without a word.
@@ -184,9 +165,9 @@ def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"
 
 
 def phrasings(class_name: str) -> tuple[str, ...]:
-    """Ways to name a class, the plain one first, as many for every class: a seven is also "the digit seven", and "7".
+    """Four ways to name a class, the plain one first: a seven is also "the digit seven", and "7".
 
-    Of synonyms that commas separate the first counts; numbers below twenty are said as words.
+    Of synonyms that commas separate the first counts; numbers below twenty are written as words.
     """
     name = " ".join(class_name.split(",")[0].replace("_", " ").split()) or class_name
     if name.isascii() and name.isdigit() and int(name) < len(_NUMBERS):
@@ -209,21 +190,15 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 
-def _features(text: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-
-    def count(feature: str, weight: int) -> None:
-        counts[feature] = counts.get(feature, 0) + weight
-
+def _features(text: str) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for word in _words(text):
-        if word in _MEANING_LITTLE:
-            count(f"word {word}", _SMALL)
-            continue
-        count(f"word {word}", _WORD)
+        little = word in _MEANING_LITTLE
+        counts[f"word {word}"] += _SMALL if little else _WORD
         bounded = f"<{word}>"
-        pieces = [bounded[start : start + 3] for start in range(len(bounded) - 2)]
+        pieces = [] if little else [bounded[start : start + 3] for start in range(len(bounded) - 2)]
         for piece in pieces:  # so that long words do not drown short ones
-            count(f"piece {piece}", math.isqrt(_PIECES // len(pieces)))
+            counts[f"piece {piece}"] += math.isqrt(_PIECES // len(pieces))
     return counts
 
 

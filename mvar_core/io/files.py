@@ -19,10 +19,7 @@ from mvar_core.errors import DataError
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path next to `path` that is renamed to it when the block ends well, and removed when it does not.
 
-    Args:
-        path: The final name.
-        durable: Wait until the bytes are on the disk before they get their name, so that a machine that loses its
-            power does not leave an empty file there.
+    With `durable` the bytes are on the disk before they get their name: losing power leaves no empty file there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -134,12 +131,8 @@ def fingerprint(paths: Iterable[Path], blocks: int = 32, block_bytes: int = 1 <<
     """A hash of some files that takes no longer for gigabytes than for megabytes, in hexadecimal.
 
     It covers sizes and evenly spread blocks (all of a small file): enough to tell one set of weights from another, in
-    which training changes every value, and not to prove that a file is undamaged.
-
-    Args:
-        paths: The files; their names do not count, their order does.
-        blocks: Blocks that are read of each.
-        block_bytes: Their size.
+    which training changes every value, and not to prove that a file is undamaged. Names of files do not count, their
+    order does.
     """
     digest = hashlib.sha256()
     for path in paths:

@@ -14,27 +14,13 @@ from mvar_core.io.pixels import Pixels
 
 
 def save_png(image: Pixels | Tensor, path: Path) -> None:
-    """Write one image as PNG.
-
-    Args:
-        image: uint8 (H, W, 3).
-        path: The file; missing folders are made.
-    """
+    """Write one image, uint8 (H, W, 3), as PNG; missing folders are made."""
     with atomic_path(path) as temporary:
         Image.fromarray(_as_array(image)).save(temporary, format="PNG")
 
 
 def make_grid(images: Pixels | Tensor, columns: int, gap: int = 2) -> Pixels:
-    """Lay images out in rows, from the left and from the top, on white.
-
-    Args:
-        images: uint8 (N, H, W, 3), at least one.
-        columns: Images per row.
-        gap: Pixels between images.
-
-    Returns:
-        uint8 (height, width, 3).
-    """
+    """Lay images out in rows of `columns`, `gap` pixels apart, on white: uint8 (N, H, W, 3) → (height, width, 3)."""
     pixels = _as_array(images)
     count, height, width, _ = pixels.shape
     columns = min(columns, count)

@@ -14,14 +14,7 @@ Pixels = NDArray[np.uint8]
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pixels of decoded images: clamp, then truncation of (x+1)/2·255, the published convention.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1].
-
-    Returns:
-        uint8 (B, H, W, 3) on the same device.
-    """
+    """Pixels uint8 (B, H, W, 3) of decoded images (B, 3, H, W): clamp, then truncation of (x+1)/2·255, as published."""
     scaled = images.float().clamp(-1, 1).add(1).mul(0.5).mul(255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

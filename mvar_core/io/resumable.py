@@ -26,9 +26,9 @@ MOST_DIFFERENCES = 8
 
 
 class Resumable:
-    """A directory of numbered pieces, `pieces` of them, in files `piece_name` with a place for the number.
+    """A directory of numbered pieces, each in a file that is called `piece_name` with its number.
 
-    The `record` in `record_file` is of JSON values: everything that the result depends on. The keys `ignore` may differ.
+    The record, JSON values in `record_file`, is everything that the result depends on; the keys `ignore` may differ.
     """
 
     def __init__(
@@ -152,13 +152,9 @@ def differences(
     *,
     describe: Callable[[str, str, str], str] = "{} is {} there, {} asked".format,
 ) -> str:
-    """How two records differ, key by key and by dotted names; empty where they are equal.
+    """How two records differ, by dotted names, in phrases that `describe` makes; empty where they are equal.
 
-    Args:
-        found: What is there.
-        wanted: What is asked for.
-        ignore: Top-level keys that do not count.
-        describe: Makes a phrase of a key and both values.
+    The top-level keys `ignore` do not count.
     """
 
     def short(value: Any) -> str:

@@ -97,7 +97,7 @@ def test_left_out_images_take_their_vectors_along(tmp_path: Path, class_folders:
 
 
 def test_an_interrupted_cache_ends_as_one_that_was_not(tmp_path: Path, source: ImageSource) -> None:
-    given = Vectors(numbers(7)[:, None], "image", None, "v.npy")
+    given = Vectors.of("image", numbers(7)[:, None], None, "v.npy")
     write_cache(tmp_path / "whole", source, given)
     calls = []
 
@@ -121,7 +121,7 @@ def test_an_interrupted_cache_ends_as_one_that_was_not(tmp_path: Path, source: I
 def test_changed_vectors_are_noticed(tmp_path: Path, source: ImageSource) -> None:
     write_cache(tmp_path / "cache", source, word_vectors(source.class_names, 8))
     with pytest.raises(DataError, match="vectors.phrasings is"):
-        write_cache(tmp_path / "cache", source, Vectors(numbers(3)[:, None], "class", None, "v.npy"))
+        write_cache(tmp_path / "cache", source, Vectors.of("class", numbers(3)[:, None], None, "v.npy"))
     path = tmp_path / "cache" / "vectors.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -220,7 +220,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("of", ["image", "class"])
 def test_parts_of_a_cache_keep_their_vectors(tmp_path: Path, source: ImageSource, of: str) -> None:
-    given = Vectors(numbers(7)[:, None], "image", None, "v.npy")
+    given = Vectors.of("image", numbers(7)[:, None], None, "v.npy")
     write_cache(tmp_path / "cache", source, given if of == "image" else word_vectors(source.class_names, 8))
     cache = TokenCache.open(tmp_path / "cache")
     for part in split_off(cache, 0.4, seed=0):

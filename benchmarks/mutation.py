@@ -168,7 +168,7 @@ FAULTS = (
         "if min(len(samples), len(reference)) <= neighbourhood:",
         "if min(len(samples), len(reference)) < neighbourhood:",
     ),
-    Fault("self._place = max(0, offset + (0, self._place, self._size)[whence])", "self._place = max(0, offset)"),
+    Fault("base = (self._start, super().tell(), self._stop)[whence]", "base = self._start"),
     Fault('key = f"{folder}/{stem}"', "key = stem"),
     Fault(
         "return (rows, columns), ((rows - height) // 2, (columns - width) // 2)",

@@ -20,6 +20,7 @@ from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, Report, StoredSource
 from mvar_core.errors import DataError, one_line
 from mvar_core.io.files import sha256_of_file
+from mvar_core.io.npz import read_npz_header
 
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")
@@ -127,7 +128,8 @@ class NpzSource(StoredSource):
         self._next = 0
         names = ("images",) if labels is None else ()
         items = [f"{array}[{index}]" for index in range(count)]
-        super().__init__(text, "train", names, np.zeros(count, np.int64) if labels is None else labels, items)
+        numbers = np.zeros(count, np.int64) if labels is None else labels
+        super().__init__(text, "train", names, numbers, items)
 
     def open(self, index: int) -> IO[bytes]:
         """An image as a file in the format PPM, which is its bytes behind a header."""
@@ -168,16 +170,10 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}×{shape[1]}"
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
 def _images_header(file: IO[bytes], where: str) -> tuple[int, ImageShape]:
     """How many images follow the npy header at the file's position, and their height and width."""
     try:
-        shape, fortran_order, dtype = _npy_header(file)
+        shape, fortran_order, dtype = read_npz_header(file)
     except ValueError as error:
         raise DataError(f"{where} is not a numpy array: {error}.") from None
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0 or fortran_order:
@@ -192,7 +188,7 @@ def _labels(archive: zipfile.ZipFile, name: str, count: int) -> NDArray[np.int64
     """An array of labels, if it is one: `count` integers."""
     with archive.open(f"{name}.npy") as file:
         try:
-            shape, _, dtype = _npy_header(file)
+            shape, _, dtype = read_npz_header(file)
         except ValueError:
             return None
         if shape != (count,) or not np.issubdtype(dtype, np.integer):

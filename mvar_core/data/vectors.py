@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from mvar_core.data.tokens import VectorsEntry
 from mvar_core.errors import DataError
+from mvar_core.io.npz import read_npz
 from mvar_core.models.vectors import pool_sequence
 
 ENCODER = "hashed-words"
@@ -124,9 +125,8 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False), None, None
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                encoder = str(file["encoder"]) if "encoder" in file else None
-                return file["vectors"], file.get("mask"), encoder
+            arrays = read_npz(path, ("vectors", "mask", "encoder"))
+            return arrays["vectors"], arrays.get("mask"), str(arrays["encoder"]) if "encoder" in arrays else None
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 vectors = file.get_tensor("vectors")

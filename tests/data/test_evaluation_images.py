@@ -63,12 +63,17 @@ def test_an_npz_is_never_whole_in_memory(tmp_path, save):
         (np.zeros((8, 8, 3), np.uint8), r"uint8 \(8, 8, 3\)"),
         (np.zeros((0, 8, 8, 3), np.uint8), r"uint8 \(0, 8, 8, 3\)"),
         (np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8)), "stored in Fortran order"),
-        (np.array([{}], dtype=object), r"object \(1,\)"),
     ],
 )
 def test_arrays_that_are_not_images_are_refused(tmp_path, array, found):
     np.savez(tmp_path / "a.npz", arr_0=array)
     with pytest.raises(DataError, match=rf"a\.npz, array arr_0 is {found if '(' in found else '.*' + found}.*expected"):
+        open_evaluation_images(str(tmp_path / "a.npz"))
+
+
+def test_objects_are_not_images(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.array([{}], dtype=object))
+    with pytest.raises(DataError, match=r"a\.npz, array arr_0"):
         open_evaluation_images(str(tmp_path / "a.npz"))
 
 

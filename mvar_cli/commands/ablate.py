@@ -1,5 +1,6 @@
 """`mvar ablate`: the two ablations of the MVAR paper on the user's data, over seeds."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,9 +117,8 @@ def parse_prefixes(text: str) -> list[Any]:
         ConfigError: Something other than numbers and "all".
     """
     words = [] if text == NONE else _words(text)
-    for word in words:
-        if word != "all" and not word.isdecimal():
-            raise mvar.ConfigError(f"--prefixes {text!r}: {word!r} is neither a number nor all.", "Use all,2,1.")
+    if not all(word == "all" or word.isdecimal() for word in words):
+        raise mvar.ConfigError(f"--prefixes {text!r} holds something other than numbers and all.", "Use all,2,1.")
     return [int(word) if word.isdecimal() else word for word in words]
 
 
@@ -128,16 +128,9 @@ def parse_windows(texts: Sequence[str]) -> list[Any]:
     Raises:
         ConfigError: Not windows.
     """
-    if list(texts) == [NONE]:
-        return []
     found: list[Any] = []
-    for text in (piece.strip() for whole in texts for piece in whole.split(";")):
+    for text in [] if list(texts) == [NONE] else ";".join(texts).split(";"):
         words = _words(text)
-        for word in words:
-            if word not in (WHOLE, "auto") and not word.removeprefix("auto:").isdecimal():
-                raise mvar.ConfigError(
-                    f"--windows {text!r}: {word!r} is neither a number nor whole, auto or auto:K.", "Use 3,5,whole."
-                )
         if "0" in words and len(words) > 1:
             if not all(map(str.isdecimal, words)):
                 raise mvar.ConfigError(
@@ -145,8 +138,10 @@ def parse_windows(texts: Sequence[str]) -> list[Any]:
                     "For a list of models use whole in place of 0.",
                 )
             found.append(tuple(map(int, words)))
-        else:
+        elif all(re.fullmatch(r"\d+|whole|auto(:\d+)?", word) for word in words):
             found += [WHOLE if word == "0" else int(word) if word.isdecimal() else word for word in words]
+        else:
+            raise mvar.ConfigError(f"--windows {text!r} is not a list of numbers, whole, auto, auto:K.", "Use 3,whole.")
     return found
 
 
@@ -156,9 +151,7 @@ def parse_seeds(text: str) -> int | tuple[int, ...]:
     Raises:
         ConfigError: Not whole numbers.
     """
-    words = _words(text)
-    if len(words) > 1 and not words[-1]:
-        words.pop()
+    words = _words(text.rstrip().removesuffix(","))
     if not all(map(str.isdecimal, words)):
         raise mvar.ConfigError(f"--seeds {text!r} is neither a number of seeds nor a comma list of them.", "Use 0,7.")
     return tuple(map(int, words)) if "," in text else int(text)

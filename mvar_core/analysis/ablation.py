@@ -6,7 +6,7 @@ Letters: S scales, n seeds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mvar_core.analysis.seed_noise import compare, over_seeds, sentence
@@ -25,21 +25,14 @@ PLANNED = ("parameters", "attention_gmacs", "total_gmacs", "kv_cache_bytes")
 
 @dataclass(frozen=True)
 class Setting:
-    """The two settings that decide what a model attends to, written so that equal models are equal settings.
-
-    Attributes:
-        scale_prefixes: Scales that a token sees, its own included.
-        windows: One per scale, 0 for a whole scale.
-    """
+    """What decides what a model attends to: the scales that a token sees, and one window per scale (0 = whole)."""
 
     scale_prefixes: ScalePrefixes
     windows: tuple[int, ...]
 
     @classmethod
     def of(cls, pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> Setting:
-        """The setting, in the form that all ways to write it share.
-
-        A window that covers its scale is written as the whole scale, a prefix count that reaches every scale as "all".
+        """The setting in a form that equal models share: "all" where all scales are seen, 0 where a window covers one.
 
         Raises:
             ConfigError: Prefixes or windows that do not fit the pyramid.
@@ -64,40 +57,28 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A line of a table.
-
-    Attributes:
-        label: What the user asked for, and the setting that it amounts to where that is written differently.
-        setting: What is trained.
-    """
-
-    label: str
-    setting: Setting
-
-
-@dataclass(frozen=True)
 class Ablation:
     """One table.
 
     Attributes:
         kind: "prefixes" or "windows".
         title: What is varied and what is not.
-        entries: Its lines; several may name one setting.
+        entries: Its lines: what the user asked for, with the setting that it amounts to where that is written
+            differently, and what is trained; several may name one setting.
         baseline: The setting that the others are compared with.
     """
 
     kind: str
     title: str
-    entries: tuple[Entry, ...]
+    entries: tuple[tuple[str, Setting], ...]
     baseline: Setting
 
     @property
     def labels(self) -> dict[Setting, str]:
         """Every setting once, in order, and its shortest label."""
         found: dict[Setting, str] = {}
-        for entry in self.entries:
-            found[entry.setting] = min(found.get(entry.setting, entry.label), entry.label, key=len)
+        for label, setting in self.entries:
+            found[setting] = min(found.get(setting, label), label, key=len)
         return found
 
 
@@ -116,22 +97,24 @@ def plan_ablations(
         ConfigError: Nothing to compare, or an entry that does not fit the pyramid.
     """
     if not prefixes and not windows:
-        raise ConfigError("There is nothing to compare.", "Give --prefixes, --windows, or both.")
-    tables = []
+        raise ConfigError("There is nothing to compare.", "Use --prefixes, --windows, or both.")
     pyramid = config.pyramid
     whole = (0,) * pyramid.num_scales
+    tables = []
     if prefixes:
-        settings = [(count, Setting.of(pyramid, count, whole)) for count in dict.fromkeys(prefixes)]
-        entries = [Entry(str(n) if s.scale_prefixes == n else f"{n} = all", s) for n, s in settings]
-        tables.append(_table("prefixes", "Scale prefixes, whole scales", entries, Setting("all", whole)))
+        settings = {count: Setting.of(pyramid, count, whole) for count in prefixes}
+        entries = [(str(n) if s.scale_prefixes == n else f"{n} = all", s) for n, s in settings.items()]
+        tables.append(("prefixes", "Scale prefixes, whole scales", entries, Setting("all", whole)))
     if windows:
         windowed = zip(pyramid.grids, spread_window(3, config.windows), strict=True)
-        title = (
-            f"Windows, one scale prefix; a single number is the window on {', '.join(str(g) for g, k in windowed if k)}"
-        )
+        sides = ", ".join(str(grid) for grid, window in windowed if window)
+        title = f"Windows, one scale prefix; a single number is the window on {sides}"
         entries = [_window_entry(config, window) for window in dict.fromkeys(windows)]
-        tables.append(_table("windows", title, entries, Setting.of(pyramid, 1, whole)))
-    return tuple(tables)
+        tables.append(("windows", title, entries, Setting.of(pyramid, 1, whole)))
+    return tuple(
+        Ablation(kind, title, tuple(entries), baseline if baseline in dict(entries).values() else entries[0][1])
+        for kind, title, entries, baseline in tables
+    )
 
 
 def settings_of(ablations: Iterable[Ablation]) -> tuple[Setting, ...]:
@@ -139,12 +122,7 @@ def settings_of(ablations: Iterable[Ablation]) -> tuple[Setting, ...]:
     return tuple(dict.fromkeys(setting for ablation in ablations for setting in ablation.labels))
 
 
-def _table(kind: str, title: str, entries: Sequence[Entry], baseline: Setting) -> Ablation:
-    settings = [entry.setting for entry in entries]
-    return Ablation(kind, title, tuple(entries), baseline if baseline in settings else settings[0])
-
-
-def _window_entry(config: RunConfig, window: WindowEntry) -> Entry:
+def _window_entry(config: RunConfig, window: WindowEntry) -> tuple[str, Setting]:
     pyramid = config.pyramid
     if isinstance(window, tuple):
         sides, label = window, ",".join(map(str, window))
@@ -158,7 +136,7 @@ def _window_entry(config: RunConfig, window: WindowEntry) -> Entry:
         label = f"{label} = {WHOLE}"
     elif setting.windows != sides or (isinstance(window, str) and window != WHOLE):
         label = f"{label} = {','.join(map(str, setting.windows))}"
-    return Entry(label, setting)
+    return label, setting
 
 
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -167,16 +145,10 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == name]
         found.append(
-            {
-                "setting": name,
-                "scale_prefixes": own[0]["scale_prefixes"],
-                "windows": own[0]["windows"],
-                "seeds": [row["seed"] for row in own],
-                **{key: own[0][key] for key in PLANNED},
-                **over_seeds(own, FROM_ROW),
-                **over_seeds([row["scores"] for row in own], FROM_SCORES),
-                "cost": own[0]["cost"],
-            }
+            {key: own[0][key] for key in ("setting", "scale_prefixes", "windows", *PLANNED, "cost")}
+            | {"seeds": [row["seed"] for row in own]}
+            | over_seeds(own, FROM_ROW)
+            | over_seeds([row["scores"] for row in own], FROM_SCORES)
         )
     return found
 
@@ -203,28 +175,24 @@ def summarize(ablation: Ablation, settings: Iterable[Mapping[str, Any]], feature
         verdict = compare(quantity, values, baseline)
         if verdict is not None:
             sentences.append(sentence(verdict, values))
-            verdicts.append(asdict(verdict))
-    base = found[ablation.baseline.name]
-    savings = [
-        f"{label} needs {', '.join(_ratios(found[setting.name], base))}"
-        for setting, label in ablation.labels.items()
-        if setting != ablation.baseline
-    ]
+            verdicts.append(verdict)
+    base, savings = found[ablation.baseline.name], []
+    for setting, label in ablation.labels.items():
+        if setting != ablation.baseline:
+            own = found[setting.name]
+            quantities = {
+                "attention": (own["attention_gmacs"], base["attention_gmacs"]),
+                "time": (own["cost"]["seconds_per_image"], base["cost"]["seconds_per_image"]),
+                "allocated memory": (own["cost"]["allocated_bytes"], base["cost"]["allocated_bytes"]),
+            }
+            ratios = [f"{a / b:.2f} of the {what}" for what, (a, b) in quantities.items() if a is not None and b]
+            savings.append(f"{label} needs {', '.join(ratios)}")
     return {
         "kind": ablation.kind,
         "title": ablation.title,
         "baseline": ablation.baseline.name,
-        "entries": [{"label": entry.label, "setting": entry.setting.name} for entry in ablation.entries],
+        "entries": [{"label": label, "setting": setting.name} for label, setting in ablation.entries],
         "sentences": sentences,
         "savings": f"Cost compared with {baseline}: {'; '.join(savings)}." if savings else "",
         "verdicts": verdicts,
     }
-
-
-def _ratios(found: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
-    quantities = {
-        "attention": (found["attention_gmacs"], base["attention_gmacs"]),
-        "time": (found["cost"]["seconds_per_image"], base["cost"]["seconds_per_image"]),
-        "allocated memory": (found["cost"]["allocated_bytes"], base["cost"]["allocated_bytes"]),
-    }
-    return [f"{a / b:.2f} of the {what}" for what, (a, b) in quantities.items() if a is not None and b]

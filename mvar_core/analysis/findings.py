@@ -7,8 +7,7 @@ adjacent scale; attention to the tokens of the scale before is added to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,40 +23,16 @@ NO_CHOICE = 0.995
 """Where an even spread puts more than this, the model has no choice."""
 
 
-@dataclass(frozen=True)
-class Findings:
-    """The two observations: means over the tokens of all scales but the first, verdicts, and sentences.
+def find(report: AttentionReport) -> dict[str, Any]:
+    """What a report says about the papers' two observations: means over the tokens of all scales but the first.
 
-    Names that start with `even_` are of an even spread.
-
-    Attributes:
-        own: Attention to the token's own scale.
-        previous: Attention to the scale before.
-        adjacent: Both.
-        adjacent_verdict: Whether the adjacent scale dominates.
-        window: The k of the neighbourhood.
-        neighbours: The fraction of own-scale attention within k×k, over the scales that are larger than that.
-        neighbours_verdict: Whether neighbours dominate.
-        projected: Attention within k×k around the matching position in all scales that are seen.
-        sentences: The same in words.
+    Returns:
+        Attention to the token's `own` scale, to the `previous` one, and to both (`adjacent`); `neighbours`, the
+        fraction of own-scale attention within a window of k×k (`window` is k) over the scales that are larger;
+        `projected`, attention within k×k around the matching position in all scales that are seen. Keys that start
+        with `even_` hold the same of an even spread, `adjacent_verdict` and `neighbours_verdict` whether these
+        dominate, `sentences` all of it in words.
     """
-
-    own: float
-    previous: float
-    adjacent: float
-    even_adjacent: float
-    adjacent_verdict: Verdict
-    window: int
-    neighbours: float
-    even_neighbours: float
-    neighbours_verdict: Verdict
-    projected: float
-    even_projected: float
-    sentences: tuple[str, ...]
-
-
-def find(report: AttentionReport) -> Findings:
-    """What a report says about the papers' two observations."""
     window, grids = neighbourhood(report), report.pyramid.grids
     later = list(range(1, len(grids))) or [0]
     larger = [scale for scale, grid in enumerate(grids) if max(grid) > window] or [len(grids) - 1]
@@ -94,20 +69,20 @@ def find(report: AttentionReport) -> Findings:
         f" position; an even spread would put {_percent(even_projected)} there.",
         _layers_sentence(report),
     )
-    return Findings(
-        own=own,
-        previous=previous,
-        adjacent=adjacent,
-        even_adjacent=even_adjacent,
-        adjacent_verdict=adjacent_verdict,
-        window=window,
-        neighbours=neighbours,
-        even_neighbours=even_neighbours,
-        neighbours_verdict=neighbours_verdict,
-        projected=projected,
-        even_projected=even_projected,
-        sentences=tuple(filter(None, sentences)),
-    )
+    return {
+        "own": own,
+        "previous": previous,
+        "adjacent": adjacent,
+        "even_adjacent": even_adjacent,
+        "adjacent_verdict": adjacent_verdict,
+        "window": window,
+        "neighbours": neighbours,
+        "even_neighbours": even_neighbours,
+        "neighbours_verdict": neighbours_verdict,
+        "projected": projected,
+        "even_projected": even_projected,
+        "sentences": tuple(filter(None, sentences)),
+    }
 
 
 def neighbourhood(report: AttentionReport) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,55 +40,12 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
     return found
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A setting compared with the baseline, by one quantity.
-
-    Attributes:
-        name: The setting.
-        difference: Its mean minus the baseline's.
-        effect: The difference in units of the seed noise; None where that is not known or zero.
-        p_value: Welch's two-sided test, unequal variances; None for fewer than two seeds on a side.
-        adjusted: The same after Holm's correction for all comparisons of the table.
-        distinguishable: Whether `adjusted` is below LEVEL; None where there is no test.
-    """
-
-    name: str
-    difference: float
-    effect: float | None
-    p_value: float | None
-    adjusted: float | None
-    distinguishable: bool | None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All settings of a table compared with its baseline, by one quantity.
-
-    Attributes:
-        quantity: Its name.
-        baseline: The setting that the others are compared with.
-        seeds: Fewest seeds of any setting.
-        noise: Standard deviation over seeds, pooled over the settings; None for one seed.
-        resolution: The smallest difference that this many seeds could show at this noise.
-        comparisons: One per other setting.
-    """
-
-    quantity: str
-    baseline: str
-    seeds: int
-    noise: float | None
-    resolution: float | None
-    comparisons: tuple[Comparison, ...]
-
-
 def pooled_std(groups: Sequence[Sequence[float]]) -> float | None:
     """Standard deviation within groups, each around its own mean: √(Σ(n-1)s² / Σ(n-1)); None without any freedom."""
-    freedom = sum(len(group) - 1 for group in groups if group)
-    if freedom < 1:
-        return None
-    squares = sum(float(np.var(group, ddof=1)) * (len(group) - 1) for group in groups if len(group) > 1)
-    return math.sqrt(squares / freedom)
+    repeated = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in repeated)
+    squares = sum(float(np.var(group, ddof=1)) * (len(group) - 1) for group in repeated)
+    return math.sqrt(squares / freedom) if freedom else None
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -106,15 +62,15 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: the chance of any false alarm among all tests stays below the level."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[int(index)] = largest
-    return adjusted
+    order, adjusted = np.argsort(p_values, kind="stable"), np.empty(len(p_values))
+    steps = np.array(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    found: list[float] = adjusted.tolist()
+    return found
 
 
-def compare(quantity: str, values: Mapping[str, Sequence[float]], baseline: str) -> Verdict | None:
-    """Compare every setting with the baseline.
+def compare(quantity: str, values: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Any] | None:
+    """Compare every setting with the baseline by one quantity.
 
     Args:
         quantity: The quantity's name.
@@ -122,75 +78,80 @@ def compare(quantity: str, values: Mapping[str, Sequence[float]], baseline: str)
         baseline: One of the settings.
 
     Returns:
-        The verdict; None where the baseline or all others have no values.
+        None where the baseline or all others have no values. Otherwise `quantity`, `baseline`, `seeds` (fewest of any
+        setting), `noise` (standard deviation over seeds, pooled over the settings; None for one seed), `resolution`
+        (the smallest difference that this many seeds could show at this noise), and `comparisons`, one for each other
+        setting: `name`, `difference` (its mean minus the baseline's), `effect` (the difference in units of the noise),
+        `p_value` (Welch's test), `adjusted` (the same after Holm's correction for all comparisons) and
+        `distinguishable` (whether `adjusted` is below LEVEL), each None where it is not known.
     """
     known = {name: list(group) for name, group in values.items() if len(group)}
     others = [name for name in known if name != baseline]
     if baseline not in known or not others:
         return None
-    noise = pooled_std(list(known.values()))
+    noise, seeds = pooled_std(list(known.values())), min(map(len, known.values()))
     p_values = {name: p for name in others if (p := welch(known[name], known[baseline])) is not None}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    comparisons = []
-    for name in others:
-        difference = float(np.mean(known[name]) - np.mean(known[baseline]))
-        comparisons.append(
-            Comparison(
-                name,
-                difference,
-                difference / noise if noise else None,
-                p_values.get(name),
-                adjusted.get(name),
-                adjusted[name] < LEVEL if name in adjusted else None,
-            )
-        )
-    seeds = min(map(len, known.values()))
+    differences = {name: float(np.mean(known[name]) - np.mean(known[baseline])) for name in others}
     resolution = None
     if noise is not None and seeds > 1:  # where two groups of n values with this spread reach LEVEL / m
         critical = float(stats.t.ppf(1 - LEVEL / len(others) / 2, 2 * seeds - 2))
         resolution = critical * noise * math.sqrt(2 / seeds)
-    return Verdict(quantity, baseline, seeds, noise, resolution, tuple(comparisons))
+    comparisons = [
+        {
+            "name": name,
+            "difference": difference,
+            "effect": difference / noise if noise else None,
+            "p_value": p_values.get(name),
+            "adjusted": adjusted.get(name),
+            "distinguishable": adjusted[name] < LEVEL if name in adjusted else None,
+        }
+        for name, difference in differences.items()
+    ]
+    return {
+        "quantity": quantity,
+        "baseline": baseline,
+        "seeds": seeds,
+        "noise": noise,
+        "resolution": resolution,
+        "comparisons": comparisons,
+    }
 
 
-def sentence(verdict: Verdict, values: Mapping[str, Sequence[float]]) -> str:
-    """A verdict on a quantity of which less is better, in words that a reader can check against the table.
+def sentence(verdict: Mapping[str, Any], values: Mapping[str, Sequence[float]]) -> str:
+    """A verdict of `compare` on a quantity of which less is better, in words that a reader can check.
 
     Args:
         verdict: From `compare`.
         values: What it was made from.
     """
     means = {name: float(np.mean(group)) for name, group in values.items() if len(group)}
-    best = min(means, key=lambda name: means[name])
-    start = f"{verdict.quantity}: lowest with {best} ({_number(means[best])})."
-    base = f"{verdict.baseline} ({_number(means[verdict.baseline])})"
-    if verdict.noise is None or verdict.seeds < 2:
-        shown = ", ".join(
-            f"{item.name} {'+' if item.difference >= 0 else '−'}{_number(abs(item.difference))}"
-            for item in verdict.comparisons
-        )
-        return f"{start} Compared with {base}: {shown}. One seed shows no noise: no difference can be tested."
+    best, seeds, comparisons = min(means, key=lambda name: means[name]), verdict["seeds"], verdict["comparisons"]
+    start = (
+        f"{verdict['quantity']}: lowest with {best} ({_number(means[best])})."
+        f" Compared with {verdict['baseline']} ({_number(means[verdict['baseline']])})"
+    )
+    if verdict["noise"] is None or seeds < 2:
+        signed = (f"{each['name']} {'−' if each['difference'] < 0 else '+'}{_number(abs(each['difference']))}"
+                  for each in comparisons)  # fmt: skip
+        return f"{start}: {', '.join(signed)}. One seed shows no noise: no difference can be tested."
     groups = []
     for found, words in ((True, "beyond seed noise"), (False, "within seed noise")):
-        group = [item for item in verdict.comparisons if item.distinguishable is found]
-        if group:
-            groups.append(f"{words}: " + ", ".join(map(_in_words, group)))
-    resolution = (
-        f" With {verdict.seeds} seeds, differences below about {_number(verdict.resolution)} would hardly show."
-        if verdict.resolution
-        else ""
-    )
-    return (
-        f"{start} Compared with {base}, over {verdict.seeds} seeds with a seed std of {_number(verdict.noise)}, "
-        f"{'; '.join(groups)}.{resolution}"
-    )
+        group = [_in_words(each) for each in comparisons if each["distinguishable"] is found]
+        groups += [f"{words}: {', '.join(group)}"] if group else []
+    text = f"{start}, over {seeds} seeds with a seed std of {_number(verdict['noise'])}, {'; '.join(groups)}."
+    if verdict["resolution"]:
+        text += f" With {seeds} seeds, differences below about {_number(verdict['resolution'])} would hardly show."
+    return text
 
 
-def _in_words(item: Comparison) -> str:
-    if item.difference == 0:
-        return f"{item.name} is equal"
-    size = f"{abs(item.effect):.1f} seed std" if item.effect is not None else "no spread"
-    p = "" if item.adjusted is None else ", p < 0.001" if item.adjusted < 0.001 else f", p = {item.adjusted:.2g}"
-    return f"{item.name} is {_number(abs(item.difference))} {'better' if item.difference < 0 else 'worse'} ({size}{p})"
+def _in_words(each: Mapping[str, Any]) -> str:
+    name, difference, adjusted = each["name"], each["difference"], each["adjusted"]
+    if difference == 0:
+        return f"{name} is equal"
+    size = f"{abs(each['effect']):.1f} seed std" if each["effect"] is not None else "no spread"
+    p = "" if adjusted is None else ", p < 0.001" if adjusted < 0.001 else f", p = {adjusted:.2g}"
+    return f"{name} is {_number(abs(difference))} {'better' if difference < 0 else 'worse'} ({size}{p})"
 
 
 def _number(value: float) -> str:

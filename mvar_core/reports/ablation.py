@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvar_core.analysis.ablation import qualities
 from mvar_core.formatting import format_bytes, format_count, format_number
-from mvar_core.reports.figures import COLOURS, MARKERS, new_figure, save_figure
+from mvar_core.reports.figures import COLOURS, FAINT, MARKERS, new_figure, save_figure
+from mvar_core.reports.pages import write_page
 
 FIGURES = ("ablation.png", "ablation.svg")
 SCORES = {"fid": "FID", "precision": "precision", "recall": "recall", "classifier_accuracy": "accuracy"}
@@ -48,30 +49,26 @@ def _tables(found: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[Repor
     lines = [(entry["label"], settings[entry["setting"]]) for entry in ablation["entries"]]
     first = "prefixes" if ablation["kind"] == "prefixes" else "window"
     names = {**SCORES, **qualities(found["features"], settings.values())}
-    scores = [key for key in SCORES if any(setting[key]["values"] for _, setting in lines)]
-    quality = ["validation_loss", *scores]
+    quality = ["validation_loss", *(key for key in SCORES if any(setting[key]["values"] for _, setting in lines))]
     unit, factor = _attention_unit(found)
     batch = lines[0][1]["cost"]["batch_size"]
     cost_columns = [
         first, "parameters", f"attention, {unit}", "KV cache", "ms an image", "resident", "allocated",
         "seconds of training",
     ]  # fmt: skip
-    costs = []
-    for label, setting in lines:
-        cost = setting["cost"]
-        seconds = cost["seconds_per_image"]
-        costs.append(
-            [
-                label,
-                format_count(setting["parameters"]),
-                format_number(factor * setting["attention_gmacs"]),
-                format_bytes(setting["kv_cache_bytes"]),
-                NOT_FOUND if seconds is None else format_number(1000 * seconds),
-                format_bytes(cost["peak_memory_bytes"]),
-                format_bytes(cost["allocated_bytes"]),
-                format_spread(setting["training_seconds"]),
-            ]
-        )
+    costs = [
+        [
+            label,
+            format_count(setting["parameters"]),
+            format_number(factor * setting["attention_gmacs"]),
+            format_bytes(setting["kv_cache_bytes"]),
+            format_number(1000 * (setting["cost"]["seconds_per_image"] or math.nan)),
+            format_bytes(setting["cost"]["peak_memory_bytes"]),
+            format_bytes(setting["cost"]["allocated_bytes"]),
+            format_spread(setting["training_seconds"]),
+        ]
+        for label, setting in lines
+    ]
     return [
         ReportTable(
             f"{ablation['title']}; {_seeds(found)}",
@@ -119,81 +116,52 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def ablation_markdown(found: Mapping[str, Any]) -> str:
-    """Tables, what they show, and the figure."""
-    machine = found["machine"]
-    lines = [
-        f"`{found['command']}`",
-        "",
-        f"{found['model']}, {found['steps']:,} steps of {found['batch_size']} on {found['images']:,} images"
-        f" ({found['data']}), {_seeds(found)}; scored on {found['num_samples']:,} samples."
-        f" {machine.get('cores', '?')} cores of {machine.get('processor', '?')}, {machine.get('date', '?')}.",
-        "",
-    ]
-    *ablations, notes = ablation_sections(found)
-    for section in ablations:
-        lines += [f"### {section.title}", ""]
-        for table in section.tables:
-            title = table.title.removeprefix(f"{section.title}; ")
-            lines += [f"{title[0].upper()}{title[1:]}:", ""]
-            cells = (table.columns, ["---"] * len(table.columns), *table.rows)
-            lines += [*(f"| {' | '.join(line)} |" for line in cells), ""]
-        lines += [*(f"- {text}" for text in section.sentences), ""]
-    lines += [f"![Quality against cost, with the spread over seeds]({FIGURES[0]})", ""]
-    lines += [line for note in notes.sentences for line in (note, "")]
-    return "\n".join(lines).rstrip() + "\n"
+def write_ablation(found: Mapping[str, Any], directory: Path) -> None:
+    """Write ablation.md, with tables, what they show and the figure; and the figure as PNG and SVG."""
+    *sections, notes = ablation_sections(found)
+    write_page(
+        directory / "ablation.md", "ablation.md.j2", sections=sections, notes=notes.sentences, seeds=_seeds(found),
+        found=found,
+    )  # fmt: skip
+    figure = ablation_figure(found)
+    for name in FIGURES:
+        save_figure(figure, directory / name)
 
 
-def plot_ablation(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """One column per ablation, one row per quality: mean and standard deviation over seeds, each seed a small dot.
-
-    Args:
-        found: What ablation.json holds.
-        paths: Files to write, .png or .svg.
-    """
+def ablation_figure(found: Mapping[str, Any]) -> Any:
+    """One column per ablation, one row per quality: mean and standard deviation over seeds, each seed a small dot."""
     settings = {setting["setting"]: setting for setting in found["aggregate"]}
-    shown = qualities(found["features"], settings.values())
+    shown, ablations = qualities(found["features"], settings.values()), found["ablations"]
     unit, factor = _attention_unit(found)
     real = found["rows"][0]["scores"].get("demo_fid_real")
-    ablations = found["ablations"]
     figure = new_figure(0.8 + 4.9 * len(ablations), 0.9 + 3.1 * len(shown))
-    grid = figure.subplots(len(shown), len(ablations), squeeze=False, sharey="row")
+    panels = figure.subplots(len(shown), len(ablations), squeeze=False, sharey="row")
     for column, ablation in enumerate(ablations):
         labels: dict[str, str] = {}
         for entry in ablation["entries"]:
             name, label = entry["setting"], entry["label"]
             labels[name] = min(labels.get(name, label), label, key=len)
-        for row, (key, quality) in enumerate(shown.items()):
-            axes = grid[row][column]
+        for axes, (key, quality) in zip(panels[:, column], shown.items(), strict=True):
             for order, (name, label) in enumerate(labels.items()):
                 spread, cost = settings[name][key], factor * settings[name]["attention_gmacs"]
                 if spread["mean"] is None:
                     continue
-                colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
-                axes.errorbar(
-                    cost, spread["mean"], yerr=spread["std"], fmt=marker, color=colour, markersize=9, capsize=4,
-                    linewidth=1.4, label=label,
-                )  # fmt: skip
-                axes.plot(
-                    [cost] * spread["n"], spread["values"], "o", color=colour, markersize=5, markeredgecolor="white",
-                    markeredgewidth=0.8, zorder=3,
-                )  # fmt: skip
+                style = {"color": COLOURS[order % len(COLOURS)], "fmt": MARKERS[order % len(MARKERS)], "label": label}
+                axes.errorbar(cost, spread["mean"], spread["std"], markersize=9, capsize=4, linewidth=1.4, **style)
+                axes.scatter([cost] * spread["n"], spread["values"], 25, style["color"], edgecolors="white", zorder=3)
             if key == "fid" and real is not None:
-                axes.axhline(real, color="#555555", linewidth=1, linestyle=":")
+                axes.axhline(real, color=FAINT, linewidth=1, linestyle=":")
                 axes.annotate("real test images", (0.99, real), xycoords=("axes fraction", "data"), ha="right",
-                              va="bottom", fontsize=8, color="#555555")  # fmt: skip
+                              va="bottom", fontsize=8, color=FAINT)  # fmt: skip
             axes.grid(alpha=0.3)
             axes.margins(x=0.12)
-            if row == 0:
-                axes.set_title(ablation["title"].split(",")[0])
-                axes.legend(frameon=False, fontsize=8)
-            if row == len(shown) - 1:
-                axes.set_xlabel(f"attention of one image ({unit})")
             if column == 0:
                 axes.set_ylabel(f"{quality} (lower is better)")
+        panels[0, column].set_title(ablation["title"].split(",")[0])
+        panels[0, column].legend(frameon=False, fontsize=8)
+        panels[-1, column].set_xlabel(f"attention of one image ({unit})")
     figure.suptitle(f"{found['model']}: {_seeds(found)}")
-    for path in paths:
-        save_figure(figure, path)
+    return figure
 
 
 def format_spread(spread: Mapping[str, Any]) -> str:

@@ -11,32 +11,6 @@ from mvar_core.analysis.findings import neighbourhood
 from mvar_core.formatting import format_bytes
 from mvar_core.reports.pages import TableRows, svg_figure, write_page
 
-CAPTIONS = {
-    "scale_mass": (
-        "Which scales are attended to",
-        "Attention across scales. Each row is the scale of the queries, each column an attended scale; a row sums to 1."
-        " The diagonal is the queries' own scale, left of it the scale before.",
-    ),
-    "window_mass": (
-        "How near",
-        "Attention within windows. The fraction of a scale's attention to itself (and to the scale before, where the"
-        " model sees it) that lies within k×k tokens around the query's matching position. The dashed line is an even"
-        " spread at the last scale: only what lies above it is local.",
-    ),
-    "last_scale": (
-        "What the last scale attends to",
-        "Maps of the last scale's attention: every scale that it sees, and under the size its fraction of the"
-        " attention. Red is more than an even spread over all keys, blue less. Above: by the key's position, averaged"
-        " over queries. Below: by displacement from the query's matching position (+). A red centre is attention to"
-        " neighbours.",
-    ),
-    "layers": (
-        "How layers differ",
-        "Layers, averaged over heads. Left: attention to the own scale. Right: entropy as a fraction of its maximum; 1"
-        " is an even spread over all keys, 0 a single key.",
-    ),
-}
-
 
 def write_attention_page(path: Path, report: AttentionReport, values: Mapping[str, Any]) -> None:
     """Write the page.
@@ -46,10 +20,6 @@ def write_attention_page(path: Path, report: AttentionReport, values: Mapping[st
         report: What was measured.
         values: The content of report.json; the figures that it names exist.
     """
-    best = report.recommended
-    preset = values["preset"]
-    windows = ",".join(map(str, best.windows))
-    settings = f"--set attention.scale_prefixes={best.scale_prefixes} --set attention.windows=[{windows}]"
     write_page(
         path,
         "attention.html.j2",
@@ -58,13 +28,10 @@ def write_attention_page(path: Path, report: AttentionReport, values: Mapping[st
         report=report,
         sentences=values["reading"]["sentences"],
         scales=scale_rows(report),
-        figures=[
-            (title, svg_figure(Path(values["plots_svg"][name]), caption)) for name, (title, caption) in CAPTIONS.items()
-        ],
+        svg=lambda name, caption: svg_figure(Path(values["plots_svg"][name]), caption),
         recommendation=recommendation_sentence(report),
-        recommended=recommended_rows(report),
         savings=saving_rows(values["savings"]),
-        arguments=f"--preset {preset}" if preset else settings,
+        preset=values["preset"],
     )
 
 
@@ -88,17 +55,6 @@ def scale_rows(report: AttentionReport) -> TableRows:
             report.window_mass_by_scale[near][scale].sum(),
         ]
         rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
-    return rows
-
-
-def recommended_rows(report: AttentionReport) -> TableRows:
-    """The recommended window of each scale and what it keeps."""
-    best = report.recommended
-    rows = [["scale", "window", "kept", "kept by prefixes", "kept by window", f"window for {best.keep:g} of own"]]
-    for scale, name in enumerate(report.scale_names):
-        kept = (best.kept_by_scale[scale], best.kept_by_prefixes[scale], best.kept_by_windows[scale])
-        window, own_window = (str(windows[scale] or "whole") for windows in (best.windows, best.own_windows))
-        rows.append([name, window, *(f"{value:.3f}" for value in kept), own_window])
     return rows
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mvar_core.errors import DataError
 from mvar_core.io.files import atomic_path
+from mvar_core.training.metrics import read_metrics
 
 COLOURS = ("#c44e52", "#2a6fbb", "#7a7a7a", "#4c9f70", "#8c6bb1", "#d98c21")
 """Distinct for people with colour vision deficiencies, and legible on white; the markers differ too."""
@@ -76,34 +76,16 @@ def plot_metrics(
     """Plot some quantities of a run's metrics.jsonl over its steps; see `plot_curves`.
 
     Raises:
-        DataError: The file is missing or damaged, or has none of the quantities.
-    """
-    plot_curves({key: read_metric(metrics, key) for key in keys}, path, title=title)
-
-
-def read_metric(metrics: Path, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one quantity in a metrics.jsonl; lines without it are skipped.
-
-    Raises:
-        DataError: The file is missing, or a line is not a JSON object.
+        DataError: There is no such file, or it has none of the quantities.
     """
     if not metrics.is_file():
         raise DataError(f"{metrics} does not exist.", "Pass the metrics.jsonl of a run directory.")
-    steps: list[float] = []
-    values: list[float] = []
-    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{metrics}, line {number} is not JSON: {error}.") from None
-        if not isinstance(entry, dict):
-            raise DataError(f"{metrics}, line {number} is not a JSON object.")
-        if entry.get(key) is not None and entry.get("step") is not None:
-            steps.append(float(entry["step"]))
-            values.append(float(entry[key]))
-    return steps, values
+    lines = read_metrics(metrics)
+    series = {}
+    for key in keys:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        series[key] = ([step for step, _ in points], [value for _, value in points])
+    plot_curves(series, path, title=title)
 
 
 def plot_batches(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
@@ -45,10 +45,10 @@ def _embedded(kind: str, content: bytes, encoding: str, alt: str, width: str = "
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page from a file in templates/, which shows the values; text is escaped."""
+    """Write a page from a file in templates/, which shows the values; text is escaped in HTML."""
     environment = Environment(
         loader=PackageLoader("mvar_core.reports"),
-        autoescape=True,
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -8,15 +8,13 @@ machine does affects all alike.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
-import shlex
 import shutil
 import statistics
-import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,6 @@ from torch import Tensor
 
 from mvar_core.analysis.ablation import (
     PLANNED,
-    Ablation,
     Setting,
     WindowEntry,
     aggregate,
@@ -50,20 +47,21 @@ from mvar_core.evaluation.measure import DEFAULT_BATCH, Measurer, Reference
 from mvar_core.evaluation.scores import METRICS, evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 from mvar_core.formatting import format_number, format_seconds
-from mvar_core.io.files import read_json, sha256_of_file, write_json, write_text
+from mvar_core.io.files import read_json, sha256_of_file, write_json
 from mvar_core.io.pictures import save_grid
 from mvar_core.io.resumable import Resumable, differences
 from mvar_core.kernels import check_backend
 from mvar_core.models.directory import read_model_config, tokenizer_hash
 from mvar_core.progress import Progress, silent
 from mvar_core.pyramid import PatchSize, ScalePrefixes
-from mvar_core.reports.ablation import FIGURES, Section, ablation_markdown, ablation_sections, plot_ablation
+from mvar_core.reports.ablation import Section, ablation_sections, write_ablation
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.metrics import read_metrics
 from mvar_core.training.order import planned_steps
+from mvar_core.training.transformer import TransformerOutcome
 from mvar_core.workflows.bench_row import Request, measure_alone
 from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy, load_pipeline
 from mvar_core.workflows.runs import held_out
@@ -72,8 +70,7 @@ from mvar_core.workflows.train import fit_to_tokens, train_on_tokens
 from mvar_core.workflows.train_tokenizer import train_on_images
 
 EXPERIMENT, SCORING, ROW = "experiment.json", "scoring.json", "row.json"
-JSON_FILE, MARKDOWN_FILE = "ablation.json", "ablation.md"
-TOKENIZER, TOKENS, HELD_OUT_TOKENS = "tokenizer", "tokens", "tokens-held-out"
+OUTPUTS = {"json": "ablation.json", "markdown": "ablation.md", "plot": "ablation.png"}
 HELD_OUT = 0.1
 """Fraction of the images that is held out where no others are."""
 BENCH_BATCH, ROUNDS, REPEATS, PICTURED = 8, 3, 3, 80
@@ -92,19 +89,13 @@ class AblationResult(Result):
 
     Attributes:
         model: Name of the configuration that all rows share.
-        command: What made it.
         steps: Optimizer steps of each row.
-        batch_size: Of training.
-        data: Names the images.
-        images: How many are trained on.
         held_out: Images that the validation loss is measured on.
         num_samples: Samples that each row is scored on.
         features: What scores are computed from; None, like the next two, where there are none.
         reference: Names the images that samples are compared with.
         weights_hash: Of the network behind the features.
-        machine: Where it ran.
         scales: Sides of the scales.
-        seeds: The seeds.
         rows: One mapping for each setting and seed; after an interruption those that are done.
         aggregate: One mapping for each setting: its rows over seeds, and its cost.
         ablations: The tables: which settings they compare, and what the differences mean.
@@ -114,7 +105,6 @@ class AblationResult(Result):
     """
 
     model: str
-    command: str = "mvar ablate"
     steps: int = 0
     batch_size: int = 0
     data: str = ""
@@ -219,359 +209,231 @@ def ablate(
         MvarError: Arguments that contradict each other, something that cannot be used, or another ablation in `out`.
     """
     start = time.monotonic()
+    out, data, progress = Path(out), None if data is None else str(data), progress or silent
+    tokens, tokenizer, validation = (None if path is None else Path(path) for path in (tokens, tokenizer, validation))
     train = {"steps": steps, "batch_size": batch_size, "compile": machine.compile or None}
     config = load_config(preset, settings, {"image_size": image_size, "train": train})
     tables = plan_ablations(config, prefixes, windows)
-    chosen = tuple(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
+    seeds = tuple(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {seeds}: expected at least one seed, and none twice.", "Use for example 3, or 0,7.")
-    experiment = Experiment(
-        config=config,
-        tables=tables,
-        seeds=chosen,
-        out=Path(out),
-        tokens=None if tokens is None else Path(tokens),
-        data=None if data is None else str(data),
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        validation=None if validation is None else Path(validation),
-        reference=reference,
-        features=features,
-        inception_weights=None if inception_weights is None else Path(inception_weights),
-        num=num,
-        machine=machine,
-        progress=progress or silent,
-    )
-    experiment.check()
+    _check(config, out, tokens, data, tokenizer, validation)
+    rows = [  # seed by seed, so that whole tables are done as early as possible
+        Row(setting, seed, out / "rows" / setting.name / f"seed-{seed}")
+        for seed in seeds
+        for setting in settings_of(tables)
+    ]
+    sections = {"image_size", "patch_sizes", "tokenizer", "transformer", "sampling", "data", "seed"}
+    record = config.model_dump(mode="json", include=sections)
+    record |= {
+        "sampling": recorded(record["sampling"]),
+        "train": config.train.model_dump(mode="json", exclude=FREE_SETTINGS),
+        "tokens": None if tokens is None else sha256_of_file(tokens / MANIFEST)[:16],
+        "validation": None if validation is None else sha256_of_file(validation / MANIFEST)[:16],
+        "images": data,
+        "reference": reference,
+        "features": features,
+        "num": num,
+        "bench_batch": BENCH_BATCH,
+        "device": machine.device,
+        "dtype": machine.dtype,
+        "attention": machine.attention,
+    }
+    if tokenizer is None:
+        record["train_tokenizer"] = config.train_tokenizer.model_dump(mode="json", exclude=FREE_SETTINGS)
+    else:
+        record["checkpoint"] = tokenizer_hash(tokenizer)[:16]
+    job = Rows(out, record, rows)
+    known = AblationResult(model=config.name, seeds=seeds)
     if dry_run:
-        return experiment.plan(overwrite)
-    return experiment.execute(overwrite, start)
+        labels = {setting: label for table in tables for setting, label in table.labels.items()}
+        return replace(known, **_planned(job, config, labels, data, tokens, tokenizer, machine, overwrite))
 
-
-@dataclass(frozen=True)
-class Experiment:
-    """What was asked of `ablate`; the configuration's attention says which scales a single number windows."""
-
-    config: RunConfig
-    tables: tuple[Ablation, ...]
-    seeds: tuple[int, ...]
-    out: Path
-    tokens: Path | None
-    data: str | None
-    tokenizer: Path | None
-    validation: Path | None
-    reference: str | None
-    features: str
-    inception_weights: Path | None
-    num: int
-    machine: Machine
-    progress: Progress
-
-    def check(self) -> None:
-        """Refuse, before anything slow, what cannot work."""
-        config = self.config
-        if (self.tokens is None) == (self.data is None):
-            raise ConfigError(
-                "An ablation needs tokens or images, not both.", "Add --tokens CACHE or --data IMAGES, one of them."
-            )
-        if self.tokens is not None and self.tokenizer is None:
-            raise ConfigError("--tokens needs the tokenizer that made them.", "Add --tokenizer DIR.")
-        if config.transformer is None:
-            raise ConfigError(f"{config.name} is a tokenizer's preset; an ablation needs a transformer section.")
-        if config.conditioning.dim is not None and config.conditioning.encoder != ENCODER:
-            raise ConfigError(
-                "An ablation samples classes, whose vectors are not known here.",
-                f"Only with conditioning.encoder={ENCODER} do they follow from the classes' names.",
-            )
-        if self.tokenizer is not None:
-            if self.out.resolve() == self.tokenizer.resolve():
-                raise DataError(f"--out {self.out} is the tokenizer's directory.", "Choose another --out.")
-            read_model_config(self.tokenizer)
-        if self.data is not None:
-            open_images(self.data)
-        for cache in (self.tokens, self.validation):
-            if cache is not None:
-                TokenCache.open(cache)
-
-    @property
-    def job(self) -> Rows:
-        """All rows, seed by seed, so that whole tables are done as early as possible."""
-        rows = [self.row(setting, seed) for seed in self.seeds for setting in settings_of(self.tables)]
-        return Rows(self.out, self.record(), rows)
-
-    def row(self, setting: Setting, seed: int) -> Row:
-        """The row of a setting and a seed."""
-        return Row(setting, seed, self.out / "rows" / setting.name / f"seed-{seed}")
-
-    def record(self) -> dict[str, Any]:
-        """Everything that all rows share, and that results depend on."""
-        config = self.config
-        sections = {"image_size", "patch_sizes", "tokenizer", "transformer", "sampling", "data", "seed"}
-        record = config.model_dump(mode="json", include=sections)
-        record["sampling"] = recorded(record["sampling"])
-        record["train"] = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
-        if self.tokenizer is None:
-            record["train_tokenizer"] = config.train_tokenizer.model_dump(mode="json", exclude=FREE_SETTINGS)
-        else:
-            record["checkpoint"] = tokenizer_hash(self.tokenizer)[:16]
-        for name, path in (("tokens", self.tokens), ("validation", self.validation)):
-            record[name] = None if path is None else sha256_of_file(path / MANIFEST)[:16]
-        return {
-            **record,
-            "images": self.data,
-            "reference": self.reference,
-            "features": self.features,
-            "num": self.num,
-            "bench_batch": BENCH_BATCH,
-            "device": self.machine.device,
-            "dtype": self.machine.dtype,
-            "attention": self.machine.attention,
-        }
-
-    def cost(self, config: RunConfig) -> Plan:
-        """The predicted cost of one image."""
-        device = resolve_device(self.machine.device)
-        dtype = str(resolve_dtype(self.machine.dtype, device)).removeprefix("torch.")
-        return cost_of(config, Machine(device=device.type, dtype=dtype), guided=config.sampling.guided)
-
-    def plan(self, overwrite: bool) -> AblationResult:
-        """What would be done."""
-        job, settings = self.job, settings_of(self.tables)
-        done = set() if overwrite else job.done()
-        costs = {setting: self.cost(setting.apply(self.config, self.seeds[0])) for setting in settings}
-        labels = {setting: label for table in self.tables for setting, label in table.labels.items()}
-        rows = [
-            {
-                "setting": row.setting.name,
-                "label": labels[row.setting],
-                "scale_prefixes": row.setting.scale_prefixes,
-                "windows": list(row.setting.windows),
-                "seed": row.seed,
-                "done": number in done,
-                **{name: getattr(costs[row.setting], name) for name in PLANNED},
-            }
-            for number, row in enumerate(job.rows)
-        ]
-        size = f"{len(settings)} settings × {len(self.seeds)} seeds"
-        todo = [
-            f"train a tokenizer for {self.config.train_tokenizer.steps} steps" if self.tokenizer is None else "",
-            f"encode the images of {self.data}" if self.tokens is None else "",
-            f"train and score {len(rows) - len(done)} rows ({size}, {len(done)} done)",
-            f"time {len(settings)} settings, each in processes of their own",
-            f"write tables and figures to {self.out}",
-        ]
-        dry_run = DryRun(
-            configuration=self.config.model_dump(mode="json", exclude_none=True),
-            steps=tuple(filter(None, todo)),
-            cost=self.cost(self.config),
-            facts={"rows": rows, "refused": (not overwrite and job.difference()) or None},
-        )
-        return AblationResult(model=self.config.name, seeds=self.seeds, rows=rows, dry_run=dry_run)
-
-    def execute(self, overwrite: bool, start: float) -> AblationResult:
-        """Make what is missing, and report."""
-        job, settings = self.job, settings_of(self.tables)
-        device = resolve_device(self.machine.device)
-        dtype = resolve_dtype(self.machine.dtype, device)
-        for setting in settings:
-            patterns = setting.apply(self.config, 0).patterns
-            check_backend(self.machine.attention, patterns, device, dtype, needs_grad=True)
-        if not job.begun and self.out.exists() and (self.out.is_file() or any(self.out.iterdir())):
-            raise DataError(f"{self.out} is not empty, and holds no ablation.", "Choose another --out.")
-        if overwrite and job.begun:
-            job.record_path.unlink()  # so that `begin` removes the rest
-        job.require_same("Use those settings to resume it, choose another --out, or add --overwrite to start over.")
-        done = job.begin()
-        try:
-            return self._resume(job, done, start)
-        finally:
-            job.release()
-
-    def _resume(self, job: Rows, done: set[int], start: float) -> AblationResult:
-        known = AblationResult(model=self.config.name, seeds=self.seeds)
-        tokenizer = self._tokenizer()
+    device = resolve_device(machine.device)
+    for row in rows:
+        patterns, dtype = row.setting.apply(config, 0).patterns, resolve_dtype(machine.dtype, device)
+        check_backend(machine.attention, patterns, device, dtype, needs_grad=True)
+    if not job.begun and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty, and holds no ablation.", "Choose another --out.")
+    if overwrite and job.begun:
+        job.record_path.unlink()  # so that `begin` removes the rest
+    job.require_same("Use those settings to resume it, choose another --out, or add --overwrite to start over.")
+    done = job.begin()
+    try:
         if tokenizer is None:
-            return replace(known, interrupted=True)
-        tokens, validation = self._tokens(tokenizer)
-        config = _same_turns(fit_to_tokens(self.config, read_model_config(tokenizer), tokens.class_names))
-        scorer = Scorer(self, config, self.data or tokens.manifest.source)
-        scoring = self.out / SCORING
+            tokenizer = out / "tokenizer"
+            if not (tokenizer / "config.json").is_file():
+                assert data is not None
+                if train_on_images(config, data, tokenizer, machine=machine, progress=progress).interrupted:
+                    return replace(known, interrupted=True)
+        cache, held = _tokens(config, out, tokens, data, tokenizer, validation, machine, progress)
+        config = _same_turns(fit_to_tokens(config, read_model_config(tokenizer), cache.class_names))
+        scorer = Scorer(
+            features, reference, inception_weights, data or cache.manifest.source, config.image_shape, device,
+            [out, tokenizer, tokenizer.parent],
+        )  # fmt: skip
+        scoring = out / SCORING
         if scoring.is_file() and (different := differences(read_json(scoring), scorer.identity)):
             raise CheckpointError(
-                f"The rows in {self.out} were scored with something else: {different}.",
+                f"The rows in {out} were scored with something else: {different}.",
                 "Score with the same, choose another --out, or add --overwrite to start over.",
             )
         write_json(scoring, scorer.identity)
-        steps = planned_steps(config.train, len(tokens))
+        num_samples, all_steps = num * len(cache.class_names), planned_steps(config.train, len(cache))
         if done:
-            logger.info("%d of %d rows are done already.", len(done), len(job.rows))
-        for number, row in enumerate(job.rows):
-            title = f"row {number + 1} of {len(job.rows)}: {row.setting.name}, seed {row.seed}"
+            logger.info("%d of %d rows are done already.", len(done), len(rows))
+        for number, row in enumerate(rows):
             if number not in done:
-                report = _steps_of_all(self.progress, number * steps, len(job.rows) * steps, title)
-                found = self._row(row, config, tokens, validation, tokenizer, scorer, report)
-                if found is None:
-                    rows = [read_json(job.piece(piece)) for piece in sorted(job.present())]
-                    return replace(known, rows=rows, interrupted=True)
-                logger.info("%s: %s.", title, _brief(found))
+                title = f"row {number + 1} of {len(rows)}: {row.setting.name}, seed {row.seed}"
+                report = partial(_report_row, progress, number * all_steps, len(rows) * all_steps, title)
+                outcome = train_on_tokens(
+                    row.setting.apply(config, row.seed), cache, tokenizer, row.directory, machine=machine,
+                    validation=held, progress=report,
+                )  # fmt: skip
+                if outcome.interrupted:
+                    finished = [read_json(job.piece(piece)) for piece in sorted(job.present())]
+                    return replace(known, rows=finished, interrupted=True)
+                found = _results(row, config, outcome, scorer, num_samples, machine)
+                write_json(job.piece(number), found)
+                loss = format_number(found["validation_loss"])
+                logger.info("%s: validation loss %s, %s.", title, loss, format_seconds(found["training_seconds"]))
             # A finished row keeps its model, not the state from which its training would resume.
             remove_checkpoints(row.directory)
             shutil.rmtree(row.directory / "checkpoints", ignore_errors=True)
-        costs = self._costs(config, settings_of(self.tables))
-        rows = [{**read_json(row.directory / ROW), "cost": costs[row.setting.name]} for row in job.rows]
-        settings = aggregate(rows)
-        identity = scorer.identity
+        costs = _costs(out / "costs", config, [row for row in rows if row.seed == seeds[0]], machine, progress)
+        finished = [{**read_json(row.directory / ROW), "cost": costs[row.setting.name]} for row in rows]
+        compared = aggregate(finished)
         result = replace(
             known,
-            command=shlex.join(["mvar", *sys.argv[1:]]) if sys.argv[1:2] == ["ablate"] else known.command,
-            steps=steps,
+            steps=all_steps,
             batch_size=config.train.batch_size,
-            data=tokens.manifest.source,
-            images=tokens.num_images,
-            held_out=len(validation),
-            num_samples=self.num * len(tokens.class_names),
-            **identity,
+            data=cache.manifest.source,
+            images=cache.num_images,
+            held_out=len(held),
+            num_samples=num_samples,
+            **scorer.identity,
             machine=describe_machine(),
             scales=tuple(str(grid) for grid in config.pyramid),
-            rows=rows,
-            aggregate=settings,
-            ablations=[summarize(table, settings, identity["features"]) for table in self.tables],
+            rows=finished,
+            aggregate=compared,
+            ablations=[summarize(table, compared, scorer.identity["features"]) for table in tables],
         )
         values = result.to_dict()
-        for key in ("outputs", "seconds", "interrupted"):
-            del values[key]
-        plot_ablation(values, [self.out / name for name in FIGURES])
-        write_text(self.out / MARKDOWN_FILE, ablation_markdown(values))
-        write_json(self.out / JSON_FILE, values)
-        written = {"json": JSON_FILE, "markdown": MARKDOWN_FILE, "plot": FIGURES[0]}
-        outputs = {kind: str(self.out / name) for kind, name in written.items()}
+        values = {key: values[key] for key in values if key not in ("outputs", "seconds", "interrupted")}
+        write_ablation(values, out)
+        write_json(out / OUTPUTS["json"], values)
+        outputs = {kind: str(out / name) for kind, name in OUTPUTS.items()}
         return replace(result, outputs=outputs, seconds=time.monotonic() - start)
+    finally:
+        job.release()
 
-    def _tokenizer(self) -> Path | None:
-        """The tokenizer's directory: as given, or trained here; None where that training is interrupted."""
-        directory = self.tokenizer or self.out / TOKENIZER
-        if self.tokenizer is None and not (directory / "config.json").is_file():
-            assert self.data is not None
-            trained = train_on_images(self.config, self.data, directory, machine=self.machine, progress=self.progress)
-            if trained.interrupted:
-                return None
-        return directory
 
-    def _tokens(self, tokenizer: Path) -> tuple[TokenCache, TokenCache]:
-        """Tokens to train on and held-out ones: caches that were given, or made here."""
-        cache, held = self.tokens or self.out / TOKENS, self.validation or self.out / HELD_OUT_TOKENS
-        if self.tokens is None:
-            assert self.data is not None
-            config = fit_to_tokens(self.config, read_model_config(tokenizer), open_images(self.data).class_names)
-            machine = self.machine.model_copy(update={"dtype": "auto"})
-            write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=self.progress)
-            write(cache, data=self.data, config=config)
-            if self.validation is None and held_out(self.data) is not None:
-                plain = config.model_copy(update={"data": DataConfig()})
-                write(held, data=f"{split_name(self.data)[0]}:test", config=plain)
-        tokens: TokenCache = TokenCache.open(cache)
-        if held.is_dir():
-            return tokens, TokenCache.open(held)
-        train, validation = split_off(tokens, HELD_OUT, self.config.seed)
-        logger.info("Held out: %d of %d images.", validation.num_images, tokens.num_images)
-        return train, validation
-
-    def _row(
-        self,
-        row: Row,
-        config: RunConfig,
-        tokens: TokenCache,
-        validation: TokenCache,
-        tokenizer: Path,
-        scorer: Scorer,
-        progress: Progress,
-    ) -> dict[str, Any] | None:
-        """Train, sample and score; None where the training is interrupted."""
-        config = row.setting.apply(config, row.seed)
-        outcome = train_on_tokens(
-            config, tokens, tokenizer, row.directory, machine=self.machine, validation=validation, progress=progress
+def _check(
+    config: RunConfig,
+    out: Path,
+    tokens: Path | None,
+    data: str | None,
+    tokenizer: Path | None,
+    validation: Path | None,
+) -> None:
+    """Refuse, before anything slow, what cannot work."""
+    if (tokens is None) == (data is None):
+        raise ConfigError("An ablation needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
+    if tokens is not None and tokenizer is None:
+        raise ConfigError("--tokens needs the tokenizer that made them.", "Add --tokenizer DIR.")
+    if config.transformer is None:
+        raise ConfigError(f"{config.name} is a tokenizer's preset; an ablation needs a transformer section.")
+    if config.conditioning.dim is not None and config.conditioning.encoder != ENCODER:
+        raise ConfigError(
+            "An ablation samples classes, whose vectors are not known here.",
+            f"Only with conditioning.encoder={ENCODER} do they follow from the classes' names.",
         )
-        if outcome.interrupted:
-            return None
-        begun = time.monotonic()
-        pipeline = load_pipeline(row.directory, None, self.machine)
-        count = self.num * len(tokens.class_names)
-        images = SampledImages(row.setting.name, pipeline, count, seed=row.seed)
-        scores = scorer.score(images, row.directory / "samples.png")
-        lines = reversed(read_metrics(row.directory / "metrics.jsonl"))
-        measured = next(line for line in lines if "val_loss" in line)
-        cost = self.cost(config)
-        found = finite(
-            {
-                "setting": row.setting.name,
-                "scale_prefixes": row.setting.scale_prefixes,
-                "windows": list(row.setting.windows),
-                "seed": row.seed,
-                "steps": outcome.steps,
-                "skipped": outcome.skipped,
-                "training_seconds": outcome.seconds,
-                "scoring_seconds": time.monotonic() - begun,
-                "loss": outcome.loss,
-                "validation_loss": measured["val_loss"],
-                "validation_scale_loss": measured["val_scale_loss"],
-                "validation_scale_accuracy": measured["val_scale_accuracy"],
-                **{name: getattr(cost, name) for name in PLANNED},
-                "num_samples": count,
-                "scores": scores,
-                "model": str(row.directory.relative_to(self.out)),
-            }
-        )
-        write_json(row.directory / ROW, found)
-        # The next row must not start next to what is left of this one.
-        del pipeline, images
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return found
+    if tokenizer is not None:
+        if out.resolve() == tokenizer.resolve():
+            raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
+        read_model_config(tokenizer)
+    if data is not None:
+        open_images(data)
+    for cache in (tokens, validation):
+        if cache is not None:
+            TokenCache.open(cache)
 
-    def _costs(self, config: RunConfig, settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
-        """Time and memory of sampling, by setting's name: medians over rounds, each in a process of its own.
 
-        A round measures every setting once; a measurement that is there already is not repeated.
-        """
-        work = [(setting, "sample", f"round-{number}") for number in range(ROUNDS) for setting in settings]
-        work += [(setting, "sample-memory", "allocated") for setting in settings]
-        for number, (setting, what, name) in enumerate(work):
-            self.progress("measuring", number, len(work), unit="measurements", note=setting.name)
-            path = self._cost_file(setting, name)
-            if not path.is_file():
-                row = self.row(setting, self.seeds[0])
-                request = Request(
-                    what=what,
-                    config=setting.apply(config, row.seed),
-                    checkpoint=row.directory,
-                    batch_size=BENCH_BATCH,
-                    repeats=REPEATS,
-                    machine=self.machine,
-                    seed=row.seed,
-                    breakdown=False,
-                )
-                write_json(path, finite(measure_alone(request)))
-        return {setting.name: self._cost(setting) for setting in settings}
+def _planned_cost(config: RunConfig, machine: Machine) -> Plan:
+    """The predicted cost of one image."""
+    device = resolve_device(machine.device)
+    dtype = str(resolve_dtype(machine.dtype, device)).removeprefix("torch.")
+    return cost_of(config, Machine(device=device.type, dtype=dtype), guided=config.sampling.guided)
 
-    def _cost(self, setting: Setting) -> dict[str, Any]:
-        rounds = [read_json(self._cost_file(setting, f"round-{number}")) for number in range(ROUNDS)]
-        allocated = read_json(self._cost_file(setting, "allocated"))
-        measured = [found for found in rounds if found.get("seconds") is not None]
-        each = [found["seconds"] / BENCH_BATCH for found in measured]
-        return {
-            "batch_size": BENCH_BATCH,
-            "seconds_per_image": statistics.median(each) if each else None,
-            "rounds": each,
-            "peak_memory_bytes": statistics.median(found["peak_memory_bytes"] for found in measured) if each else None,
-            "measured_kv_cache_bytes": measured[0]["kv_cache_bytes"] if each else None,
-            "allocated_bytes": allocated.get("measured_bytes"),
-            "weight_bytes": allocated.get("weight_bytes"),
-            "memory_is": measured[0]["memory_is"] if each else None,
-            "reason": next((found["reason"] for found in [*rounds, allocated] if "reason" in found), None),
+
+def _planned(
+    job: Rows,
+    config: RunConfig,
+    labels: Mapping[Setting, str],
+    data: str | None,
+    tokens: Path | None,
+    tokenizer: Path | None,
+    machine: Machine,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """What would be done: fields of the result."""
+    done = set() if overwrite else job.done()
+    costs = {setting: _planned_cost(setting.apply(config, config.seed), machine) for setting in labels}
+    rows = [
+        {
+            "setting": row.setting.name,
+            "label": labels[row.setting],
+            "scale_prefixes": row.setting.scale_prefixes,
+            "windows": list(row.setting.windows),
+            "seed": row.seed,
+            "done": number in done,
+            **{name: getattr(costs[row.setting], name) for name in PLANNED},
         }
+        for number, row in enumerate(job.rows)
+    ]
+    seeds = len(rows) // len(labels)
+    steps = [
+        f"train a tokenizer for {config.train_tokenizer.steps} steps" if tokenizer is None else "",
+        f"encode the images of {data}" if tokens is None else "",
+        f"train and score {len(rows) - len(done)} rows ({len(labels)} settings × {seeds} seeds, {len(done)} done)",
+        f"time {len(labels)} settings, each in processes of their own",
+        f"write tables and figures to {job.directory}",
+    ]
+    dry_run = DryRun(
+        configuration=config.model_dump(mode="json", exclude_none=True),
+        steps=tuple(filter(None, steps)),
+        cost=_planned_cost(config, machine),
+        facts={"rows": rows, "refused": (not overwrite and job.difference()) or None},
+    )
+    return {"rows": rows, "dry_run": dry_run}
 
-    def _cost_file(self, setting: Setting, name: str) -> Path:
-        return self.out / "costs" / setting.name / f"{name}.json"
+
+def _tokens(
+    config: RunConfig,
+    out: Path,
+    tokens: Path | None,
+    data: str | None,
+    tokenizer: Path,
+    validation: Path | None,
+    machine: Machine,
+    progress: Progress,
+) -> tuple[TokenCache, TokenCache]:
+    """Tokens to train on and held-out ones: caches that were given, or made here."""
+    cache, held = tokens or out / "tokens", validation or out / "tokens-held-out"
+    if tokens is None:
+        assert data is not None
+        config = fit_to_tokens(config, read_model_config(tokenizer), open_images(data).class_names)
+        machine = machine.model_copy(update={"dtype": "auto"})
+        write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=progress)
+        write(cache, data=data, config=config)
+        if validation is None and held_out(data) is not None:
+            plain = config.model_copy(update={"data": DataConfig()})
+            write(held, data=f"{split_name(data)[0]}:test", config=plain)
+    if held.is_dir():
+        return TokenCache.open(cache), TokenCache.open(held)
+    train, kept = split_off(TokenCache.open(cache), HELD_OUT, config.seed)
+    logger.info("Held out: %d of %d images.", kept.num_images, kept.num_images + train.num_images)
+    return train, kept
 
 
 def _same_turns(config: RunConfig) -> RunConfig:
@@ -583,20 +445,94 @@ def _same_turns(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": train.model_copy(update={"scales_alone": alone})})
 
 
-def _steps_of_all(progress: Progress, before: int, all_steps: int, title: str) -> Progress:
+def _report_row(
+    progress: Progress, before: int, all_steps: int, title: str, stage: str, done: int, total: int, **_: Any
+) -> None:
     """Progress of one row as steps of all rows."""
-
-    def report(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
-        progress("ablation", before + done, all_steps, unit="steps", note=title)
-
-    return report
+    progress("ablation", before + done, all_steps, unit="steps", note=title)
 
 
-def _brief(found: Mapping[str, Any]) -> str:
-    fid = found["scores"].get("fid")
-    fid = "" if fid is None else f", FID {format_number(fid)}"
-    seconds = format_seconds(found["training_seconds"] + found["scoring_seconds"])
-    return f"validation loss {format_number(found['validation_loss'])}{fid}, {seconds}"
+def _results(
+    row: Row, config: RunConfig, outcome: TransformerOutcome, scorer: Scorer, count: int, machine: Machine
+) -> dict[str, Any]:
+    """Sample from a trained row and score it: the content of its row.json."""
+    begun = time.monotonic()
+    images = SampledImages(row.setting.name, load_pipeline(row.directory, None, machine), count, seed=row.seed)
+    scores = scorer.score(images, row.directory / "samples.png")
+    # The next row must not start next to what is left of this one.
+    del images
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    lines = reversed(read_metrics(row.directory / "metrics.jsonl"))
+    measured = next(line for line in lines if "val_loss" in line)
+    cost = _planned_cost(row.setting.apply(config, row.seed), machine)
+    return finite(
+        {
+            "setting": row.setting.name,
+            "scale_prefixes": row.setting.scale_prefixes,
+            "windows": list(row.setting.windows),
+            "seed": row.seed,
+            "steps": outcome.steps,
+            "skipped": outcome.skipped,
+            "training_seconds": outcome.seconds,
+            "scoring_seconds": time.monotonic() - begun,
+            "loss": outcome.loss,
+            "validation_loss": measured["val_loss"],
+            "validation_scale_loss": measured["val_scale_loss"],
+            "validation_scale_accuracy": measured["val_scale_accuracy"],
+            **{name: getattr(cost, name) for name in PLANNED},
+            "num_samples": count,
+            "scores": scores,
+            "model": "/".join(row.directory.parts[-3:]),
+        }
+    )
+
+
+def _costs(
+    directory: Path, config: RunConfig, rows: Sequence[Row], machine: Machine, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Time and memory of sampling, by setting's name: medians over rounds, each in a process of its own.
+
+    A round measures every setting once; a measurement that is there already is not repeated.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    names = [*(f"round-{number}" for number in range(ROUNDS)), "allocated"]
+    work = list(itertools.product(names, rows))
+    for number, (name, row) in enumerate(work):
+        progress("measuring", number, len(work), unit="measurements", note=row.setting.name)
+        path = directory / row.setting.name / f"{name}.json"
+        if not path.is_file():
+            request = Request(
+                what="sample-memory" if name == "allocated" else "sample",
+                config=row.setting.apply(config, row.seed),
+                checkpoint=row.directory,
+                batch_size=BENCH_BATCH,
+                repeats=REPEATS,
+                machine=machine,
+                seed=row.seed,
+                breakdown=False,
+            )
+            write_json(path, finite(measure_alone(request)))
+        found[row.setting.name, name] = read_json(path)
+    costs = {}
+    for setting in (row.setting.name for row in rows):
+        *rounds, allocated = (found[setting, name] for name in names)
+        measured = [each for each in rounds if each.get("seconds") is not None]
+        seconds = [each["seconds"] / BENCH_BATCH for each in measured]
+        first = measured[0] if measured else {}
+        costs[setting] = {
+            "batch_size": BENCH_BATCH,
+            "seconds_per_image": statistics.median(seconds) if seconds else None,
+            "rounds": seconds,
+            "peak_memory_bytes": statistics.median(each["peak_memory_bytes"] for each in measured) if first else None,
+            "measured_kv_cache_bytes": first.get("kv_cache_bytes"),
+            "allocated_bytes": allocated.get("measured_bytes"),
+            "weight_bytes": allocated.get("weight_bytes"),
+            "memory_is": first.get("memory_is"),
+            "reason": next((each["reason"] for each in [*rounds, allocated] if "reason" in each), None),
+        }
+    return costs
 
 
 def finite(value: Any) -> Any:
@@ -615,19 +551,26 @@ class Scorer:
     what was not named is left out, with the reason.
     """
 
-    def __init__(self, experiment: Experiment, config: RunConfig, training_images: str):
+    def __init__(
+        self,
+        features: str,
+        reference: str | None,
+        inception_weights: Path | str | None,
+        training_images: str,
+        shape: tuple[int, int],
+        device: torch.device,
+        nearby: Sequence[Path],
+    ):
         self.why_not: str | None = None
         self.identity: dict[str, Any] = {"features": None, "reference": None, "weights_hash": None}
-        self._digits: list[tuple[Tensor, Tensor]] = []
-        name, shape, tokenizer = experiment.reference or training_images, config.image_shape, experiment.tokenizer
-        nearby = [experiment.out, *([tokenizer, tokenizer.parent] if tokenizer is not None else [])]
+        name = reference or training_images
         try:
-            choice = ExtractorChoice(experiment.features, name, inception_weights=experiment.inception_weights)
+            choice = ExtractorChoice(features, name, inception_weights=inception_weights)
             self._reference = Reference.open(name, shape, choice.name)
-            extractor = choice.load(shape, resolve_device(experiment.machine.device), nearby)
+            extractor = choice.load(shape, device, nearby)
             self._reference.check(extractor)
         except MvarError as error:
-            if experiment.features != "auto" or experiment.reference or experiment.inception_weights:
+            if features != "auto" or reference or inception_weights:
                 raise
             self.why_not = str(error)
             logger.info("No FID: %s", error)
@@ -635,6 +578,7 @@ class Scorer:
         self._measurer = Measurer(extractor)
         self._expected: FeatureSet | None = None
         self.identity = {"features": extractor.name, "reference": name, "weights_hash": extractor.weights_hash}
+        self._digits: list[tuple[Tensor, Tensor]] = []
         if isinstance(extractor, DemoExtractor) and split_name(name) == ("digits", "train"):
             self._digits = [read_digits(split, shape) for split in ("train", "test")]
 
@@ -643,28 +587,21 @@ class Scorer:
 
         A score is None, with a reason, where there is none.
         """
-        kept: list[Tensor] = []
-
-        def samples(count: int) -> Iterator[Tensor]:
-            for batch in images.batches(DEFAULT_BATCH, 0, count):
-                if self._digits or len(kept) * DEFAULT_BATCH < PICTURED:
-                    kept.append(batch)
-                yield batch
-
-        if self.why_not is not None:
-            deque(samples(min(PICTURED, images.count)), maxlen=0)
-            reasons = dict.fromkeys(METRICS, self.why_not)
-            scores: dict[str, Any] = {**dict.fromkeys(METRICS), "classifier_accuracy": None, "reasons": reasons}
-        else:
-            if self._expected is None:
-                self._expected = self._reference.measure(self._measurer)
-            extractor = self._measurer.extractor
-            found = collect(extractor, samples(images.count), images.count)
-            scores = evaluate_features(found, self._expected)
-            scores["classifier_accuracy"] = classifier_accuracy(found, images.labels)
-            if self._digits and isinstance(extractor, DemoExtractor) and images.labels is not None:
-                labelled = torch.cat(kept), torch.from_numpy(images.labels)
-                scores.update(asdict(score_samples(extractor.classifier, labelled, *self._digits)))
+        batches = images.batches(DEFAULT_BATCH, 0, images.count)
+        kept = list(itertools.islice(batches, math.ceil(PICTURED / DEFAULT_BATCH)))
         first = torch.cat(kept)[:PICTURED].permute(0, 2, 3, 1).contiguous()
         save_grid(first, figure, images.num_classes if 2 <= images.num_classes <= 16 else 8)
+        if self.why_not is not None:
+            reasons = dict.fromkeys(METRICS, self.why_not)
+            return {**dict.fromkeys(METRICS), "classifier_accuracy": None, "reasons": reasons}
+        if self._digits:
+            kept += batches
+        self._expected = self._expected or self._reference.measure(self._measurer)
+        extractor = self._measurer.extractor
+        found = collect(extractor, itertools.chain(kept, batches), images.count)
+        scores = evaluate_features(found, self._expected)
+        scores["classifier_accuracy"] = classifier_accuracy(found, images.labels)
+        if self._digits and isinstance(extractor, DemoExtractor) and images.labels is not None:
+            labelled = torch.cat(kept), torch.from_numpy(images.labels)
+            scores.update(asdict(score_samples(extractor.classifier, labelled, *self._digits)))
         return scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def analyze_attention(
         "model": pipeline.config.name,
         "source": source,
         **report.to_dict(),
-        "reading": asdict(find(report)),
+        "reading": find(report),
         "savings": savings(pipeline.config, report.recommended, dtype_bytes=dtype_bytes, device=pipeline.device.type),
         "plots": {name: str(path) for name, path in plots.items()},
         "plots_svg": {name: str(path.with_suffix(".svg")) for name, path in plots.items()},

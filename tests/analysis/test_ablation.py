@@ -10,7 +10,7 @@ DIGITS = load_config("digits")  # sides 1 2 4 8, a window on the last
 
 
 def labels(ablation):
-    return [(entry.label, entry.setting.scale_prefixes, entry.setting.windows) for entry in ablation.entries]
+    return [(label, setting.scale_prefixes, setting.windows) for label, setting in ablation.entries]
 
 
 def test_the_papers_tables_on_digits():
@@ -41,7 +41,7 @@ def test_a_number_is_the_window_of_the_windowed_scales_of_the_preset():
         # 15 covers the 13×13 scale, not the 16×16 one.
         ("15 = 0,0,0,0,0,0,0,0,0,15", 1, (0,) * 9 + (15,)),
     ]
-    assert table.baseline == table.entries[0].setting
+    assert table.baseline == table.entries[0][1]
 
 
 def test_auto_windows_say_what_they_are():
@@ -57,7 +57,7 @@ def test_models_that_are_the_same_are_one_setting():
     pyramid = DIGITS.pyramid
     assert Setting.of(pyramid, 4, (1, 3, 5, 9)) == Setting("all", (0, 0, 0, 0))
     (table,) = plan_ablations(DIGITS, [4, "all"], [])
-    assert [entry.label for entry in table.entries] == ["4 = all", "all"]
+    assert [label for label, _ in table.entries] == ["4 = all", "all"]
     assert table.labels == {Setting("all", (0, 0, 0, 0)): "all"}
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,25 +32,25 @@ LOCAL = [0.5, 0.8, 0.9, 0.95, 1, 1, 1, 1]
 
 def test_even_attention_shows_nothing_however_large_its_scales_are():
     found = find(with_masses(report_of(PYRAMID)))
-    assert found.adjacent == pytest.approx(found.even_adjacent)
-    assert found.adjacent > 0.5  # the last scale and the one before have most of the tokens
-    assert found.neighbours == pytest.approx(found.even_neighbours)
-    assert (found.adjacent_verdict, found.neighbours_verdict) == ("not shown", "not shown")
+    assert found["adjacent"] == pytest.approx(found["even_adjacent"])
+    assert found["adjacent"] > 0.5  # the last scale and the one before have most of the tokens
+    assert found["neighbours"] == pytest.approx(found["even_neighbours"])
+    assert (found["adjacent_verdict"], found["neighbours_verdict"]) == ("not shown", "not shown")
 
 
 def test_adjacent_and_near_attention_is_what_the_paper_says():
     mass = [[1, 0, 0, 0], [0.1, 0.9, 0, 0], [0, 0.2, 0.8, 0], [0, 0.02, 0.18, 0.8]]
     found = find(with_masses(report_of(PYRAMID), mass, LOCAL))
     tokens = np.array([4, 16, 100]) / 120
-    assert found.own == pytest.approx(tokens @ [0.9, 0.8, 0.8])
-    assert found.previous == pytest.approx(tokens @ [0.1, 0.2, 0.18])
-    assert found.adjacent == pytest.approx(tokens @ [1, 1, 0.98])
-    assert found.window == 7
-    assert found.neighbours == pytest.approx(0.95)
-    assert found.even_neighbours == pytest.approx(0.49)  # of the last scale alone: the others are no larger than 7
-    assert (found.adjacent_verdict, found.neighbours_verdict) == ("shown", "shown")
-    assert "80 %" in found.sentences[0]
-    json.dumps(asdict(found))
+    assert found["own"] == pytest.approx(tokens @ [0.9, 0.8, 0.8])
+    assert found["previous"] == pytest.approx(tokens @ [0.1, 0.2, 0.18])
+    assert found["adjacent"] == pytest.approx(tokens @ [1, 1, 0.98])
+    assert found["window"] == 7
+    assert found["neighbours"] == pytest.approx(0.95)
+    assert found["even_neighbours"] == pytest.approx(0.49)  # of the last scale alone: the others are no larger than 7
+    assert (found["adjacent_verdict"], found["neighbours_verdict"]) == ("shown", "shown")
+    assert "80 %" in found["sentences"][0]
+    json.dumps(found)
 
 
 def test_attention_to_the_first_scale_is_not_what_the_paper_says():
@@ -58,27 +58,27 @@ def test_attention_to_the_first_scale_is_not_what_the_paper_says():
     mass[:, 0] = 1
     mass[1:, 0], mass[range(1, 4), range(1, 4)] = 0.8, 0.2
     found = find(with_masses(report_of(PYRAMID), mass))
-    assert found.adjacent_verdict == "not shown"
+    assert found["adjacent_verdict"] == "not shown"
 
 
 def test_what_the_model_cannot_do_otherwise_shows_nothing():
     found = find(report_of((1, 2, 4, 8), 1, (0, 0, 0, 3)))
-    assert (found.adjacent_verdict, found.neighbours_verdict) == ("by construction", "by construction")
+    assert (found["adjacent_verdict"], found["neighbours_verdict"]) == ("by construction", "by construction")
 
 
 def test_more_than_even_and_yet_not_most_is_said_so():
     found = find(with_masses(report_of((1, 2, 4, 16)), None, [0.01, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1]))
-    assert found.neighbours == pytest.approx(0.4)
-    assert found.even_neighbours == pytest.approx(49 / 256)
-    assert found.neighbours_verdict == "not shown"
-    assert "2.1 times" in found.sentences[1]
+    assert found["neighbours"] == pytest.approx(0.4)
+    assert found["even_neighbours"] == pytest.approx(49 / 256)
+    assert found["neighbours_verdict"] == "not shown"
+    assert "2.1 times" in found["sentences"][1]
 
 
 def test_layers_that_differ_are_named():
     report = report_of(PYRAMID)
     mass = report.scale_mass_by_head.copy()
     mass[0, :, -1], mass[1, :, -1] = (0.1, 0.1, 0.1, 0.7), (0.3, 0.3, 0.2, 0.2)
-    said = find(replace(report, scale_mass_by_head=mass)).sentences[-1]
+    said = find(replace(report, scale_mass_by_head=mass))["sentences"][-1]
     assert said.index("layer 2") < said.index("20 %") < said.index("layer 1") < said.index("70 %")
 
 

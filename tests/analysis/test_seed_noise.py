@@ -57,16 +57,16 @@ def test_noise_is_pooled_within_settings():
 VALUES = {"whole": [1.00, 1.02, 0.98], "7": [1.01, 0.99, 1.00], "3": [1.50, 1.52, 1.51]}
 
 
-def test_a_difference_beyond_the_noise_is_told_from_one_within():
+def test_differences_beyond_and_within_the_noise():
     verdict = compare("FID", VALUES, "whole")
-    assert [(item.name, item.distinguishable) for item in verdict.comparisons] == [("7", False), ("3", True)]
-    seven, three = verdict.comparisons
-    assert three.difference == pytest.approx(0.51)
-    assert three.effect == pytest.approx(0.51 / pooled_std(list(VALUES.values())))
-    assert f"p = {three.adjusted:.2g}" in sentence(verdict, VALUES) or three.adjusted < 0.001
-    assert three.adjusted == pytest.approx(2 * three.p_value)
-    assert seven.adjusted == pytest.approx(max(three.adjusted, seven.p_value))
-    assert 0 < verdict.resolution < 0.51
+    assert [(item["name"], item["distinguishable"]) for item in verdict["comparisons"]] == [("7", False), ("3", True)]
+    seven, three = verdict["comparisons"]
+    assert three["difference"] == pytest.approx(0.51)
+    assert three["effect"] == pytest.approx(0.51 / pooled_std(list(VALUES.values())))
+    assert f"p = {three['adjusted']:.2g}" in sentence(verdict, VALUES) or three["adjusted"] < 0.001
+    assert three["adjusted"] == pytest.approx(2 * three["p_value"])
+    assert seven["adjusted"] == pytest.approx(max(three["adjusted"], seven["p_value"]))
+    assert 0 < verdict["resolution"] < 0.51
     text = sentence(verdict, VALUES)
     assert "3 seeds" in text
     assert text.index("3 is 0.51 worse") < text.index("7 is equal")
@@ -75,8 +75,8 @@ def test_a_difference_beyond_the_noise_is_told_from_one_within():
 def test_one_seed_is_not_tested():
     values = {"whole": [1.0], "3": [1.5]}
     verdict = compare("FID", values, "whole")
-    assert verdict.noise is verdict.resolution is None
-    assert verdict.comparisons[0].distinguishable is None
+    assert verdict["noise"] is verdict["resolution"] is None
+    assert verdict["comparisons"][0]["distinguishable"] is None
     assert "3 +0.5" in sentence(verdict, values)
     assert compare("FID", {"whole": [], "3": [1.0]}, "whole") is None
     assert compare("FID", {"whole": [1.0]}, "whole") is None
@@ -88,5 +88,5 @@ def test_seldom_a_false_alarm():
     alarms = 0
     for _ in range(400):
         values = {str(name): random.normal(size=3).tolist() for name in range(4)}
-        alarms += any(item.distinguishable for item in compare("FID", values, "0").comparisons)
+        alarms += any(item["distinguishable"] for item in compare("FID", values, "0")["comparisons"])
     assert alarms / 400 < 0.07

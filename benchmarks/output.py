@@ -1,8 +1,8 @@
 """What writing samples costs: memory and speed of shards, threads and assembling, without a model.
 
-python benchmarks/output.py [--counts 5000 50000] writes benchmarks/results/output.json. Random 64 px images come in
-batches of 64 and go through the writers of `mvar sample`; each row is a process of its own. Memory that did not depend
-on the number of images would be 1.0 times that of the smallest number. PNG rows compare one thread with two.
+python benchmarks/output.py [--counts 5000 50000] [--smoke] writes benchmarks/results/output.json. Random 64 px images
+go through the writers of `mvar sample` in batches of 64; each row is measured in a new process. Memory that does not
+depend on the number of images is 1.0 times that of the smallest number. PNG rows compare one thread with two.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, An
     began = time.perf_counter()
     progress = ShardProgress(shards, set(), own, lambda done, total: None)
     generate_shards(shards, own, generate, progress, WriterPool(threads))
-    drawn = time.perf_counter() - began
+    written = time.perf_counter() - began
     shards.assemble(replace=False)
     return {
         "output": output,
         "images": count,
         "threads": threads,
-        "seconds_shards": drawn,
-        "seconds_assembled": time.perf_counter() - began - drawn,
+        "seconds_shards": written,
+        "seconds_assembled": time.perf_counter() - began - written,
         "images_per_second": count / (time.perf_counter() - began),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -63,7 +63,7 @@ def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--counts", type=int, nargs="+", default=[5_000, 50_000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 300] if machine.SMOKE else [5_000, 50_000])
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

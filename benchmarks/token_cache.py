@@ -1,9 +1,9 @@
 """A token cache of ImageNet's size: how long it takes to open, what it costs in memory, how fast rows are read.
 
-python benchmarks/token_cache.py writes benchmarks/results/token_cache.json. The cache is synthetic: 1,281,167 images in
-two views of 680 tokens, the token files sparse (all zeros), labels and names written in full. It is opened in a process
-of its own; growth is counted from after torch and mvar were imported. Beside it stands what would be kept without side
-files: the images' names as Python strings.
+python benchmarks/token_cache.py [--smoke] writes benchmarks/results/token_cache.json. The cache is synthetic: 1,281,167
+images in two views of 680 tokens, the token files sparse (all zeros), labels and names written in full. It is opened in
+a new process; memory is compared with that after importing torch and mvar. The baseline is what a reader would hold
+without side files: the images' names as Python strings.
 """
 
 import gc
@@ -25,7 +25,7 @@ SECONDS, MEGABYTES = 2.0, 200
 
 
 def write_cache(out: Path) -> None:
-    """The files that `mvar tokenize` writes for this many images, but for what the tokens are."""
+    """The files that `mvar tokenize` writes for this many images, with tokens that are all 0."""
     import numpy as np
 
     from mvar_core.config.training import DataConfig
@@ -82,12 +82,12 @@ def status(name: str) -> int:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked files for; what is only mapped does not count."""
+    """Bytes that this process has read from files, without those that are only mapped."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def measure(out: Path) -> dict[str, Any]:
-    """Open the cache, draw the first batch, read many more; in a process that does nothing else."""
+    """Open the cache, read a first batch and many more, in a process that does nothing else."""
     import numpy as np
     import torch
 
@@ -103,7 +103,7 @@ def measure(out: Path) -> dict[str, Any]:
     opened = time.perf_counter()
     read = bytes_read() - read
     rows = batch_rows(0, BATCH, len(cache), seed=0)
-    drawn = time.perf_counter()
+    ordered = time.perf_counter()
     tokens, labels = cache.batch(rows)
     first = time.perf_counter()
     assert tokens.shape == (BATCH, TOKENS)
@@ -132,8 +132,8 @@ def measure(out: Path) -> dict[str, Any]:
         "shards": len(cache.manifest.shards),
         "seconds": {
             "open": opened - start,
-            "first_epoch_order": drawn - opened,
-            "first_batch": first - drawn,
+            "first_epoch_order": ordered - opened,
+            "first_batch": first - ordered,
             "open_to_first_batch": first - start,
             "sampler_per_step": sampler,
             "read_per_batch": batch,

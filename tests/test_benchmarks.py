@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-QUICK = ("attention", "editing", "plan_memory", "token_cache")
+QUICK = ("attention", "editing", "output", "plan_memory", "token_cache")
 SLOW = ("attention_report", "sampling", "startup", "training_step")
 
 

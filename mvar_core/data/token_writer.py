@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,35 +77,12 @@ class CacheSummary:
     skipped: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is left to do for a cache of `total` images: the shards `pending`; every process receives the same."""
-
-    total: int
-    images_per_shard: int
-    pending: tuple[int, ...]
-
-    @property
-    def pieces(self) -> range:
-        """Numbers of all shards."""
-        return range(-(-self.total // self.images_per_shard))
-
-    @property
-    def images(self) -> int:
-        """Images that are still to be encoded."""
-        return sum(len(self.images_of(number)) for number in self.pending)
-
-    def images_of(self, number: int) -> range:
-        """The images of a shard."""
-        return range(number * self.images_per_shard, min((number + 1) * self.images_per_shard, self.total))
-
-
 @dataclass(eq=False)
 class CacheWriter(Resumable):
     """Encodes all views of all images into a token cache, alone or as one of several processes.
 
-    Rank 0 calls `prepare` and broadcasts the result; each process calls `check`, `write` and `finish`. They must see
-    the same directory. The record of the unfinished work is the manifest without its files.
+    Rank 0 calls `prepare` and broadcasts the result; each process calls `accept` with it, `check`, `write` and
+    `finish`. They must see the same directory. The record of the unfinished work is the manifest without its files.
 
     No batch of `batch_size` views spans two shards. `images_per_shard` is by default that of the cache that is there,
     else as many as make a shard some tens of megabytes, and fewer where the images are few. `skip_bad` leaves out
@@ -169,8 +146,8 @@ class CacheWriter(Resumable):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
 
-    def prepare(self, overwrite: bool = False) -> Work:
-        """Look at what is there, make room, and return what is left to do.
+    def prepare(self, overwrite: bool = False) -> tuple[int, tuple[int, ...]]:
+        """Look at what is there, make room, and return images per shard and the numbers of the shards to write.
 
         `overwrite` replaces a complete cache, one of other settings, or writes next to files that are not a cache's.
 
@@ -178,18 +155,24 @@ class CacheWriter(Resumable):
             DataError: `out` holds something else, or a cache of other settings; or another process works there.
         """
         complete = self._is_complete(overwrite)
-        work = Work(len(self.source), self.manifest.images_per_shard, ())
+        self.accept(self.manifest.images_per_shard, ())
         if complete:
             self._tidy()
-            return work
-        self.record, self.pieces = self.manifest.to_json(), work.pieces
+            return self.manifest.images_per_shard, ()
         done = self.begin()
         if self.vectors is not None and self.vectors.entry.of == "class":
             self._save(VECTORS, self.vectors.values)
-        work = replace(work, pending=tuple(number for number in self.pieces if number not in done))
-        if work.images < work.total:
-            logger.info("%s: resuming after %d of %d images.", self.directory, work.total - work.images, work.total)
-        return work
+        if done:
+            logger.info("%s: resuming after %d of %d images.", self.directory, self._images(done), len(self.source))
+        return self.manifest.images_per_shard, tuple(number for number in self.pieces if number not in done)
+
+    def accept(self, images_per_shard: int, pending: tuple[int, ...]) -> None:
+        """What is left to do, as `prepare` returns it."""
+        self.manifest = self.manifest.model_copy(update={"images_per_shard": images_per_shard})
+        self.record = self.manifest.to_json()
+        self.pieces = range(-(-len(self.source) // images_per_shard))
+        self.pending = pending
+        self.share = pending[self.rank :: self.world_size]
 
     def _is_complete(self, overwrite: bool) -> bool:
         """Whether the cache is there already; what may not stay there is removed."""
@@ -217,38 +200,37 @@ class CacheWriter(Resumable):
             self.clear()
             return False
 
-    def check(self, work: Work, progress: Report | None = None) -> None:
+    def check(self, progress: Report | None = None) -> None:
         """Look for damaged images among those that this process will encode, unless they may be left out.
 
         Raises:
             DataError: An image cannot be read, or `out` is not the directory that was prepared.
         """
-        if work.pending and not self.begun:
+        if self.pending and not self.begun:
             raise DataError(
                 f"{self.directory} was prepared by process 0, and process {self.rank} does not see it.",
                 "Use an --out on storage that all machines share.",
             )
-        if not self.skip_bad and work.pending:
-            self.source.check(progress, [image for number in self._share(work) for image in work.images_of(number)])
+        if not self.skip_bad and self.pending:
+            self.source.check(progress, [image for number in self.share for image in self.images_of(number)])
 
-    def write(self, work: Work, progress: Report | None = None) -> None:
+    def write(self, progress: Report | None = None) -> None:
         """Encode and write this process's shards; `progress` counts the images of all processes, as far as is known.
 
         Raises:
             DataError: An image cannot be read.
         """
-        self.pieces = work.pieces
         views = len(self.views)
         bad: dict[int, DataError] = {}
         batches = row_batches(
             self.source,
             self.config.image_shape,
-            (rows for number in self._share(work) for rows in self._batches(work.images_of(number))),
+            (rows for number in self.share for rows in self._batches(self.images_of(number))),
             self.views,
             bad.__setitem__ if self.skip_bad else None,
         )
-        for number in self._share(work):
-            images = work.images_of(number)
+        for number in self.share:
+            images = self.images_of(number)
             tokens = np.empty((len(images) * views, self.config.pyramid.num_tokens), self.dtype)
             filled, looked, finished = 0, -math.inf, 0
             for _ in self._batches(images):
@@ -258,14 +240,14 @@ class CacheWriter(Resumable):
                     filled += len(rows)
                 if progress is not None:
                     if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
-                        looked, finished = time.monotonic(), sum(len(work.images_of(piece)) for piece in self.present())
-                    progress(finished + filled // views, work.total)
+                        looked, finished = time.monotonic(), self._images(self.present())
+                    progress(finished + filled // views, len(self.source))
             for image in filter(bad.__contains__, images):
                 logger.warning("Left out: %s", bad[image].message)
             kept = [image for image in images if image not in bad]
             self._write_shard(number, tokens[:filled].reshape(len(kept), views, tokens.shape[1]), kept, images)
 
-    def finish(self, work: Work) -> CacheSummary:
+    def finish(self) -> CacheSummary:
         """Wait for the shards of all processes; rank 0 completes the cache with its manifest.
 
         Raises:
@@ -273,14 +255,14 @@ class CacheWriter(Resumable):
         """
         path = self.directory / MANIFEST
         while not path.exists():
-            if self.rank == 0 and len(self.present()) == len(work.pieces):
+            if self.rank == 0 and len(self.present()) == len(self.pieces):
                 self._complete()
             else:
                 time.sleep(0.2)
         there = Manifest.read(path)
         size = sum(shard.tokens.bytes + shard.labels.bytes for shard in there.shards)
         skipped = tuple(name for shard in there.shards for name in shard.skipped)
-        return CacheSummary(there.images, there.views, size, work.images, skipped)
+        return CacheSummary(there.images, there.views, size, self._images(self.pending), skipped)
 
     def _complete(self) -> None:
         shards = tuple(filter(None, map(Shard.read, map(self.piece, self.pieces))))
@@ -301,9 +283,13 @@ class CacheWriter(Resumable):
         for path in (*self.directory.glob(RECEIPTS), self.record_path, self.directory / LOCK_FILE):
             path.unlink(missing_ok=True)
 
-    def _share(self, work: Work) -> tuple[int, ...]:
-        """The shards that this process writes."""
-        return work.pending[self.rank :: self.world_size]
+    def images_of(self, number: int) -> range:
+        """The images of a shard."""
+        size = self.manifest.images_per_shard
+        return range(number * size, min((number + 1) * size, len(self.source)))
+
+    def _images(self, numbers: Iterable[int]) -> int:
+        return sum(len(self.images_of(number)) for number in numbers)
 
     def _batches(self, images: range) -> Iterator[NDArray[np.int64]]:
         start, stop = images.start * len(self.views), images.stop * len(self.views)
@@ -366,10 +352,10 @@ def write_token_cache(
     world = distributed.world()
     writer = CacheWriter(out, source, encode, rank=world.rank, world_size=world.world_size, **options)
     try:
-        work = world.run_on_rank_zero(lambda: writer.prepare(overwrite))
-        writer.check(work, stage(progress, "checking images"))
-        writer.write(work, stage(progress, "tokenizing"))
-        return writer.finish(work)
+        writer.accept(*world.run_on_rank_zero(lambda: writer.prepare(overwrite)))
+        writer.check(stage(progress, "checking images"))
+        writer.write(stage(progress, "tokenizing"))
+        return writer.finish()
     finally:
         writer.release()
 

@@ -38,9 +38,11 @@ def write(out, ranks=1, pause=0.0):
     ]
     work = writers[0].prepare()
     for writer in writers:
-        writer.check(work)
-        writer.write(work)
-    writers[0].finish(work)
+        writer.accept(*work)
+    for writer in writers:
+        writer.check()
+        writer.write()
+    writers[0].finish()
 
 
 def child(act, kill_after=None):

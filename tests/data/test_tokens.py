@@ -408,9 +408,10 @@ def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path, source, co
     ]
     work = writers[0].prepare()
     for writer in reversed(writers):
-        writer.check(work)
-        writer.write(work)
-    assert [writer.finish(work).encoded for writer in writers] == [7] * count
+        writer.accept(*work)
+        writer.check()
+        writer.write()
+    assert [writer.finish().encoded for writer in writers] == [7] * count
     assert contents(out) == contents(tmp_path / "alone")
 
 
@@ -419,7 +420,9 @@ def test_a_directory_that_another_process_does_not_see_is_refused(tmp_path, sour
     settings = {"config": config, "tokenizer_hash": HASH, "data": DataConfig()}
     work = CacheWriter(tmp_path / "here", source, MeanTokenizer(config), **settings).prepare()
     with pytest.raises(DataError, match=r"prepared by process 0, and process 1 does not see it.*storage that all"):
-        CacheWriter(tmp_path / "there", source, MeanTokenizer(config), **settings, rank=1, world_size=2).check(work)
+        other = CacheWriter(tmp_path / "there", source, MeanTokenizer(config), **settings, rank=1, world_size=2)
+        other.accept(*work)
+        other.check()
 
 
 def test_images_found_damaged_while_encoding_are_left_out_if_wanted(tmp_path, class_folders, caplog):

@@ -1,26 +1,24 @@
 """What a model costs as tables, for `mvar plan` and for every dry run."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mvar_core.formatting import format_bytes, format_count
 
 if TYPE_CHECKING:
     from mvar_core.analysis.cost import Plan
 
-
-class CostTable(NamedTuple):
-    """A table as `console.table` prints it."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+SCALES = (
+    "side", "tokens", "window", "keys per query", "attention GMACs", "total GMACs", "KV cache kept", "micro-batch",
+    "its memory",
+)  # fmt: skip
 
 
-def cost_tables(cost: "Plan") -> list[CostTable]:
-    """Totals, where the operations are, and one row per scale."""
+def cost_tables(cost: "Plan") -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+    """Title, columns and rows of each table: totals, where the operations are, and the scales."""
+    yield cost.name, ("what", "how much"), _totals(cost)
     operations = [(name, gmacs, 100 * gmacs / cost.total_gmacs) for name, gmacs in cost.parts_gmacs.items() if gmacs]
-    columns = ("side", "tokens", "window", "keys per query", "attention GMACs", "total GMACs", "KV cache kept")
+    yield "where the operations are, one image, no guidance", ("operation", "GMACs", "%"), operations
     scales = [
         (
             side_name(scale["side"]),
@@ -35,15 +33,11 @@ def cost_tables(cost: "Plan") -> list[CostTable]:
         )
         for scale in cost.scales
     ]
-    return [
-        CostTable(cost.name, ("what", "how much"), list(_totals(cost))),
-        CostTable("where the operations are, one image, no guidance", ("operation", "GMACs", "%"), operations),
-        CostTable("scales", (*columns, "micro-batch", "its memory"), scales),
-    ]
+    yield "scales", SCALES, scales
 
 
 def cost_remarks(cost: "Plan") -> list[str]:
-    """How sampling shares the memory, in sentences."""
+    """How sampling divides the memory, in sentences."""
     together = f"{cost.images_together} image" + ("s" if cost.images_together > 1 else "")
     budget = f" in {format_bytes(cost.memory)}" if cost.memory is not None else ""
     remarks = [
@@ -52,8 +46,8 @@ def cost_remarks(cost: "Plan") -> list[str]:
     ]
     if cost.largest_batch:
         remarks.append(
-            "The largest batch of sampling is bounded by what an image keeps from scale to scale: a scale itself uses"
-            " the memory that it is given."
+            "What an image keeps from scale to scale limits the batch of sampling; a scale itself uses the memory that"
+            " it is given."
         )
     return remarks
 
@@ -63,22 +57,23 @@ def side_name(side: int | Sequence[int]) -> str:
     return str(side) if isinstance(side, int) else "×".join(map(str, side))
 
 
-def _totals(cost: "Plan") -> Iterator[tuple[str, str]]:
+def _totals(cost: "Plan") -> list[tuple[str, str]]:
     batch = f"batch {cost.batch_size}" + (", guided" if cost.guided else "")
-    yield "parameters, transformer", format_count(cost.parameters)
-    yield "parameters, tokenizer", format_count(cost.tokenizer_parameters)
-    yield "tokens per image", f"{cost.tokens:,}"
-    yield "attention, one image, no guidance", f"{cost.attention_gmacs:,.4g} GMACs"
-    yield "everything, one image, no guidance", f"{cost.total_gmacs:,.4g} GMACs"
-    yield "everything, one image, guided", f"{cost.guided_gmacs:,.4g} GMACs"
-    yield f"KV cache, {batch}", format_bytes(cost.kv_cache_bytes)
-    yield f"weights for sampling, {8 * cost.dtype_bytes} bit", format_bytes(cost.weight_bytes)
-    yield f"peak memory of sampling, {batch}, {cost.device}", format_bytes(cost.sample_peak_bytes)
-    yield "each further image of the batch keeps", format_bytes(cost.image_bytes)
+    rows = [
+        ("parameters, transformer", format_count(cost.parameters)),
+        ("parameters, tokenizer", format_count(cost.tokenizer_parameters)),
+        ("tokens per image", f"{cost.tokens:,}"),
+        ("attention, one image, no guidance", f"{cost.attention_gmacs:,.4g} GMACs"),
+        ("everything, one image, no guidance", f"{cost.total_gmacs:,.4g} GMACs"),
+        ("everything, one image, guided", f"{cost.guided_gmacs:,.4g} GMACs"),
+        (f"KV cache, {batch}", format_bytes(cost.kv_cache_bytes)),
+        (f"weights for sampling, {8 * cost.dtype_bytes} bit", format_bytes(cost.weight_bytes)),
+        (f"peak memory of sampling, {batch}, {cost.device}", format_bytes(cost.sample_peak_bytes)),
+        ("each further image of the batch keeps", format_bytes(cost.image_bytes)),
+    ]
     if cost.train_peak_bytes is not None:
-        yield f"peak memory of training, batch {cost.train_batch_size}", format_bytes(cost.train_peak_bytes)
-    if cost.device_memory is not None:
-        where = format_bytes(cost.device_memory)
-        yield f"largest batch of sampling in {where}", f"{cost.largest_batch:,}"
-        if cost.largest_train_batch is not None:
-            yield f"largest batch of training in {where}", f"{cost.largest_train_batch:,}"
+        rows.append((f"peak memory of training, batch {cost.train_batch_size}", format_bytes(cost.train_peak_bytes)))
+    for what, largest in (("sampling", cost.largest_batch), ("training", cost.largest_train_batch)):
+        if largest is not None:
+            rows.append((f"largest batch of {what} in {format_bytes(cost.device_memory)}", f"{largest:,}"))
+    return rows

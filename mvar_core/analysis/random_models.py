@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mvar_core.config import ModelConfig
-from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
@@ -39,14 +38,6 @@ def random_tokenizer(
         model.drop_encoder()
     _fill(model, torch.device(device), seed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval().requires_grad_(False)
-
-
-def random_quantizer(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> MultiScaleQuantizer:
-    """A quantizer of random weights, frozen, in float32."""
-    with torch.device("meta"):
-        model = MultiScaleQuantizer(config.tokenizer, config.pyramid)
-    _fill(model, torch.device(device), seed)
     return model.eval().requires_grad_(False)
 
 

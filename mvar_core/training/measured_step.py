@@ -1,4 +1,4 @@
-"""A training step without a run around it, to measure: inputs, forward, backward, clipping, AdamW, on random tokens."""
+"""A training step without a run around it, to be measured: inputs, forward, backward, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mvar_core.training.optim import build_optimizer
 
 
 class TrainingStep:
-    """Callable: one step of all scales, as the training engine takes it on one device.
+    """Callable: one step of all scales on random tokens, as training takes it on one device.
 
     Args:
         config: The model, and how it is trained; its batch size is that of the step.

@@ -103,21 +103,23 @@ def bench(
     batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
     if min(batches, default=0) < 1:
         raise ConfigError(f"--batch-size {','.join(map(str, batches))!r}: a batch has at least one image.")
-    config = _configuration(preset, checkpoint, settings, image_size)
+    if preset is None and checkpoint is None:
+        raise ConfigError(
+            "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."
+        )
+    config = resolve(preset, checkpoint, settings, image_size)
+    if config.transformer is None:
+        raise ConfigError(f"{config.name} is a tokenizer without a transformer.", "Give a model that can sample.")
+    if not isinstance(config, RunConfig):
+        config = validate(RunConfig, config.model_dump(), str(checkpoint))
     config = config.model_copy(update={"sampling": resolve_settings(config, sampling)})
     if what == "attention":
         rows = _attention(config, sides, windows, batches, repeats, backward, machine, progress)
     else:
-        weights = Path(checkpoint) if checkpoint is not None else None
         request = Request(
-            what=what,
-            config=config,
-            checkpoint=weights,
-            repeats=repeats,
-            machine=machine,
-            seed=seed,
+            what=what, config=config, checkpoint=checkpoint, repeats=repeats, machine=machine, seed=seed,
             breakdown=breakdown,
-        )
+        )  # fmt: skip
         rows = _compare(request, batches, published_style and what == "sample", progress)
     if picture is not None and what == "attention":
         plot_attention(rows, picture)
@@ -137,22 +139,6 @@ def twins(config: RunConfig) -> list[tuple[str, RunConfig]]:
     windows = spread_window(7, config.windows)
     mvar = config.model_copy(update={"attention": AttentionConfig(scale_prefixes=1, windows=windows)})
     return [("VAR", config), ("MVAR", mvar)]
-
-
-def _configuration(
-    preset: str | None, checkpoint: Path | str | None, settings: Sequence[str], image_size: PatchSize | str | None
-) -> RunConfig:
-    if preset is None and checkpoint is None:
-        raise ConfigError(
-            "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."
-        )
-    config = resolve(preset, checkpoint, settings, image_size)
-    if config.transformer is None:
-        raise ConfigError(f"{config.name} is a tokenizer without a transformer.", "Give a model that can sample.")
-    if isinstance(config, RunConfig):
-        return config
-    whole: RunConfig = validate(RunConfig, config.model_dump(), str(checkpoint))
-    return whole
 
 
 def _compare(
@@ -213,25 +199,23 @@ def _attention(
     names = [name for name, reason in available_backends(device, dtype) if reason is None and name != "reference"]
     if machine.attention != "auto":
         names = list(dict.fromkeys(["dense", machine.attention]))
-    rows: list[dict[str, Any]] = []
+    heads, head_dim = config.transformer.num_heads, config.transformer.head_dim
     total, started = len(batches) * len(sides) * len(windows), itertools.count()
 
     def report(note: str) -> None:
         if progress is not None:
             progress("measuring", next(started), total, unit="scales", note=note)
 
+    rows: list[dict[str, Any]] = []
     for batch in batches:
-        heads, head_dim = config.transformer.num_heads, config.transformer.head_dim
-        rows += sweep(
+        for row in sweep(
             sides, windows, names, heads=heads, head_dim=head_dim, batch=batch, dtype=dtype, device=device,
             backward=backward, repeats=repeats, progress=report,
-        )  # fmt: skip
-    for row in rows:
-        seen = f"window {row['window']}" if row["window"] else "whole"
-        side = row["side"] if isinstance(row["side"], int) else "×".join(map(str, row["side"]))
-        row["name"] = f"{row['backend']}, side {side}, {seen}"
-        row["batch_size"] = row["batch"]
-        row["images_per_second"] = row["batch"] / row["seconds"] if row["seconds"] else None
-        row["peak_memory_bytes"] = row["peak_bytes"]
-        row["kv_cache_bytes"] = 0
+        ):  # fmt: skip
+            seen = f"window {row['window']}" if row["window"] else "whole"
+            side = row["side"] if isinstance(row["side"], int) else "×".join(map(str, row["side"]))
+            row |= {"name": f"{row['backend']}, side {side}, {seen}", "batch_size": batch, "kv_cache_bytes": 0}
+            row["images_per_second"] = batch / row["seconds"] if row["seconds"] else None
+            row["peak_memory_bytes"] = row["peak_bytes"]
+            rows.append(row)
     return rows

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import nn
 
 from mvar_core.allocator import keep_freed_memory
 from mvar_core.analysis.cost import cost_of, weight_bytes
@@ -67,21 +66,51 @@ class Request(BaseModel):
         """What to compute in."""
         return resolve_dtype(self.machine.dtype, self.device)
 
-    def conditions(self, transformer: Transformer) -> torch.Tensor:
-        """Conditions of the batch: all classes in turn, or so many different vectors."""
-        return transformer.conditioner.examples(self.batch_size)
-
     def transformer(self, dtype: torch.dtype) -> Transformer:
         """The transformer, of random weights or from its file."""
         if self.checkpoint is None:
             return random_transformer(self.config, self.device, dtype, self.seed)
         return load_transformer(self.checkpoint, self.config, self.device, dtype)
 
-    def tokenizer(self, dtype: torch.dtype) -> VQVAE:
-        """The tokenizer without its encoder, of random weights or from its file."""
+    def sampling(self) -> tuple[Transformer, VQVAE, Callable[[int], object]]:
+        """The models, and a function that samples so many images, as `mvar sample` or as the published code does it."""
+        dtype = torch.float32 if self.published_style else self.dtype
+        transformer, settings = self.transformer(dtype), self.config.sampling
         if self.checkpoint is None:
-            return random_tokenizer(self.config, self.device, dtype, self.seed, encoder=False)
-        return load_tokenizer(self.checkpoint, self.config, self.device, dtype, encoder=False)
+            vqvae = random_tokenizer(self.config, self.device, dtype, self.seed, encoder=False)
+        else:
+            vqvae = load_tokenizer(self.checkpoint, self.config, self.device, dtype, encoder=False)
+        conditions = transformer.conditioner.examples(self.batch_size)
+        if self.published_style:
+            vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            random = generator("bench", self.seed, device=self.device)
+
+            def sample_as_published(count: int) -> object:
+                images = sample_published_style(
+                    transformer, vqvae, conditions[:count], settings, random, dtype=self.dtype
+                )
+                return images.cpu()
+
+            return transformer, vqvae, sample_as_published
+        pipeline = Pipeline(self.config, vqvae, transformer, attention=self.machine.attention)
+
+        def sample(count: int) -> object:
+            chosen = conditions[:count]
+            return pipeline.sample(conditions=chosen, settings=settings, seed=self.seed, batch_size=self.batch_size)
+
+        return transformer, vqvae, sample
+
+    def training_step(self) -> TrainingStep:
+        """A step of the batch size."""
+        train = self.config.train.model_copy(update={"batch_size": self.batch_size})
+        return TrainingStep(
+            self.config.model_copy(update={"train": train}),
+            self.transformer(torch.float32).requires_grad_(True).train(),
+            self.device,
+            self.dtype,
+            attention=self.machine.attention,
+            seed=self.seed,
+        )
 
 
 def measure_alone(request: Request) -> dict[str, Any]:
@@ -127,15 +156,8 @@ def main() -> None:
 
 def measure_sampling(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of sampling one batch, class labels in and bytes of images out."""
-    device, dtype = request.device, request.dtype
-    before = peak_memory_bytes(device)
-    if request.published_style:
-        transformer, vqvae = request.transformer(torch.float32), request.tokenizer(torch.float32)
-        vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        sample = _published_style(request, transformer, vqvae)
-    else:
-        transformer, vqvae = request.transformer(dtype), request.tokenizer(dtype)
-        sample = _sampling(request, transformer, vqvae)
+    device, before = request.device, peak_memory_bytes(request.device)
+    transformer, vqvae, sample = request.sampling()
     # A GPU warms up on the very shapes that it will be measured on; a CPU on one image, which is faster.
     warm = request.batch_size if device.type == "cuda" else 1
     with _cache_bytes(transformer) as cached:
@@ -153,28 +175,15 @@ def measure_sampling(request: Request) -> dict[str, Any]:
     return row
 
 
-def _sampling(request: Request, transformer: Transformer, vqvae: VQVAE) -> Callable[[int], object]:
-    """Sampling as `mvar sample` does it, of so many images in one batch."""
-    pipeline = Pipeline(request.config, vqvae, transformer, attention=request.machine.attention)
-    conditions = request.conditions(transformer)
-
-    def sample(count: int) -> object:
-        settings, size = request.config.sampling, request.batch_size
-        return pipeline.sample(conditions=conditions[:count], settings=settings, seed=request.seed, batch_size=size)
-
-    return sample
-
-
 def measure_training(request: Request) -> dict[str, Any]:
     """Seconds, memory and stages of a training step of all scales: inputs, forward, backward, clipping, AdamW."""
-    device = request.device
-    before = peak_memory_bytes(device)
-    step = _training_step(request, device)
+    before = peak_memory_bytes(request.device)
+    step = request.training_step()
     row = _timed(request, before, step)
     row["tokens_per_second"] = row["images_per_second"] * request.config.pyramid.num_tokens
     row["kv_cache_bytes"] = 0
     if request.breakdown:
-        clock = StageClock(device)
+        clock = StageClock(request.device)
         for name in ("forward", "backward", "update"):
             clock.watch(step, name, name)
         row["stages"] = clock.run(step)
@@ -183,53 +192,33 @@ def measure_training(request: Request) -> dict[str, Any]:
 
 def measure_memory(request: Request) -> dict[str, Any]:
     """The most memory that torch's allocator hands out, weights included, next to what `mvar plan` predicts."""
-    device, dtype = request.device, request.dtype
-    config, settings = request.config, request.config.sampling
-    work: Callable[[], object]
-    if request.what == "train-memory":
-        step = _training_step(request, device)
-        held: list[nn.Module] = [step.transformer]
-
-        def work() -> None:
+    config, batch, dtype = request.config, request.batch_size, str(request.dtype).removeprefix("torch.")
+    trains = request.what == "train-memory"
+    if trains:
+        step = request.training_step()
+        weights = weight_bytes(step.transformer)
+        with allocation_peak(request.device) as live:
             step()
-            step()  # the optimizer's moments are there from the first step on
+            step()  # the optimizer's state is there from the first step on
     else:
-        transformer, vqvae = request.transformer(dtype), request.tokenizer(dtype)
-        held = [transformer, vqvae]
-        sample = _sampling(request, transformer, vqvae)
+        transformer, vqvae, sample = request.sampling()
+        weights = weight_bytes(transformer, vqvae)
         sample(1)
-
-        def work() -> None:
-            sample(request.batch_size)
-
-    weights = weight_bytes(*held)
-    with allocation_peak(device) as live:
-        work()
-    machine = Machine(device=device.type, dtype=str(dtype).removeprefix("torch."))
-    predicted = cost_of(config, machine, batch_size=request.batch_size, guided=settings.guided)
-    prediction = predicted.train_peak_bytes if request.what == "train-memory" else predicted.sample_peak_bytes
+        with allocation_peak(request.device) as live:
+            sample(batch)
+    machine = Machine(device=request.device.type, dtype=dtype)
+    cost = cost_of(config, machine, batch_size=batch, guided=config.sampling.guided)
+    prediction = cost.train_peak_bytes if trains else cost.sample_peak_bytes
     assert prediction is not None
     return {
-        "batch_size": request.batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": batch,
+        "dtype": dtype,
         "measured_bytes": weights + live.peak_bytes,
         "predicted_bytes": prediction,
         "weight_bytes": weights,
         "ratio": prediction / (weights + live.peak_bytes),
         "ratio_beside_weights": (prediction - weights) / live.peak_bytes,
     }
-
-
-def _training_step(request: Request, device: torch.device) -> TrainingStep:
-    train = request.config.train.model_copy(update={"batch_size": request.batch_size})
-    return TrainingStep(
-        request.config.model_copy(update={"train": train}),
-        request.transformer(torch.float32).requires_grad_(True).train(),
-        device,
-        request.dtype,
-        attention=request.machine.attention,
-        seed=request.seed,
-    )
 
 
 def _timed(
@@ -249,17 +238,6 @@ def _timed(
         "device": torch.cuda.get_device_name(device) if gpu else str(device),
         "dtype": str(request.dtype).removeprefix("torch."),
     }
-
-
-def _published_style(request: Request, transformer: Transformer, vqvae: VQVAE) -> Callable[[int], object]:
-    """Sampling as the published code does it; its attention is SDPA."""
-    random, dtype = generator("bench", request.seed, device=request.device), request.dtype
-    conditions, settings = request.conditions(transformer), request.config.sampling
-
-    def sample(count: int) -> object:
-        return sample_published_style(transformer, vqvae, conditions[:count], settings, random, dtype=dtype).cpu()
-
-    return sample
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,16 @@ def _torch() -> Finding:
 
 def _device() -> Finding:
     device = resolve_device("auto")
-    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        return Finding(
-            "device",
-            True,
-            f"{name}, {format_bytes(free)} of {format_bytes(total)} free; auto means {device} in {dtype}",
-        )
+    found = f"auto means {device.type} in {str(resolve_dtype('auto', device)).removeprefix('torch.')}"
     fix = None
-    if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        fix = "There is an NVIDIA driver, but torch is built for the CPU: pip install --force-reinstall torch"
+    if device.type == "cuda":
+        free, total = map(format_bytes, torch.cuda.mem_get_info(device))
+        found = f"{torch.cuda.get_device_name(device)}, {free} of {total} free; {found}"
     elif torch.version.cuda is not None:
         fix = "torch is built for CUDA but sees no GPU; see what nvidia-smi says."
-    return Finding("device", fix is None, f"auto means {device.type} in {dtype}", fix)
+    elif shutil.which("nvidia-smi"):
+        fix = "There is an NVIDIA driver, but torch is built for the CPU: pip install --force-reinstall torch"
+    return Finding("device", fix is None, found, fix)
 
 
 def _threads() -> Finding:
@@ -122,9 +118,9 @@ def _disk() -> Finding:
 def _attention() -> Finding:
     device = resolve_device("auto")
     backends = available_backends(device, resolve_dtype("auto", device))
-    can = [name for name, reason in backends if reason is None]
+    can = ", ".join(name for name, reason in backends if reason is None)
     cannot = [f"{name} cannot: {reason}" for name, reason in backends if reason is not None]
-    return Finding("attention", True, "; ".join([f"{', '.join(can)} run on {device.type}", *cannot]))
+    return Finding("attention", True, "; ".join([f"{can} run on {device.type}", *cannot]))
 
 
 def _natten() -> Finding:
@@ -152,18 +148,22 @@ def _torch_fidelity() -> Finding:
     return Finding("torch-fidelity", True, f"{version}, torchvision {torchvision}")
 
 
-def _inception() -> Finding:
+def _weights(name: str, find: Callable[[], str], note: str = "") -> Finding:
     try:
-        return Finding("inception weights", True, str(find_inception_weights()))
+        return Finding(name, True, find())
     except MvarError as error:
-        return Finding("inception weights", False, error.message, error.hint)
+        return Finding(name, False, error.message + note, error.hint)
+
+
+def _inception() -> Finding:
+    return _weights("inception weights", lambda: str(find_inception_weights()))
 
 
 def _perceptual() -> Finding:
-    try:
-        return Finding("perceptual weights", True, ", ".join(str(find_weights(file)) for file in (VGG16, LPIPS)))
-    except MvarError as error:
-        return Finding("perceptual weights", False, f"{error.message} (only for tokenizers)", error.hint)
+    files = (VGG16, LPIPS)
+    return _weights(
+        "perceptual weights", lambda: ", ".join(str(find_weights(file)) for file in files), " (only for tokenizers)"
+    )
 
 
 def _cache() -> Finding:

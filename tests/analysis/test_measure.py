@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
-from mvar_core.analysis.random_models import random_quantizer, random_tokenizer, random_transformer
+from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config.presets import load_config
 
 CPU = torch.device("cpu")
@@ -114,4 +114,4 @@ def test_random_models_are_whole_finite_and_repeatable(dtype):
     assert logits.isfinite().all()
     assert 0.1 < logits.std() < 10
     assert pixels.isfinite().all()
-    assert random_quantizer(config).codebook.dtype == torch.float32
+    assert tokenizer.quantizer.codebook.dtype == torch.float32

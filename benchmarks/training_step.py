@@ -23,11 +23,12 @@ from typing import Any
 import machine
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+import mvar_core as mvar
 from mvar_core.allocator import keeping_all_freed_memory
 from mvar_core.analysis.measure import allocation_peak
-from mvar_core.config import RunConfig
+from mvar_core.config import Machine, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.kernels import attend
 from mvar_core.kernels.backend import visibility_mask
@@ -36,8 +37,7 @@ from mvar_core.models.linear import row_stable_linear
 from mvar_core.models.steps import normalise_heads
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import generator
-from mvar_core.training.curriculum import build_curriculum
-from mvar_core.training.optim import build_optimizer
+from mvar_core.training.measured_step import TrainingStep
 
 BATCH = 4
 ROUNDS = 1 if machine.SMOKE else 3
@@ -70,72 +70,60 @@ def packed_mask(patterns: list[Any]) -> Tensor:
     return torch.block_diag(*(visibility_mask(pattern, CPU) for pattern in patterns)).bool()
 
 
-class Workbench:
-    """A model, data, an optimizer, and the styles of its step."""
+class Workbench(TrainingStep):
+    """A step, and the styles in which it can be computed."""
 
     def __init__(self, dtype: torch.dtype):
-        self.config: RunConfig = load_config(*MODEL)
-        self.dtype = dtype
-        assert self.config.transformer is not None
-        self.classes = self.config.transformer.num_classes
+        config: RunConfig = load_config(MODEL[0], [*MODEL[1], f"train.batch_size={BATCH}"])
         torch.manual_seed(0)
-        self.model = Transformer(self.config.model).train()
-        self.optimizer = build_optimizer(self.model, self.config.train.optimizer, self.model.no_decay_names())
-        self.pyramid = self.config.pyramid
-        self.curriculum = build_curriculum(self.config.train, self.pyramid, self.config.patterns)
-        random = generator("benchmark")
-        tokens = self.pyramid.num_tokens
-        self.tokens_BL = torch.randint(self.config.tokenizer.codebook_size, (BATCH, tokens), generator=random)
-        self.inputs_BLZ = torch.randn(BATCH, tokens - 1, self.config.tokenizer.latent_channels, generator=random)
-        self.labels_B = torch.randint(self.classes, (BATCH,), generator=random)
+        super().__init__(config, Transformer(config.model).train(), CPU, dtype)
+        self.pyramid = config.pyramid
 
     @property
     def operations(self) -> float:
         """Of one step: three times the forward pass, two per multiply-accumulate."""
-        return 6.0 * BATCH * sum(sum(self.model.macs(scale).values()) for scale in range(self.pyramid.num_scales))
+        scales = range(self.pyramid.num_scales)
+        return 6.0 * BATCH * sum(sum(self.transformer.macs(scale).values()) for scale in scales)
 
-    def _part(self, images: slice, scales: range | None) -> Tensor:
-        """Share of the loss of some images at some scales."""
-        labels, tokens, inputs = self.labels_B[images], self.tokens_BL[images], self.inputs_BLZ[images]
+    def _pass(self, scales: range) -> Tensor:
+        """Share of the loss of some scales."""
+        with torch.no_grad():
+            inputs_BLZ = self.quantizer.teacher_forcing_inputs(self.tokens_BL)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            if scales is None:
-                losses = self.curriculum.losses(
-                    self.model, labels, tokens, inputs, step=0, attention="auto", generator=generator("step", 0)
-                )
-                return losses.loss * (len(labels) / BATCH)
-            logits = self.model(labels, inputs, scales=scales, generator=generator("step", 0))
-            spans = self.pyramid.spans
-            span = slice(spans[scales.start].start, spans[scales.stop - 1].stop)
-            return F.cross_entropy(logits.flatten(0, 1), tokens[:, span].flatten(), reduction="sum") / tokens.numel()
+            logits = self.transformer(self.conditions, inputs_BLZ, scales=scales, generator=generator("step", 0))
+            span = slice(self.pyramid.spans[scales.start].start, self.pyramid.spans[scales.stop - 1].stop)
+            wanted = self.tokens_BL[:, span].flatten()
+            return F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum") / self.tokens_BL.numel()
 
-    def _update(self) -> None:
-        nn.utils.clip_grad_norm_(list(self.model.parameters()), 2.0)
-        self.optimizer.step()
+    def joint(self, rows: int) -> None:
+        """All scales in one packed pass, of so many images at a time."""
+        self._attention(ScaleAttention)
+        self.rows = rows
+        self()
+
+    def published(self, apart: bool) -> None:
+        """The last two scales in passes of their own; a backward pass after each (apart), or one for all."""
+        self._attention(PackedAttention)
         self.optimizer.zero_grad(set_to_none=True)
+        last = self.pyramid.num_scales
+        passes = (range(last - 2), range(last - 2, last - 1), range(last - 1, last))
+        if apart:
+            for scales in passes:
+                self._pass(scales).backward()
+        else:
+            torch.stack([self._pass(scales) for scales in passes]).sum().backward()
+        self.update()
 
     def _attention(self, kind: type[ScaleAttention]) -> None:
-        for block in self.model.blocks:
+        for block in self.transformer.blocks:
             block.attention.__class__ = kind
 
-    def step(self, parts: list[tuple[slice, range | None]], apart: bool, packed: bool) -> None:
-        """One step, over parts that have a backward pass each (apart) or one together."""
-        self._attention(PackedAttention if packed else ScaleAttention)
-        if apart:
-            for part in parts:
-                self._part(*part).backward()
-        else:
-            torch.stack([self._part(*part) for part in parts]).sum().backward()
-        self._update()
-
     def styles(self) -> dict[str, Callable[[], None]]:
-        every, scales = slice(None), self.pyramid.num_scales
-        passes = [(every, range(scales - 2)), *((every, range(s, s + 1)) for s in (scales - 2, scales - 1))]
-        images = [(slice(image, image + 1), None) for image in range(BATCH)]
         return {
-            "joint": lambda: self.step([(every, None)], False, False),
-            "published": lambda: self.step(passes, False, True),
-            "joint, image by image": lambda: self.step(images, True, False),
-            "published, pass by pass": lambda: self.step(passes, True, True),
+            "joint": lambda: self.joint(BATCH),
+            "published": lambda: self.published(apart=False),
+            "joint, image by image": lambda: self.joint(1),
+            "published, pass by pass": lambda: self.published(apart=True),
         }
 
 
@@ -167,6 +155,7 @@ def step_rows(dtype: torch.dtype) -> dict[str, Any]:
     rate = statistics.median(rates)
     rows = {}
     for name, run in styles.items():
+        bench.optimizer.zero_grad(set_to_none=True)
         with allocation_peak() as peak:
             run()
         rows[name] = {"peak_bytes": peak.peak_bytes}
@@ -208,68 +197,11 @@ def attention_rows(dtype: torch.dtype) -> dict[str, float]:
 
 
 def gpu() -> Any:
-    """Tokens a second and memory of d16 in bfloat16: VAR, MVAR interleaved, MVAR joint; the largest batch that fits."""
+    """A step of VAR and of MVAR on a GPU in bfloat16, at growing batches: `mvar bench --what train`."""
     if not torch.cuda.is_available():
         return "not run"
-    from mvar_core.training.curriculum import Curriculum
-
-    def measure(config: RunConfig, curriculum: Curriculum, batch: int, compiled: bool) -> dict[str, Any]:
-        device = torch.device("cuda")
-        model = Transformer(config.model).to(device).train()
-        if compiled:
-            model.compile()
-        optimizer = build_optimizer(model, config.train.optimizer, model.no_decay_names())
-        tokens = torch.randint(4096, (batch, config.pyramid.num_tokens), device=device)
-        inputs = torch.randn(batch, tokens.shape[1] - 1, config.tokenizer.latent_channels, device=device)
-        labels = torch.randint(1000, (batch,), device=device)
-
-        def step(index: int) -> None:
-            with torch.autocast("cuda", torch.bfloat16):
-                losses = curriculum.losses(
-                    model, labels, tokens, inputs, step=index, attention="auto", generator=generator("step", index)
-                )
-            losses.loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        period = 10
-        for index in range(period):
-            step(index)
-        torch.cuda.reset_peak_memory_stats()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for index in range(2 * period):
-            step(index)
-        stop.record()
-        torch.cuda.synchronize()
-        seconds = start.elapsed_time(stop) / 1e3
-        return {
-            "batch": batch,
-            "tokens_per_second": round(2 * period * batch * curriculum.tokens_per_step() / seconds),
-            "images_per_second": round(2 * period * batch / seconds, 1),
-            "peak_bytes": torch.cuda.max_memory_allocated(),
-        }
-
-    rows: dict[str, Any] = {}
-    presets = {"VAR": ("var-d16-256", "joint"), "interleaved": ("mvar-d16-256", "interleaved"),
-               "joint": ("mvar-d16-256", "joint")}  # fmt: skip
-    for compiled in (False, True):
-        for name, (preset, curriculum) in presets.items():
-            config = load_config(preset, [f"train.curriculum={curriculum}"])
-            batch = 16
-            while batch <= 1024:
-                try:
-                    built = build_curriculum(config.train, config.pyramid, config.patterns)
-                    rows[f"{name}{', compiled' if compiled else ''}, batch {batch}"] = measure(
-                        config, built, batch, compiled
-                    )
-                except torch.cuda.OutOfMemoryError:
-                    break
-                finally:
-                    torch.cuda.empty_cache()
-                batch *= 2
-    return rows
+    machine_ = Machine(device="cuda", dtype="bfloat16")
+    return mvar.bench("mvar-d16-256", what="train", batch_size=(16, 64, 256, 1024), machine=machine_).rows
 
 
 def main() -> None:

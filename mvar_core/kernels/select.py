@@ -68,14 +68,23 @@ def select_backend(name: str, call: AttentionCall) -> Backend:
     Raises:
         BackendError: No such backend, or it cannot run the call.
     """
-    if name == "auto":
-        return _choose(call)
+    if name != "auto":
+        backend = next((backend for backend in BACKENDS if backend.name == name), None)
+        if backend is None:
+            raise BackendError(f"--attention {name!r} is not a backend. {nearest(name, BACKEND_NAMES)}")
+        if reason := backend.cannot_run(call):
+            raise BackendError(f"--attention {name}: {reason}.", "Use --attention auto, or see `mvar doctor`.")
+        return backend
+    passed_over = ""
     for backend in BACKENDS:
-        if backend.name == name:
-            if reason := backend.cannot_run(call):
-                raise BackendError(f"--attention {name}: {reason}.", "Use --attention auto, or see `mvar doctor`.")
+        # In this order, because `cannot_run` may import a package, and `not_chosen` never does.
+        reason = backend.not_chosen(call) or backend.cannot_run(call)
+        if reason is None:
+            kind = "windowed" if call.pattern.is_windowed else "whole"
+            _log_once(f"--attention auto: {backend.name} for {kind} scales on {call.device.type}{passed_over}")
             return backend
-    raise BackendError(f"--attention {name!r} is not a backend. {nearest(name, BACKEND_NAMES)}")
+        passed_over += f"; not {backend.name}: {reason}"
+    raise AssertionError("dense runs everything")
 
 
 def check_backend(
@@ -101,20 +110,6 @@ def available_backends(
     """Every backend's name, with the reason why it cannot run windowed attention on the device, or None."""
     example = AttentionCall(AttentionPattern(Grid(16, 16), window=7), torch.device(device), dtype)
     return [(backend.name, backend.cannot_run(example)) for backend in BACKENDS]
-
-
-def _choose(call: AttentionCall) -> Backend:
-    passed_over: list[tuple[str, str]] = []
-    for backend in BACKENDS:
-        # In this order, because `cannot_run` may import a package, and `not_chosen` never does.
-        reason = backend.not_chosen(call) or backend.cannot_run(call)
-        if reason is None:
-            kind = "windowed" if call.pattern.is_windowed else "whole"
-            because = "".join(f"; not {other}: {why}" for other, why in passed_over)
-            _log_once(f"--attention auto: {backend.name} for {kind} scales on {call.device.type}{because}")
-            return backend
-        passed_over.append((backend.name, reason))
-    raise AssertionError("dense runs everything")
 
 
 @lru_cache(maxsize=256)

@@ -164,15 +164,7 @@ class _Maps:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some tiles of a strip, for some images and heads: what is computed at a time.
-
-    Attributes:
-        tiling: The cut of the map.
-        strip: The strip.
-        tiles: Which of its tiles, from above.
-        batch: Which images.
-        heads: Which heads.
-    """
+    """Some tiles of a strip, from above, for some images and heads: what is computed at a time."""
 
     tiling: Tiling
     strip: Strip
@@ -182,7 +174,6 @@ class _Piece:
 
     @property
     def prefix(self) -> int:
-        """Number of prefix keys."""
         return self.tiling.pattern.prefix_tokens
 
     def tiles_of(self, maps: _Maps) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +199,12 @@ class _Piece:
     def _keys(self, maps: _Maps, name: str, x_BHYXD: Tensor, x_BHPD: Tensor) -> Tensor:
         """The keys of each tile (G, T, k, D): prefix, then halo. Without a prefix, a view in which tiles overlap."""
         x_GyxD = self._copy(maps, name, x_BHYXD, self._key_rows, self.strip.key_columns)
-        x_GTkD = self._overlapping(x_GyxD)
+        count, _, width, depth = x_GyxD.shape
+        by_piece, by_row, by_column, by_number = x_GyxD.stride()
+        x_GTkD = x_GyxD.as_strided(
+            (count, len(self.tiles), self.tiling.halo_rows * width, depth),
+            (by_piece, self.tiling.tile_rows * by_row, by_column, by_number),
+        )
         if self.prefix:
             x_GPD = x_BHPD[self.batch, self.heads].flatten(0, 1)
             x_GTkD = torch.cat([x_GPD.unsqueeze(1).expand(-1, len(self.tiles), -1, -1), x_GTkD], dim=2)
@@ -217,18 +213,19 @@ class _Piece:
     def add_keys(self, dx_GTkD: Tensor, dx_BHKD: Tensor) -> None:
         """The adjoint of `_keys`: add each tile's gradients of its keys to the sums."""
         rows, inside = self._key_rows, self._inside(self._key_rows)
-        step, halo = self.tiling.tile_rows, self.tiling.halo_rows
-        columns = self.strip.key_columns
+        step, halo, width = self.tiling.tile_rows, self.tiling.halo_rows, self.strip.halo
         own_BHYXD = dx_BHKD[:, :, self.prefix :].unflatten(2, self.tiling.pattern.grid)
-        target = own_BHYXD[self.batch, self.heads, inside.start : inside.stop, columns]
-        width = self.strip.halo
+        target = own_BHYXD[self.batch, self.heads, inside.start : inside.stop, self.strip.key_columns]
         dx_GTyxD = dx_GTkD[:, :, self.prefix :].unflatten(2, (halo, width))
         sum_GyxD = dx_BHKD.new_zeros(dx_GTkD.shape[0], len(rows), width, dx_GTkD.shape[-1])
+        by_piece, by_row, by_column, by_number = sum_GyxD.stride()
         # Rows that lie one step apart belong to different tiles, so that one addition serves all tiles.
         for first in range(0, halo, step):
-            count = min(step, halo - first)
-            sums = self._every_step(sum_GyxD, first, count)
-            sums += dx_GTyxD[:, :, first : first + count]
+            part_GTyxD = dx_GTyxD[:, :, first : first + step]
+            sums = sum_GyxD[:, first:].as_strided(
+                part_GTyxD.shape, (by_piece, step * by_row, by_row, by_column, by_number)
+            )
+            sums += part_GTyxD
         part = sum_GyxD[:, inside.start - rows.start : inside.stop - rows.start]
         target += part.view(target.shape)
         if self.prefix:
@@ -270,24 +267,6 @@ class _Piece:
         if below:
             copy[:, :, len(rows) - below :].zero_()
         return copy.flatten(0, 1)
-
-    def _overlapping(self, x_GyxD: Tensor) -> Tensor:
-        """The halo of each tile (G, T, k, D) as a view of a strip's rows."""
-        count, _, width, depth = x_GyxD.shape
-        by_piece, by_row, by_column, by_number = x_GyxD.stride()
-        return x_GyxD.as_strided(
-            (count, len(self.tiles), self.tiling.halo_rows * width, depth),
-            (by_piece, self.tiling.tile_rows * by_row, by_column, by_number),
-        )
-
-    def _every_step(self, x_GyxD: Tensor, first: int, count: int) -> Tensor:
-        """`count` rows from row `first` of each tile's halo: a view (G, T, count, x, D) that does not overlap."""
-        pieces, _, width, depth = x_GyxD.shape
-        by_piece, by_row, by_column, by_number = x_GyxD.stride()
-        return x_GyxD[:, first:].as_strided(
-            (pieces, len(self.tiles), count, width, depth),
-            (by_piece, self.tiling.tile_rows * by_row, by_row, by_column, by_number),
-        )
 
 
 def _pieces(pattern: AttentionPattern, q_BHQD: Tensor) -> Iterator[_Piece]:
@@ -381,59 +360,43 @@ class Tiling:
     strips: tuple[Strip, ...]
 
     @cached_property
-    def row_starts(self) -> tuple[tuple[int | None, ...], ...]:
+    def row_starts(self) -> tuple[tuple[int, ...], ...]:
         """For each tile and row of queries, where its window starts, counted from the first row of the tile's keys.
 
-        None is a row that the map does not have.
+        -1 is a row that the map does not have.
         """
-        height, window = self.pattern.grid.height, self.pattern.window_grid.height
+        height, window, step = self.pattern.grid.height, self.pattern.window_grid.height, self.tile_rows
         return tuple(
             tuple(
-                window_start(row, height, window) - (self.first_key_row + tile * self.tile_rows)
-                if row < height
-                else None
-                for row in range(tile * self.tile_rows, (tile + 1) * self.tile_rows)
+                window_start(row, height, window) - (self.first_key_row + first) if row < height else -1
+                for row in range(first, first + step)
             )
-            for tile in range(self.tiles)
+            for first in range(0, self.tiles * step, step)
         )
 
 
 def cut(pattern: AttentionPattern, tile_rows: int, num_strips: int) -> Tiling:
     """The tiling with tiles of `tile_rows` rows and with strips of equal width, up to one column."""
     (height, width), (window_height, window_width) = pattern.grid, pattern.window_grid
-    tiles = -(-height // tile_rows)
-    bounds = []
-    for tile in range(tiles):
-        first, last = tile * tile_rows, min(height, (tile + 1) * tile_rows) - 1
-        bounds.append(
-            (
-                window_start(first, height, window_height) - first,
-                window_start(last, height, window_height) + window_height - first,
-            )
-        )
-    first_key_row = min(start for start, _ in bounds)
+    tops = range(0, height, tile_rows)
+    bottoms = [min(height, top + tile_rows) - 1 for top in tops]
+    first_key_row = min(window_start(top, height, window_height) - top for top in tops)
+    ends = [window_start(last, height, window_height) - top for top, last in zip(tops, bottoms, strict=True)]
     edges = [round(strip * width / num_strips) for strip in range(num_strips + 1)]
-    return Tiling(
-        pattern=pattern,
-        tile_rows=tile_rows,
-        halo_rows=max(stop for _, stop in bounds) - first_key_row,
-        first_key_row=first_key_row,
-        tiles=tiles,
-        strips=tuple(_strip(first, stop, width, window_width) for first, stop in itertools.pairwise(edges)),
-    )
-
-
-def _strip(first: int, stop: int, width: int, window: int) -> Strip:
-    key_first = window_start(first, width, window)
-    key_stop = window_start(stop - 1, width, window) + window
-    starts = tuple(window_start(column, width, window) - key_first for column in range(first, stop))
-    return Strip(slice(first, stop), slice(key_first, key_stop), starts)
+    strips = []
+    for first, stop in itertools.pairwise(edges):
+        key_first = window_start(first, width, window_width)
+        key_stop = window_start(stop - 1, width, window_width) + window_width
+        starts = tuple(window_start(column, width, window_width) - key_first for column in range(first, stop))
+        strips.append(Strip(slice(first, stop), slice(key_first, key_stop), starts))
+    halo_rows = max(ends) + window_height - first_key_row
+    return Tiling(pattern, tile_rows, halo_rows, first_key_row, len(tops), tuple(strips))
 
 
 # Strips that look alike share a mask: a windowed scale has a handful of kinds.
 @lru_cache(maxsize=64)
 def tile_mask(
-    row_starts: tuple[tuple[int | None, ...], ...],
+    row_starts: tuple[tuple[int, ...], ...],
     column_starts: tuple[int, ...],
     halo: Grid,
     window: Grid,
@@ -446,21 +409,11 @@ def tile_mask(
     """
     # A mask made under inference_mode could not be kept for a later backward pass.
     with torch.inference_mode(False):
-        rows = torch.tensor(
-            [
-                [
-                    [start is None or start <= row < start + window.height for row in range(halo.height)]
-                    for start in tile
-                ]
-                for tile in row_starts
-            ]
-        )
-        columns = torch.tensor(
-            [[start <= column < start + window.width for column in range(halo.width)] for start in column_starts]
-        )
-        seen = rows[:, :, None, :, None] & columns[None, None, :, None, :]
-        whole = torch.tensor([[start is None for start in tile] for tile in row_starts])
-        seen |= whole[:, :, None, None, None]
+        rows, columns = torch.tensor(row_starts)[..., None], torch.tensor(column_starts)[..., None]
+        y, x = torch.arange(halo.height), torch.arange(halo.width)
+        in_rows, in_columns = (y >= rows) & (y < rows + window.height), (x >= columns) & (x < columns + window.width)
+        seen = in_rows[:, :, None, :, None] & in_columns[None, None, :, None, :]
+        seen |= (rows < 0)[:, :, None, :, None]
         seen_Tqk = seen.flatten(3, 4).flatten(1, 2)
         mask_Tqk = torch.zeros(seen_Tqk.shape, dtype=dtype).masked_fill_(~seen_Tqk, -torch.inf)
         return mask_Tqk.to(device)

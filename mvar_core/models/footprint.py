@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import nn
 
-from mvar_core.config import ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
+from mvar_core.config import ModelConfig, SamplingConfig, TokenizerConfig
 from mvar_core.kernels.tiled import PIECE_ELEMENTS
 from mvar_core.models.linear import SMALLEST_ROWS
 from mvar_core.models.meta import meta_device
@@ -122,73 +122,55 @@ def scale_bytes(config: ModelConfig, scale: int, setting: Setting, images: int =
     sizes = config.transformer
     if sizes is None:
         return 0
-    tokens = config.pyramid.grids[scale].tokens
+    pattern, each = config.patterns[scale], setting.dtype_bytes
+    width, hidden, tokens = sizes.embed_dim, sizes.hidden_dim, pattern.queries
+    latents, codes = config.tokenizer.latent_channels, config.tokenizer.codebook_size
+    half, guided = each < FLOAT32, setting.guided and scale > 0
     # The first scale is never guided; its unconditional half runs where later scales need its keys.
     halves = 2 if setting.guided and (scale > 0 or reuses_keys(config)) else 1
-    # AdaLN vectors of a block laid out for the rows, and the scale's inputs as they come and for both halves.
-    laid_out = halves * 6 * sizes.embed_dim * setting.dtype_bytes
-    inputs = config.tokenizer.latent_channels * FLOAT32 * tokens * (1 + halves) if scale else 0
-    return images * inputs + max(
-        images * laid_out + _attention_bytes(config, sizes, scale, images * halves, setting, whole),
-        images * (laid_out + _mlp_bytes(sizes, halves * tokens, setting)),
-        images * _head_bytes(config, sizes, scale, halves, setting),
-    )
+    row, values = halves * width, halves * width * tokens
 
-
-def _attention_bytes(
-    config: ModelConfig, sizes: TransformerConfig, scale: int, rows: int, setting: Setting, whole: bool
-) -> int:
-    """Widest moment of a block's attention, of so many rows."""
-    pattern, half = config.patterns[scale], setting.dtype_bytes
-    row = rows * sizes.embed_dim
-    values = row * pattern.queries
-    # The stream, its modulated norm, q k v as projected.
-    entered = 5 * values * half
-    # q as normalised while k is: in float32, copied where it comes in another dtype.
-    normalising = values * (half + FLOAT32 + (FLOAT32 if half < FLOAT32 else 0)) if sizes.l2_attention else 0
-    normalised = 2 * values * half if sizes.l2_attention else 0
-    copies = 0
-    if pattern.prefix_tokens:  # keys and values of earlier scales, taken from the cache and laid before the own
-        copies = 2 * row * half * (pattern.keys + (0 if whole else pattern.prefix_tokens))
+    # A block's attention, for all images. The stream, its modulated norm, q k v as projected; q as normalised while k
+    # is: in float32, copied where it comes in another dtype.
+    attention = 5 * images * values * each
+    normalising = normalised = copies = 0
+    if sizes.l2_attention:
+        normalising = images * values * (each + FLOAT32 + (FLOAT32 if half else 0))
+        normalised = 2 * images * values * each
+    if pattern.prefix_tokens:  # keys and values of earlier scales, read from the cache and laid before the own
+        copies = 2 * images * row * each * (pattern.keys + (0 if whole else pattern.prefix_tokens))
     if pattern.is_windowed:
-        # Where tiles are chosen: copies of queries, keys and values, with earlier scales' before them, and answers;
+        # Where tiles are chosen: copies of queries, keys and values, with earlier scales' before them, and outputs;
         # as measured a quarter more than a piece is meant to have, for halos and masks.
-        tiles = 4 * values + (2 * row * pattern.keys if pattern.prefix_tokens else 0)
-        copies += min(tiles, 5 * PIECE_ELEMENTS // 4) * half
-    output = values * half
-    return entered + max(normalising, normalised + output + max(copies, output))
+        tiles = images * (4 * values + (2 * row * pattern.keys if pattern.prefix_tokens else 0))
+        copies += min(tiles, 5 * PIECE_ELEMENTS // 4) * each
+    output = images * values * each
+    attention += max(normalising, normalised + output + max(copies, output))
 
+    # A block's MLP, for one image: the stream before and after attention, attention's branch, the modulated norm. On a
+    # CPU that computes in bfloat16, GELU is computed inside the product.
+    fused = setting.device == "cpu" and each == 2 and setting.bfloat16_unit
+    mlp = halves * tokens * each * (4 * width + hidden + max(width, 0 if fused else hidden))
 
-def _mlp_bytes(sizes: TransformerConfig, rows: int, setting: Setting) -> int:
-    """Widest moment of a block's MLP."""
-    width, hidden = sizes.embed_dim, sizes.hidden_dim
-    # The stream before and after attention, attention's branch, and the modulated norm.
-    entered = 4 * width
-    # On a CPU that computes in bfloat16, GELU is computed inside the product.
-    fused = setting.device == "cpu" and setting.dtype_bytes == 2 and setting.bfloat16_unit
-    return rows * setting.dtype_bytes * (entered + hidden + max(width, 0 if fused else hidden))
-
-
-def _head_bytes(config: ModelConfig, sizes: TransformerConfig, scale: int, halves: int, setting: Setting) -> int:
-    """Widest moment behind the blocks: the head's norm, its product, or the drawing of tokens."""
-    codes, tokens = config.tokenizer.codebook_size, config.pyramid.grids[scale].tokens
-    guided = setting.guided and scale > 0
-    values = tokens * sizes.embed_dim * (halves if scale else 1)
-    stream = tokens * sizes.embed_dim * halves * setting.dtype_bytes
-    # Norm and modulated norm, and the stream in float32 where it is in another dtype.
-    norm = values * FLOAT32 * (3 if setting.dtype_bytes < FLOAT32 else 2)
+    # Behind the blocks, for one image: the head's norm and modulated norm, and the stream in float32 where it is in
+    # another dtype; or the product, of the modulated norm of both halves and the guided one; or sampling from the
+    # logits; or what the tokens add to f̂.
+    head_values = tokens * width * (halves if scale else 1)
     logits = tokens * codes * FLOAT32
-    # The modulated norm of both halves, and the guided one.
-    product = values * FLOAT32 + (values // 2 * FLOAT32 if guided else 0) + logits
-    drawing = logits + tokens * drawing_bytes(codes, setting)
-    increment = logits + 2 * fhat_bytes(config) + _convolution_scratch(
-        config.tokenizer.latent_channels, config.tokenizer.latent_channels, config.pyramid.latent_grid, FLOAT32, setting
-    )  # fmt: skip
-    return stream + max(norm, product, drawing, increment)
+    norm = head_values * FLOAT32 * (3 if half else 2)
+    product = head_values * FLOAT32 + (head_values // 2 * FLOAT32 if guided else 0) + logits
+    scratch = _convolution_scratch(latents, latents, config.pyramid.latent_grid, FLOAT32, setting)
+    increment = logits + 2 * fhat_bytes(config) + scratch
+    head = values * each + max(norm, product, logits + tokens * drawing_bytes(codes, setting), increment)
+
+    # AdaLN vectors of a block laid out for the rows, and the scale's inputs as they come and for both halves.
+    laid_out = 6 * row * each
+    inputs = latents * FLOAT32 * tokens * (1 + halves) if scale else 0
+    return images * inputs + max(images * laid_out + attention, images * (laid_out + mlp), images * head)
 
 
 def drawing_bytes(codes: int, setting: Setting) -> int:
-    """Bytes beside the logits that the drawing of one token takes: codes in order, and two float64 rows of them."""
+    """Bytes beside the logits that sampling one token takes: codes in order, and two float64 rows of them."""
     limited, nucleus = 0 < setting.sampling.top_k < codes, 0 < setting.sampling.top_p < 1
     kept = setting.sampling.top_k + 1 if limited else codes
     ordered = FLOAT32 + INT64 if limited or nucleus else 0

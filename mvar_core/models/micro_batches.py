@@ -1,4 +1,4 @@
-"""How many images run together at each scale: few enough for the memory, enough for the speed; no torch.
+"""How many images run together at each scale: few enough for the memory, enough for the speed.
 
 A batch advances scale by scale. Within a scale nothing passes between images, so they are processed in micro-batches:
 many images at 1×1, few at the last scales, so that every product has about as many rows. Only f̂, tokens and, where a
@@ -7,6 +7,7 @@ scale sees earlier ones, keys and values live between scales. Sizes decide speed
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mvar_core.config import ModelConfig
@@ -44,26 +45,6 @@ class MicroBatches:
     peak_bytes: int
 
 
-def peak_bytes(config: ModelConfig, images: int, scales: tuple[int, ...], decoder: int, setting: Setting) -> int:
-    """Predicted peak beside the weights, of images that run together in the given micro-batches.
-
-    What lives from scale to scale, with the widest scale (and its keys and values); or what is left of it, with the
-    decoder.
-    """
-    between = images * footprint.image_bytes(config, setting.keep_stages)
-    between += footprint.classes_bytes(config, images, setting)
-    widest = max(
-        (
-            images * footprint.cached_bytes(config, scale, setting.dtype_bytes, setting.guided)
-            + footprint.scale_bytes(config, scale, setting, count, whole=count >= images)
-            for scale, count in enumerate(scales)
-        ),
-        default=0,
-    )
-    decoding = images * footprint.output_bytes(config, setting) + decoder * footprint.decoder_bytes(config, setting)
-    return max(between + widest, decoding)
-
-
 def choose(
     config: ModelConfig, images: int, setting: Setting, *, budget: int | None = None, batch_size: int | None = None
 ) -> MicroBatches:
@@ -79,10 +60,22 @@ def choose(
     Raises:
         ConfigError: Not even one image fits; says how much one takes.
     """
+    rows = TOKENS_AT_ONCE.get(setting.device, 2048) // (2 if setting.guided else 1)
+    grids = config.pyramid.grids
+
+    def sized(images: int, scales: Iterable[int], decoder: int) -> MicroBatches:
+        sizes = tuple(scales)
+        return MicroBatches(images, sizes, decoder, _peak_bytes(config, images, sizes, decoder, setting))
+
+    def fast(images: int) -> MicroBatches:
+        """As many images at each scale as make products fast."""
+        decoder = min(images, DECODED_AT_ONCE.get(setting.device, 1))
+        return sized(images, (min(images, max(1, rows // grid.tokens)) for grid in grids), decoder)
+
     together = min(batch_size or IMAGES_AT_ONCE, max(1, images))
     if budget is None:
-        return _fast(config, together, setting)
-    smallest = _sized(config, 1, setting, 1)
+        return fast(together)
+    smallest = sized(1, [1] * len(grids), 1)
     if smallest.peak_bytes > budget:
         raise ConfigError(
             f"{max(0, budget) / 1e6:,.0f} MB are left for sampling beside the weights; one image of {config.name} takes"
@@ -93,37 +86,34 @@ def choose(
     fits, too_many = 1, together + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fast = _fast(config, middle, setting)
-        halved = tuple(max(1, count // 2) for count in fast.scales)
-        if peak_bytes(config, middle, halved, 1, setting) <= budget:
+        if sized(middle, (max(1, count // 2) for count in fast(middle).scales), 1).peak_bytes <= budget:
             fits = middle
         else:
             too_many = middle
-    return _within(config, fits, setting, budget)
-
-
-def _fast(config: ModelConfig, images: int, setting: Setting) -> MicroBatches:
-    """As many images at each scale as make products fast."""
-    return _sized(config, images, setting, TOKENS_AT_ONCE.get(setting.device, 2048))
-
-
-def _sized(config: ModelConfig, images: int, setting: Setting, rows: int) -> MicroBatches:
-    halves = 2 if setting.guided else 1
-    scales = tuple(min(images, max(1, rows // (halves * grid.tokens))) for grid in config.pyramid.grids)
-    decoder = min(images, DECODED_AT_ONCE.get(setting.device, 1)) if rows > 1 else 1
-    return MicroBatches(images, scales, decoder, peak_bytes(config, images, scales, decoder, setting))
-
-
-def _within(config: ModelConfig, images: int, setting: Setting, budget: int) -> MicroBatches:
-    """The fast micro-batches, made smaller where the budget asks for it, each scale by itself."""
-    fast = _fast(config, images, setting)
-    alone = footprint.image_bytes(config, setting.keep_stages) * images
-    alone += footprint.classes_bytes(config, images, setting)
+    # The fast micro-batches, made smaller where the budget asks for it, each scale by itself.
+    wanted, between = fast(fits), _bytes_between(config, fits, setting)
     scales = []
-    for scale, count in enumerate(fast.scales):
-        held = alone + images * footprint.cached_bytes(config, scale, setting.dtype_bytes, setting.guided)
+    for scale, count in enumerate(wanted.scales):
+        held = between + fits * footprint.cached_bytes(config, scale, setting.dtype_bytes, setting.guided)
         fitting = (budget - held) // max(1, footprint.scale_bytes(config, scale, setting))
         scales.append(max(1, min(count, fitting)))
-    room = budget - images * footprint.output_bytes(config, setting)
-    decoder = max(1, min(fast.decoder, room // footprint.decoder_bytes(config, setting)))
-    return MicroBatches(images, tuple(scales), decoder, peak_bytes(config, images, tuple(scales), decoder, setting))
+    room = budget - fits * footprint.output_bytes(config, setting)
+    return sized(fits, scales, max(1, min(wanted.decoder, room // footprint.decoder_bytes(config, setting))))
+
+
+def _bytes_between(config: ModelConfig, images: int, setting: Setting) -> int:
+    """What lives from scale to scale, without keys and values."""
+    return images * footprint.image_bytes(config, setting.keep_stages) + footprint.classes_bytes(
+        config, images, setting
+    )
+
+
+def _peak_bytes(config: ModelConfig, images: int, scales: Sequence[int], decoder: int, setting: Setting) -> int:
+    """What lives from scale to scale, with the widest scale; or what is left of it, with the decoder."""
+    widest = max(
+        images * footprint.cached_bytes(config, scale, setting.dtype_bytes, setting.guided)
+        + footprint.scale_bytes(config, scale, setting, count, whole=count >= images)
+        for scale, count in enumerate(scales)
+    )
+    decoding = images * footprint.output_bytes(config, setting) + decoder * footprint.decoder_bytes(config, setting)
+    return max(_bytes_between(config, images, setting) + widest, decoding)

@@ -66,22 +66,29 @@ def doctor() -> DoctorResult:
         for finding in doctor().findings:
             print(finding.name, finding.found, finding.fix or "")
     """
-    checks = (
-        _python, _torch, _device, _threads, _memory, _disk, _attention, _natten, _torch_fidelity, _inception,
-        _perceptual, _cache,
-    )  # fmt: skip
-    return DoctorResult(findings=tuple(check() for check in checks))
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    free = format_bytes(shutil.disk_usage(Path.cwd()).free)
+    findings = (
+        _python(),
+        Finding("torch", True, f"{torch.__version__}, built for {built_for}"),
+        _device(),
+        Finding("threads", True, f"torch computes with {torch.get_num_threads()} of {os.cpu_count()} cores"),
+        _memory(),
+        Finding("disk", True, f"{free} free in {Path.cwd()}"),
+        _attention(),
+        _natten(),
+        _torch_fidelity(),
+        _weights("inception weights", lambda: str(find_inception_weights())),
+        _weights("perceptual weights", _perceptual, " (only for tokenizers)"),
+        _cache(),
+    )
+    return DoctorResult(findings=findings)
 
 
 def _python() -> Finding:
     supported = (3, 10) <= sys.version_info[:2] < (3, 14)
     fix = None if supported else "Use Python 3.10 … 3.13, for example: make install PYTHON=python3.12"
     return Finding("python", supported, f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix)
-
-
-def _torch() -> Finding:
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    return Finding("torch", True, f"{torch.__version__}, built for {built_for}")
 
 
 def _device() -> Finding:
@@ -98,10 +105,6 @@ def _device() -> Finding:
     return Finding("device", fix is None, found, fix)
 
 
-def _threads() -> Finding:
-    return Finding("threads", True, f"torch computes with {torch.get_num_threads()} of {os.cpu_count()} cores")
-
-
 def _memory() -> Finding:
     try:
         page = os.sysconf("SC_PAGE_SIZE")
@@ -109,10 +112,6 @@ def _memory() -> Finding:
     except (AttributeError, OSError, ValueError):
         return Finding("memory", True, "unknown")
     return Finding("memory", True, f"{format_bytes(available)} of {format_bytes(total)} free")
-
-
-def _disk() -> Finding:
-    return Finding("disk", True, f"{format_bytes(shutil.disk_usage(Path.cwd()).free)} free in {Path.cwd()}")
 
 
 def _attention() -> Finding:
@@ -148,22 +147,15 @@ def _torch_fidelity() -> Finding:
     return Finding("torch-fidelity", True, f"{version}, torchvision {torchvision}")
 
 
+def _perceptual() -> str:
+    return ", ".join(str(find_weights(file)) for file in (VGG16, LPIPS))
+
+
 def _weights(name: str, find: Callable[[], str], note: str = "") -> Finding:
     try:
         return Finding(name, True, find())
     except MvarError as error:
         return Finding(name, False, error.message + note, error.hint)
-
-
-def _inception() -> Finding:
-    return _weights("inception weights", lambda: str(find_inception_weights()))
-
-
-def _perceptual() -> Finding:
-    files = (VGG16, LPIPS)
-    return _weights(
-        "perceptual weights", lambda: ", ".join(str(find_weights(file)) for file in files), " (only for tokenizers)"
-    )
 
 
 def _cache() -> Finding:

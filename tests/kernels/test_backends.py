@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mvar_core.analysis.measure import allocation_peak
 from mvar_core.kernels import BACKEND_NAMES, attend, available_backends, natten, tiled
 from mvar_core.kernels.tiled import cut
 from mvar_core.pyramid import AttentionPattern, Grid, ScalePyramid
@@ -21,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def cases(grids, windows_per_grid):
-    """A covering set: heads, widths and prefixes walk at different paces through grids and windows."""
+    """A covering set: heads, widths and prefixes cycle at different paces through grids and windows."""
     index = 0
     for grid in grids:
         for window in windows_per_grid(index):
@@ -101,7 +100,7 @@ def test_natten_equals_reference(assert_equals_reference, pattern, heads, width,
         assert_equals_reference("natten", pattern, heads, width, dtype, device)
 
 
-# FlexAttention prepares itself anew for each shape, as NATTEN without kernels does, which runs on it.
+# FlexAttention prepares itself again for each shape, as NATTEN without kernels does, which runs on it.
 @on_devices
 @pytest.mark.parametrize(("pattern", "heads", "width"), SPARSE[::3])
 def test_flex_equals_reference(assert_equals_reference, pattern, heads, width, device):
@@ -233,23 +232,8 @@ def test_tiled_work_grows_with_tokens_and_not_with_their_square(make_inputs, mon
     assert work[2] <= 1.2 * work[1]
 
 
-def peak_allocated_bytes(call, folder):
-    """The most bytes that are allocated at a time during a call, scratch memory within PyTorch's kernels included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    del result
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_tiled_memory_of_the_largest_scale_of_1024_pixels_is_bounded(make_inputs, tmp_path, needs_grad):
+def test_tiled_memory_of_the_largest_scale_of_1024_pixels_is_bounded(make_inputs, needs_grad):
     """64×64 tokens, 7×7 windows: beside what is as large as the inputs, a few pieces; never a matrix of scores."""
     pattern = AttentionPattern(Grid(64, 64), 7)
     inputs = make_inputs(pattern, batch=2, heads=4, width=64)
@@ -262,23 +246,25 @@ def test_tiled_memory_of_the_largest_scale_of_1024_pixels_is_bounded(make_inputs
     call("tiled")  # masks are made once
     piece = 4 * tiled.PIECE_ELEMENTS
     as_large_as_an_input = 6 if needs_grad else 1
-    peak = peak_allocated_bytes(lambda: call("tiled"), tmp_path)
-    assert gradient.nbytes < peak <= as_large_as_an_input * gradient.nbytes + (5 if needs_grad else 2) * piece
-    scores = 4 * pattern.queries * pattern.keys
-    assert peak < scores
+    with allocation_peak() as live:
+        result = call("tiled")
+    del result
+    assert (
+        gradient.nbytes < live.peak_bytes <= as_large_as_an_input * gradient.nbytes + (5 if needs_grad else 2) * piece
+    )
+    assert live.peak_bytes < 4 * pattern.queries * pattern.keys, "a matrix of scores"
 
 
-def test_tiled_memory_does_not_grow_with_the_batch(make_inputs, tmp_path):
+def test_tiled_memory_does_not_grow_with_the_batch(make_inputs):
     """Beyond the output, 2 and 8 images of 32×32 tokens and 16 heads take the same."""
     pattern = AttentionPattern(Grid(32, 32), 7)
     beyond = []
     for batch in (2, 8):
         q, k, v, _ = make_inputs(pattern, batch=batch, heads=16, width=32)
         attend(q, k, v, pattern, scale=0.125, backend="tiled")
-        peak = peak_allocated_bytes(
-            lambda q=q, k=k, v=v: attend(q, k, v, pattern, scale=0.125, backend="tiled"), tmp_path
-        )
-        beyond.append(peak - q.nbytes)
+        with allocation_peak() as live:
+            output = attend(q, k, v, pattern, scale=0.125, backend="tiled")
+        beyond.append(live.peak_bytes - output.nbytes)
     assert 0 < beyond[1] <= 1.02 * beyond[0]
 
 

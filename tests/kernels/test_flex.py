@@ -1,4 +1,4 @@
-"""FlexAttention: the blocks it is told to visit, and that a warm model never compiles anew."""
+"""FlexAttention: the blocks it visits, and that a warm model never compiles again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATTERNS = (
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    """What is kept per process is made anew by each test, and forgotten after it."""
+    """What is kept per process is made again by each test, and forgotten after it."""
     kept = (select.select_backend, select._log_once, flex._compiled)
     for cached in kept:
         cached.cache_clear()
@@ -71,7 +71,7 @@ def test_the_question_who_sees_whom_is_the_patterns(pattern):
     ]
 
 
-def test_a_warm_model_never_compiles_anew(make_inputs, monkeypatch):
+def test_a_warm_model_never_compiles_again(make_inputs, monkeypatch):
     """More patterns than PyTorch would compile one function for, each with several batch sizes."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))

@@ -24,7 +24,7 @@ FLAT = AttentionPattern(Grid(7, 5), 7)
 
 @pytest.fixture(autouse=True)
 def forget_choices():
-    """Choices and what was logged are kept per process; every test starts anew."""
+    """Choices and what was logged are kept per process; every test starts without them."""
     for kept in (select.select_backend, select._log_once):
         kept.cache_clear()
     yield

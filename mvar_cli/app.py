@@ -172,7 +172,7 @@ def distributed() -> Any:
 def without_bare_preset(args: list[str]) -> list[str]:
     """The arguments without a --preset that no value follows, which asks for the list of presets."""
     following = [*args[1:], "-"]
-    return [one for one, after in zip(args, following, strict=True) if one != "--preset" or not after.startswith("-")]
+    return [one for one, after in zip(args, following, strict=False) if one != "--preset" or not after.startswith("-")]
 
 
 class LazyGroup(TyperGroup):

@@ -26,8 +26,7 @@ def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, An
     import torch
 
     from mvar_core.sampling.images import Samples
-    from mvar_core.sampling.shards import SampleOutput, SampleShards, SampleSpec, ShardProgress, generate_shards
-    from mvar_core.sampling.writers import WriterPool
+    from mvar_core.sampling.shards import SampleOutput, SampleShards, SampleSpec
 
     smooth = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     pixels, tokens = torch.from_numpy(smooth), torch.zeros(BATCH, TOKENS, dtype=torch.long)
@@ -44,12 +43,10 @@ def measure(output: str, count: int, threads: int, folder: Path) -> dict[str, An
     )  # fmt: skip
     shards = SampleShards(SampleOutput(folder / f"out{'.npz' if output == 'npz' else ''}", output), spec)
     shards.begin()
-    own = list(spec.shards)
     began = time.perf_counter()
-    progress = ShardProgress(shards, set(), own, lambda done, total: None)
-    generate_shards(shards, own, generate, progress, WriterPool(threads))
+    shards.make(spec.shards, set(), generate, lambda done, total: None, threads=threads)
     written = time.perf_counter() - began
-    shards.assemble(replace=False)
+    shards.assemble()
     return {
         "output": output,
         "images": count,

@@ -22,18 +22,22 @@ from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.compilation import check_compiler, compile_for_sampling
 from mvar_core.models.conditioning import Conditions
+from mvar_core.models.footprint import Setting
 from mvar_core.models.meta import meta_device
-from mvar_core.models.micro_batches import DECODED_AT_ONCE
+from mvar_core.models.micro_batches import DECODED_AT_ONCE, PROCESS_BYTES, MicroBatches, choose
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.runtime import has_bfloat16_unit, resolve_device, resolve_dtype
 from mvar_core.sampling.conditions import by_labels
 from mvar_core.sampling.editing import UNGUIDED, KeptTokens, checked_mask, kept_pixels, kept_tokens, pasted
-from mvar_core.sampling.images import ImageSampler, Samples, join_samples
+from mvar_core.sampling.images import Samples, free_memory, join_samples, sample_images
 from mvar_core.sampling.sampler import resolve_settings
 
 # Shape suffixes: N samples, B batch, L tokens of all scales, S scales, H W pixels, V codebook entries.
+
+SHARE_OF_FREE_MEMORY = 0.5
+"""What sampling may use of what the device has free, where no budget is given."""
 
 
 class Pipeline:
@@ -104,25 +108,25 @@ class Pipeline:
         options: dict[str, Any] = {"attention": machine.attention, "memory": machine.memory_bytes}
         if machine.compile:
             check_compiler(target)
+        load_tokenizer = None
         if path.is_file():
             converted = official.convert(path, Path(tokenizer) if tokenizer else official.tokenizer_next_to(path))
             assert converted.transformer is not None
+            config = converted.config
             with meta_device():
-                vqvae = VQVAE(converted.config.tokenizer, converted.config.pyramid)
-                transformer = Transformer(converted.config)
+                vqvae, transformer = VQVAE(config.tokenizer, config.pyramid), Transformer(config)
             vqvae.load_state_dict(converted.tokenizer, assign=True)
             transformer.load_state_dict(converted.transformer, assign=True)
             for module in (vqvae, transformer):
                 module.requires_grad_(False).to_compute_dtype(kind).to(target)
-            pipeline = cls(converted.config, vqvae, transformer, **options)
         else:
             config = model_directory.read_model_config(path)
             load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
-            loaded = None
-            if config.transformer is not None:
-                loaded = model_directory.load_transformer(path, config, target, kind)
-            pipeline = cls(config, load_tokenizer(encoder=loaded is None), loaded, **options)
-            pipeline._load_tokenizer = load_tokenizer
+            alone = config.transformer is None
+            transformer = None if alone else model_directory.load_transformer(path, config, target, kind)
+            vqvae = load_tokenizer(encoder=alone)
+        pipeline = cls(config, vqvae, transformer, **options)
+        pipeline._load_tokenizer = load_tokenizer
         if machine.compile:
             compile_for_sampling(pipeline.transformer, target)
         return pipeline
@@ -235,14 +239,37 @@ class Pipeline:
         """
         return resolve_settings(self.config, settings, **shorthand)
 
-    def sample(
+    def micro_batches(
         self,
-        labels: Conditions | None = None,
+        images: int,
+        settings: SamplingConfig,
         *,
-        settings: SamplingConfig | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> Samples:
+        batch_size: int | None = None,
+        memory: int | None = None,
+        stages: bool = False,
+    ) -> MicroBatches:
+        """How many images run together when `images` are sampled; the arguments are those of `stream`.
+
+        Raises:
+            ConfigError: Too little memory for one image.
+        """
+        memory, budget = self.memory if memory is None else memory, None
+        if memory is not None:
+            modules = (self.transformer, self._tokenizer)
+            weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+            budget = memory - weights - (PROCESS_BYTES if self.device.type == "cpu" else 0)
+        elif (free := free_memory(self.device)) is not None:
+            budget = int(SHARE_OF_FREE_MEMORY * free)
+        setting = Setting(
+            dtype_bytes=self.transformer.input_projection.weight.element_size(),
+            sampling=settings,
+            device=self.device.type,
+            keep_stages=stages,
+            bfloat16_unit=has_bfloat16_unit(),
+        )
+        return choose(self.config, images, setting, budget=budget, batch_size=batch_size)
+
+    def sample(self, labels: Conditions | None = None, **options: Any) -> Samples:
         """Images of classes, or of vectors where the model is conditioned on them.
 
         A sample depends on (seed, its global index, condition, settings, weights) alone.
@@ -250,17 +277,9 @@ class Pipeline:
             pipe.sample([3, 3, 7], settings=SamplingConfig(cfg=1.5, top_k=900), seed=0)
             pipe.sample([3, 3, 7], cfg=1.5, seed=0)
 
-        Args:
-            labels: One class label per sample.
-            settings: Guidance and filters; fields that are not set are as the model recommends.
-            seed: The run's seed.
-            **options: Any field of `SamplingConfig`, and what else `stream` accepts: conditions, indices, kept,
-                batch_size, memory, stages, progress.
-
-        Raises:
-            ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
+        Arguments and errors are those of `stream`.
         """
-        batches = list(self.stream(labels, settings=settings, seed=seed, **options))
+        batches = list(self.stream(labels, **options))
         if batches:
             return join_samples(batches)
         return Samples(
@@ -301,11 +320,9 @@ class Pipeline:
             progress: Called as progress(done, total), in images; also while images are being sampled.
             **shorthand: Any field of `SamplingConfig`, over `settings`; None is as if it were not there.
 
-        Yields:
-            Samples in order, `batch_size` at a time.
-
         Raises:
-            ConfigError: As `sample`; before anything is sampled.
+            ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image; before
+                anything is sampled.
         """
         settings = self.sampling_settings(settings, **shorthand)
         conditioner = self.transformer.conditioner
@@ -325,12 +342,11 @@ class Pipeline:
             if len(kept) != len(read):
                 raise ConfigError(f"there are {len(read)} {noun} but kept tokens of {len(kept)} images.")
             kept = KeptTokens(self._checked(kept.tokens_NL), kept.kept_NL)
-        memory = self.memory if memory is None else memory
-        sampler = ImageSampler(self.config, self.transformer, self._tokenizer, self.attention)
-        sizes = sampler.micro_batches(len(read), settings, batch_size=batch_size, memory=memory, stages=stages)
-        return sampler.stream(
-            read, indices, seed, settings, sizes, labels=marks, kept=kept, stages=stages, progress=progress
-        )
+        sizes = self.micro_batches(len(read), settings, batch_size=batch_size, memory=memory, stages=stages)
+        return sample_images(
+            self.transformer, self._tokenizer, read, indices, seed, settings, sizes, labels=marks, kept=kept,
+            attention=self.attention, stages=stages, progress=progress,
+        )  # fmt: skip
 
     def edit(
         self,
@@ -358,8 +374,8 @@ class Pipeline:
             num: Variants of each image, one after the other in the result.
             coverage: How much of a coarser scale's cell must stay for its token to stay: above 0, at most 1.
             paste: Copy the given pixels over the generated ones where the mask keeps them, bit-equal to `to_uint8` of
-                them. Without it, images are as decoded.
-            **options: As of `sample`.
+                them.
+            **options: As of `stream`.
 
         Raises:
             DataError: Images or a mask of another size than the model's.
@@ -390,9 +406,9 @@ class Pipeline:
         stays = kept_tokens(pixels, self.config.pyramid, coverage).expand(len(images), -1)
         # A few at a time, as they are decoded: on a CPU one, so that an image's tokens never depend on the others.
         at_once = DECODED_AT_ONCE.get(self.device.type, 1)
-        encoded = [self.encode(part).cpu() for part in images.split(at_once)] if len(images) else []
-        tokens = torch.cat(encoded) if encoded else torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long)
-        return KeptTokens(tokens, stays)
+        none = torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long)
+        parts = images.split(at_once) if len(images) else ()
+        return KeptTokens(torch.cat([none, *(self.encode(part).cpu() for part in parts)]), stays)
 
     def null_conditions(self, count: int) -> Tensor:
         """`count` conditions that stand for none: what images without a class are sampled with."""
@@ -400,8 +416,7 @@ class Pipeline:
 
     def conditions_of(self, labels: Sequence[int]) -> Tensor:
         """What images of these classes are conditioned on, whatever the model is conditioned on; on the CPU."""
-        arguments = by_labels(self.config, labels)
-        return self.transformer.conditioner.read(arguments.get("conditions", labels))
+        return self.transformer.conditioner.read(by_labels(self.config, labels).get("conditions", labels))
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, refused where they cannot be the model's."""

@@ -100,6 +100,10 @@ class Resumable:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self.acquire()
+        return self.prepare()
+
+    def prepare(self) -> set[int]:
+        """`begin`, in a directory that is locked."""
         if self.difference() or not self.begun:
             self.clear()
             write_json(self.record_path, self.record)

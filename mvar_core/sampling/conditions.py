@@ -25,12 +25,12 @@ class ChosenConditions:
     """Conditions, each of which gets as many images as the user asks for.
 
     Attributes:
-        labels: Class labels; -1 for a text or vector that is no class.
+        classes: Class labels; -1 for a text or vector that is no class.
         names: What files are named after instead of labels.
         vectors: float32 (conditions, X), where the model is conditioned on vectors.
     """
 
-    labels: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()
     names: tuple[str, ...] | None = None
     vectors: NDArray[np.float32] | None = None
 
@@ -41,13 +41,7 @@ def choose_conditions(
     words: Sequence[str] = (),
     vectors: str | Path | None = None,
 ) -> ChosenConditions:
-    """Conditions from what the user named; none where nothing was named.
-
-    Args:
-        config: The model.
-        classes: Labels, names, comma lists of them, or "all".
-        words: Texts, for a model that is conditioned on words.
-        vectors: A file of vectors, for a model that is conditioned on vectors.
+    """Conditions from what the user named, as of `sample_to`; none where nothing was named.
 
     Raises:
         CheckpointError: The model is a tokenizer alone.
@@ -118,14 +112,9 @@ def by_labels(config: ModelConfig, labels: Sequence[int]) -> dict[str, Any]:
 
 
 def parse_classes(texts: Sequence[str | int], num_classes: int, class_names: Sequence[str] | None) -> list[int]:
-    """Class labels in the order they were asked for, each once.
+    """Class labels in the order they were asked for, each once, from labels, names, comma lists of them, or "all".
 
     A whole name is tried before commas are read as separators, for names may hold commas ("tench, Tinca tinca").
-
-    Args:
-        texts: Labels, names, comma lists of them, or "all".
-        num_classes: Number of classes of the model.
-        class_names: Their names, where the model records them.
 
     Raises:
         DataError: A label out of range, or a name that no class has (with the nearest names).

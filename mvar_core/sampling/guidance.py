@@ -68,13 +68,7 @@ def unconditional_scales(strengths: Sequence[float], first_visible: Sequence[int
 def guide(
     conditional_BlV: Float[Tensor, "B l V"], unconditional_BlV: Float[Tensor, "B l V"], strength: float
 ) -> Float[Tensor, "B l V"]:
-    """Classifier-free guidance: (1 + t)·conditional - t·unconditional.
-
-    Args:
-        conditional_BlV: Logits under the class.
-        unconditional_BlV: Logits under no class.
-        strength: t, at scale s of S the settings' cfg · s/(S-1).
-    """
+    """Classifier-free guidance of strength t: (1 + t)·conditional - t·unconditional."""
     return (1 + strength) * conditional_BlV - strength * unconditional_BlV
 
 
@@ -106,11 +100,6 @@ def keep_min_p(logits_BlV: Float[Tensor, "B l V"], min_p: float) -> Float[Tensor
     return logits_BlV.masked_fill(logits_BlV < _smallest_logit(logits_BlV, min_p), -torch.inf)
 
 
-def _smallest_logit(logits_BlV: Tensor, min_p: float) -> Tensor:
-    """Per row the logit of a code that is `min_p` > 0 times as likely as the likeliest."""
-    return logits_BlV.amax(dim=-1, keepdim=True) + math.log(min_p)
-
-
 def keep_likely(logits_BlV: Float[Tensor, "B l V"], settings: SamplingConfig) -> Float[Tensor, "B l V"]:
     """All filters of the settings, in order: top-k, top-p, min-p."""
     return keep_min_p(keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p), settings.min_p)
@@ -119,16 +108,11 @@ def keep_likely(logits_BlV: Float[Tensor, "B l V"], settings: SamplingConfig) ->
 def draw_most_likely(
     logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], settings: SamplingConfig
 ) -> Int[Tensor, "B l"]:
-    """`draw` of what `keep_likely` keeps, without sorting the vocabulary.
+    """`draw` from what `keep_likely` keeps, without sorting the vocabulary; codes that are tied with the k-th stay.
 
     The k most likely codes come in descending order, so that their running sums tell both where top-p ends and where
-    the draw falls; nothing else is touched. Sums are float64 where the device has it. Without top-k and top-p the codes
-    stay in the codebook's order.
-
-    Args:
-        logits_BlV: Guided logits.
-        uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
-        settings: The filters; codes that are tied with the k-th stay.
+    the draw falls. Sums are float64 where the device has it. Without top-k and top-p the codes stay in the codebook's
+    order.
     """
     size, top_k, top_p, min_p = logits_BlV.shape[-1], settings.top_k, settings.top_p, settings.min_p
     limited, nucleus = 0 < top_k < size, 0 < top_p < 1
@@ -150,10 +134,7 @@ def draw_most_likely(
 
 
 def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float, min_p: float) -> Tensor:
-    """Where draws fall among codes in descending order, of which the first that reach `top_p` are kept.
-
-    Of these, those that are at least `min_p` times as likely as the first.
-    """
+    """Ranks of the chosen codes among some in descending order, cut off by `top_p` and then by `min_p`."""
     cumulative_Blk = _exact(descending_Blk).softmax(dim=-1).cumsum(dim=-1)
     total_Bl1 = cumulative_Blk[..., -1:]
     if top_p < 1:
@@ -166,18 +147,23 @@ def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float, min_p
 
 
 def draw(logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], min_p: float = 0) -> Int[Tensor, "B l"]:
-    """One token per row by the inverse of the cumulative distribution, in the order in which the codes stand.
+    """One token per row by the inverse of the cumulative distribution, in the codebook's order.
 
     Args:
-        logits_BlV: Filtered logits; -∞ is never drawn.
+        logits_BlV: Filtered logits; codes at -∞ are never chosen.
         uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
-        min_p: Draw of what `keep_min_p` keeps, without a copy of the logits.
+        min_p: As if `keep_min_p` had filtered, without a copy of the logits.
     """
     probabilities_BlV = _exact(logits_BlV).softmax(dim=-1)
     if min_p > 0:
         probabilities_BlV.masked_fill_(logits_BlV < _smallest_logit(logits_BlV, min_p), 0)
     cumulative_BlV = probabilities_BlV.cumsum(dim=-1)
     return _invert(cumulative_BlV, uniforms_Bl, cumulative_BlV[..., -1:])
+
+
+def _smallest_logit(logits_BlV: Tensor, min_p: float) -> Tensor:
+    """Per row the logit of a code that is `min_p` > 0 times as likely as the likeliest."""
+    return logits_BlV.amax(dim=-1, keepdim=True) + math.log(min_p)
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -199,16 +185,11 @@ def soft_embeddings(
     codebook_VZ: Float[Tensor, "V Z"],
     ratio: float,
 ) -> Float[Tensor, "B l Z"]:
-    """VAR's "more smooth": a Gumbel-softmax mixture of codebook entries instead of the drawn one.
+    """VAR's "more smooth": a Gumbel-softmax mixture of codebook entries, for looks only, never for metrics.
 
-    For looks only, never for metrics. The logits are multiplied by 1 + ratio; the temperature falls from 0.27 with the
-    scale's ratio: max(0.27·(1 - 0.95·ratio), 0.005).
-
-    Args:
-        logits_BlV: Filtered logits.
-        uniforms_BlV: One number in [0, 1) per logit, from the sample's own stream.
-        codebook_VZ: The codebook.
-        ratio: The scale's position between the first (0) and the last (1).
+    With the ratio from 0 at the first scale to 1 at the last, the filtered logits are multiplied by 1 + ratio, and the
+    temperature is max(0.27·(1 - 0.95·ratio), 0.005). `uniforms_BlV` holds one number in [0, 1) per logit, from the
+    sample's own stream.
     """
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     smallest = torch.finfo(torch.float64).tiny

@@ -4,7 +4,7 @@ All images advance together from scale to scale; within a scale they are process
 between images. Between scales live f̂, the tokens and, where a later scale sees earlier ones, keys and values: so the
 memory of a scale-Markov model hardly grows with the number of images.
 
-A sample depends on (seed, global index, condition, settings, weights) alone: it draws from a stream of its own, and
+A sample depends on (seed, global index, condition, settings, weights) alone: it has a random stream of its own, and
 nothing in a batch mixes samples. On a CPU in float32 this holds to the bit (see also mvar_core.models.linear).
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mvar_core.config import ModelConfig, SamplingConfig
-from mvar_core.errors import ConfigError
+from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.conditioning import Conditioning, Conditions
 from mvar_core.models.quantizer import MultiScaleQuantizer
@@ -107,12 +107,11 @@ def sample_tokens(
         on_tokens: Called with the number of tokens sampled since the last call.
 
     Raises:
+        CheckpointError: The logits of a scale are not finite; names the scale.
         ConfigError: The settings do not fit the model.
     """
-    pyramid = transformer.pyramid
-    count = len(conditions)
+    pyramid, count, stages = transformer.pyramid, len(conditions), []
     run = _Run(transformer, quantizer, conditions, indices, seed, settings, attention, kept)
-    stages = []
     for scale in range(pyramid.num_scales):
         size = micro_batches[scale] if micro_batches is not None else max(1, count)
         for start in range(0, count, size):
@@ -126,78 +125,85 @@ def sample_tokens(
     return SampledTokens(run.tokens_NL, run.fhat_NZhw, torch.stack(stages, dim=1) if keep_stages else None)
 
 
+@dataclass(eq=False)
 class _Run:
     """Images on their way through the scales: what lives from one scale to the next, and how it advances."""
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        quantizer: MultiScaleQuantizer,
-        conditions: Conditions,
-        indices: Sequence[int],
-        seed: int,
-        settings: SamplingConfig,
-        attention: str,
-        kept: KeptTokens | None,
-    ):
-        self.transformer = transformer
-        self.quantizer = quantizer
-        self.indices = indices
-        self.seed = seed
-        self.settings = settings
-        self.attention = attention
-        self.pyramid = transformer.pyramid
-        device = quantizer.codebook.device
-        self.kept = kept.to(device) if kept is not None else None
-        count = len(conditions)
-        self.strengths = guidance_strengths(settings, self.pyramid)
-        self.runs_both = unconditional_scales(self.strengths, transformer.first_visible)
-        conditioner = transformer.conditioner
-        asked = torch.cat([conditioner.read(conditions), conditioner.null(int(any(self.runs_both)))])
-        distinct, entries = (part.to(device) for part in conditioner.distinct(asked))
+    transformer: Transformer
+    quantizer: MultiScaleQuantizer
+    conditions: Conditions
+    indices: Sequence[int]
+    seed: int
+    settings: SamplingConfig
+    attention: str
+    kept: KeptTokens | None
+
+    def __post_init__(self) -> None:
+        self.pyramid, self.device = self.transformer.pyramid, self.quantizer.codebook.device
+        if self.kept is not None:
+            self.kept = self.kept.to(self.device)
+        count = len(self.conditions)
+        self.strengths = guidance_strengths(self.settings, self.pyramid)
+        self.runs_both = unconditional_scales(self.strengths, self.transformer.first_visible)
+        conditioner = self.transformer.conditioner
+        asked = torch.cat([conditioner.read(self.conditions), conditioner.null(int(any(self.runs_both)))])
+        distinct, entries = (part.to(self.device) for part in conditioner.distinct(asked))
         # AdaLN vectors depend on the condition alone: once for each, for all images and scales.
-        self.conditioning = transformer.condition(distinct)
+        self.conditioning = self.transformer.condition(distinct)
         self.entries_N, self.null_entry = entries[:count], entries[count:]
-        self.uniforms_NL = _on_device(sample_uniforms(seed, indices, self.pyramid.num_tokens), device)
-        self.fhat_NZhw = quantizer.empty_features(count)
-        self.tokens_NL = torch.empty(count, self.pyramid.num_tokens, dtype=torch.long, device=device)
-        self.reuses_keys = any(pattern.prefix_tokens for pattern in transformer.patterns)
+        self.uniforms_NL = self._uniforms(slice(None), self.pyramid.num_tokens)
+        self.fhat_NZhw = self.quantizer.empty_features(count)
+        self.tokens_NL = torch.empty(count, self.pyramid.num_tokens, dtype=torch.long, device=self.device)
+        self.reuses_keys = any(pattern.prefix_tokens for pattern in self.transformer.patterns)
         self.cache = KeyValueCache(2 * count if any(self.runs_both) else count)
 
     def advance(self, scale: int, images: slice, size: int = 0) -> None:
-        """Draw the tokens of one scale for some images, of which at least `size` go through the transformer."""
-        settings, span = self.settings, self.pyramid.spans[scale]
-        strength, both_halves = self.strengths[scale], self.runs_both[scale]
-        conditioning = self._conditioning(images, both_halves, size)
-        inputs_BlZ = _filled_up(self._inputs(scale, images), size)
+        """Sample the tokens of one scale for some images, of which at least `size` go through the transformer."""
+        span, strength, both_halves = self.pyramid.spans[scale], self.strengths[scale], self.runs_both[scale]
+        fhat_BZhw, count = self.fhat_NZhw[images], images.stop - images.start
+        inputs_BlZ = self.quantizer.scale_input(fhat_BZhw, scale) if scale else fhat_BZhw.new_empty(count, 0, 1)
+        inputs_BlZ = _filled_up(inputs_BlZ, size)
         x_GlC = self.transformer.hidden_states(
             range(scale, scale + 1),
             torch.cat([inputs_BlZ, inputs_BlZ]) if both_halves else inputs_BlZ,
-            conditioning,
+            self._conditioning(images, both_halves, size),
             cache=self.cache.rows(self._rows(images, both_halves)) if self.reuses_keys else None,
             attention=self.attention,
         )
-        count = images.stop - images.start
         if size > count:
             x_GlC = torch.cat([half[:count] for half in x_GlC.chunk(2 if both_halves else 1)])
         if both_halves and strength == 0:
             x_GlC = x_GlC.chunk(2)[0]
-        conditioning = self._conditioning(images, strength > 0)
-        logits_BlV = self.transformer.head_logits(x_GlC, conditioning, strength)
+        logits_BlV = self.transformer.head_logits(x_GlC, self._conditioning(images, strength > 0), strength)
+        # The largest logit of a row is nan where any of its logits is.
+        if not logits_BlV.amax(dim=-1).isfinite().all():
+            raise CheckpointError(
+                f"At scale {scale} (of 0 … {self.pyramid.num_scales - 1}) the model's logits are not finite numbers.",
+                "The weights hold nan or inf, or overflow: use --dtype float32, less --cfg, or an earlier checkpoint.",
+            )
         uniforms_Bl = self.uniforms_NL[images, span]
-        if settings.more_smooth:
-            logits_BlV = keep_likely(logits_BlV, settings)
+        if self.settings.more_smooth:
+            logits_BlV = keep_likely(logits_BlV, self.settings)
             tokens_Bl = draw(logits_BlV, uniforms_Bl)
-            embeddings_BlZ = self._soft_embeddings(logits_BlV, scale, images)
+            uniforms_BlV = self._uniforms(images, logits_BlV[0].numel(), stream=1 + scale).view_as(logits_BlV)
+            ratio = self.pyramid.ratio(scale)
+            embeddings_BlZ = soft_embeddings(logits_BlV, uniforms_BlV, self.quantizer.codebook, ratio)
         else:
-            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, settings)
+            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, self.settings)
             embeddings_BlZ = self.quantizer.embed(tokens_Bl)
         if self.kept is not None:
             given_Bl, kept_Bl = self.kept.tokens_NL[images, span], self.kept.kept_NL[images, span]
             tokens_Bl = torch.where(kept_Bl, given_Bl, tokens_Bl)
             embeddings_BlZ = torch.where(kept_Bl.unsqueeze(-1), self.quantizer.embed(given_Bl), embeddings_BlZ)
         self.tokens_NL[images, span] = tokens_Bl
-        self.fhat_NZhw[images] += _increments(self.quantizer, embeddings_BlZ, scale)
+        # One by one on a CPU, whose convolutions round by the batch they see.
+        alone = embeddings_BlZ.split(1 if self.device.type == "cpu" else count)
+        self.fhat_NZhw[images] += torch.cat([self.quantizer.increment(some_BlZ, scale) for some_BlZ in alone])
+
+    def _uniforms(self, images: slice, count: int, stream: int = 0) -> Tensor:
+        """Random numbers of some images, on the device; Apple's has no float64."""
+        uniforms = sample_uniforms(self.seed, self.indices[images], count, stream)
+        return uniforms.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
 
     def _conditioning(self, images: slice, both_halves: bool, size: int = 0) -> Conditioning:
         entries_B = _filled_up(self.entries_N[images], size)
@@ -205,39 +211,16 @@ class _Run:
             entries_B = torch.cat([entries_B, self.null_entry.expand_as(entries_B)])
         return self.conditioning.select(entries_B)
 
-    def _inputs(self, scale: int, images: slice) -> Tensor:
-        fhat_BZhw = self.fhat_NZhw[images]
-        if scale == 0:
-            return fhat_BZhw.new_empty(len(fhat_BZhw), 0, 1)
-        return self.quantizer.scale_input(fhat_BZhw, scale)
-
     def _rows(self, images: slice, both_halves: bool) -> Tensor | None:
         """Rows of the cache: images, then their unconditional halves; None where they are all that there are."""
         count = len(self.entries_N)
         if images.stop - images.start == count and self.cache.num_rows == (2 * count if both_halves else count):
             return None
-        rows_B = torch.arange(images.start, images.stop, device=self.entries_N.device)
+        rows_B = torch.arange(images.start, images.stop, device=self.device)
         return torch.cat([rows_B, rows_B + count]) if both_halves else rows_B
-
-    def _soft_embeddings(self, logits_BlV: Tensor, scale: int, images: slice) -> Tensor:
-        uniforms_BX = sample_uniforms(self.seed, self.indices[images], logits_BlV[0].numel(), stream=1 + scale)
-        uniforms_BlV = _on_device(uniforms_BX, logits_BlV.device).view_as(logits_BlV)
-        return soft_embeddings(logits_BlV, uniforms_BlV, self.quantizer.codebook, self.pyramid.ratio(scale))
 
 
 def _filled_up(rows: Tensor, size: int) -> Tensor:
     """At least `size` rows, the last one repeated."""
     missing = size - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing > 0 else rows
-
-
-def _on_device(uniforms: Tensor, device: torch.device) -> Tensor:
-    """Random numbers on the device; Apple's has no float64."""
-    return uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
-
-
-def _increments(quantizer: MultiScaleQuantizer, embeddings_BlZ: Tensor, scale: int) -> Tensor:
-    """What the samples' tokens add to f̂; one by one on a CPU, whose convolutions round by the batch they see."""
-    if embeddings_BlZ.device.type != "cpu":
-        return quantizer.increment(embeddings_BlZ, scale)
-    return torch.cat([quantizer.increment(embeddings_1lZ, scale) for embeddings_1lZ in embeddings_BlZ.split(1)])

@@ -1,46 +1,55 @@
 """Samples on their way to an output: shards of consecutive images next to it, and the output that is made of them.
 
 Samples are numbered globally and cut into shards, whose size depends on the number of samples alone. A shard is done
-once its file has its name, and has the same bytes whoever makes it: a run that was stopped makes what is missing.
+once its file has its name, and has the same bytes whoever makes it: a run that was stopped makes what is missing. The
+finished output is marked with a hash of everything that it depends on, so that the same command finds it done.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import shutil
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mvar_core.config import recorded
+from mvar_core.distributed import available_cores
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.formatting import format_bytes
 from mvar_core.io.files import atomic_path, read_json, remove, require_new_directory, write_json
 from mvar_core.io.npz import npz_member
-from mvar_core.io.pictures import save_grid
+from mvar_core.io.pictures import make_grid
 from mvar_core.io.resumable import Resumable
 from mvar_core.sampling.images import Samples, join_samples
-from mvar_core.sampling.writers import WriterPool
 
 FORMATS = ("png", "npz", "grid")
 TOKENS_FILE = "tokens.npz"
 PUBLISHING = "publishing.json"
+MARK = "mvar-samples"
+"""What the mark of a finished output is called: a hidden file in a directory, a text in a PNG."""
 LARGEST_SHARD = 64
 SHARDS_WANTED = 64
 """An interruption costs what is in unfinished shards: small runs have small ones."""
 SECONDS_BETWEEN_LOOKS = 0.5
-"""How often rank 0 looks for what the other processes have finished."""
+"""How often a process looks for what the others have finished."""
+LARGEST_POOL = 4
 
 Generate = Callable[[Sequence[int], Callable[[int, int], None]], Iterable[Samples]]
 """generate(indices, progress) yields the samples of these global numbers, in order and in batches of any size."""
@@ -48,12 +57,7 @@ Generate = Callable[[Sequence[int], Callable[[int, int], None]], Iterable[Sample
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """Where samples go.
-
-    Attributes:
-        out: What the user named.
-        format: png, npz or grid.
-    """
+    """Where samples go: what the user named, and the format (png, npz or grid)."""
 
     out: Path
     format: str
@@ -71,20 +75,18 @@ class SampleOutput:
             raise ConfigError("--format grid cannot hold tokens.", "Use --format png or npz, or omit --save-tokens.")
         if form not in FORMATS:
             raise DataError(f"--format {form!r} is not known.", f"Use {', '.join(FORMATS)}.")
+        output, suffix = cls(out, form), {"png": "", "npz": ".npz", "grid": ".png"}[form]
         if form == "png":
             if out.suffix.lower() in (".png", ".npz"):
                 raise DataError(f"--out {out} names a file, but --format png writes a directory of them.",
                                 "Use a directory, or --format grid or npz.")  # fmt: skip
             if out.is_mount() or not out.name:
                 raise DataError(f"--out {out} cannot be replaced by a directory of samples.", "Use a directory in it.")
-            return cls(out, form)
-        suffix = ".npz" if form == "npz" else ".png"
-        if out.suffix.lower() not in ("", suffix):
+        elif out.suffix.lower() not in ("", suffix):
             raise DataError(f"--out {out} does not end in {suffix}, which --format {form} writes.")
-        output = cls(out, form)
-        if output.target.is_dir():
+        elif output.target.is_dir():
             raise DataError(f"{output.target} is a directory; expected a file to write.", "Choose another --out.")
-        if not out.suffix and out.is_file():
+        elif not out.suffix and out.is_file():
             raise DataError(f"{out} is a file; expected a directory.", "Choose another --out.")
         return output
 
@@ -105,6 +107,19 @@ class SampleOutput:
         """The directory for shards: hidden, next to the target."""
         return self.target.with_name(f".{self.target.name}.parts")
 
+    def mark(self) -> str | None:
+        """What a finished output was marked with; None where there is none, or other files."""
+        try:
+            if self.format == "png":
+                return (self.target / f".{MARK}").read_text(encoding="ascii")
+            if self.format == "npz":
+                with zipfile.ZipFile(self.target) as archive:
+                    return archive.comment.decode("ascii") or None
+            with Image.open(self.target, formats=("PNG",)) as image:
+                return image.info.get(MARK)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return None
+
     def require_free(self, overwrite: bool) -> None:
         """Refuse an output that exists, unless it may be replaced; its shards do not count.
 
@@ -114,35 +129,28 @@ class SampleOutput:
         if self.format == "png":
             require_new_directory(self.out, overwrite)
             require_new_directory(self.strips, overwrite)
-            return
-        if overwrite:
-            return
-        if self.target.exists():
-            raise DataError(f"{self.target} already exists.", "Choose another --out, or add --overwrite to replace it.")
-        if self.target != self.out and self.out.is_dir() and any(path != self.shards for path in self.out.iterdir()):
-            raise DataError(f"{self.out} is not empty.", "Choose another --out, or add --overwrite to replace it.")
+        elif not overwrite:
+            hint = "Choose another --out, or add --overwrite to replace it."
+            if self.target.exists():
+                raise DataError(f"{self.target} already exists, with other content.", hint)
+            if (
+                self.target != self.out
+                and self.out.is_dir()
+                and any(path != self.shards for path in self.out.iterdir())
+            ):
+                raise DataError(f"{self.out} is not empty.", hint)
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Everything that the bytes of the output depend on.
+    """Everything that the bytes of the output depend on; the record by which a run is recognised.
 
     Attributes:
-        model: Name of the model.
-        weights: Fingerprint of its files.
-        classes: Labels in the order asked for; -1 for a text or vector that is no class.
-        num: Images of each.
+        weights: Fingerprint of the model's files.
+        classes: Labels in the order asked for, with `num` images each; -1 for a text or vector that is no class.
         settings: Guidance, filters and seed.
         output: The format: png, npz or grid.
-        save_tokens: Also the tokens.
-        stages: Also each sample after every scale.
-        image_shape: Height and width in pixels.
-        scales: Number of scales, S.
-        tokens: Tokens of an image, L.
         device: Kind of device: others round differently.
-        dtype: Of the activations.
-        attention: The backend, as asked for.
-        version: The version of mvar.
         names: What files are named after, one for each of `classes`; None for their labels.
         vectors: float32 (classes, X) for a model that is conditioned on vectors, one for each of `classes`.
     """
@@ -211,16 +219,12 @@ class SampleSpec:
         return {"labels": self.labels}
 
     def file_name(self, index: int) -> str:
-        """Name of one sample's PNG: its global number and its class or text."""
-        return f"{self.number(index)}_{self.condition_name(index)}.png"
+        """Name of one sample's PNG: its global number, padded with zeros, and its subject."""
+        return f"{index:0{max(5, len(str(self.total - 1)))}d}_{self.subject(index)}.png"
 
-    def condition_name(self, index: int) -> str:
+    def subject(self, index: int) -> str:
         """What one sample's file is named after: its class, or its text."""
         return str(self.labels[index]) if self.names is None else self.names[self.entries[index]]
-
-    def number(self, index: int) -> str:
-        """A sample's global number, padded with zeros."""
-        return f"{index:0{max(5, len(str(self.total - 1)))}d}"
 
     @property
     def raw_bytes(self) -> int:
@@ -240,7 +244,7 @@ class SampleSpec:
 class SampleShards(Resumable):
     """The shards of a run, in a directory next to its output."""
 
-    def __init__(self, output: SampleOutput, spec: SampleSpec):
+    def __init__(self, output: SampleOutput, spec: SampleSpec, overwrite: bool = False):
         super().__init__(
             output.shards,
             spec.record(),
@@ -250,21 +254,28 @@ class SampleShards(Resumable):
         )
         self.output = output
         self.spec = spec
+        self.overwrite = overwrite
         self.images = self.directory / "images"
         self.strips = self.directory / "strips"
+        counted = {key: value for key, value in self.record.items() if key not in self.ignore}
+        self.mark = f"{MARK} {hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()}"
         self._begun_here = False
 
-    def check(self, overwrite: bool) -> set[int]:
+    def is_finished(self) -> bool:
+        """Whether the output is there, whole, and of this very run."""
+        return self.output.mark() == self.mark and all(path.exists() for path in self.outputs())
+
+    def check(self) -> set[int]:
         """The shards that are done; refuses an output that exists, other settings, and a disk that is too small.
 
         Raises:
             DataError: Says which, and what to do.
         """
-        if not overwrite:
+        if not self.overwrite:
             self.require_same("Use those settings to resume it, or add --overwrite to start over.")
         if not self.difference() and self.is_assembled():
             return set(self.pieces)
-        self.output.require_free(overwrite)
+        self.output.require_free(self.overwrite)
         done = self.done()
         total, each = self.spec.total, self.spec.raw_bytes
         # PNG files of photographs have half the size of their pixels or more; an npz is assembled next to its shards.
@@ -274,16 +285,24 @@ class SampleShards(Resumable):
         free = shutil.disk_usage(above).free
         if needed > free:
             raise DataError(
-                f"{above} has {free / 2**30:,.1f} GiB free; {total} samples as {self.output.format} need about"
-                f" {needed / 2**30:,.1f} GiB until they are assembled.",
+                f"{above} has {format_bytes(free)} free; {total} samples as {self.output.format} need about"
+                f" {format_bytes(needed)} until they are assembled.",
                 "Free some space, or choose another --out or a smaller --num.",
             )
         return done
 
-    def begin(self) -> set[int]:
-        """Lock and prepare the directory; returns the shards that are done."""
-        done = super().begin()
+    def prepare(self) -> set[int]:
+        """As of `Resumable`.
+
+        Raises:
+            DataError: Another process has finished the output in the meantime.
+        """
         self._begun_here = True
+        if not self.difference() and self.is_assembled():
+            return set(self.pieces)
+        if not self.overwrite and self.is_finished():
+            raise DataError(f"Another process has just finished {self.output.target}.", "Nothing is left to do.")
+        done = super().prepare()
         (self.directory / PUBLISHING).unlink(missing_ok=True)
         if self.output.format == "png":
             self.images.mkdir(exist_ok=True)
@@ -320,13 +339,12 @@ class SampleShards(Resumable):
         if self.output.format == "png":
             sizes = []
             for row, index in enumerate(self.spec.span(shard)):
-                path = self.images / self.spec.file_name(index)
-                Image.fromarray(samples.images[row].numpy()).save(path)
-                strip_bytes = 0
+                files = [self.images / self.spec.file_name(index)]
+                Image.fromarray(samples.images[row].numpy()).save(files[0])
                 if samples.stages is not None:
-                    Image.fromarray(strip(samples.stages[row].numpy())).save(self.strips / path.name)
-                    strip_bytes = (self.strips / path.name).stat().st_size
-                sizes.append((path.stat().st_size, strip_bytes))
+                    files.append(self.strips / files[0].name)
+                    Image.fromarray(strip(samples.stages[row].numpy())).save(files[1])
+                sizes.append(([file.stat().st_size for file in files] + [0])[:2])
             arrays["sizes"] = np.array(sizes, np.int64)
         else:
             arrays["arr_0"] = samples.images.numpy()
@@ -342,6 +360,66 @@ class SampleShards(Resumable):
             return self.spec.known[name][span.start : span.stop]
         with np.load(self.piece(shard), allow_pickle=False) as file:
             return file[name]
+
+    def make(
+        self,
+        own: Sequence[int],
+        kept: AbstractSet[int],
+        generate: Generate,
+        report: Callable[[int, int], None],
+        *,
+        threads: int = 1,
+        wait: bool = False,
+    ) -> None:
+        """Generate some shards; each is written by a thread as soon as it is complete.
+
+        Batches may cross the borders of shards, so that how many samples run together does not depend on them.
+
+        Args:
+            own: Shards to make.
+            kept: Shards that were there before; all others are made by other processes.
+            generate: The model.
+            report: Called as report(done, total), in samples of all processes.
+            threads: That encode and write.
+            wait: Return when the others have made theirs too.
+
+        Raises:
+            DataError: The disk is full.
+        """
+        spec, resumed, others = self.spec, self.samples_in(kept), set(self.pieces) - kept - set(own)
+        looked, made_by_others = time.monotonic(), 0
+
+        def tell(done: int, total: int, between: float = SECONDS_BETWEEN_LOOKS) -> None:
+            nonlocal looked, made_by_others
+            if others and time.monotonic() - looked >= between:
+                looked, made_by_others = time.monotonic(), self.samples_in(others & self.present())
+            report(resumed + done + made_by_others, spec.total)
+
+        tell(0, 0)
+        waiting: list[Samples] = []
+        remaining = iter(own)
+        shard = next(remaining, None)
+        try:
+            with WriterPool(threads) as pool:
+                for samples in generate([index for number in own for index in spec.span(number)], tell):
+                    waiting.append(samples)
+                    while shard is not None and sum(map(len, waiting)) >= (size := len(spec.span(shard))):
+                        joined = join_samples(waiting)
+                        pool.submit(self.write, shard, joined.rows(slice(size)))
+                        waiting = [joined.rows(slice(size, None))]
+                        shard = next(remaining, None)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"The disk of {self.directory} is full; {len(self.present())} of {len(spec.shards)} shards are kept.",
+                "Free some space, then run the same command again to resume.",
+            ) from None
+        while wait and others - self.present():
+            time.sleep(SECONDS_BETWEEN_LOOKS / 5)
+            tell(self.samples_in(own), 0, between=0)
+        if wait:
+            report(spec.total, spec.total)
 
     def leave(self) -> None:
         """Let others work here; without any shard, the directory is removed."""
@@ -366,12 +444,8 @@ class SampleShards(Resumable):
             return False
         return all((self.directory / name).exists() or Path(final).exists() for name, final in read_json(path).items())
 
-    def assemble(self, replace: bool, progress: Callable[[int, int], None] | None = None) -> None:
+    def assemble(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make the output from its shards, one in memory at a time, give it its name, and remove the shards.
-
-        Args:
-            replace: Whether an output that exists may be replaced.
-            progress: Called as progress(done, total), in samples.
 
         Raises:
             DataError: An output has appeared under that name in the meantime.
@@ -379,7 +453,7 @@ class SampleShards(Resumable):
         if not self.is_assembled():
             finals = self._assembled(progress)
             for final in finals.values():
-                if not replace and (final.is_file() or (final.is_dir() and any(final.iterdir()))):
+                if not self.overwrite and (final.is_file() or (final.is_dir() and any(final.iterdir()))):
                     raise DataError(f"{final} has appeared during sampling.",
                                     "Move it away and run the same command again.")  # fmt: skip
             # From here on an interrupted run has only names left to give.
@@ -401,118 +475,73 @@ class SampleShards(Resumable):
         if self.output.format == "png":
             if spec.save_tokens:
                 self._merge(("tokens", *spec.known), self.images / TOKENS_FILE, progress)
+            (self.images / f".{MARK}").write_text(self.mark, encoding="ascii")
             return {self.images.name: target, **({self.strips.name: self.output.strips} if spec.stages else {})}
-        further = {"tokens": spec.save_tokens, "stages": spec.stages}
         if self.output.format == "npz":
+            further = {"tokens": spec.save_tokens, "stages": spec.stages}
             names = ("arr_0", *spec.known, *(name for name, wanted in further.items() if wanted))
             self._merge(names, self.directory / "final.npz", progress)
             return {"final.npz": target}
         images = np.concatenate([self.read(shard, "stages" if spec.stages else "arr_0") for shard in self.pieces])
         if spec.stages:
             images = np.stack([strip(stages) for stages in images])
-        save_grid(images, self.directory / "final.png", grid_columns(spec.groups, spec.num, spec.stages))
+        text = PngInfo()
+        text.add_text(MARK, self.mark)
+        grid = make_grid(images, grid_columns(spec.groups, spec.num, spec.stages))
+        Image.fromarray(grid).save(self.directory / "final.png", pnginfo=text)
         return {"final.png": target}
 
     def _merge(self, names: Sequence[str], path: Path, progress: Callable[[int, int], None] | None) -> None:
         """One npz from the shards' arrays, in global order."""
         total, done = self.spec.total, 0
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            archive.comment = self.mark.encode("ascii")
             for name in names:
-                with ExitStack() as stack:
-                    member: Any = None
+                first = self.read(self.pieces[0], name)
+                with npz_member(archive, name, (total, *first.shape[1:]), first.dtype) as member:
                     for shard in self.pieces:
                         array = self.read(shard, name)
-                        if member is None:
-                            shape = (total, *array.shape[1:])
-                            member = stack.enter_context(npz_member(archive, name, shape, array.dtype))
                         member.write(np.ascontiguousarray(array).data)
                         done += len(array)
                         if progress is not None:
                             progress(done // len(names), total)
 
 
-def generate_shards(
-    shards: SampleShards, own: Sequence[int], generate: Generate, progress: ShardProgress, pool: WriterPool
-) -> None:
-    """Generate some shards and write each as soon as it is complete.
+class WriterPool:
+    """A few threads with a short queue: `submit` waits while it is full, so that memory stays bounded.
 
-    Batches may cross the borders of shards, so that how many samples run together does not depend on them.
-
-    Raises:
-        DataError: The disk is full.
-    """
-    spec = shards.spec
-    indices = [index for shard in own for index in spec.span(shard)]
-    waiting: list[Samples] = []
-    remaining = iter(own)
-    shard = next(remaining, None)
-    try:
-        with pool:
-            for samples in generate(indices, progress.own):
-                waiting.append(samples)
-                while shard is not None and sum(map(len, waiting)) >= (size := len(spec.span(shard))):
-                    joined = join_samples(waiting)
-                    pool.submit(shards.write, shard, joined.rows(slice(size)))
-                    waiting = [joined.rows(slice(size, None))]
-                    shard = next(remaining, None)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"The disk of {shards.directory} is full; {len(shards.present())} of {len(spec.shards)} shards are kept.",
-            "Free some space, then run the same command again to resume.",
-        ) from None
-
-
-class ShardProgress:
-    """One process's progress combined with what the files tell about the others'.
-
-    Args:
-        shards: Where all processes write.
-        kept: Shards that were there before.
-        own: Shards that this process makes.
-        report: Called as report(done, total), in samples of all processes.
+    The first error of a thread is raised by a later `submit`, or where the block ends. If the block ends by an
+    interruption, everything submitted is finished; if it ends by an error, what has not begun is dropped.
     """
 
-    def __init__(
-        self,
-        shards: SampleShards,
-        kept: AbstractSet[int],
-        own: Sequence[int],
-        report: Callable[[int, int], None],
-        seconds_between_looks: float = SECONDS_BETWEEN_LOOKS,
-    ):
-        self.shards = shards
-        self.report = report
-        self.seconds_between_looks = seconds_between_looks
-        self.resumed = shards.samples_in(kept)
-        self._not_others = kept | set(own)
-        self._own_done = self._others_done = 0
-        self._looked = time.monotonic()
-        self._alone = len(self._not_others) == len(shards.pieces)
-        self._tell()
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="mvar-writer")
+        self._submitted: deque[Future[None]] = deque()
 
-    def own(self, done: int, total: int) -> None:
-        """This process has generated `done` samples of its `total`."""
-        self._own_done = done
-        if not self._alone and time.monotonic() - self._looked >= self.seconds_between_looks:
-            self._look()
-        self._tell()
+    @staticmethod
+    def threads_for(processes: int) -> int:
+        """Half of this process's cores, at most four, where so many processes share this machine."""
+        return max(1, min(LARGEST_POOL, available_cores() // (2 * processes)))
 
-    def wait_for_others(self) -> None:
-        """Return when every shard of every process is there."""
-        while not self._alone and self._look() < self.shards.spec.total:
-            self._tell()
-            time.sleep(self.seconds_between_looks / 5)
-        self._tell()
+    def __enter__(self) -> WriterPool:
+        return self
 
-    def _look(self) -> int:
-        self._others_done = self.shards.samples_in(self.shards.present() - self._not_others)
-        self._looked = time.monotonic()
-        return self.resumed + self._own_done + self._others_done
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None or issubclass(kind, KeyboardInterrupt):
+                for future in self._submitted:
+                    future.result()
+        finally:
+            self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _tell(self) -> None:
-        self.report(self.resumed + self._own_done + self._others_done, self.shards.spec.total)
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Run `work(*arguments)` in a thread; waits while all threads are busy and one piece of work is waiting."""
+        while len(self._submitted) > self.threads:
+            self._submitted.popleft().result()
+        self._submitted.append(self._executor.submit(work, *arguments))
 
 
 def strip(stages: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -38,7 +38,6 @@ from mvar_core.reports.pages import TableRows
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import peak_memory_bytes
 from mvar_core.sampling.conditions import without_conditions
-from mvar_core.sampling.images import ImageSampler
 from mvar_core.sampling.sampler import sample_tokens
 
 PAGE = "report.html"
@@ -245,8 +244,7 @@ def _own_samples(pipeline: Pipeline, num: int, seed: int, progress: Progress) ->
     assert config.transformer is not None
     conditions = pipeline.conditions_of(spread_classes(num, config.transformer.num_classes))
     settings = pipeline.sampling_settings()
-    sampler = ImageSampler(config, transformer, pipeline._tokenizer, pipeline.attention)
-    sizes = sampler.micro_batches(num, settings)
+    sizes = pipeline.micro_batches(num, settings)
     parts = []
     for start in range(0, num, sizes.images):
         progress("sampling", start, num)

@@ -18,7 +18,6 @@ from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.folders import find_images
 from mvar_core.data.masks import Mask, box_mask, crop_kept, read_mask
 from mvar_core.data.transforms import resize_and_crop
-from mvar_core.distributed import connect, sigterm_as_interrupt
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.io.files import fingerprint
 from mvar_core.io.pixels import Pixels, from_uint8
@@ -28,8 +27,8 @@ from mvar_core.sampling.conditions import choose_conditions
 from mvar_core.sampling.editing import UNGUIDED, KeptTokens, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.sampler import resolve_settings
-from mvar_core.sampling.shards import SampleOutput, SampleShards, SampleSpec
-from mvar_core.workflows.sample import Interrupted, LazyModel, SampleResult, check_early, write_samples
+from mvar_core.sampling.shards import SampleOutput, SampleSpec
+from mvar_core.workflows.sample import Plan, SampleJob, SampleResult
 
 Box = tuple[int, int, int, int]
 
@@ -105,41 +104,47 @@ def edit(
     """
     if (box is None) == (mask is None):
         raise ConfigError("There must be one region to edit.", "Use either --box X0,Y0,X1,Y1 or --mask FILE.")
-    output = SampleOutput.of(Path(out), format, save_tokens)
     region = parse_box(box) if isinstance(box, str) else box
-    towards = bool(classes or words)
-    try:
-        with connect(machine.device) as world, sigterm_as_interrupt():
-            if not towards and settings is not None and settings.cfg and "cfg" in settings.model_fields_set:
-                logging.getLogger("mvar").info("--cfg guides towards a class; without --class it has no effect.")
-            check_early(world, output, overwrite)
-            model = LazyModel(checkpoint, tokenizer, world, machine)
-            chosen = choose_conditions(model.config, classes, words)
-            resolved = resolve_settings(model.config, settings, **({} if towards else UNGUIDED))
-            region_of = Regions(model.config, images, region, Path(mask) if mask is not None else None, keep, coverage)
-            edits = region_of.summary()
-            if dry_run:
-                total = len(region_of.paths) * max(1, len(chosen.labels)) * num
-                steps = (
-                    f"encode {len(region_of.paths)} images, and keep their tokens where the region says so",
-                    f"generate the others, {total} times in all",
-                    f"write {output.target}",
-                )
-                return EditResult(dry_run=model.dry_run(steps, total, resolved, batch_size, edits=edits))
-            fields = model.spec(chosen, num, resolved, seed, output, save_tokens, stages)
-            spec = EditSpec(**fields, **region_of.spec(), paste=paste)
+    mask, towards = Path(mask) if mask is not None else None, bool(classes or words)
+    edits: list[dict[str, Any]] = []
 
-            def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterator[Samples]:
-                options = {"settings": resolved, "seed": seed, "batch_size": batch_size, "stages": stages}
-                return edited(model.load(), region_of, spec, indices, progress=report, **options)
+    def plan(job: SampleJob) -> Plan:
+        config = job.config
+        chosen = choose_conditions(config, classes, words)
+        if not towards and settings is not None and settings.cfg and "cfg" in settings.model_fields_set:
+            logging.getLogger("mvar").info("--cfg guides towards a class; without --class it has no effect.")
+        resolved = resolve_settings(config, settings, **({} if towards else UNGUIDED))
+        given = read_given(config, images, region, mask, keep, coverage)
+        edits.extend(image.summary(config) for image in given)
+        assert config.transformer is not None
+        spec = EditSpec(
+            **vars(chosen),
+            **job.facts(resolved),
+            images=tuple(image.path.stem for image in given),
+            inputs=fingerprint([*(image.path for image in given), *([mask] if mask is not None else [])]),
+            box=region,
+            keep=keep,
+            coverage=coverage,
+            stays=tuple(np.packbits(image.stays.numpy()).tobytes().hex() for image in given),
+            null_label=config.transformer.num_classes,
+            paste=paste,
+        )
 
-            shards = SampleShards(output, spec)
-            values = write_samples(world, shards, generate, overwrite, model, batch_size, progress)
-            return EditResult(
-                **values, keep=keep, coverage=coverage, paste=paste, box=region, mask=region_of.mask, edits=edits
-            )
-    except Interrupted as stop:
-        return EditResult(**stop.values)
+        def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterator[Samples]:
+            return _edited(job.pipeline, given, spec, indices, progress=report, **job.options(resolved))
+
+        steps = (
+            f"encode {len(given)} images, and keep their tokens where the region says so",
+            f"generate the others, {spec.total} times in all",
+        )
+        return Plan(spec, generate, resolved, steps, {"edits": edits})
+
+    job = SampleJob(
+        SampleOutput.of(Path(out), format, save_tokens), checkpoint, tokenizer, machine, num, seed, batch_size,
+        save_tokens, stages, overwrite, dry_run, progress,
+    )  # fmt: skip
+    values = job.run(plan)
+    return EditResult(**values, keep=keep, coverage=coverage, paste=paste, box=region, mask=mask, edits=edits)
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,7 @@ class EditSpec(SampleSpec):
     paste: bool
 
     @property
-    def groups(self) -> int:
-        """Images times classes."""
+    def groups(self) -> int:  # noqa: D102
         return len(self.images) * max(1, len(self.classes))
 
     @cached_property
@@ -189,129 +193,114 @@ class EditSpec(SampleSpec):
         """Which image a sample is made of."""
         return index // (self.total // len(self.images))
 
-    def file_name(self, index: int) -> str:
-        """Name of one sample's PNG: its global number, its image and, where there is one, its class."""
-        label = f"_{self.condition_name(index)}" if self.classes else ""
-        return f"{self.number(index)}_{self.images[self.image_of(index)]}{label}.png"
+    def subject(self, index: int) -> str:
+        """The image and, where there is one, the class."""
+        towards = f"_{super().subject(index)}" if self.classes else ""
+        return f"{self.images[self.image_of(index)]}{towards}"
 
 
-@dataclass(eq=False)
-class Regions:
+@dataclass(frozen=True)
+class GivenImage:
+    """An image to edit: its file, where its pixels stay (H, W) once it has the model's size, and which tokens (L,)."""
+
+    path: Path
+    pixels: Mask
+    stays: torch.Tensor
+
+    def read(self) -> Pixels:
+        """The image as the model sees it, uint8 (H, W, 3)."""
+        shape = (self.pixels.shape[0], self.pixels.shape[1])
+        return np.asarray(resize_and_crop(read_rgb(self.path), shape))
+
+    def summary(self, config: ModelConfig) -> dict[str, Any]:
+        """Its file, and how many tokens stay of how many at each scale."""
+        return {
+            "image": str(self.path),
+            "kept_by_scale": [int(self.stays[span].sum()) for span in config.pyramid.spans],
+            "tokens_by_scale": [grid.tokens for grid in config.pyramid.grids],
+        }
+
+
+def read_given(
+    config: ModelConfig,
+    images: str | Path | Sequence[str | Path],
+    box: Box | None,
+    mask: Path | None,
+    keep: str,
+    coverage: float,
+) -> list[GivenImage]:
     """Images, and what stays of each; everything is checked before anything is sampled.
 
-    There is a box, in pixels of every image's file, or a mask, white inside, of an image's size or of the model's.
-    DataError where images or mask cannot be used, or all or nothing of an image would stay.
+    Args:
+        config: The model.
+        images: Files, and folders of them.
+        box: In pixels of every image's file; or else there is a mask.
+        mask: An image file, white inside; of an image's size or of the model's.
+        keep: "outside" or "inside".
+        coverage: As of `edit`.
+
+    Raises:
+        DataError: Images or mask cannot be used, or all or nothing of an image would stay.
     """
+    named = [Path(path) for path in ([images] if isinstance(images, (str, Path)) else images)]
+    paths = [
+        path
+        for given in named
+        for path in ([given / name for name in find_images(given)[1]] if given.is_dir() else [given])
+    ]
+    inside = read_mask(mask) if mask is not None else None
+    stays: dict[tuple[int, int], tuple[Mask, torch.Tensor]] = {}  # images of one size share what stays
+    found = []
+    for path in paths:
+        size = check_image(path)
+        if size not in stays:
+            region = box_mask(box, size) if box is not None else inside
+            assert region is not None
+            kept = kept_pixels(torch.from_numpy(region), keep).numpy()
+            if region.shape == size:
+                kept = crop_kept(kept, config.image_shape)
+            elif region.shape != config.image_shape:
+                raise DataError(
+                    f"The mask {mask} is {_size(region.shape)}, but {path} is {_size(size)}.",
+                    f"Use a mask of the image's size, or of the model's, {_size(config.image_shape)}.",
+                )
+            stays[size] = kept, kept_tokens(torch.from_numpy(kept), config.pyramid, coverage)
+            what = f"--mask {mask}" if mask is not None else "--box " + ",".join(map(str, box or ()))
+            _require_both(config, path, stays[size][1], f"{what} with --keep {keep}", keep)
+        found.append(GivenImage(path, *stays[size]))
+    return found
 
-    config: ModelConfig
-    images: str | Path | Sequence[str | Path]
-    box: Box | None
-    mask: Path | None
-    keep: str
-    coverage: float
 
-    def __post_init__(self) -> None:
-        mask, images = self.mask, self.images
-        named = [Path(path) for path in ([images] if isinstance(images, (str, Path)) else images)]
-        self.paths = [
-            path
-            for given in named
-            for path in ([given / name for name in find_images(given)[1]] if given.is_dir() else [given])
-        ]
-        inside = read_mask(mask) if mask is not None else None
-        self.sizes = [check_image(path) for path in self.paths]
-        # Images of one size share what stays.
-        first = dict(zip(reversed(self.sizes), reversed(self.paths), strict=True))
-        self._pixels = {size: self._kept(path, size, inside) for size, path in first.items()}
-        self._stays = {
-            size: kept_tokens(torch.from_numpy(pixels), self.config.pyramid, self.coverage)
-            for size, pixels in self._pixels.items()
-        }
-        for size, path in first.items():
-            self._require_both(path, self._stays[size])
-
-    def pixels(self, image: int) -> Mask:
-        """Where an image's pixels stay, (H, W) of the model's size."""
-        return self._pixels[self.sizes[image]]
-
-    def stays(self, image: int) -> torch.Tensor:
-        """Which of an image's tokens stay, bool (L,)."""
-        return self._stays[self.sizes[image]]
-
-    def given(self, image: int) -> Pixels:
-        """An image as the model sees it, uint8 (H, W, 3)."""
-        return np.asarray(resize_and_crop(read_rgb(self.paths[image]), self.config.image_shape))
-
-    def spec(self) -> dict[str, Any]:
-        """Fields of an `EditSpec`."""
-        packed = [np.packbits(self.stays(image).numpy()).tobytes().hex() for image in range(len(self.paths))]
-        assert self.config.transformer is not None
-        return {
-            "images": tuple(path.stem for path in self.paths),
-            "inputs": fingerprint([*self.paths, *([self.mask] if self.mask is not None else [])]),
-            "box": self.box,
-            "keep": self.keep,
-            "coverage": self.coverage,
-            "stays": tuple(packed),
-            "null_label": self.config.transformer.num_classes,
-        }
-
-    def summary(self) -> list[dict[str, Any]]:
-        """For every image its file, and how many tokens stay of how many at each scale."""
-        pyramid = self.config.pyramid
-        return [
-            {
-                "image": str(path),
-                "kept_by_scale": [int(self.stays(image)[span].sum()) for span in pyramid.spans],
-                "tokens_by_scale": [grid.tokens for grid in pyramid.grids],
-            }
-            for image, path in enumerate(self.paths)
-        ]
-
-    def _kept(self, path: Path, size: tuple[int, int], inside: Mask | None) -> Mask:
-        if inside is None:
-            assert self.box is not None
-            inside = box_mask(self.box, size)
-        kept = kept_pixels(torch.from_numpy(inside), self.keep).numpy()
-        if inside.shape == size:
-            return crop_kept(kept, self.config.image_shape)
-        if inside.shape == self.config.image_shape:
-            return kept
+def _require_both(config: ModelConfig, path: Path, stays: torch.Tensor, what: str, keep: str) -> None:
+    """Refuse a region that keeps everything, or nothing."""
+    last, grid = stays[config.pyramid.spans[-1]], config.pyramid.latent_grid
+    height, width = config.image_shape
+    if last.all():
         raise DataError(
-            f"The mask {self.mask} is {_size(inside.shape)}, but {path} is {_size(size)}.",
-            f"Use a mask of the image's size, or of the model's, {_size(self.config.image_shape)}.",
+            f"Nothing of {path} would change: {what} keeps all that the model sees of it.",
+            f"The model sees its centre, resized to {_size((height, width))}; choose another region, or --keep"
+            f" {'outside' if keep == 'inside' else 'inside'}.",
+        )
+    if not last.any():
+        raise DataError(
+            f"Nothing of {path} would stay: {what} keeps no whole token.",
+            f"One covers {_size((height // grid.height, width // grid.width))} of {_size((height, width))}; to"
+            " generate without an image, use `mvar sample`.",
         )
 
-    def _require_both(self, path: Path, stays: torch.Tensor) -> None:
-        """Refuse a region that keeps everything, or nothing."""
-        what = f"--mask {self.mask}" if self.mask is not None else "--box " + ",".join(map(str, self.box or ()))
-        last = stays[self.config.pyramid.spans[-1]]
-        height, width = self.config.image_shape
-        if last.all():
-            raise DataError(
-                f"Nothing of {path} would change: {what} with --keep {self.keep} keeps all that the model sees of it.",
-                f"The model sees its centre, resized to {_size((height, width))}; choose another region, or --keep"
-                f" {'outside' if self.keep == 'inside' else 'inside'}.",
-            )
-        if not last.any():
-            grid = self.config.pyramid.latent_grid
-            raise DataError(
-                f"Nothing of {path} would stay: {what} with --keep {self.keep} keeps no whole token.",
-                f"One covers {_size((height // grid.height, width // grid.width))} of {_size((height, width))}; to"
-                " generate without an image, use `mvar sample`.",
-            )
 
-
-def edited(
-    pipeline: Pipeline, regions: Regions, spec: EditSpec, indices: Sequence[int], **options: Any
+def _edited(
+    pipeline: Pipeline, given: Sequence[GivenImage], spec: EditSpec, indices: Sequence[int], **options: Any
 ) -> Iterator[Samples]:
     """Edits with some global numbers, with options of `Pipeline.stream`."""
     images = [spec.image_of(index) for index in indices]
-    given = lru_cache(maxsize=4)(regions.given)
-    encoded = {}
-    for image in dict.fromkeys(images):
-        pixels = torch.from_numpy(regions.pixels(image))
-        encoded[image] = pipeline.kept_tokens(from_uint8(given(image)[None]), pixels, spec.coverage)
+    pixels_of = lru_cache(maxsize=4)(lambda image: given[image].read())
+    encoded = {
+        image: pipeline.kept_tokens(
+            from_uint8(pixels_of(image)[None]), torch.from_numpy(given[image].pixels), spec.coverage
+        )
+        for image in dict.fromkeys(images)
+    }
     kept = KeptTokens(
         torch.cat([encoded[image].tokens_NL for image in images]),
         torch.cat([encoded[image].kept_NL for image in images]),
@@ -322,9 +311,9 @@ def edited(
         batch = images[done : done + len(samples)]
         done += len(samples)
         if spec.paste:
-            own = torch.from_numpy(np.stack([given(image) for image in batch]))
-            pixels = torch.from_numpy(np.stack([regions.pixels(image) for image in batch]))
-            samples = replace(samples, images=pasted(samples.images, own, pixels))
+            own = torch.from_numpy(np.stack([pixels_of(image) for image in batch]))
+            stays = torch.from_numpy(np.stack([given[image].pixels for image in batch]))
+            samples = replace(samples, images=pasted(samples.images, own, stays))
         yield samples
 
 

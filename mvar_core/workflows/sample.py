@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,10 @@ from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress, stage
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
-from mvar_core.sampling.conditions import ChosenConditions, choose_conditions
+from mvar_core.sampling.conditions import choose_conditions
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.sampler import resolve_settings
-from mvar_core.sampling.shards import (
-    Generate,
-    SampleOutput,
-    SampleShards,
-    SampleSpec,
-    ShardProgress,
-    generate_shards,
-)
-from mvar_core.sampling.writers import WriterPool
+from mvar_core.sampling.shards import Generate, SampleOutput, SampleShards, SampleSpec, WriterPool
 
 log = logging.getLogger("mvar")
 
@@ -45,7 +38,7 @@ class SampleResult(Result):
     Attributes:
         images: Images in the output; those that are kept, where the run was interrupted.
         total: Images asked for.
-        resumed: Images that an earlier, interrupted run had made.
+        resumed: Images that earlier runs had made.
         seconds: What this call took, without loading the model.
         images_per_second: Speed of what this call sampled; None where nothing was missing.
         peak_memory_bytes: Highest memory of this process so far.
@@ -71,14 +64,6 @@ class SampleResult(Result):
     interrupted: bool = False
 
 
-class Interrupted(KeyboardInterrupt):
-    """An interruption, with what is known of the run: other processes must not be waited for."""
-
-    def __init__(self, values: dict[str, Any]):
-        super().__init__()
-        self.values = values
-
-
 def sample_to(
     out: str | Path,
     *,
@@ -102,8 +87,8 @@ def sample_to(
     """Write images of classes to `out`; of texts or vectors, where the model is conditioned on them.
 
     An image depends on the seed, its number, its class, text or vector, the settings and the weights alone: not on the
-    batch size, the number of processes, or what was resumed. The same call again resumes an interrupted run. Under
-    torchrun the processes share the work.
+    batch size, the number of processes, or what was resumed. The same call again resumes an interrupted run, and
+    changes nothing where the output is finished. Under torchrun the processes share the work.
 
         mvar.sample_to("out", checkpoint="runs/mvar", classes="all", num=8, settings=mvar.SamplingConfig(cfg=1.5))
 
@@ -129,86 +114,118 @@ def sample_to(
     Raises:
         MvarError: Model, conditions, settings or output do not fit together.
     """
-    output = SampleOutput.of(Path(out), format, save_tokens)
     if not classes and not words and vectors is None:
         raise ConfigError("Nothing was chosen to generate.", "Use --class, --words or --vectors.")
-    try:
-        with connect(machine.device) as world, sigterm_as_interrupt():
-            check_early(world, output, overwrite)
-            model = LazyModel(checkpoint, tokenizer, world, machine)
-            chosen = choose_conditions(model.config, classes, words, vectors)
-            resolved = resolve_settings(model.config, settings)
-            if dry_run:
-                total = num * len(chosen.labels)
-                steps = (f"generate {total} images: {num} of each of {len(chosen.labels)} conditions",
-                         f"write {output.target}")  # fmt: skip
-                return SampleResult(dry_run=model.dry_run(steps, total, resolved, batch_size))
-            spec = SampleSpec(**model.spec(chosen, num, resolved, seed, output, save_tokens, stages))
 
-            def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterator[Samples]:
-                own = {**spec.conditions(indices), "indices": indices, "progress": report}
-                return model.load().stream(**own, settings=resolved, seed=seed, batch_size=batch_size, stages=stages)
+    def plan(job: SampleJob) -> Plan:
+        chosen = choose_conditions(job.config, classes, words, vectors)
+        resolved = resolve_settings(job.config, settings)
+        spec = SampleSpec(**vars(chosen), **job.facts(resolved))
 
-            shards = SampleShards(output, spec)
-            return SampleResult(**write_samples(world, shards, generate, overwrite, model, batch_size, progress))
-    except Interrupted as stop:
-        return SampleResult(**stop.values)
+        def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterable[Samples]:
+            return job.pipeline.stream(
+                **spec.conditions(indices), indices=indices, progress=report, **job.options(resolved)
+            )
+
+        step = f"generate {spec.total} images: {num} of each of {len(chosen.classes)} conditions"
+        return Plan(spec, generate, resolved, (step,))
+
+    job = SampleJob(
+        SampleOutput.of(Path(out), format, save_tokens), checkpoint, tokenizer, machine, num, seed, batch_size,
+        save_tokens, stages, overwrite, dry_run, progress,
+    )  # fmt: skip
+    return SampleResult(**job.run(plan))
 
 
-class LazyModel:
-    """A model that is loaded as late as possible: its configuration tells most of what can be wrong."""
+@dataclass(frozen=True)
+class Plan:
+    """What a job makes: its specification, the model's part of it, resolved settings, and the steps of a dry run."""
 
-    def __init__(self, checkpoint: str | Path, tokenizer: str | Path | None, world: World, machine: Machine):
-        self.checkpoint = Path(checkpoint)
-        self.tokenizer = Path(tokenizer) if tokenizer is not None else None
-        self.machine = machine.model_copy(update={"device": world.device(machine.device)})
-        self.device = resolve_device(self.machine.device)
-        self.dtype = resolve_dtype(machine.dtype, self.device)
-        machine.memory_bytes  # noqa: B018  (refuses what is no amount of memory)
-        self._pipeline: Pipeline | None = None
-        # A published file tells its configuration by its tensors alone.
-        published = self.checkpoint.is_file()
-        self.config: ModelConfig = self.load().config if published else directory.read_model_config(self.checkpoint)
-        check_backend(machine.attention, self.config.patterns, self.device, self.dtype)
+    spec: SampleSpec
+    generate: Generate
+    settings: SamplingConfig
+    steps: tuple[str, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self) -> Pipeline:
-        """The pipeline."""
-        if self._pipeline is None:
-            self._pipeline = Pipeline.from_pretrained(self.checkpoint, tokenizer=self.tokenizer, machine=self.machine)
-        return self._pipeline
 
-    def fingerprint(self) -> str:
-        """What tells these weights from others; CheckpointError where a file is missing."""
-        if self.checkpoint.is_file():
-            return fingerprint([self.checkpoint, self.tokenizer or official.tokenizer_next_to(self.checkpoint)])
-        names = (directory.CONFIG_FILE, directory.TRANSFORMER_FILE, directory.TOKENIZER_FILE)
-        files = [self.checkpoint / name for name in names]
+@dataclass
+class SampleJob:
+    """What `sample_to` and `edit` have in common: their arguments, a model that is loaded late, shards, an output."""
+
+    output: SampleOutput
+    checkpoint: str | Path
+    tokenizer: str | Path | None
+    machine: Machine
+    num: int
+    seed: int
+    batch_size: int | None
+    save_tokens: bool
+    stages: bool
+    overwrite: bool
+    dry_run: bool
+    progress: Progress | None
+
+    def run(self, plan: Callable[[SampleJob], Plan]) -> dict[str, Any]:
+        """Do what `plan` returns for this job; returns the fields of a `SampleResult`."""
+        values: dict[str, Any] = {}
+        try:
+            with connect(self.machine.device) as world, sigterm_as_interrupt():
+                output = self.output
+                if not output.shards.is_dir() and output.mark() is None:  # before anything slow
+                    world.run_on_rank_zero(lambda: output.require_free(self.overwrite))
+                self.machine = self.machine.model_copy(update={"device": world.device(self.machine.device)})
+                self.device = resolve_device(self.machine.device)
+                self.dtype = resolve_dtype(self.machine.dtype, self.device)
+                self.machine.memory_bytes  # noqa: B018  (refuses what is no amount of memory)
+                check_backend(self.machine.attention, self.config.patterns, self.device, self.dtype)
+                planned = plan(self)
+                if self.dry_run:
+                    return {"dry_run": self._dry_run(planned)}
+                self._write(world, planned, values)
+        except KeyboardInterrupt:  # out here: the other processes must not be waited for
+            if not values:
+                raise
+            values["interrupted"] = True
+        return values
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The model, loaded on first use."""
+        return Pipeline.from_pretrained(self.checkpoint, tokenizer=self.tokenizer, machine=self.machine)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's configuration, without its weights where it has a file of its own."""
+        path = Path(self.checkpoint)
+        return self.pipeline.config if path.is_file() else directory.read_model_config(path)
+
+    def options(self, settings: SamplingConfig) -> dict[str, Any]:
+        """Arguments of `Pipeline.stream`."""
+        return {"settings": settings, "seed": self.seed, "batch_size": self.batch_size, "stages": self.stages}
+
+    def facts(self, settings: SamplingConfig) -> dict[str, Any]:
+        """Fields of a `SampleSpec` that model, machine and arguments decide.
+
+        Raises:
+            CheckpointError: A file of the model is missing.
+        """
+        path, config = Path(self.checkpoint), self.config
+        if path.is_file():
+            files = [path, Path(self.tokenizer) if self.tokenizer else official.tokenizer_next_to(path)]
+        else:
+            names = (directory.CONFIG_FILE, directory.TRANSFORMER_FILE, directory.TOKENIZER_FILE)
+            files = [path / name for name in names]
         for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{self.checkpoint} has no {file.name}.", "Use a model that `mvar train` made.")
-        return fingerprint(files)
-
-    def spec(
-        self,
-        chosen: ChosenConditions,
-        num: int,
-        settings: SamplingConfig,
-        seed: int,
-        output: SampleOutput,
-        save_tokens: bool,
-        stages: bool,
-    ) -> dict[str, Any]:
-        """Fields of a `SampleSpec`."""
-        config = self.config
+                raise CheckpointError(f"{path} has no {file.name}.", "Use a model that `mvar train` made.")
         return {
             "model": config.name,
-            "weights": self.fingerprint(),
-            "classes": chosen.labels,
-            "num": num,
-            "settings": {**settings.model_dump(), "seed": seed},
-            "output": output.format,
-            "save_tokens": save_tokens,
-            "stages": stages,
+            "weights": fingerprint(files),
+            "num": self.num,
+            "settings": {**settings.model_dump(), "seed": self.seed},
+            "output": self.output.format,
+            "save_tokens": self.save_tokens,
+            "stages": self.stages,
             "image_shape": config.image_shape,
             "scales": config.pyramid.num_scales,
             "tokens": config.pyramid.num_tokens,
@@ -216,86 +233,64 @@ class LazyModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.machine.attention,
             "version": __version__,
-            "names": chosen.names,
-            "vectors": chosen.vectors,
         }
 
-    def dry_run(
-        self, steps: tuple[str, ...], total: int, settings: SamplingConfig, batch_size: int | None, **facts: Any
-    ) -> DryRun:
-        """What would be done, with its cost."""
-        cost = cost_of(self.config, self.machine, batch_size=min(batch_size or 1, total), guided=settings.guided)
-        configuration = self.config.model_dump(mode="json", exclude_none=True)
-        return DryRun(configuration=configuration, steps=steps, cost=cost, facts={"images": total, **facts})
-
-
-def check_early(world: World, output: SampleOutput, overwrite: bool) -> None:
-    """Refuse an output that exists before anything slow; an unfinished one is looked at when more is known."""
-    world.run_on_rank_zero(lambda: None if output.shards.is_dir() else output.require_free(overwrite))
-
-
-def write_samples(
-    world: World,
-    shards: SampleShards,
-    generate: Generate,
-    overwrite: bool,
-    model: LazyModel,
-    batch_size: int | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Generate the shards that are missing and assemble the output; returns the fields of a `SampleResult`.
-
-    Raises:
-        Interrupted: By Ctrl-C or SIGTERM; every shard that was finished is kept.
-    """
-    spec, device = shards.spec, model.device
-    missing = len(world.run_on_rank_zero(lambda: shards.check(overwrite))) < len(spec.shards)
-    if missing:
-        model.load()
-    resumed, speed, began = spec.total, None, time.monotonic()
-    values = {"total": spec.total, "settings": spec.settings, "device": str(device), "processes": world.world_size}
-    try:
-        if missing:
-            resumed = _generate_missing(world, shards, generate, progress)
-            seconds = time.monotonic() - began
-            speed = (spec.total - resumed) / seconds if resumed < spec.total else None
-        if world.is_rank_zero:
-            shards.assemble(overwrite, stage(progress, "assembling"))
-    except KeyboardInterrupt:
-        kept = shards.samples_in(shards.present())
-        log.info("%d of %d images are kept.", kept, spec.total)
-        raise Interrupted(
-            {**values, "images": kept, "seconds": time.monotonic() - began, "interrupted": True}
-        ) from None
-    finally:
-        if world.world_size == 1:
-            shards.leave()  # of several processes one may be about to finish a shard
-        shards.release()
-    return {
-        **values,
-        "images": spec.total,
-        "resumed": resumed,
-        "seconds": time.monotonic() - began,
-        "images_per_second": speed,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "outputs": tuple(shards.outputs()),
-        "batch_size": min(batch_size or IMAGES_AT_ONCE, spec.total),
-    }
-
-
-def _generate_missing(world: World, shards: SampleShards, generate: Generate, progress: Progress | None) -> int:
-    """Generate this process's share of the missing shards; returns how many samples there were already."""
-    done = world.run_on_rank_zero(shards.begin)
-    if not shards.begun:
-        raise DataError(
-            f"Process {world.rank} does not see {shards.directory}, which rank 0 has made.",
-            "Choose an --out on a file system that all machines share.",
+    def _dry_run(self, plan: Plan) -> DryRun:
+        total = plan.spec.total
+        batch_size = min(self.batch_size or 1, total)
+        return DryRun(
+            configuration=self.config.model_dump(mode="json", exclude_none=True),
+            steps=(*plan.steps, f"write {self.output.target}"),
+            cost=cost_of(self.config, self.machine, batch_size=batch_size, guided=plan.settings.guided),
+            facts={"images": total, **plan.facts},
         )
-    own = world.share([shard for shard in shards.pieces if shard not in done])
-    tracker = ShardProgress(shards, done, own, stage(progress, "sampling"))
-    if done:
-        log.info("Resuming: %d of %d images exist already.", tracker.resumed, shards.spec.total)
-    generate_shards(shards, own, generate, tracker, WriterPool(processes=world.world_size))
-    if world.is_rank_zero:
-        tracker.wait_for_others()
-    return tracker.resumed
+
+    def _write(self, world: World, plan: Plan, values: dict[str, Any]) -> None:
+        """Generate the shards that are missing and assemble the output; fills the fields of a `SampleResult` in."""
+        spec, shards = plan.spec, SampleShards(self.output, plan.spec, self.overwrite)
+        total = spec.total
+        finished = not self.overwrite and world.run_on_rank_zero(shards.is_finished)
+        missing = not finished and len(world.run_on_rank_zero(shards.check)) < len(spec.shards)
+        if missing:
+            self.pipeline  # noqa: B018  (loaded before the clock starts, and before the directory is locked)
+        began = time.monotonic()
+        values.update(total=total, settings=spec.settings, device=str(self.device), processes=world.world_size)
+        resumed, speed = total, None
+        try:
+            if finished:
+                log.info("%s is finished: nothing is left to do.", self.output.target)
+            else:
+                done = world.run_on_rank_zero(shards.begin)
+                if not shards.begun:
+                    raise DataError(
+                        f"Process {world.rank} does not see {shards.directory}, which rank 0 has made.",
+                        "Choose an --out on a file system that all machines share.",
+                    )
+                resumed = shards.samples_in(done)
+                if resumed > 0:
+                    log.info("Resuming: %d of %d images exist already.", resumed, total)
+                if resumed < total:
+                    own = world.share([shard for shard in shards.pieces if shard not in done])
+                    threads, report = WriterPool.threads_for(world.world_size), stage(self.progress, "sampling")
+                    shards.make(own, done, plan.generate, report, threads=threads, wait=world.is_rank_zero)
+                    speed = (total - resumed) / (time.monotonic() - began)
+                if world.is_rank_zero:
+                    shards.assemble(stage(self.progress, "assembling"))
+        except KeyboardInterrupt:
+            kept = shards.samples_in(shards.present())
+            log.info("%d of %d images are kept.", kept, total)
+            values.update(images=kept, seconds=time.monotonic() - began)
+            raise
+        finally:
+            if world.world_size == 1:
+                shards.leave()  # of several processes one may be about to finish a shard
+            shards.release()
+        values.update(
+            images=total,
+            resumed=resumed,
+            seconds=time.monotonic() - began,
+            images_per_second=speed,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            outputs=tuple(shards.outputs()),
+            batch_size=min(self.batch_size or IMAGES_AT_ONCE, total),
+        )

@@ -12,7 +12,7 @@ from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
 from mvar_core.models.micro_batches import choose
 from mvar_core.runtime import has_bfloat16_unit
-from mvar_core.sampling.images import ImageSampler
+from mvar_core.sampling.images import sample_images
 
 MIDDLING = ("transformer.embed_dim=256", "transformer.num_heads=4", "transformer.depth=2", "transformer.num_classes=40")
 PROMISED = 0.1
@@ -22,13 +22,14 @@ PROMISED = 0.1
 def sample(config, settings, images, dtype, *, memory_budget=None, stages=False):
     """Measured and predicted peak beside the weights."""
     transformer, tokenizer = random_transformer(config, dtype=dtype), random_tokenizer(config, dtype=dtype)
-    sampler = ImageSampler(config, transformer, tokenizer)
     setting = Setting(dtype.itemsize, settings, "cpu", stages, has_bfloat16_unit())
     sizes = choose(config, images, setting, budget=memory_budget, batch_size=images)
     labels = torch.arange(images) % config.transformer.num_classes
-    list(sampler.stream(labels[:1], range(1), 0, settings, sizes))  # what is made once is made now
+    list(
+        sample_images(transformer, tokenizer, labels[:1], range(1), 0, settings, sizes)
+    )  # what is made once is made now
     with allocation_peak() as live:
-        list(sampler.stream(labels, range(images), 0, settings, sizes, stages=stages))
+        list(sample_images(transformer, tokenizer, labels, range(images), 0, settings, sizes, stages=stages))
     return live.peak_bytes, sizes.peak_bytes
 
 

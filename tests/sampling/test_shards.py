@@ -13,16 +13,7 @@ from mvar_core.errors import DataError
 from mvar_core.io.files import read_json
 from mvar_core.io.npz import npz_member
 from mvar_core.sampling.images import Samples
-from mvar_core.sampling.shards import (
-    PUBLISHING,
-    SampleOutput,
-    SampleShards,
-    SampleSpec,
-    ShardProgress,
-    generate_shards,
-    grid_columns,
-)
-from mvar_core.sampling.writers import WriterPool
+from mvar_core.sampling.shards import PUBLISHING, SampleOutput, SampleShards, SampleSpec, WriterPool, grid_columns
 
 
 def spec(**changes):
@@ -74,12 +65,11 @@ def made(asked, sizes):
     return generate
 
 
-def make_all(target, asked, sizes=(4,), shards=None):
-    parts = SampleShards(SampleOutput(target, asked.output), asked)
+def make_all(target, asked, sizes=(4,), shards=None, overwrite=False):
+    parts = SampleShards(SampleOutput(target, asked.output), asked, overwrite)
     parts.begin()
     own = list(asked.shards if shards is None else shards)
-    progress = ShardProgress(parts, set(), own, lambda done, total: None)
-    generate_shards(parts, own, made(asked, sizes), progress, WriterPool(2))
+    parts.make(own, set(), made(asked, sizes), lambda done, total: None, threads=2)
     return parts
 
 
@@ -108,7 +98,7 @@ def test_an_npz_is_assembled_in_order_whatever_the_chunks(tmp_path, sizes):
     assert asked.shard_size == 2
     parts = make_all(tmp_path / "x.npz", asked, sizes)
     assert parts.done() == set(asked.shards)
-    parts.assemble(replace=False)
+    parts.assemble()
     images, tokens, stages = samples(asked)
     with np.load(tmp_path / "x.npz") as file:
         assert file.files == ["arr_0", "labels", "tokens", "stages"]
@@ -123,9 +113,9 @@ def test_an_npz_is_assembled_in_order_whatever_the_chunks(tmp_path, sizes):
 def test_png_names_strips_and_tokens(tmp_path):
     asked = spec(output="png", stages=True)
     parts = make_all(tmp_path / "out", asked)
-    parts.assemble(replace=False)
+    parts.assemble()
     images, tokens, stages = samples(asked)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert names == [*(f"0000{index}_{2 if index < 3 else 0}.png" for index in range(6)), "tokens.npz"]
     assert np.array_equal(read(tmp_path / "out" / "00001_2.png"), images[1])
     assert np.array_equal(read(tmp_path / "out-stages" / "00001_2.png"), np.concatenate(list(stages[1]), axis=1))
@@ -133,18 +123,18 @@ def test_png_names_strips_and_tokens(tmp_path):
         assert np.array_equal(file["tokens"], tokens)
         assert file["labels"].tolist() == [2, 2, 2, 0, 0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-stages"]
-    assert set(map(str, parts.outputs())) == {str(path) for path in tmp_path.glob("*/*")}
+    assert set(map(str, parts.outputs())) == {str(path) for path in tmp_path.glob("*/[!.]*")}
 
 
 def test_a_grid_of_strips_has_a_row_per_sample(tmp_path):
     asked = spec(output="grid", stages=True, save_tokens=False)
-    make_all(tmp_path / "grid.png", asked).assemble(replace=False)
+    make_all(tmp_path / "grid.png", asked).assemble()
     assert read(tmp_path / "grid.png").shape == (6 * 8 + 5 * 2, 12, 3)
     assert grid_columns(2, 3, stages=False) == 3
     assert grid_columns(1, 9, stages=False) == 3
 
 
-def test_shards_that_are_not_whole_are_drawn_again(tmp_path):
+def test_shards_that_are_not_whole_are_made_again(tmp_path):
     parts = make_all(tmp_path / "x.npz", spec())
     path = parts.piece(2)
     path.write_bytes(path.read_bytes()[:-1])
@@ -158,8 +148,8 @@ def test_shards_that_are_not_whole_are_drawn_again(tmp_path):
     parts.release()
 
 
-def shards_of(target, asked):
-    return SampleShards(SampleOutput(target, asked.output), asked)
+def shards_of(target, asked, overwrite=False):
+    return SampleShards(SampleOutput(target, asked.output), asked, overwrite)
 
 
 def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
@@ -167,8 +157,9 @@ def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
     parts.release()
     other = shards_of(tmp_path / "x.npz", spec(settings={"cfg": 1.5, "seed": 0}, num=4))
     with pytest.raises(DataError, match=r"num is 3 there, 4 asked; settings.cfg is 1.0 there, 1.5 asked.*--overwrite"):
-        other.check(overwrite=False)
-    assert other.check(overwrite=True) == set()
+        other.check()
+    other.overwrite = True
+    assert other.check() == set()
     assert shards_of(tmp_path / "x.npz", spec()).difference() == ""
     other.begin()
     assert other.present() == set()
@@ -182,10 +173,10 @@ def test_a_run_that_was_begun_without_min_p_resumes(tmp_path):
     assert "min_p" not in read_json(parts.record_path)["settings"]
     off = shards_of(tmp_path / "x.npz", spec(settings={"cfg": 1.0, "seed": 0, "min_p": 0.0}))
     assert off.spec.settings["min_p"] == 0, "what is reported is whole"
-    assert off.check(overwrite=False) == {0, 1, 2}
+    assert off.check() == {0, 1, 2}
     on = shards_of(tmp_path / "x.npz", spec(settings={"cfg": 1.0, "seed": 0, "min_p": 0.1}))
     with pytest.raises(DataError, match=r"settings.min_p is absent there, 0.1 asked"):
-        on.check(overwrite=False)
+        on.check()
 
 
 def test_two_runs_do_not_work_in_one_place(tmp_path):
@@ -209,10 +200,10 @@ def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch, output, fact
     for free in (amount, amount - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
         if free == amount:
-            assert parts.check(overwrite=False) == set()
+            assert parts.check() == set()
         else:
             with pytest.raises(DataError, match=r"free; 1000 samples"):
-                parts.check(overwrite=False)
+                parts.check()
 
 
 def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
@@ -226,9 +217,8 @@ def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
         write(shard, samples)
 
     monkeypatch.setattr(parts, "write", full)
-    own = list(parts.pieces)
     with pytest.raises(DataError, match=r"full; 3 of 6 shards are kept\. .*same command"):
-        generate_shards(parts, own, made(parts.spec, (1,)), ShardProgress(parts, set(), own, print), WriterPool(1))
+        parts.make(list(parts.pieces), set(), made(parts.spec, (1,)), lambda done, total: None)
     parts.release()
 
 
@@ -236,15 +226,21 @@ def test_progress_counts_what_others_have_written(tmp_path):
     asked = spec()
     parts = make_all(tmp_path / "x.npz", asked, shards=[0, 1])
     seen = []
-    progress = ShardProgress(parts, {0}, [2, 3], lambda done, total: seen.append((done, total)), 0.0)
-    progress.own(1, 2)
-    progress.own(2, 2)
-    assert seen == [(1, 6), (3, 6), (4, 6)]
     images, tokens, _ = samples(asked)
-    for shard in (4, 5):
-        parts.write(shard, batch(asked, images[:1], tokens[:1]))
-    progress.wait_for_others()
+
+    def others():
+        for shard in (4, 5):
+            time.sleep(0.05)
+            parts.write(shard, batch(asked, images[:1], tokens[:1]))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    report = lambda done, total: seen.append((done, total))  # noqa: E731
+    parts.make([2, 3], {0, 1}, made(asked, (1,)), report, wait=True)
+    thread.join()
+    assert seen[:3] == [(2, 6), (3, 6), (4, 6)]
     assert seen[-1] == (6, 6)
+    assert parts.done() == set(asked.shards)
     parts.release()
 
 
@@ -252,10 +248,11 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
     parts = make_all(tmp_path / "x.npz", spec())
     (tmp_path / "x.npz").write_text("mine")
     with pytest.raises(DataError, match="appeared"):
-        parts.assemble(replace=False)
+        parts.assemble()
     assert (tmp_path / "x.npz").read_text() == "mine"
     assert parts.done() == set(parts.spec.shards)
-    parts.assemble(replace=True)
+    parts.overwrite = True
+    parts.assemble()
     with np.load(tmp_path / "x.npz") as file:
         assert len(file["arr_0"]) == 6
 
@@ -263,9 +260,9 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_a_directory_that_is_replaced_moves_away_whole(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.png").touch()
-    parts = make_all(tmp_path / "out", spec(output="png", save_tokens=False))
-    parts.assemble(replace=True)
-    assert len(list((tmp_path / "out").iterdir())) == 6
+    parts = make_all(tmp_path / "out", spec(output="png", save_tokens=False), overwrite=True)
+    parts.assemble()
+    assert len(list((tmp_path / "out").glob("[!.]*"))) == 6
     assert not (tmp_path / "out" / "old.png").exists()
 
 
@@ -303,7 +300,7 @@ def test_outputs_that_exist_are_kept(tmp_path):
     assert SampleOutput.of(tmp_path / "a.b").strips == tmp_path / "a.b-stages"
 
 
-def test_writers_hold_back_whoever_brings_too_much():
+def test_submitting_waits_while_the_queue_is_full():
     open_gate = threading.Event()
     brought = []
 
@@ -312,7 +309,7 @@ def test_writers_hold_back_whoever_brings_too_much():
             pool.submit(open_gate.wait)
             brought.append(number)
 
-    with WriterPool(threads=1, waiting=1) as pool:
+    with WriterPool(1) as pool:
         thread = threading.Thread(target=bring, args=(pool,))
         thread.start()
         deadline = time.monotonic() + 30
@@ -331,18 +328,18 @@ def fail():
 
 def test_an_error_of_a_writer_is_the_commands():
     done = []
-    with pytest.raises(ValueError, match="no ink"), WriterPool(threads=1) as pool:
+    with pytest.raises(ValueError, match="no ink"), WriterPool(1) as pool:
         pool.submit(fail)
         for _ in range(100):
             pool.submit(done.append, 1)
     assert len(done) < 100
-    with pytest.raises(ValueError, match="no ink"), WriterPool(threads=1) as pool:
+    with pytest.raises(ValueError, match="no ink"), WriterPool(1) as pool:
         pool.submit(fail)
 
 
-def test_an_interruption_finishes_what_was_brought():
+def test_an_interruption_finishes_what_was_submitted():
     done = []
-    with pytest.raises(KeyboardInterrupt), WriterPool(threads=1, waiting=3) as pool:
+    with pytest.raises(KeyboardInterrupt), WriterPool(3) as pool:
         for number in range(4):
             pool.submit(lambda number=number: (time.sleep(0.01), done.append(number)))
         raise KeyboardInterrupt

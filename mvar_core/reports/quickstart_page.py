@@ -18,39 +18,25 @@ from mvar_core.reports.pages import TableRows, picture, svg_figure, write_page
 
 def metric_rows(scores: DemoScores, psnr: float, code_usage: float) -> TableRows:
     """The table of metrics: value, what to compare it with, what it would detect."""
+    number = format_number
     diversity = scores.pixel_diversity / scores.pixel_diversity_real
     distance = scores.nearest_distance / scores.nearest_distance_real
+    fid = (
+        f"training images resampled {number(scores.demo_fid_floor)}, real test {number(scores.demo_fid_real)},"
+        f" class means {number(scores.demo_fid_class_means)}"
+    )
     return [
         ["metric", "value", "compare with", "what it detects"],
-        [
-            "classifier accuracy",
-            f"{scores.classifier_accuracy:.1%}",
-            f"real {scores.classifier_accuracy_real:.1%}",
-            "the wrong digit",
-        ],
-        [
-            "demo-FID to training images",
-            format_number(scores.demo_fid),
-            f"training images resampled {format_number(scores.demo_fid_floor)},"
-            f" real test {format_number(scores.demo_fid_real)},"
-            f" class means {format_number(scores.demo_fid_class_means)}",
-            "features unlike those of digits",
-        ],
-        [
-            "pixel diversity within a class",
-            format_number(scores.pixel_diversity),
-            f"{diversity:.0%} of real {format_number(scores.pixel_diversity_real)}",
-            "the same image over and over",
-        ],
-        [
-            "distance to the nearest training image",
-            format_number(scores.nearest_distance),
-            f"{distance:.0%} of real {format_number(scores.nearest_distance_real)}",
-            "copies of training images",
-        ],
-        ["reconstruction PSNR (dB)", format_number(psnr), "test images", "a tokenizer that blurs"],
+        ["classifier accuracy", f"{scores.classifier_accuracy:.1%}", f"real {scores.classifier_accuracy_real:.1%}",
+         "the wrong digit"],
+        ["demo-FID to training images", number(scores.demo_fid), fid, "features unlike those of digits"],
+        ["pixel diversity within a class", number(scores.pixel_diversity),
+         f"{diversity:.0%} of real {number(scores.pixel_diversity_real)}", "the same image over and over"],
+        ["distance to the nearest training image", number(scores.nearest_distance),
+         f"{distance:.0%} of real {number(scores.nearest_distance_real)}", "copies of training images"],
+        ["reconstruction PSNR (dB)", number(psnr), "test images", "a tokenizer that blurs"],
         ["codebook usage", f"{code_usage:.1%}", "all codes", "dead codes"],
-    ]
+    ]  # fmt: skip
 
 
 def time_rows(seconds: Mapping[str, float]) -> TableRows:
@@ -70,14 +56,9 @@ def write_quickstart_page(
 ) -> None:
     """Write the page, and the training curves of the runs `tokenizer` and `mvar` in its directory.
 
-    Args:
-        path: The file.
-        grid: Samples, one row per class.
-        stages: One sample per class after each scale, uint8 (classes, scales, H, W, 3).
-        originals: Test images, uint8 (N, H, W, 3).
-        reconstructions: The same after tokens alone.
-        attention: SVG files of the attention report by name.
-        **texts: What else the template shows.
+    Images are uint8: `grid` of samples, `stages` (classes, scales, H, W, 3) of one sample per class, `originals` and
+    `reconstructions` (N, H, W, 3). `attention` holds the SVG files of the attention report by name, `texts` what else
+    the template shows.
     """
     out = path.parent
     curves = []

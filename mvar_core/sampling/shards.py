@@ -43,7 +43,7 @@ FORMATS = ("png", "npz", "grid")
 TOKENS_FILE = "tokens.npz"
 PUBLISHING = "publishing.json"
 MARK = "mvar-samples"
-"""What the mark of a finished output is called: a hidden file in a directory, a text in a PNG."""
+"""What the mark of a finished output begins with: the comment of an npz, a text in the (first) PNG."""
 LARGEST_SHARD = 64
 SHARDS_WANTED = 64
 """An interruption costs what is in unfinished shards: small runs have small ones."""
@@ -108,14 +108,13 @@ class SampleOutput:
         return self.target.with_name(f".{self.target.name}.parts")
 
     def mark(self) -> str | None:
-        """What a finished output was marked with; None where there is none, or other files."""
+        """What a finished output is marked with; None where there is none, or other files."""
         try:
-            if self.format == "png":
-                return (self.target / f".{MARK}").read_text(encoding="ascii")
             if self.format == "npz":
                 with zipfile.ZipFile(self.target) as archive:
                     return archive.comment.decode("ascii") or None
-            with Image.open(self.target, formats=("PNG",)) as image:
+            path = self.target if self.format == "grid" else min(self.target.glob("*.png"))
+            with Image.open(path, formats=("PNG",)) as image:
                 return image.info.get(MARK)
         except (OSError, ValueError, zipfile.BadZipFile):
             return None
@@ -340,7 +339,7 @@ class SampleShards(Resumable):
             sizes = []
             for row, index in enumerate(self.spec.span(shard)):
                 files = [self.images / self.spec.file_name(index)]
-                Image.fromarray(samples.images[row].numpy()).save(files[0])
+                Image.fromarray(samples.images[row].numpy()).save(files[0], pnginfo=None if index else self._text())
                 if samples.stages is not None:
                     files.append(self.strips / files[0].name)
                     Image.fromarray(strip(samples.stages[row].numpy())).save(files[1])
@@ -475,7 +474,6 @@ class SampleShards(Resumable):
         if self.output.format == "png":
             if spec.save_tokens:
                 self._merge(("tokens", *spec.known), self.images / TOKENS_FILE, progress)
-            (self.images / f".{MARK}").write_text(self.mark, encoding="ascii")
             return {self.images.name: target, **({self.strips.name: self.output.strips} if spec.stages else {})}
         if self.output.format == "npz":
             further = {"tokens": spec.save_tokens, "stages": spec.stages}
@@ -485,11 +483,15 @@ class SampleShards(Resumable):
         images = np.concatenate([self.read(shard, "stages" if spec.stages else "arr_0") for shard in self.pieces])
         if spec.stages:
             images = np.stack([strip(stages) for stages in images])
+        grid = make_grid(images, grid_columns(spec.groups, spec.num, spec.stages))
+        Image.fromarray(grid).save(self.directory / "final.png", pnginfo=self._text())
+        return {"final.png": target}
+
+    def _text(self) -> PngInfo:
+        """The mark of a finished output, for a PNG."""
         text = PngInfo()
         text.add_text(MARK, self.mark)
-        grid = make_grid(images, grid_columns(spec.groups, spec.num, spec.stages))
-        Image.fromarray(grid).save(self.directory / "final.png", pnginfo=text)
-        return {"final.png": target}
+        return text
 
     def _merge(self, names: Sequence[str], path: Path, progress: Callable[[int, int], None] | None) -> None:
         """One npz from the shards' arrays, in global order."""

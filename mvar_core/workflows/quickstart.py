@@ -12,38 +12,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mvar_core.analysis.cost import cost_of
-from mvar_core.config import Machine, RunConfig
+from mvar_core.config import Machine
 from mvar_core.config.presets import load_config
-from mvar_core.config.training import DataConfig
-from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.evaluation.demo import DemoClassifier, read_digits, train_digits_classifier
+from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
 from mvar_core.evaluation.demo_scores import DemoScores, score_samples
 from mvar_core.formatting import format_count
-from mvar_core.io.files import atomic_path, require_new_directory
+from mvar_core.io.files import require_new_directory
 from mvar_core.io.pictures import make_grid, save_png
 from mvar_core.io.pixels import from_uint8, to_uint8
-from mvar_core.models.directory import read_model_config
 from mvar_core.pipeline import Pipeline
-from mvar_core.progress import Progress, stage
+from mvar_core.progress import Progress
 from mvar_core.reports.pages import TableRows
 from mvar_core.reports.quickstart_page import metric_rows, time_rows, write_quickstart_page
 from mvar_core.results import DryRun, Result
-from mvar_core.runtime import peak_memory_bytes
 from mvar_core.workflows.attention import analyze_attention
-from mvar_core.workflows.tokenize import write_tokens
-from mvar_core.workflows.train import fit_to_tokens, train_on_tokens
-from mvar_core.workflows.train_tokenizer import train_on_images
+from mvar_core.workflows.sample import sample_to
+from mvar_core.workflows.tokenize import tokenize
+from mvar_core.workflows.train import train
+from mvar_core.workflows.train_tokenizer import train_tokenizer
 
 PRESET = "digits"
 PRESET_MINUTES = 2.0
 """The steps of the preset fill this time on two CPU cores."""
 FIXED_MINUTES = 0.25
 """The share of it that is not training: classifier, samples, metrics, report."""
-CLASSIFIER = "classifier.safetensors"
+SHOWN = 16
+"""Samples of each class in the picture."""
 
 logger = logging.getLogger("mvar")
 
@@ -97,8 +94,7 @@ def quickstart(
 ) -> QuickstartResult:
     """Train a tokenizer and an MVAR on handwritten digits, generate samples, score them, and write a report.
 
-    The same call again resumes where it was interrupted. Stages: classifier, tokenizer, tokens, MVAR, samples, metrics,
-    report; each leaves its files in `out`.
+    The same call again resumes where it was interrupted. Each stage leaves its files in `out`.
 
         result = mvar.quickstart("runs/quickstart", minutes=2)
         print(result.classifier_accuracy, result.report)
@@ -118,77 +114,87 @@ def quickstart(
         ConfigError: No time, or settings that cannot be used.
         DataError: `out` is neither empty nor a quickstart's.
     """
-    start = time.monotonic()
-    out = Path(out)
-    config = _configuration(minutes, seed, settings)
-    model_dir, page = out / "mvar", out / "index.html"
-    names: dict[str, Any] = {"model": str(model_dir), "report": str(page), "grid": str(out / "grid.png")}
+    start, seconds, out = time.monotonic(), dict[str, float](), Path(out)
+    settings = [*_scaled_steps(minutes), *settings]
+    config = load_config(PRESET, settings, {"seed": seed})
+    page, grid, model, samples = out / "index.html", out / "grid.png", out / "mvar", out / "samples.npz"
+    names: dict[str, Any] = {"model": str(model), "report": str(page), "grid": str(grid)}
     if dry_run:
-        return QuickstartResult(**names, dry_run=_planned(config, out, num))
-    _check_directory(out, overwrite)
+        steps = (
+            "train a classifier on the bundled digits",
+            f"train a tokenizer for {config.train_tokenizer.steps} steps",
+            "turn the digits into tokens",
+            f"train an MVAR for {config.train.steps} steps",
+            f"generate {num} samples per class and score them",
+            f"write {page}",
+        )
+        configuration = config.model_dump(mode="json", exclude_none=True)
+        return QuickstartResult(
+            **names, dry_run=DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
+        )
+    if out.is_file():
+        raise DataError(f"{out} is a file; expected a directory.", "Choose another --out.")
+    if not (out / CLASSIFIER_FILE).is_file():
+        require_new_directory(out, overwrite)
     if machine.dtype == "auto":
         machine = machine.model_copy(update={"dtype": "float32"})
-    resume, seconds = not overwrite, dict[str, float]()
+    computing: dict[str, Any] = {"machine": machine, "progress": progress}
+    common: dict[str, Any] = {"preset": PRESET, "settings": settings, "seed": seed, "overwrite": overwrite, **computing}
 
     with _timed("classifier", seconds):
-        known = resume and (out / CLASSIFIER).is_file()
-        classifier = (
-            DemoClassifier.load(out / CLASSIFIER)
-            if known
-            else train_digits_classifier(out / CLASSIFIER, config.image_shape, config.seed)
-        )
+        classifier = _classifier(out / CLASSIFIER_FILE, config.image_shape, seed, overwrite)
     with _timed("tokenizer", seconds):
-        tokenizer_dir = out / "tokenizer"
-        tokenizer = train_on_images(config, "digits", tokenizer_dir, machine=machine, resume=resume, progress=progress)
+        tokenizer = train_tokenizer(data="digits", out=out / "tokenizer", **common)
     if tokenizer.interrupted:
         return QuickstartResult(**names, interrupted=True)
     with _timed("tokens", seconds):
-        tokens, held_out = (
-            _tokenized(
-                config.model_copy(update={"data": views}), split, out, tokenizer_dir, overwrite, machine, progress
-            )
-            for split, views in (("train", config.data), ("test", DataConfig()))
-        )
+        tokens = tokenize(tokenizer=tokenizer.model, data="digits:train", out=out / "tokens-train", **common)
+        held_out = tokenize(
+            tokenizer=tokenizer.model, data="digits:test", out=out / "tokens-test", seed=seed, overwrite=overwrite,
+            **computing,
+        )  # fmt: skip
     with _timed("MVAR", seconds):
-        model = fit_to_tokens(config, read_model_config(tokenizer_dir), tokens.class_names)
-        trained = train_on_tokens(
-            model, tokens, tokenizer_dir, model_dir, machine=machine, resume=resume, validation=held_out,
-            progress=progress,
+        trained = train(
+            tokens=tokens.path, validation=held_out.path, tokenizer=tokenizer.model, out=model, **common
         )  # fmt: skip
     if trained.interrupted:
         return QuickstartResult(**names, interrupted=True)
-    pipeline = Pipeline.from_pretrained(
-        model_dir, device=machine.device, dtype=machine.dtype, attention=machine.attention
-    )
     with _timed("samples", seconds):
-        images, labels = _samples(pipeline, num, config.seed, out, progress)
+        sampled = sample_to(
+            samples, checkpoint=model, classes="all", num=num, seed=seed, batch_size=100, overwrite=True, **computing
+        )
+    if sampled.interrupted:
+        return QuickstartResult(**names, interrupted=True)
     with _timed("metrics", seconds):
-        train, test = (read_digits(split, config.image_shape) for split in ("train", "test"))
-        samples = (images.permute(0, 3, 1, 2).contiguous(), labels)
-        scores = score_samples(classifier, samples, train, test)
+        with np.load(samples) as file:
+            images, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["labels"])
+        columns = min(num, SHOWN)
+        picture = make_grid(images.unflatten(0, (-1, num))[:, :columns].flatten(0, 1), columns)
+        save_png(picture, grid)
+        real, test = (read_digits(split, config.image_shape) for split in ("train", "test"))
+        scores = score_samples(classifier, (images.permute(0, 3, 1, 2).contiguous(), labels), real, test)
     with _timed("report", seconds):
         attention = analyze_attention(
-            model_dir, out / "attention", data="digits:test", num=128, overwrite=True, machine=machine,
-            progress=progress,
-        )  # fmt: skip
-        metrics = metric_rows(scores, tokenizer.psnr, tokenizer.code_usage)
-        originals = test[0][:16].permute(0, 2, 3, 1)
-        decoded = pipeline.decode(pipeline.encode(from_uint8(originals)))
-        stages = pipeline.sample(range(len(tokens.class_names)), seed=0, stages=True).stages
+            model, out / "attention", data="digits:test", num=128, overwrite=True, **computing
+        )
+        tables = {"metrics": metric_rows(scores, tokenizer.psnr, tokenizer.code_usage), "time": time_rows(seconds)}
+        pipeline = Pipeline.from_pretrained(model, machine=machine)
+        originals = test[0][:SHOWN].permute(0, 2, 3, 1)
+        stages = pipeline.sample(range(len(classifier.class_names)), seed=0, stages=True).stages
         assert stages is not None
         write_quickstart_page(
             page,
-            grid=_grid(images, num),
+            grid=picture,
             stages=stages,
             originals=originals,
-            reconstructions=to_uint8(decoded).cpu(),
+            reconstructions=to_uint8(pipeline.decode(pipeline.encode(from_uint8(originals)))).cpu(),
             attention=attention.plots_svg,
-            parameters=format_count(cost_of(model).parameters),
-            seed=config.seed,
+            parameters=format_count(cost_of(pipeline.config).parameters),
+            seed=seed,
             sides=str(config.pyramid),
-            metrics=metrics,
+            metrics=tables["metrics"],
             recommendation=attention.sentences[-1],
-            seconds=time_rows(seconds),
+            seconds=tables["time"],
             commands=next_commands(out),
         )
     return QuickstartResult(
@@ -198,10 +204,10 @@ def quickstart(
         reconstruction_psnr=tokenizer.psnr,
         code_usage=tokenizer.code_usage,
         loss=trained.loss,
-        images_per_second=len(images) / seconds["samples"],
-        peak_memory_bytes=peak_memory_bytes(pipeline.device),
+        images_per_second=sampled.images_per_second,
+        peak_memory_bytes=sampled.peak_memory_bytes,
         stage_seconds=seconds,
-        tables={"metrics": metrics, "time": time_rows(seconds)},
+        tables={**tables, "time": time_rows(seconds)},
         commands=next_commands(out),
     )
 
@@ -221,52 +227,21 @@ mvar convert --model var_d16.pth --tokenizer vae_ch160v4096z32.pth --out var-d16
 mvar sample --checkpoint var-d16 --class 207 --num 4 --out retriever.png"""
 
 
-def _configuration(minutes: float, seed: int, settings: Sequence[str]) -> RunConfig:
-    """The preset with its steps scaled to the time."""
-    if minutes <= 0:
+def _scaled_steps(minutes: float) -> list[str]:
+    """Settings that scale the preset's steps to the time."""
+    if not 0 < minutes < float("inf"):
         raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0, for example 2.")
     preset = load_config(PRESET)
     scale = max(0.02, (minutes - FIXED_MINUTES) / (PRESET_MINUTES - FIXED_MINUTES))
     steps = {"train": preset.train.steps or 1, "train_tokenizer": preset.train_tokenizer.steps}
-    scaled = [f"{section}.steps={max(1, round(scale * count))}" for section, count in steps.items()]
-    return load_config(PRESET, [*scaled, *settings], {"seed": seed})
+    return [f"{section}.steps={max(1, round(scale * count))}" for section, count in steps.items()]
 
 
-def _check_directory(out: Path, overwrite: bool) -> None:
-    """Refuse a directory that holds something else than a quickstart."""
-    if out.is_file():
-        raise DataError(f"{out} is a file; expected a directory.", "Choose another --out.")
-    if not (out / CLASSIFIER).is_file():
-        require_new_directory(out, overwrite)
-
-
-def _tokenized(
-    config: RunConfig, split: str, out: Path, tokenizer: Path, overwrite: bool, machine: Machine,
-    progress: Progress | None,
-) -> TokenCache:  # fmt: skip
-    cache = out / f"tokens-{split}"
-    write_tokens(
-        cache, data=f"digits:{split}", tokenizer=tokenizer, config=config, overwrite=overwrite, machine=machine,
-        progress=progress,
-    )  # fmt: skip
-    return TokenCache.open(cache)
-
-
-def _samples(pipeline: Pipeline, num: int, seed: int, out: Path, progress: Progress | None) -> tuple[Tensor, Tensor]:
-    """`num` samples of each class, as `mvar sample --class all` generates them; also grid.png and samples.npz."""
-    assert pipeline.config.transformer is not None
-    labels = [label for label in range(pipeline.config.transformer.num_classes) for _ in range(num)]
-    images = pipeline.sample(labels, seed=seed, batch_size=100, progress=stage(progress, "sampling")).images
-    with atomic_path(out / "samples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images.numpy(), labels=np.asarray(labels, np.int64))
-    save_png(_grid(images, num), out / "grid.png")
-    return images, torch.tensor(labels)
-
-
-def _grid(images: Tensor, num: int) -> np.ndarray:
-    """Up to 16 samples of each class, one row per class."""
-    shown = min(num, 16)
-    return make_grid(images.unflatten(0, (-1, num))[:, :shown].flatten(0, 1), shown)
+def _classifier(path: Path, image_shape: tuple[int, int], seed: int, overwrite: bool) -> DemoClassifier:
+    """The classifier that an earlier call has trained, or a new one."""
+    if path.is_file() and not overwrite:
+        return DemoClassifier.load(path)
+    return train_digits_classifier(path, image_shape, seed)
 
 
 @contextmanager
@@ -276,19 +251,3 @@ def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[name] = time.monotonic() - start
-
-
-def _planned(config: RunConfig, out: Path, num: int) -> DryRun:
-    return DryRun(
-        configuration=config.model_dump(mode="json", exclude_none=True),
-        steps=(
-            "train a classifier on the bundled digits",
-            f"train a tokenizer for {config.train_tokenizer.steps} steps",
-            "turn the digits into tokens",
-            f"train an MVAR for {config.train.steps} steps",
-            f"generate {num} samples per class and score them",
-            f"write {out / 'index.html'}",
-        ),
-        cost=cost_of(config),
-        facts={},
-    )

@@ -115,7 +115,7 @@ def test_png_names_strips_and_tokens(tmp_path):
     parts = make_all(tmp_path / "out", asked)
     parts.assemble()
     images, tokens, stages = samples(asked)
-    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"0000{index}_{2 if index < 3 else 0}.png" for index in range(6)), "tokens.npz"]
     assert np.array_equal(read(tmp_path / "out" / "00001_2.png"), images[1])
     assert np.array_equal(read(tmp_path / "out-stages" / "00001_2.png"), np.concatenate(list(stages[1]), axis=1))
@@ -123,7 +123,7 @@ def test_png_names_strips_and_tokens(tmp_path):
         assert np.array_equal(file["tokens"], tokens)
         assert file["labels"].tolist() == [2, 2, 2, 0, 0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-stages"]
-    assert set(map(str, parts.outputs())) == {str(path) for path in tmp_path.glob("*/[!.]*")}
+    assert set(map(str, parts.outputs())) == {str(path) for path in tmp_path.glob("*/*")}
 
 
 def test_a_grid_of_strips_has_a_row_per_sample(tmp_path):
@@ -212,7 +212,7 @@ def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
     write = parts.write
 
     def full(shard, samples):
-        if shard == 3:
+        if shard >= 3:
             raise OSError(28, "No space left on device")
         write(shard, samples)
 
@@ -262,7 +262,7 @@ def test_a_directory_that_is_replaced_moves_away_whole(tmp_path):
     (tmp_path / "out" / "old.png").touch()
     parts = make_all(tmp_path / "out", spec(output="png", save_tokens=False), overwrite=True)
     parts.assemble()
-    assert len(list((tmp_path / "out").glob("[!.]*"))) == 6
+    assert len(list((tmp_path / "out").iterdir())) == 6
     assert not (tmp_path / "out" / "old.png").exists()
 
 

@@ -47,10 +47,7 @@ class Pipeline:
         config: What the model is.
         device: Where both are.
         attention: The attention backend, or "auto".
-        memory: Bytes that sampling may use where a call does not say; None is half of what is free.
-
-    Raises:
-        BackendError: No such backend, or one that cannot run this model here.
+        memory: Bytes that sampling may use where a call does not specify them; None is half of what is free.
     """
 
     def __init__(
@@ -108,7 +105,7 @@ class Pipeline:
         options: dict[str, Any] = {"attention": machine.attention, "memory": machine.memory_bytes}
         if machine.compile:
             check_compiler(target)
-        load_tokenizer = None
+        load_tokenizer, transformer = None, None
         if path.is_file():
             converted = official.convert(path, Path(tokenizer) if tokenizer else official.tokenizer_next_to(path))
             assert converted.transformer is not None
@@ -122,9 +119,9 @@ class Pipeline:
         else:
             config = model_directory.read_model_config(path)
             load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
-            alone = config.transformer is None
-            transformer = None if alone else model_directory.load_transformer(path, config, target, kind)
-            vqvae = load_tokenizer(encoder=alone)
+            if config.transformer is not None:
+                transformer = model_directory.load_transformer(path, config, target, kind)
+            vqvae = load_tokenizer(encoder=transformer is None)
         pipeline = cls(config, vqvae, transformer, **options)
         pipeline._load_tokenizer = load_tokenizer
         if machine.compile:
@@ -362,9 +359,8 @@ class Pipeline:
     ) -> Samples:
         """Regenerate a region of given images: in-painting, out-painting and class-conditional editing, zero-shot.
 
-        The images' tokens stay, at every scale, where the mask says so (mvar_core.sampling.editing), and the rest is
-        sampled around them. This works with any model, VAR or MVAR, without training for it. `Samples.kept` tells
-        which tokens stayed; they are those of `encode`.
+        The images' tokens stay, at every scale, where the mask keeps them (mvar_core.sampling.editing), and the rest is
+        sampled around them. `Samples.kept` tells which tokens stayed; they are those of `encode`.
 
         Args:
             images: In [-1, 1], of the model's size.
@@ -411,11 +407,11 @@ class Pipeline:
         return KeptTokens(torch.cat([none, *(self.encode(part).cpu() for part in parts)]), stays)
 
     def null_conditions(self, count: int) -> Tensor:
-        """`count` conditions that stand for none: what images without a class are sampled with."""
+        """`count` conditions that stand for none, on the CPU."""
         return self.transformer.conditioner.null(count)
 
     def conditions_of(self, labels: Sequence[int]) -> Tensor:
-        """What images of these classes are conditioned on, whatever the model is conditioned on; on the CPU."""
+        """What images of these classes are conditioned on: labels, or vectors of their names; on the CPU."""
         return self.transformer.conditioner.read(by_labels(self.config, labels).get("conditions", labels))
 
     def _checked(self, tokens: Tensor) -> Tensor:

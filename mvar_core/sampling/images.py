@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -46,8 +47,8 @@ class Samples:
 
     def rows(self, rows: slice) -> Samples:
         """Some of them."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Samples(*(None if value is None else value[rows] for value in values))
+        stages, kept = (None if values is None else values[rows] for values in (self.stages, self.kept))
+        return Samples(self.images[rows], self.tokens[rows], self.labels[rows], stages, kept)
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
@@ -55,7 +56,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
     if len(parts) == 1:
         return parts[0]
 
-    def joined(name: str) -> Tensor | None:
+    def joined(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 

@@ -202,4 +202,5 @@ def test_what_cannot_be_edited(mvar, model, picture, large, tmp_path):
     guided = edit(mvar, model, *image, "--box", "0,0,8,8", *out, "--cfg", 3)
     assert "has no effect" in guided.err
     assert guided.code == 0
-    assert "--overwrite" in error(*image, "--box", "0,0,8,8")
+    assert "is finished" in edit(mvar, model, *image, "--box", "0,0,8,8", *out).err
+    assert "--overwrite" in error(*image, "--box", "0,0,8,12")

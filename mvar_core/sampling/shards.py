@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -261,8 +262,14 @@ class SampleShards(Resumable):
         self._begun_here = False
 
     def is_finished(self) -> bool:
-        """Whether the output is there, whole, and of this very run."""
-        return self.output.mark() == self.mark and all(path.exists() for path in self.outputs())
+        """Whether the output is there, whole, and of this very run, whose shards are then removed."""
+        if self.output.mark() != self.mark or not all(path.exists() for path in self.outputs()):
+            return False
+        if self.directory.is_dir() and not self.difference():  # it was killed while it removed them
+            with suppress(DataError):
+                self.acquire()
+                self.discard()
+        return True
 
     def check(self) -> set[int]:
         """The shards that are done; refuses an output that exists, other settings, and a disk that is too small.
@@ -299,7 +306,7 @@ class SampleShards(Resumable):
         self._begun_here = True
         if not self.difference() and self.is_assembled():
             return set(self.pieces)
-        if not self.overwrite and self.is_finished():
+        if not self.overwrite and self.output.mark() == self.mark:
             raise DataError(f"Another process has just finished {self.output.target}.", "Nothing is left to do.")
         done = super().prepare()
         (self.directory / PUBLISHING).unlink(missing_ok=True)

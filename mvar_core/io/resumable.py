@@ -100,9 +100,9 @@ class Resumable:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self.acquire()
-        return self.prepare()
+        return self.begin_locked()
 
-    def prepare(self) -> set[int]:
+    def begin_locked(self) -> set[int]:
         """`begin`, in a directory that is locked."""
         if self.difference() or not self.begun:
             self.clear()

@@ -297,7 +297,7 @@ class SampleShards(Resumable):
             )
         return done
 
-    def prepare(self) -> set[int]:
+    def begin_locked(self) -> set[int]:
         """As of `Resumable`.
 
         Raises:
@@ -308,7 +308,7 @@ class SampleShards(Resumable):
             return set(self.pieces)
         if not self.overwrite and self.output.mark() == self.mark:
             raise DataError(f"Another process has just finished {self.output.target}.", "Nothing is left to do.")
-        done = super().prepare()
+        done = super().begin_locked()
         (self.directory / PUBLISHING).unlink(missing_ok=True)
         if self.output.format == "png":
             self.images.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ def test_from_nothing_to_a_report(tmp_path):
     page = (out / "index.html").read_text()
     assert result.report == str(out / "index.html")
     assert page.count("data:image/svg+xml") == 4
-    assert len(re.findall(r'<img class="pixels" src="data:image/png;base64,', page)) == 3
+    assert len(re.findall(r'<img class="pixels" style="[^"]*" src="data:image/png;base64,', page)) == 3
     assert "mvar convert" in page
     assert (out / "attention" / "report.html").is_file()
     assert not re.search(r'(?:src|href)="(?!#|data:|attention/report.html")', page)

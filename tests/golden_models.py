@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mvar_core import Pipeline
+from mvar_core.models.official import convert
+from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
+
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("var_small", "var_shared_adaln", "mvar_small")
 UNFILLED = ("zero_k_bias", "attn_bias_for_masking", "lvl_1L", "ema_vocab_hit_SV")
@@ -95,3 +100,13 @@ def relative_error(found: torch.Tensor, expected: np.ndarray) -> float:
     """Largest difference over the largest expected magnitude."""
     target = torch.from_numpy(expected).to(found.dtype)
     return ((found - target).abs().max() / target.abs().max()).item()
+
+
+def pipeline(case: GoldenCase, scale_prefixes: Any) -> Pipeline:
+    """The golden weights under another setting of prefixes, so that caches are used, partly used, or not used."""
+    converted = convert(case.model, case.tokenizer, scale_prefixes=scale_prefixes, **case.options)
+    tokenizer = VQVAE(converted.config.tokenizer, converted.config.pyramid)
+    tokenizer.load_state_dict(converted.tokenizer)
+    transformer = Transformer(converted.config)
+    transformer.load_state_dict(converted.transformer or {})
+    return Pipeline(converted.config, tokenizer, transformer)

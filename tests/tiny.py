@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mvar_core.config import RunConfig
+from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.data.token_writer import write_token_cache
 from mvar_core.models.directory import save_model, tokenizer_hash
@@ -38,6 +38,21 @@ TINY: dict[str, Any] = {
     "train": {"batch_size": 4, "steps": 4, "epochs": None, "checkpoint_every": 2, "log_every": 2},
     "train_tokenizer": {"batch_size": 4, "steps": 4, "checkpoint_every": 2, "log_every": 2, "kmeans_batches": 1},
 }
+
+
+def small_config(
+    patch_sizes: Any = (1, 2, 4), prefixes: Any = "all", windows: Any = (), **transformer: Any
+) -> ModelConfig:
+    """A model of any pyramid, two pixels to a token."""
+    height, width = (patch_sizes[-1],) * 2 if isinstance(patch_sizes[-1], int) else patch_sizes[-1]
+    tokenizer = {"codebook_size": 16, "latent_channels": 4, "base_channels": 8, "channel_multipliers": [1, 2]}
+    return ModelConfig.of(
+        image_size=[2 * height, 2 * width],
+        patch_sizes=patch_sizes,
+        tokenizer={**tokenizer, "norm_groups": 4},
+        transformer={"depth": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3} | transformer,
+        attention={"scale_prefixes": prefixes, "windows": windows},
+    )
 
 
 @pytest.fixture(scope="session")

@@ -6,33 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import small_config
 
 from mvar_core.analysis.attention import AttentionProbe, images_at_once, measure_attention
 from mvar_core.analysis.recommendation import WINDOWS
-from mvar_core.config import ModelConfig
 from mvar_core.errors import DataError
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
-
-
-def small_config(patch_sizes=(1, 2, 4), prefixes="all", windows=(), **transformer):
-    last = patch_sizes[-1]
-    height, width = (last, last) if isinstance(last, int) else last
-    return ModelConfig.model_validate(
-        {
-            "image_size": [2 * height, 2 * width],
-            "patch_sizes": patch_sizes,
-            "tokenizer": {
-                "codebook_size": 16,
-                "latent_channels": 4,
-                "base_channels": 8,
-                "channel_multipliers": [1, 2],
-                "norm_groups": 4,
-            },
-            "transformer": {"depth": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3} | transformer,
-            "attention": {"scale_prefixes": prefixes, "windows": windows},
-        }
-    )
 
 
 def feed(probe, config, scores=None, images=2):

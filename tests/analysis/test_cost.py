@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvar_core.analysis.cost import cached_tokens, cost_of
@@ -15,26 +16,6 @@ from mvar_core.models.vqvae import VQVAE
 def plan(config, *, dtype="bfloat16", device="cpu", memory=None, **options):
     """The cost on a machine that need not be here."""
     return cost_of(config, Machine(dtype=dtype, device=device, memory=memory), **options)
-
-
-def small_config(patch_sizes=(1, 2, 4), prefixes="all", windows=(), **transformer):
-    last = patch_sizes[-1]
-    height, width = (last, last) if isinstance(last, int) else last
-    return ModelConfig.model_validate(
-        {
-            "image_size": [2 * height, 2 * width],
-            "patch_sizes": patch_sizes,
-            "tokenizer": {
-                "codebook_size": 16,
-                "latent_channels": 4,
-                "base_channels": 8,
-                "channel_multipliers": [1, 2],
-                "norm_groups": 4,
-            },
-            "transformer": {"depth": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3} | transformer,
-            "attention": {"scale_prefixes": prefixes, "windows": windows},
-        }
-    )
 
 
 def visible(config, query, key):

@@ -2,6 +2,7 @@
 
 import math
 
+import golden_models
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from mvar_core import Pipeline
 from mvar_core.analysis.likelihood import LikelihoodReport, log_likelihoods, measure_likelihood
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.models.official import convert
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 
@@ -23,12 +23,7 @@ CLASSES = 10
 @pytest.fixture(scope="module", params=["all", 1])
 def pipeline(request: pytest.FixtureRequest, golden_mvar: GoldenCase) -> Pipeline:
     """The golden weights as a VAR and as an MVAR."""
-    converted = convert(golden_mvar.model, golden_mvar.tokenizer, scale_prefixes=request.param, **golden_mvar.options)
-    tokenizer = VQVAE(converted.config.tokenizer, converted.config.pyramid)
-    tokenizer.load_state_dict(converted.tokenizer)
-    transformer = Transformer(converted.config)
-    transformer.load_state_dict(converted.transformer or {})
-    return Pipeline(converted.config, tokenizer, transformer)
+    return golden_models.pipeline(golden_mvar, request.param)
 
 
 @pytest.fixture(scope="module")

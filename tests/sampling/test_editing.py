@@ -1,5 +1,6 @@
 """Editing keeps exactly the tokens that it promises, at every scale, and draws the rest as sampling does."""
 
+import golden_models
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,6 @@ from mvar_core.config import ModelConfig
 from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.io.pixels import from_uint8, to_uint8
-from mvar_core.models.official import convert
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import ScalePyramid
@@ -23,12 +23,7 @@ LABELS = [3, 1, 4]
 @pytest.fixture(scope="module", params=["all", 2, 1])
 def pipeline(request: pytest.FixtureRequest, golden_mvar: GoldenCase) -> Pipeline:
     """The golden weights as a VAR, as a model of two prefixes, and as an MVAR, windows included."""
-    converted = convert(golden_mvar.model, golden_mvar.tokenizer, scale_prefixes=request.param, **golden_mvar.options)
-    tokenizer = VQVAE(converted.config.tokenizer, converted.config.pyramid)
-    tokenizer.load_state_dict(converted.tokenizer)
-    transformer = Transformer(converted.config)
-    transformer.load_state_dict(converted.transformer or {})
-    return Pipeline(converted.config, tokenizer, transformer)
+    return golden_models.pipeline(golden_mvar, request.param)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import golden_models
 import pytest
 import torch
 from golden_models import GoldenCase
@@ -9,24 +10,16 @@ from mvar_core import Pipeline
 from mvar_core.config import SamplingConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models import footprint
-from mvar_core.models.official import convert
-from mvar_core.models.transformer import Transformer
-from mvar_core.models.vqvae import VQVAE
 from mvar_core.sampling.guidance import guidance_strengths, guide
 from mvar_core.sampling.sampler import SampledTokens, sample_tokens
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-@pytest.fixture(params=["all", 1, 2])
+@pytest.fixture(scope="module", params=["all", 1, 2])
 def pipeline(request: pytest.FixtureRequest, golden_mvar: GoldenCase) -> Pipeline:
     """The golden MVAR's weights under several prefix settings, so that caches are used, partly used, and not used."""
-    converted = convert(golden_mvar.model, golden_mvar.tokenizer, scale_prefixes=request.param, **golden_mvar.options)
-    tokenizer = VQVAE(converted.config.tokenizer, converted.config.pyramid)
-    tokenizer.load_state_dict(converted.tokenizer)
-    transformer = Transformer(converted.config)
-    transformer.load_state_dict(converted.transformer or {})
-    return Pipeline(converted.config, tokenizer, transformer)
+    return golden_models.pipeline(golden_mvar, request.param)
 
 
 @pytest.mark.parametrize(("cfg", "more_smooth"), [(0.0, False), (1.5, False), (1.5, True)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,23 +17,13 @@ from mvar_core.config.presets import load_config
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 
+sys.path.append(str(Path(__file__).parents[1]))  # the processes that some tests start load this file on its own
+import tiny
+
 TINY: dict[str, Any] = {
     "name": "tiny",
-    "image_size": 16,
-    "patch_sizes": [1, 2, 4],
-    "tokenizer": {
-        "codebook_size": 16,
-        "latent_channels": 4,
-        "base_channels": 8,
-        "channel_multipliers": [1, 1, 2],
-        "encoder_blocks": 1,
-        "decoder_blocks": 1,
-        "middle_blocks": 1,
-        "attention": False,
-        "norm_groups": 4,
-    },
-    "transformer": {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3, "drop_path": 0.2, "gate_init": 0.1},
-    "attention": {"scale_prefixes": 1, "windows": [0, 0, 3]},
+    **{key: tiny.TINY[key] for key in ("image_size", "patch_sizes", "tokenizer", "attention")},
+    "transformer": {**tiny.TINY["transformer"], "embed_dim": 32, "drop_path": 0.2, "gate_init": 0.1},
     "train": {
         "batch_size": 6,
         "epochs": None,

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mvar_core.config.model import ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import ConfigError, nearest
 from mvar_core.pyramid import PatchSize, ScalePyramid, auto_windows, read_size, read_sizes, spread_window
+from mvar_core.untrusted import parse_yaml, read_yaml
 
 
 def presets_directory() -> Path:
@@ -43,10 +42,7 @@ def read_preset(name: str) -> dict[str, Any]:
         if is_path:
             raise ConfigError(f"{path} does not exist.", "`--preset` expects a preset's name or a YAML file.")
         raise ConfigError(f"There is no preset {name!r}. {nearest(name, preset_names())}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    values = read_yaml(path, ConfigError) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; expected a mapping of settings.")
     parent = values.pop("extends", None)
@@ -73,10 +69,7 @@ def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"--set {text!r} has no value; use --set key.name=value.")
-    try:
-        return tuple(path.strip().split(".")), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value.") from None
+    return tuple(path.strip().split(".")), parse_yaml(value, f"The value of --set {text[:200]!r}", ConfigError)
 
 
 def load_config(

@@ -20,9 +20,10 @@ from torch import Tensor
 from mvar_core.config import ConditioningConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.errors import DataError
-from mvar_core.io.files import read_json, sha256_of_file
+from mvar_core.io.files import sha256_of_file
 from mvar_core.io.resumable import differences
 from mvar_core.pyramid import PatchSize, ScalePyramid
+from mvar_core.untrusted import read_json
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"

@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mvar_core.errors import DataError
-from mvar_core.io.files import read_json, remove, remove_leftovers, write_json
+from mvar_core.io.files import remove, remove_leftovers, write_json
+from mvar_core.untrusted import read_json
 
 LOCK_FILE = ".lock"
 LONGEST_VALUE = 60

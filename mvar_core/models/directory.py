@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from mvar_core.config import ConditioningConfig, ModelConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import CheckpointError, ConfigError, nearest
-from mvar_core.io.files import atomic_path, read_json, write_json, write_text
+from mvar_core.io.files import atomic_path, write_json, write_text
 from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.untrusted import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -34,11 +34,12 @@ from mvar_core.config import recorded
 from mvar_core.distributed import available_cores
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes
-from mvar_core.io.files import atomic_path, read_json, remove, require_new_directory, write_json
+from mvar_core.io.files import atomic_path, remove, require_new_directory, write_json
 from mvar_core.io.npz import npz_member
 from mvar_core.io.pictures import make_grid
 from mvar_core.io.resumable import Resumable
 from mvar_core.sampling.images import Samples, join_samples
+from mvar_core.untrusted import read_json
 
 FORMATS = ("png", "npz", "grid")
 TOKENS_FILE = "tokens.npz"

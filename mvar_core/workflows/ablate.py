@@ -47,7 +47,7 @@ from mvar_core.evaluation.measure import DEFAULT_BATCH, Measurer, Reference
 from mvar_core.evaluation.scores import METRICS, evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 from mvar_core.formatting import format_number, format_seconds
-from mvar_core.io.files import read_json, sha256_of_file, write_json
+from mvar_core.io.files import sha256_of_file, write_json
 from mvar_core.io.pictures import save_grid
 from mvar_core.io.resumable import Resumable, differences
 from mvar_core.kernels import check_backend
@@ -62,6 +62,7 @@ from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.metrics import read_metrics
 from mvar_core.training.order import planned_steps
 from mvar_core.training.transformer import TransformerOutcome
+from mvar_core.untrusted import read_json
 from mvar_core.workflows.bench_row import Request, measure_alone
 from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy, load_pipeline
 from mvar_core.workflows.runs import held_out
@@ -291,7 +292,7 @@ def ablate(
                     validation=held, progress=report,
                 )  # fmt: skip
                 if outcome.interrupted:
-                    finished = [read_json(job.piece(piece)) for piece in sorted(job.present())]
+                    finished = [read_json(job.piece(piece), finite=False) for piece in sorted(job.present())]
                     return replace(known, rows=finished, interrupted=True)
                 found = _results(row, config, outcome, scorer, num_samples, machine)
                 write_json(job.piece(number), found)
@@ -301,7 +302,7 @@ def ablate(
             remove_checkpoints(row.directory)
             shutil.rmtree(row.directory / "checkpoints", ignore_errors=True)
         costs = _costs(out / "costs", config, [row for row in rows if row.seed == seeds[0]], machine, progress)
-        finished = [{**read_json(row.directory / ROW), "cost": costs[row.setting.name]} for row in rows]
+        finished = [{**read_json(row.directory / ROW, finite=False), "cost": costs[row.setting.name]} for row in rows]
         compared = aggregate(finished)
         result = replace(
             known,
@@ -514,7 +515,7 @@ def _costs(
                 breakdown=False,
             )
             write_json(path, finite(measure_alone(request)))
-        found[row.setting.name, name] = read_json(path)
+        found[row.setting.name, name] = read_json(path, finite=False)
     costs = {}
     for setting in (row.setting.name for row in rows):
         *rounds, allocated = (found[setting, name] for name in names)

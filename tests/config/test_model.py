@@ -45,7 +45,7 @@ def test_the_result_is_frozen() -> None:
         ("tokenizer.norm_groups=7", "does not divide"),
         ("transformer.num_heads=7", "does not divide"),
         ("train.steps", "has no value"),
-        ("train.steps=[", "not a YAML value"),
+        ("train.steps=[", "is not YAML"),
     ],
 )
 def test_bad_settings(setting: str, message: str) -> None:

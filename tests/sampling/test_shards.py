@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from mvar_core.errors import DataError
-from mvar_core.io.files import read_json
 from mvar_core.io.npz import npz_member
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.shards import PUBLISHING, SampleOutput, SampleShards, SampleSpec, WriterPool, grid_columns
+from mvar_core.untrusted import read_json
 
 
 def spec(**changes):

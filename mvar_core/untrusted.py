@@ -1,0 +1,169 @@
+"""Files that others wrote: opened without waiting for anybody; JSON and YAML bounded before anything is built."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Hashable
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from mvar_core.errors import DataError, MvarError, one_line
+
+LARGEST_JSON = 64 * 2**20
+"""Bytes; the manifest of the largest token cache, which has tens of thousands of shards, is smaller."""
+LARGEST_YAML = 2**16
+"""Bytes; YAML is written by hand, and reading it is slow."""
+DEEPEST = 64
+MOST_VALUES = 100_000
+"""In a YAML document, aliases written out: a few lines can mean billions."""
+LARGEST_INTEGER = 2**64
+
+_YAML_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+
+
+def open_regular(path: Path, error: type[MvarError] = DataError) -> IO[bytes]:
+    """A file, open for reading.
+
+    Raises:
+        MvarError: Of the kind `error`: the file does not exist, may not be read, or is not a regular file: opening a
+            pipe would wait for its writer, and reading a device might never end.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist.") from None
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be opened: {getattr(reason, 'strerror', None) or one_line(reason)}.") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise error(f"{path} is {kind}, not a regular file.", "Choose another file.")
+    return os.fdopen(handle, "rb")
+
+
+def read_text(path: Path, largest: int = LARGEST_JSON, error: type[MvarError] = DataError) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        MvarError: Of the kind `error`: see `open_regular`; or the file is too large, or not UTF-8.
+    """
+    try:
+        with open_regular(path, error) as file:
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            raise error(f"{path} is larger than {largest:,} bytes, the most that is read.")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 text (byte {reason.start}).", "Save it as UTF-8.") from None
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror}.") from None
+
+
+def read_json(path: Path, error: type[MvarError] = DataError, *, finite: bool = True) -> Any:
+    """The value of a JSON file, see `parse_json`."""
+    return parse_json(read_text(path, error=error), str(path), error, finite=finite)
+
+
+def parse_json(text: str, where: str, error: type[MvarError] = DataError, *, finite: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The text.
+        where: What messages call it.
+        error: The kind of error to raise.
+        finite: Whether NaN and infinity are refused.
+
+    Raises:
+        MvarError: Of the kind `error`: it is not JSON, names a key twice, is nested too deep, or holds a number that is
+            not finite or too large.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"it has the key {max(keys, key=keys.count)!r:.80} twice")
+        return values
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise error(f"{where} is nested deeper than {DEEPEST} levels.") from None
+    except ValueError as reason:
+        raise error(f"{where} is not a JSON file: {one_line(reason)[:300]}.") from None
+    _check(value, where, error, finite, MOST_VALUES * 1000)
+    return value
+
+
+def read_yaml(path: Path, error: type[MvarError] = DataError) -> Any:
+    """The value of a YAML file, see `parse_yaml`."""
+    return parse_yaml(read_text(path, LARGEST_YAML, error), str(path), error)
+
+
+def parse_yaml(text: str, where: str, error: type[MvarError] = DataError) -> Any:
+    """The value of a YAML text of plain texts, numbers, booleans, lists and mappings; aliases may be used sparingly.
+
+    Raises:
+        MvarError: Of the kind `error`: it is not YAML, uses tags, names a key twice, is nested too deep or means too
+            many values, or holds a number that is not finite or too large.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, where, error)
+        value = loader.construct_document(node)
+    except RecursionError:
+        raise error(f"{where} is nested deeper than {DEEPEST} levels.") from None
+    except (yaml.YAMLError, ValueError) as reason:
+        raise error(f"{where} is not YAML: {one_line(reason)[:300]}.") from None
+    _check(value, where, error, True, MOST_VALUES)
+    return value
+
+
+def _check_nodes(root: yaml.Node, where: str, error: type[MvarError]) -> None:
+    """Before values are made of them: a merge of merges would take longer than there is time."""
+    waiting, count = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if depth > DEEPEST or count > MOST_VALUES:
+            raise error(f"{where} holds too much: more than {MOST_VALUES:,} values, or {DEEPEST} levels of them.")
+        if node.tag not in _YAML_TAGS:
+            line, tag = node.start_mark.line + 1, node.tag.removeprefix("tag:yaml.org,2002:")
+            raise error(f"{where}, line {line}: a value of the kind {tag!r:.80} is not read.", "Put text in quotes.")
+        if isinstance(node, yaml.MappingNode):
+            keys: set[Hashable] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.value in keys:
+                    found = f"the key {key.value!r:.80} twice" if isinstance(key, yaml.ScalarNode) else "a list as key"
+                    raise error(f"{where}, line {key.start_mark.line + 1}: {found}.", "Write every key once, as text.")
+                keys.add(key.value)
+            waiting += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(child, depth + 1) for child in node.value]
+
+
+def _check(value: Any, where: str, error: type[MvarError], finite: bool, most: int) -> None:
+    """Depth, number and size of values."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        found, depth = waiting.pop()
+        count += 1
+        if depth > DEEPEST or count > most:
+            raise error(f"{where} holds too much: more than {most:,} values, or {DEEPEST} levels of them.")
+        if isinstance(found, dict):
+            waiting += [(child, depth + 1) for child in found.values()]
+        elif isinstance(found, list):
+            waiting += [(child, depth + 1) for child in found]
+        elif isinstance(found, int) and abs(found) > LARGEST_INTEGER:
+            raise error(f"{where} holds an integer of {found.bit_length()} bits, which is too large.")
+        elif isinstance(found, float) and finite and not math.isfinite(found):
+            raise error(f"{where} holds {found}, which is not a finite number.")

@@ -72,15 +72,12 @@ Windows = Annotated[str | None, option("--windows", "K|LIST|auto", _WINDOWS)]
 ScalePrefixes = Annotated[
     str | None, option("--scale-prefixes", "N|all", "Scales that a token sees, its own included: 1 is MVAR.")
 ]
-_FEATURES = (
-    "inception, demo, a demo classifier (.safetensors), or, with --download, a name registered with torch-fidelity;"
-    " auto is demo for digits."
-)
+_FEATURES = "inception, demo, or a demo classifier (.safetensors); auto is demo for digits, else inception."
 Features = Annotated[str, option("--features", "NAME|FILE", _FEATURES)]
 InceptionWeights = Annotated[
     Path | None, option("--inception-weights", "FILE", "The network that FID is defined by.")
 ]  # fmt: skip
-Download = Annotated[bool, option("--download", None, "Download the network if it is absent.")]
+Download = Annotated[bool, option("--download", None, "Download the Inception weights if they are absent.")]
 FeatureCache = Annotated[Path | None, option("--cache", "DIR", "Save features there, and reuse those that are known.")]
 Out = Annotated[Path, option("--out", "DIR", "Where to write.")]
 SampleOut = Annotated[Path, option("--out", "PATH", "A directory, or a file for npz and grid.")]

@@ -49,20 +49,11 @@ class DemoClassifier(nn.Module):
     `measured_accuracy` is the fraction of held-out images that it classifies right, where that was measured.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_shape: tuple[int, int],
-        class_names: Sequence[str] | None = None,
-        measured_accuracy: float | None = None,
-    ):
+    def __init__(self, num_classes: int, image_shape: tuple[int, int], measured_accuracy: float | None = None):
         super().__init__()
         self.num_classes = num_classes
         self.image_shape = image_shape
-        self.class_names = tuple(class_names) if class_names is not None else tuple(map(str, range(num_classes)))
         self.measured_accuracy = measured_accuracy
-        if len(self.class_names) != num_classes:
-            raise DataError(f"The classifier has {num_classes} classes but {len(self.class_names)} class names.")
         # The layers' usual initial values would come from the global generator.
         self.convolutions = nn.ModuleList(
             nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, stride=2, padding=1)
@@ -124,7 +115,7 @@ class DemoClassifier(nn.Module):
         description = {
             "num_classes": self.num_classes,
             "image_shape": self.image_shape,
-            "class_names": self.class_names,
+            "class_names": [str(label) for label in range(self.num_classes)],
             "accuracy": self.measured_accuracy,
             "weights_hash": self.weights_hash,
         }
@@ -156,12 +147,8 @@ class DemoClassifier(nn.Module):
             )
         try:
             description: dict[str, Any] = json.loads(metadata["description"])
-            classifier = cls(
-                description["num_classes"],
-                tuple(description["image_shape"]),
-                description["class_names"],
-                description["accuracy"],
-            )
+            shape = tuple(description["image_shape"])
+            classifier = cls(description["num_classes"], shape, description["accuracy"])
             classifier.load_state_dict(tensors)
             intact = classifier.weights_hash == description["weights_hash"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -196,7 +183,6 @@ def train_classifier(
     seed: int = 0,
     *,
     steps: int = 400,
-    class_names: Sequence[str] | None = None,
     test: tuple[Tensor, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DemoClassifier:
@@ -211,7 +197,7 @@ def train_classifier(
     _check_labels(images, labels, num_classes)
     height, width = images.shape[2:]
     source = generator("demo-classifier", seed)
-    classifier = DemoClassifier(num_classes, (height, width), class_names)
+    classifier = DemoClassifier(num_classes, (height, width))
     classifier.initialise(source)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.1)

@@ -5,6 +5,8 @@ A process measures a contiguous block of the images. Features that a cache knows
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from mvar_core.data.images import split_name
 from mvar_core.distributed import world
 from mvar_core.errors import DataError
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.references import FeatureCache, ReferenceRecord, feature_key, load_reference
+from mvar_core.evaluation.references import FORMAT, ReferenceRecord, load_reference, read_features, write_features
 from mvar_core.evaluation.statistics import FeatureSet, collect, merge_statistics
 from mvar_core.progress import Progress, stage
 
@@ -53,14 +55,21 @@ class ImageSet(Protocol):
 class Measurer:
     """Measures sets of images with one network.
 
-    `keep_features` says whether single images' features are needed as well as their mean and covariance.
+    Attributes:
+        cache: A directory of features, one npz file each by the content of the images and the network; a file that
+            cannot be used counts as absent.
+        keep_features: Whether single images' features are needed as well as their mean and covariance.
     """
 
     extractor: FeatureExtractor
-    cache: FeatureCache | None = None
+    cache: str | Path | None = None
     keep_features: bool = True
-    batch_size: int = DEFAULT_BATCH
+    batch_size: int | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and Path(self.cache).is_file():
+            raise DataError(f"--cache {self.cache} is a file; expected a directory.")
 
     def measure(self, images: ImageSet, title: str) -> FeatureSet:
         """Features of all images, in every process; `title` is what the progress is called.
@@ -68,37 +77,42 @@ class Measurer:
         Raises:
             DataError: An image cannot be read, or there are too few images for the number of processes.
         """
-        found = world().run_on_rank_zero(lambda: self._cached(images, title))
-        if found is None:
-            own = shards(images.count)[world().rank]
-            local = collect(
-                self.extractor,
-                images.batches(self.batch_size, own.start, own.stop),
-                len(own),
-                stage(self.progress, title),
-                keep_features=self.keep_features,
-                first=own.start,
-            )
-            found = merge_features(local, images.count)
-            self.save(images, found)
-        return replace(found, labels=images.labels)
-
-    def save(self, images: ImageSet, features: FeatureSet) -> None:
-        """Save the features in the cache, if there is one and the images have a fingerprint; only rank 0 does."""
-        if self.cache is not None and world().is_rank_zero and (key := self._key(images)) is not None:
-            self.cache.save(key, features)
-
-    def _key(self, images: ImageSet) -> str | None:
-        content = images.fingerprint()
-        return None if content is None else feature_key(self.extractor, content, images.count)
-
-    def _cached(self, images: ImageSet, title: str) -> FeatureSet | None:
-        if self.cache is None or (key := self._key(images)) is None:
-            return None
-        known = self.cache.load(key, features=self.keep_features)
+        key, known = world().run_on_rank_zero(lambda: self._cached(images))
         if known is not None:
             logger.info("%s: features of %s images are taken from the cache.", title, f"{images.count:,}")
-        return known
+            return replace(known, labels=images.labels)
+        own = shards(images.count)[world().rank]
+        local = collect(
+            self.extractor,
+            images.batches(self.batch_size or DEFAULT_BATCH, own.start, own.stop),
+            len(own),
+            stage(self.progress, title),
+            keep_features=self.keep_features,
+            first=own.start,
+        )
+        found = merge_features(local, images.count)
+        if self.cache is not None and key is not None and world().is_rank_zero:
+            write_features(Path(self.cache) / f"{key}.npz", found, {"key": key})
+        return replace(found, labels=images.labels)
+
+    def _cached(self, images: ImageSet) -> tuple[str | None, FeatureSet | None]:
+        """The name of these features in the cache, and the features, where all that are needed are there."""
+        content = None if self.cache is None else images.fingerprint()
+        if self.cache is None or content is None:
+            return None, None
+        parts = [FORMAT, self.extractor.name, self.extractor.weights_hash, content, images.count]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        path = Path(self.cache) / f"{key}.npz"
+        if not path.exists():
+            return key, None
+        try:
+            found, description = read_features(path)
+            if description != {"key": key}:
+                raise DataError(f"{path} holds other features.")
+        except DataError as error:
+            logger.warning("%s is measured again: %s", path, error.message)
+            return key, None
+        return key, None if found is None or (self.keep_features and found.features is None) else found
 
 
 def shards(total: int) -> list[range]:

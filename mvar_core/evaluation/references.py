@@ -1,4 +1,4 @@
-"""Features and statistics in files: references that were measured once, published statistics, a cache of features.
+"""Features and statistics in files: references that were measured once, published statistics, cached features.
 
 One npz layout serves references, which say what they were measured with, and the cache: mu, sigma, mu_s, sigma_s in
 float64, laid out as in the ADM evaluator's files; features (N, F) and logits (N, K) in float32; labels and content_keys
@@ -7,9 +7,7 @@ float64, laid out as in the ADM evaluator's files; features (N, F) and logits (N
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from numpy.typing import NDArray
 
 from mvar_core import __version__
 from mvar_core.errors import DataError
-from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.statistics import FeatureSet, Statistics
 from mvar_core.io.files import atomic_path
 from mvar_core.io.npz import read_npz
@@ -31,8 +28,6 @@ FORMAT = "mvar-reference-1"
 
 RECORD = "record"
 ROWS = ("features", "logits", "content_keys", "labels")
-
-logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True)
@@ -177,49 +172,3 @@ def _gaussian(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> St
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DataError(f"{path}: {mean} or {covariance} holds values that are not finite.")
     return Statistics(mu=mu.astype(np.float64), sigma=sigma.astype(np.float64))
-
-
-def feature_key(extractor: FeatureExtractor, content: str, count: int) -> str:
-    """The name of features in a cache: SHA-256 of the network and of the first `count` images of this fingerprint."""
-    parts = [FORMAT, extractor.name, extractor.weights_hash, content, count]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-class FeatureCache:
-    """Features by key, one npz file each in `directory`; a file that cannot be used counts as absent."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    @classmethod
-    def open(cls, directory: str | Path | None) -> FeatureCache | None:
-        """The cache in a directory, if there is to be one.
-
-        Raises:
-            DataError: The directory is a file.
-        """
-        if directory is not None and Path(directory).is_file():
-            raise DataError(f"--cache {directory} is a file; expected a directory.")
-        return None if directory is None else cls(Path(directory))
-
-    def path(self, key: str) -> Path:
-        """The file of a key."""
-        return self.directory / f"{key}.npz"
-
-    def load(self, key: str, *, features: bool = False) -> FeatureSet | None:
-        """The features of a key; None where there are none, or only statistics although `features` are needed."""
-        path = self.path(key)
-        if not path.exists():
-            return None
-        try:
-            found, description = read_features(path)
-            if found is None or description != {"key": key}:
-                raise DataError(f"{path} holds other features.")
-        except DataError as error:
-            logger.warning("%s is measured again: %s", path, error.message)
-            return None
-        return None if features and found.features is None else found
-
-    def save(self, key: str, features: FeatureSet) -> None:
-        """Keep features under a key; the file is written whole or not at all."""
-        write_features(self.path(key), features, {"key": key})

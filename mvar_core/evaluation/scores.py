@@ -181,7 +181,14 @@ def evaluate_features(
         DataError: Two sets that were measured with different networks.
     """
     asked = check_metrics(metrics)
-    _check_same_features(samples, reference)
+    hashes = samples.weights_hash, reference.weights_hash
+    if samples.extractor != reference.extractor or (hashes[1] is not None and hashes[0] != hashes[1]):
+        ours, theirs = ((known or "?")[:12] for known in hashes)
+        raise DataError(
+            f"The samples were measured with {samples.extractor} features ({ours}), the reference with"
+            f" {reference.extractor} features ({theirs}).",
+            "Measure both with the same --features.",
+        )
     scores: dict[str, Any] = dict.fromkeys((*METRICS, "inception_score_std", "kid_std"))
     reasons = {metric: "not asked for" for metric in METRICS if metric not in asked}
     settings = {"seed": seed, "splits": splits, "neighbourhood": NEIGHBOURHOOD}
@@ -189,12 +196,18 @@ def evaluate_features(
     def both(read: Callable[[str, FeatureSet], Any]) -> tuple[Any, Any]:
         return read("sample", samples), read("reference", reference)
 
+    def kid() -> tuple[float, float]:
+        ours, theirs = both(_features)
+        found = kernel_distance(ours, theirs, seed=seed, subset_size=kid_subset_size)
+        settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(len(ours), len(theirs), kid_subset_size)
+        return found
+
     measures: dict[tuple[str, ...], Callable[[], Sequence[float]]] = {
         ("fid",): lambda: [frechet_distance(*both(_statistics))],
         ("sfid",): lambda: [frechet_distance(*both(_spatial))],
         ("inception_score", "inception_score_std"): lambda: inception_score(_logits(samples), seed=seed, splits=splits),
         ("precision", "recall"): lambda: precision_recall(*both(_features)),
-        ("kid", "kid_std"): lambda: kernel_distance(*both(_features), seed=seed, subset_size=kid_subset_size),
+        ("kid", "kid_std"): kid,
     }
     for names, compute in measures.items():
         if wanted := [name for name in names if name in asked]:
@@ -204,9 +217,6 @@ def evaluate_features(
                 reasons.update(dict.fromkeys(wanted, error.message))
             else:
                 scores.update({name: found[name] for name in names if name not in reasons})
-    if scores["kid"] is not None:
-        ours, theirs = both(_features)
-        settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(len(ours), len(theirs), kid_subset_size)
     return {**scores, "reasons": reasons, "settings": settings}
 
 
@@ -330,16 +340,6 @@ def _features(role: str, images: FeatureSet) -> Tensor:
 def _by_content(images: FeatureSet, rows: Tensor) -> Tensor:
     """Rows in an order that follows from the images alone, so that splits and subsets do too."""
     return rows if images.content_keys is None else rows[images.content_keys.argsort(stable=True)]
-
-
-def _check_same_features(samples: FeatureSet, reference: FeatureSet) -> None:
-    same_network = samples.weights_hash == reference.weights_hash or reference.weights_hash is None
-    if samples.extractor != reference.extractor or not same_network:
-        raise DataError(
-            f"The samples were measured with {samples.extractor} features ({(samples.weights_hash or '?')[:12]}), the"
-            f" reference with {reference.extractor} features ({(reference.weights_hash or '?')[:12]}).",
-            "Measure both with the same --features.",
-        )
 
 
 def _check_widths(first: int, second: int) -> None:

@@ -20,9 +20,9 @@ from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import DEFAULT_BATCH, ImageSet, Measurer, Reference, open_measured_images
+from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, open_measured_images
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
-from mvar_core.evaluation.references import FeatureCache, save_reference
+from mvar_core.evaluation.references import save_reference
 from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.pipeline import Pipeline
@@ -162,7 +162,6 @@ def evaluate(
     if (samples is None) == (checkpoint is None):
         raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
     with connect(machine.device) as here:
-        feature_cache = FeatureCache.open(cache)
         choice = ExtractorChoice(
             features,
             str(reference),
@@ -202,7 +201,7 @@ def evaluate(
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)), nearby)
         known.check(extractor)
         keep_features = per_class or any(name in asked for name in NEED_FEATURES)
-        measurer = Measurer(extractor, feature_cache, keep_features, batch_size or DEFAULT_BATCH, progress)
+        measurer = Measurer(extractor, cache, keep_features, batch_size, progress)
         reference_set = known.measure(measurer)
         sample_set = measurer.measure(images, "samples")
 
@@ -264,7 +263,7 @@ def make_reference(
         out: The npz file to write.
         data: A folder, an npz, "digits" or "digits:test".
         image_size: Resize and crop the images to this size first: N, (height, width), or text such as "48x64".
-        features: The network that measures images, as of `evaluate`.
+        features: As of `evaluate`.
         inception_weights: As of `evaluate`.
         download: As of `evaluate`.
         batch_size: Images at a time.
@@ -291,7 +290,7 @@ def make_reference(
         )
         images = open_measured_images(str(data), None, image_shape)
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
-        measurer = Measurer(extractor, batch_size=batch_size or DEFAULT_BATCH, progress=progress)
+        measurer = Measurer(extractor, batch_size=batch_size, progress=progress)
         found = measurer.measure(images, "reference")
         resized = images.stored_shape is not None
         here.run_on_rank_zero(

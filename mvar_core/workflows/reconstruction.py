@@ -16,10 +16,9 @@ from mvar_core.data.evaluation_images import EvaluationImages
 from mvar_core.distributed import connect
 from mvar_core.errors import ConfigError
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
-from mvar_core.evaluation.measure import DEFAULT_BATCH, Measurer, Reference, open_measured_images
+from mvar_core.evaluation.measure import Measurer, Reference, open_measured_images
 from mvar_core.evaluation.published import comparability, input_reasons
 from mvar_core.evaluation.reconstruction import ReconstructionMeter
-from mvar_core.evaluation.references import FeatureCache
 from mvar_core.evaluation.scores import evaluate_features
 from mvar_core.io.pixels import from_uint8, to_uint8
 from mvar_core.pipeline import Pipeline
@@ -73,7 +72,7 @@ def evaluate_reconstruction(
         checkpoint: A model directory with a tokenizer.
         reference: Images to reconstruct: a folder, an npz, "digits" or "digits:test".
         num_samples: At most so many of them.
-        features: The network that measures images, as of `evaluate`.
+        features: As of `evaluate`.
         inception_weights: As of `evaluate`.
         download: As of `evaluate`.
         cache: As of `evaluate`; only the originals' features are saved.
@@ -91,7 +90,6 @@ def evaluate_reconstruction(
     with connect(machine.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"Reconstructions are measured in one process, found {here.world_size}.")
-        feature_cache = FeatureCache.open(cache)
         choice = ExtractorChoice(
             features,
             str(reference),
@@ -113,7 +111,7 @@ def evaluate_reconstruction(
         known = Reference(str(reference), originals)
         nearby = [Path(checkpoint), Path(checkpoint).parent]
         extractor = choice.load(originals.image_shape, resolve_device(machine.device), nearby)
-        measurer = Measurer(extractor, feature_cache, False, batch_size or DEFAULT_BATCH, progress)
+        measurer = Measurer(extractor, cache, False, batch_size, progress)
         reference_set = known.measure(measurer)
         scores = evaluate_features(measurer.measure(images, "reconstructions"), reference_set, ("fid",))
         # Papers compare reconstructions with their originals too, so a reference of images is no reason.

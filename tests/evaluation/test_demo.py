@@ -13,14 +13,12 @@ from mvar_core.evaluation.demo_scores import class_mean_images
 from mvar_core.evaluation.scores import evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
 Digits = dict[str, tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
 def classifier(digits: Digits) -> DemoClassifier:
-    return train_classifier(*digits["train"], 10, seed=0, class_names=NAMES, test=digits["test"])
+    return train_classifier(*digits["train"], 10, seed=0, test=digits["test"])
 
 
 def test_reads_digits_it_has_not_seen(classifier: DemoClassifier, digits: Digits) -> None:
@@ -75,7 +73,6 @@ def test_saves_and_loads(classifier: DemoClassifier, digits: Digits, tmp_path: P
     path = tmp_path / "cache" / "classifier.safetensors"
     classifier.save(path)
     loaded = DemoClassifier.load(path)
-    assert loaded.class_names == NAMES
     assert loaded.image_shape == (32, 32)
     assert loaded.measured_accuracy == classifier.measured_accuracy
     assert loaded.weights_hash == classifier.weights_hash
@@ -118,7 +115,6 @@ def test_is_made_for_images_of_any_one_size() -> None:
     labels = torch.arange(10) % 2
     classifier = train_classifier(images, labels, 2, steps=2)
     assert classifier.image_shape == (24, 40)
-    assert classifier.class_names == ("0", "1")
     with pytest.raises(DataError, match="for 24×40 images, found 32×32"):
         classifier.accuracy(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
 
@@ -131,8 +127,6 @@ def test_refuses_labels_and_images_that_do_not_fit() -> None:
         train_classifier(images, torch.arange(3), 3)
     with pytest.raises(DataError, match="uint8 images"):
         train_classifier(images.float(), torch.zeros(4, dtype=torch.int64), 3)
-    with pytest.raises(DataError, match="3 classes but 2 class names"):
-        train_classifier(images, torch.zeros(4, dtype=torch.int64), 3, class_names=["a", "b"])
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_collect_of_one_image_has_no_covariance_and_of_none_is_refused() -> None
     assert single.statistics is None
     assert single.spatial is None
     nothing: Iterator[Tensor] = iter(())
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="0 images"):
         collect(PixelExtractor(), nothing, 0)
 
 

@@ -26,15 +26,13 @@ def evaluate(
     samples: Annotated[str | None, options.option("--samples", "PATH", "Folder or npz of images.")] = None,
     checkpoint: options.OptionalCheckpoint = None,
     num_samples: Annotated[
-        int | None,
-        options.option("--num-samples", "N", "To generate, balanced over classes; or to read.", min=2),
+        int | None, options.option("--num-samples", "N", "To generate, balanced over classes; or to read.", min=2)
     ] = None,
     metrics: Annotated[
         str, options.option("--metrics", "NAMES", "Comma list of fid, sfid, inception_score, precision, …")
     ] = "all",
     kid_subset: Annotated[
-        int | None,
-        options.option("--kid-subset", "N", "Images per subset of KID. Default: 1000, or all.", min=2),
+        int | None, options.option("--kid-subset", "N", "Images per subset of KID. Default: 1000, or all.", min=2)
     ] = None,
     per_class: Annotated[bool, options.option("--per-class", None, "Also a score per class, the worst first.")] = False,
     features: options.Features = "auto",

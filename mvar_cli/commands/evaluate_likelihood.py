@@ -32,40 +32,35 @@ def evaluate_likelihood(
     """
     result = mvar.evaluate_likelihood(**locals(), progress=console.progress)
     if result.dry_run is None:
-        show_report(result)
+        accuracies = result.zero_shot_accuracy_by_scale
+        columns = ["side", "tokens", "bits per token", *(["zero-shot up to this scale"] if accuracies else [])]
+        rows = []
+        for scale, (size, bits) in enumerate(zip(result.patch_sizes, result.bits_per_token_by_scale, strict=True)):
+            height, width = (size, size) if isinstance(size, int) else size
+            side = str(size) if isinstance(size, int) else f"{height}×{width}"
+            rows.append([side, height * width, bits, *([accuracies[scale]] if accuracies else [])])
+        console.table("bits per token, scale by scale", columns, rows)
+        condition = "no class" if result.nll_by_class is None else "their own class"
+        error = f" ± {result.bits_per_image_error:.3g}" if result.bits_per_image_error is not None else ""
+        console.say(
+            f"{result.num_samples} images under {condition}: {result.bits_per_token:.4g} bits per token"
+            f" (of {result.uniform_bits_per_token:.4g}), {result.bits_per_image:.5g}{error} bits per image,"
+            f" {result.bits_per_pixel:.4g} per pixel."
+        )
+        if result.class_information is not None:
+            console.say(
+                f"Under no class: {result.bits_per_token_no_class:.4g} bits per token; the class explains"
+                f" {result.class_information:.4g} bits of an image."
+            )
+        if result.nll_by_class is not None and result.samples_by_class is not None:
+            worst = sorted(result.nll_by_class.items(), key=lambda item: -item[1])[:CLASSES_SHOWN]
+            more = f", the {CLASSES_SHOWN} least likely" if len(result.nll_by_class) > len(worst) else ""
+            rows = [[name, result.samples_by_class[name], nats] for name, nats in worst]
+            console.table(f"nats per image, by class{more}", ["class", "images", "-ln p"], rows)
+        if result.zero_shot_accuracy is not None:
+            top = f", {result.zero_shot_top5:.1%} among five" if result.zero_shot_top5 is not None else ""
+            console.say(
+                f"Zero-shot classification among {result.classes_scored} classes: {result.zero_shot_accuracy:.1%}"
+                f" correct{top} (chance: {1 / result.classes_scored:.1%})."
+            )
     console.show(result)
-
-
-def show_report(result: "mvar.Likelihood") -> None:
-    """Bits by scale, their means, and the classes."""
-    accuracies = result.zero_shot_accuracy_by_scale
-    columns = ["side", "tokens", "bits per token", *(["zero-shot up to this scale"] if accuracies else [])]
-    rows = []
-    for scale, (size, bits) in enumerate(zip(result.patch_sizes, result.bits_per_token_by_scale, strict=True)):
-        height, width = (size, size) if isinstance(size, int) else size
-        side = str(size) if isinstance(size, int) else f"{height}×{width}"
-        rows.append([side, height * width, bits, *([accuracies[scale]] if accuracies else [])])
-    console.table("bits per token, scale by scale", columns, rows)
-    condition = "no class" if result.nll_by_class is None else "their own class"
-    error = f" ± {result.bits_per_image_error:.3g}" if result.bits_per_image_error is not None else ""
-    console.say(
-        f"{result.num_samples} images under {condition}: {result.bits_per_token:.4g} bits per token"
-        f" (of {result.uniform_bits_per_token:.4g}), {result.bits_per_image:.5g}{error} bits per image,"
-        f" {result.bits_per_pixel:.4g} per pixel."
-    )
-    if result.class_information is not None:
-        console.say(
-            f"Under no class: {result.bits_per_token_no_class:.4g} bits per token; the class explains"
-            f" {result.class_information:.4g} bits of an image."
-        )
-    if result.nll_by_class is not None and result.samples_by_class is not None:
-        worst = sorted(result.nll_by_class.items(), key=lambda item: -item[1])[:CLASSES_SHOWN]
-        more = f", the {CLASSES_SHOWN} least likely" if len(result.nll_by_class) > len(worst) else ""
-        rows = [[name, result.samples_by_class[name], nats] for name, nats in worst]
-        console.table(f"nats per image, by class{more}", ["class", "images", "-ln p"], rows)
-    if result.zero_shot_accuracy is not None:
-        top = f", {result.zero_shot_top5:.1%} among five" if result.zero_shot_top5 is not None else ""
-        console.say(
-            f"Zero-shot classification among {result.classes_scored} classes: {result.zero_shot_accuracy:.1%}"
-            f" correct{top} (chance: {1 / result.classes_scored:.1%})."
-        )

@@ -145,15 +145,10 @@ def _classes(images: Tensor, labels: Tensor) -> list[int]:
     return [int(label) for label in labels.unique()]
 
 
-def _unit_range(images: Tensor) -> Tensor:
-    if images.dtype == torch.uint8:
-        return images.double() / 127.5 - 1
-    if not images.is_floating_point():
-        raise DataError(f"Images are uint8, or floating point in [-1, 1]; found {images.dtype}.")
-    return images.double()
-
-
 def _vectors(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise DataError(f"Images are uint8, or floating point in [-1, 1]; found {images.dtype}.")
     # float64: torch finds distances through products, which loses those much smaller than the vectors' lengths.
-    vectors: Tensor = _unit_range(images).flatten(1) / float(images.shape[1]) ** 0.5
+    pixels = images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double()
+    vectors: Tensor = pixels.flatten(1) / float(images.shape[1]) ** 0.5
     return vectors

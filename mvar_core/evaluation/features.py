@@ -152,11 +152,8 @@ class InceptionExtractor:
                 f"These weights do not fit the Inception network: {one_line(error)[:300]}."
             ) from error
         self._network: torch.nn.Module = network.to(self._device)
-        self._spatial: Tensor | None = None
-        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    def _keep_spatial(self, _module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        self._branch: list[Tensor] = []
+        network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: self._branch.append(output))
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features:
@@ -164,8 +161,7 @@ class InceptionExtractor:
         check_images(images)
         with exact_matmul():
             pool, logits = self._network(images.to(self._device))
-        spatial, self._spatial = self._spatial, None
-        assert spatial is not None
+        spatial = self._branch.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return Features(pool.cpu(), logits.cpu(), spatial.cpu())
 
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mvar_core import __version__
+from mvar_core.data.evaluation_images import EvaluationImages
 from mvar_core.errors import DataError
 from mvar_core.evaluation.statistics import FeatureSet, Statistics
 from mvar_core.io.files import atomic_path
@@ -50,31 +51,23 @@ class ReferenceRecord:
     class_names: tuple[str, ...] | None = None
 
 
-def save_reference(
-    path: Path,
-    features: FeatureSet,
-    *,
-    image_shape: tuple[int, int],
-    resized: bool,
-    source: str,
-    class_names: tuple[str, ...] | None = None,
-) -> None:
-    """Write a reference, whole or not at all: statistics, features and labels where known, and a `ReferenceRecord`.
+def save_reference(path: Path, features: FeatureSet, images: EvaluationImages) -> None:
+    """Write a reference, whole or not at all: the features of the images, and a `ReferenceRecord`.
 
     Raises:
         DataError: There are too few images for statistics.
     """
-    if features.statistics is None or features.count is None or features.weights_hash is None:
+    if features.statistics is None or features.weights_hash is None:
         raise DataError(f"A reference needs at least 2 images, found {features.num_images}.")
     record = ReferenceRecord(
-        features.extractor,
-        features.weights_hash,
-        features.count,
-        image_shape,
-        resized,
-        source,
-        __version__,
-        class_names,
+        extractor=features.extractor,
+        weights_hash=features.weights_hash,
+        count=images.count,
+        image_shape=images.image_shape,
+        resized=images.stored_shape is not None,
+        source=images.name,
+        mvar_version=__version__,
+        class_names=images.class_names,
     )
     write_features(path, features, {"kind": FORMAT, **asdict(record)})
 

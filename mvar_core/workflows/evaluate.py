@@ -219,9 +219,7 @@ def evaluate(
                 classifier_accuracy=classifier_accuracy(sample_set, images.labels),
                 per_class=None if classes is None else tuple(asdict(row) for row in classes),
                 published=tuple(asdict(row) for row in rows),
-                comparable_to_papers=not why_not,
-                why_not=tuple(why_not),
-                **circumstances(images, known, extractor, reference_set, machine, seed),
+                **circumstances(images, known, extractor, reference_set, machine, seed, why_not),
                 seconds=time.monotonic() - start,
             )
 
@@ -292,24 +290,14 @@ def make_reference(
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
         measurer = Measurer(extractor, batch_size=batch_size, progress=progress)
         found = measurer.measure(images, "reference")
-        resized = images.stored_shape is not None
-        here.run_on_rank_zero(
-            lambda: save_reference(
-                out,
-                found,
-                image_shape=images.image_shape,
-                resized=resized,
-                source=str(data),
-                class_names=images.class_names,
-            )
-        )
+        here.run_on_rank_zero(lambda: save_reference(out, found, images))
         return ReferenceFile(
             reference=out,
             num_reference=images.count,
             features=extractor.name,
             weights_hash=extractor.weights_hash,
             image_shape=images.image_shape,
-            resized=resized,
+            resized=images.stored_shape is not None,
             seconds=time.monotonic() - start,
         )
 
@@ -364,8 +352,9 @@ def circumstances(
     reference_set: FeatureSet,
     machine: Machine,
     seed: int,
+    why_not: Sequence[str],
 ) -> dict[str, Any]:
-    """What a figure depends on; fields of `Measured`."""
+    """What a figure depends on, and whether it is comparable with published ones: fields of `Measured`."""
     sampling = None
     if isinstance(images, SampledImages):
         sampling = {**images.settings.model_dump(), "seed": images.seed, **model_description(images.pipeline)}
@@ -384,6 +373,8 @@ def circumstances(
         "device": "cpu" if extractor.name == "demo" else str(device),
         "processes": world().world_size,
         "versions": {"mvar": __version__, "torch": torch.__version__, "torch-fidelity": version("torch-fidelity")},
+        "comparable_to_papers": not why_not,
+        "why_not": tuple(why_not),
         "warnings": tuple(cautions(extractor, images.count, reference_set)),
     }
 

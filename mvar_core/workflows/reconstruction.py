@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,15 +115,13 @@ def evaluate_reconstruction(
         scores = evaluate_features(measurer.measure(images, "reconstructions"), reference_set, ("fid",))
         # Papers compare reconstructions with their originals too, so a reference of images is no reason.
         why_not = comparability(extractor, images.count) + input_reasons(images, known)
-        fields: dict[str, Any] = circumstances(images, known, extractor, reference_set, machine, 0)
+        fields = circumstances(images, known, extractor, reference_set, machine, 0, why_not)
         return Reconstruction(
             **{**fields, "sampling": model_description(pipeline)},
             rfid=scores["fid"],
             **images.meter.result(),
             scales=tuple(f"{grid.height}×{grid.width}" for grid in pipeline.config.pyramid.grids),
             reasons={"rfid": scores["reasons"]["fid"]} if "fid" in scores["reasons"] else {},
-            comparable_to_papers=not why_not,
-            why_not=tuple(why_not),
             seconds=time.monotonic() - start,
         )
 

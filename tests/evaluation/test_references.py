@@ -29,10 +29,10 @@ def measured(count: int = 9, dim: int = 5) -> FeatureSet:
     )
 
 
-DESCRIPTION: dict[str, Any] = {
-    "image_shape": (32, 48), "resized": True, "source": "photos/", "class_names": ("cat", "dog", "owl")
-}  # fmt: skip
-RECORD = ReferenceRecord("tiny", "abc", 9, mvar_version=__version__, **DESCRIPTION)
+IMAGES: Any = SimpleNamespace(
+    name="photos/", count=9, image_shape=(32, 48), stored_shape=(64, 48), class_names=("cat", "dog", "owl")
+)
+RECORD = ReferenceRecord("tiny", "abc", 9, (32, 48), True, "photos/", __version__, ("cat", "dog", "owl"))
 
 
 def same(first: FeatureSet, second: FeatureSet) -> bool:
@@ -54,7 +54,7 @@ def same(first: FeatureSet, second: FeatureSet) -> bool:
 
 def test_a_reference_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
-    save_reference(path, measured(), **DESCRIPTION)
+    save_reference(path, measured(), IMAGES)
     features, record = load_reference(path)
     assert features is not None
     assert record == RECORD
@@ -71,7 +71,7 @@ def test_a_reference_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_reference_of_statistics_alone(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
     alone = replace(measured(), spatial=None, features=None, logits=None, labels=None)
-    save_reference(path, alone, **{**DESCRIPTION, "class_names": None})
+    save_reference(path, alone, SimpleNamespace(**{**vars(IMAGES), "class_names": None}))
     features, record = load_reference(path)
     assert features is not None
     assert record is not None
@@ -81,7 +81,7 @@ def test_a_reference_of_statistics_alone(tmp_path: Path) -> None:
 
 def test_one_image_is_no_reference(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 2 images"):
-        save_reference(tmp_path / "ref.npz", replace(measured(), statistics=None), **DESCRIPTION)
+        save_reference(tmp_path / "ref.npz", replace(measured(), statistics=None), IMAGES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +147,7 @@ def spoiled(path: Path) -> dict[str, bytes]:
 
 def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "ref.npz"
-    save_reference(path, measured(), **DESCRIPTION)
+    save_reference(path, measured(), IMAGES)
     with np.load(path) as archive:
         arrays = dict(archive)
     for content in spoiled(path).values():

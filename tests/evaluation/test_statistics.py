@@ -124,7 +124,7 @@ def test_collect_without_features_keeps_what_the_other_metrics_need() -> None:
 
 @pytest.mark.parametrize("total", [0, 3, 50])
 def test_another_number_of_images_is_an_error(total: int) -> None:
-    with pytest.raises(DataError, match=str(total or 1)):
+    with pytest.raises(DataError, match=str(total)):
         collect(PixelExtractor(), images(10).split(4), total)
 
 

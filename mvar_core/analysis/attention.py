@@ -30,6 +30,7 @@ from mvar_core.errors import DataError
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
+from mvar_core.progress import running_total
 from mvar_core.pyramid import AttentionPattern, ScalePrefixes, ScalePyramid
 
 
@@ -368,15 +369,7 @@ def measure_attention(
         ConfigError: The conditions are not the model's.
     """
     check_keep(keep)
-    done = 0
-
-    def layer_done(images: int) -> None:
-        nonlocal done
-        done += images
-        if progress is not None:
-            progress(done)
-
-    probe = AttentionProbe(config, layer_done)
+    probe = AttentionProbe(config, running_total(progress))
     device = transformer.position_embedding.device
     was_training = transformer.training
     transformer.eval()

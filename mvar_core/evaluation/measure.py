@@ -67,10 +67,6 @@ class Measurer:
     batch_size: int | None = None
     progress: Progress | None = None
 
-    def __post_init__(self) -> None:
-        if self.cache is not None and Path(self.cache).is_file():
-            raise DataError(f"--cache {self.cache} is a file; expected a directory.")
-
     def measure(self, images: ImageSet, title: str) -> FeatureSet:
         """Features of all images, in every process; `title` is what the progress is called.
 
@@ -113,6 +109,12 @@ class Measurer:
             logger.warning("%s is measured again: %s", path, error.message)
             return key, None
         return key, None if found is None or (self.keep_features and found.features is None) else found
+
+
+def check_cache(cache: str | Path | None) -> None:
+    """Raise DataError for a cache that is not a directory, before anything slow."""
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise DataError(f"--cache {cache} is a file; expected a directory.")
 
 
 def shards(total: int) -> list[range]:

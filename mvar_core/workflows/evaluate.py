@@ -20,7 +20,7 @@ from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, open_measured_images
+from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_cache, open_measured_images
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
 from mvar_core.evaluation.references import save_reference
 from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
@@ -159,6 +159,7 @@ def evaluate(
     """
     machine = machine or Machine()
     asked = check_metrics(metrics)
+    check_cache(cache)
     if (samples is None) == (checkpoint is None):
         raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
     with connect(machine.device) as here:

@@ -30,9 +30,9 @@ def split_name(source: str, split: str = "train") -> tuple[str, str]:
 class FolderSource(StoredSource):
     """Images in one sub-folder per class (classes in alphabetical order), or all in one folder, which is one class.
 
-    Sub-folders of a class folder belong to the class. Hidden files and files that do not have an image's extension are
-    ignored. A folder whose sub-folders are train and test (or val) has these splits, with the classes of train;
-    otherwise all of its images are the split train.
+    Sub-folders of a class folder belong to the class. Hidden files and those without an image's extension are ignored.
+    A folder whose sub-folders are train and test (or val) has these splits, with the classes of train; otherwise all of
+    its images are the split train.
 
     Raises:
         DataError: No such folder or split, no images, images next to class folders, or a class that train lacks.

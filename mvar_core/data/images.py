@@ -67,14 +67,14 @@ class ImageRows:
     def __init__(self, source: ImageSource, image_shape: tuple[int, int], views: Views | None = None):
         self.source = source
         self.image_shape = image_shape
-        self.views = views
+        self.views = views or Views(DataConfig())
         self._kept: Pixels | None = None
         if len(self) * image_shape[0] * image_shape[1] * 3 <= CACHE_BYTES:
             self._kept = np.empty((len(self), *image_shape, 3), np.uint8)
             self._known = np.zeros(len(self), bool)
 
     def __len__(self) -> int:
-        return len(self.source) * (len(self.views) if self.views else 1)
+        return len(self.source) * len(self.views)
 
     def batch(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The images of B rows, float32 (B, 3, H, W) in [-1, 1], and their labels int64 (B,).
@@ -83,7 +83,7 @@ class ImageRows:
             DataError: An image cannot be read.
         """
         chosen = np.asarray(rows, np.int64)
-        labels = torch.from_numpy(self.source.labels[chosen // (len(self.views) if self.views else 1)])
+        labels = torch.from_numpy(self.source.labels[chosen // len(self.views)])
         if self._kept is None:
             return from_uint8(self._read(chosen)), labels
         missing = np.unique(chosen[~self._known[chosen]])
@@ -97,7 +97,7 @@ class ImageRows:
 
 
 class RandomCrops:
-    """The images of a source as random crops, mirrored every second time where flips are wanted.
+    """The images of a source as random crops, half of them mirrored if `data` asks for flips.
 
     Row r is image r of the source. Size, place and flip follow from (seed, step, row), so a run that resumes sees what
     it would have seen.
@@ -152,19 +152,19 @@ def pixel_batches(
     Raises:
         DataError: An image cannot be read.
     """
-    num_views = len(views) if views else 1
-    rows = np.arange(len(source) * num_views) if indices is None else np.asarray(indices, np.int64)
+    views = views or Views(DataConfig())
+    rows = np.arange(len(source) * len(views)) if indices is None else np.asarray(indices, np.int64)
     batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
     for pixels, kept in row_batches(source, image_shape, batches, views):
         assert pixels is not None
-        yield pixels, source.labels[kept // num_views]
+        yield pixels, source.labels[kept // len(views)]
 
 
 def row_batches(
     source: ImageSource,
     image_shape: tuple[int, int],
     batches: Iterable[NDArray[np.int64]],
-    views: Views | None = None,
+    views: Views,
     on_bad: Callable[[int, DataError], None] | None = None,
 ) -> Iterator[tuple[Pixels | None, NDArray[np.int64]]]:
     """Batches of given rows, as `pixel_batches` reads them.
@@ -178,7 +178,7 @@ def row_batches(
     Raises:
         DataError: An image cannot be read.
     """
-    num_views = len(views) if views else 1
+    num_views = len(views)
 
     def tasks(batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Neighbouring rows of one image together, so that its file is decoded once for all of its views."""
@@ -187,8 +187,6 @@ def row_batches(
     def read(rows: NDArray[np.int64]) -> list[Pixels] | DataError:
         image = int(rows[0]) // num_views
         try:
-            if views is None:
-                return [source.read(image, image_shape)] * len(rows)
             return views.render(source, image, image_shape, (rows % num_views).tolist())
         except DataError as error:
             if on_bad is None:

@@ -18,7 +18,7 @@ from mvar_core.data.transforms import random_resized_crop, resize_and_crop
 from mvar_core.io.pixels import Pixels
 
 Report = Callable[[int, int], None]
-"""Called with the number of things done and the total."""
+"""report(done, total)"""
 
 Randoms = Sequence[np.random.Generator | None]
 """One entry for each crop: None is the centre crop, a generator chooses size and place of a random one."""

@@ -5,14 +5,8 @@ from typing import Annotated
 import mvar_core as mvar
 from mvar_cli import console, options
 
-HEADINGS = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-}
+HEADINGS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS"}
+HEADINGS |= {"precision": "precision", "recall": "recall", "kid": "KID"}
 CLASSES_SHOWN = 20
 
 

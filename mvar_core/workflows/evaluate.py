@@ -85,7 +85,7 @@ class Evaluation(Measured):
         precision: Fraction of the samples within the reference's manifold (Kynkäänniemi et al. 2019).
         recall: Fraction of the reference within the samples' manifold.
         kid: Mean over the subsets (Bińkowski et al. 2018).
-        classifier_accuracy: Fraction of the samples that the demo classifier takes for their class.
+        classifier_accuracy: Fraction of the samples that the demo classifier assigns to their class.
         per_class: A score for each class, worst first, where that was asked for.
         settings: Seed, splits and subset sizes.
         published: Published results for the same data, size and features.

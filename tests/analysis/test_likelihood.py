@@ -185,7 +185,7 @@ def test_uniform_logits_take_the_codebooks_bits() -> None:
     assert report.zero_shot_accuracy == pytest.approx(1 / 3), "of equal classes the first is chosen"
 
 
-def test_a_sure_model_takes_no_bits_and_is_punished_where_it_errs() -> None:
+def test_a_certain_model_needs_no_bits_where_it_is_right_and_many_where_it_is_wrong() -> None:
     pipeline = constructed()
     pipeline.transformer.head.bias.data[7] = 40.0
     sure = torch.full((2, 39), 7)

@@ -62,7 +62,7 @@ def test_figures_do_not_depend_on_the_form_of_the_input_or_the_batch_size(mvar, 
 
 
 def test_figures_do_not_depend_on_the_order_of_the_images(mvar, samples, pixels, demo, tmp_path):
-    """Nor do those that draw splits and subsets: they follow the images and the seed."""
+    """Nor do those of random splits and subsets: they follow the images and the seed."""
     expected = mvar("evaluate", "--samples", samples, *demo).json
     np.savez(tmp_path / "shuffled.npz", arr_0=pixels[np.random.default_rng(0).permutation(48)])
     same(mvar("evaluate", "--samples", tmp_path / "shuffled.npz", *demo).json, expected)
@@ -185,7 +185,7 @@ def test_classes_are_matched_by_name(mvar, images, demo, tmp_path):
     assert "dog" in mvar("evaluate", "--samples", tmp_path / "some", "--per-class", *demo).error
 
 
-def test_a_tokenizer_is_judged_by_what_it_gives_back(mvar, model, images, classifier):
+def test_a_tokenizer_is_scored_by_its_reconstructions(mvar, model, images, classifier):
     options = ["reconstruction", "--checkpoint", model, "--reference", images]
     network = ["--features", classifier]
     found = mvar("evaluate", *options, *network, "--json").json

@@ -26,7 +26,7 @@ def samples(tmp_path: Path, pixels: np.ndarray) -> Path:
 
 
 class Small:
-    """In the place of the Inception network, whose weights are not at hand in tests."""
+    """Replaces the Inception network, whose weights are not available in tests."""
 
     name, dim, comparable_to_papers, weights_hash = "inception", 12, True, "hash"
 
@@ -35,14 +35,14 @@ class Small:
         return Features(pool, pool, pool)
 
 
-def judged(samples: Path, reference: Path, **options: Any) -> dict[str, Any]:
+def scored(samples: Path, reference: Path, **options: Any) -> dict[str, Any]:
     return evaluate(samples=samples, reference=reference, features=Small(), **options).to_dict()
 
 
 def test_an_adm_reference_of_statistics_alone_says_what_is_missing(samples, tmp_path):
     statistics = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": np.zeros(12), "sigma_s": np.eye(12)}
     np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", **statistics)
-    found = judged(samples, tmp_path / "VIRTUAL_imagenet256_labeled.npz")
+    found = scored(samples, tmp_path / "VIRTUAL_imagenet256_labeled.npz")
     assert found["fid"] > 0
     assert found["sfid"] > 0
     for name in ("precision", "recall", "kid"):
@@ -57,14 +57,14 @@ def test_an_adm_reference_of_statistics_alone_says_what_is_missing(samples, tmp_
 def test_statistics_of_another_width_are_refused(samples, tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(DataError, match="5 features.* are 12"):
-        judged(samples, tmp_path / "other.npz")
+        scored(samples, tmp_path / "other.npz")
     with pytest.raises(DataError, match="no images"):
         evaluate(samples=samples, reference=tmp_path / "other.npz", features="demo")
 
 
 def test_an_adm_reference_with_images_has_everything(samples, pixels, tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.full(12, 0.4), sigma=np.eye(12), arr_0=pixels[::4])
-    found = judged(samples, tmp_path / "adm.npz")
+    found = scored(samples, tmp_path / "adm.npz")
     assert found["precision"] is not None
     assert found["kid"] is not None
     assert "mu_s" in found["reasons"]["sfid"]
@@ -77,23 +77,23 @@ def test_inputs_that_move_figures_are_named(samples, pixels, tmp_path):
         Image.fromarray(image).save(tmp_path / "jpeg" / f"{number}.jpg")
     large = pixels.repeat(2, 1).repeat(2, 2)
     np.savez(tmp_path / "large.npz", arr_0=large)
-    jpeg = judged(tmp_path / "jpeg", samples)
+    jpeg = scored(tmp_path / "jpeg", samples)
     assert any("16 samples are JPEG" in reason for reason in jpeg["why_not"])
-    resized = judged(samples, tmp_path / "large.npz")
+    resized = scored(samples, tmp_path / "large.npz")
     assert any("resized from 32×32 to 16×16" in reason for reason in resized["why_not"])
     made = tmp_path / "made.npz"
     make_reference(made, data=tmp_path / "large.npz", features=Small())
-    found = judged(samples, made)
+    found = scored(samples, made)
     assert any("measured at 32×32, the samples at 16×16" in reason for reason in found["why_not"])
 
 
 def test_published_rows_stand_only_next_to_the_same_data_at_the_same_size(samples, tmp_path):
     shutil.copy(samples, tmp_path / "imagenet.npz")
-    assert judged(samples, tmp_path / "imagenet.npz")["published"] == []
+    assert scored(samples, tmp_path / "imagenet.npz")["published"] == []
     np.savez(tmp_path / "faces.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), np.uint8))
-    assert judged(tmp_path / "faces.npz", tmp_path / "faces.npz", metrics="fid")["published"] == []
+    assert scored(tmp_path / "faces.npz", tmp_path / "faces.npz", metrics="fid")["published"] == []
     shutil.copy(tmp_path / "faces.npz", tmp_path / "VIRTUAL_imagenet256_labeled.npz")
-    rows = judged(tmp_path / "faces.npz", tmp_path / "VIRTUAL_imagenet256_labeled.npz", metrics="fid")["published"]
+    rows = scored(tmp_path / "faces.npz", tmp_path / "VIRTUAL_imagenet256_labeled.npz", metrics="fid")["published"]
     assert "MVAR-d16" in [row["model"] for row in rows]
 
 

@@ -126,7 +126,7 @@ def test_refuses_what_is_not_uint8_rgb(extractor: InceptionExtractor, images: Te
         extractor(images)
 
 
-def test_making_one_draws_nothing_from_the_global_generator(network: nn.Module) -> None:
+def test_building_one_leaves_the_global_generator_alone(network: nn.Module) -> None:
     before = torch.random.get_rng_state()
     InceptionExtractor(network.state_dict(), INCEPTION_SHA256)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -60,7 +60,7 @@ def fake_torchvision(folder: Path, init: str) -> Path:
     return folder
 
 
-def test_imports_beside_the_torchvision_of_this_machine() -> None:
+def test_imports_next_to_the_torchvision_of_this_machine() -> None:
     imported, _ = probe()
     assert imported == "imported frechet_inception_distance True"
 
@@ -71,7 +71,7 @@ def test_declares_the_operators_that_a_broken_torchvision_lacks(tmp_path: Path) 
     assert declared == "declared 1 True"
 
 
-def test_declares_nothing_beside_a_working_torchvision(tmp_path: Path) -> None:
+def test_declares_nothing_next_to_a_working_torchvision(tmp_path: Path) -> None:
     imported, declared = probe(fake_torchvision(tmp_path, WORKING))
     assert imported == "imported frechet_inception_distance True"
     assert declared == "declared 0 False"

@@ -82,7 +82,7 @@ def test_classes_that_a_set_lacks_come_last_without_a_score() -> None:
     ]
 
 
-def test_of_large_classes_the_seed_draws_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_chooses_images_of_large_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KID_CLASS_MAXIMUM", 30)
     arguments = sets(50, [0.5, 1])
     first = per_class(*arguments, seed=0)

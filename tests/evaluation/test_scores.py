@@ -85,13 +85,13 @@ def test_fid_equals_the_matrix_square_root() -> None:
 
 def test_fid_of_two_samples_of_one_gaussian_has_the_expected_bias() -> None:
     dim, count, other = 8, 1000, 1500
-    draws = torch.randn(40, count + other, dim, generator=generator(0), dtype=torch.float64)
-    found = np.mean([frechet_distance(statistics(draw[:count]), statistics(draw[count:])) for draw in draws])
+    pairs = torch.randn(40, count + other, dim, generator=generator(0), dtype=torch.float64)
+    found = np.mean([frechet_distance(statistics(pair[:count]), statistics(pair[count:])) for pair in pairs])
     expected = (dim + dim * (dim + 1) / 4) * (1 / count + 1 / other)
     assert found == pytest.approx(expected, rel=0.12)
 
 
-def test_fid_takes_single_precision_statistics_and_refuses_other_sizes() -> None:
+def test_fid_accepts_single_precision_statistics_and_refuses_other_sizes() -> None:
     single = Statistics(mu=np.zeros(2, np.float32), sigma=np.eye(2, dtype=np.float32))
     assert frechet_distance(single, gaussian([1, 0], np.eye(2))) == pytest.approx(1)
     with pytest.raises(DataError, match="2 and 3 features"):
@@ -276,7 +276,7 @@ class Pictures(torch.utils.data.Dataset):
     def __init__(self, count, seed, low):
         source = torch.Generator().manual_seed(seed)
         pictures = torch.randint(low, 256, (count, 3, 8, 8), generator=source, dtype=torch.uint8)
-        self.pictures = pictures[content_keys(pictures).argsort()]  # the order in which ours draws splits and subsets
+        self.pictures = pictures[content_keys(pictures).argsort()]  # the order in which ours chooses splits and subsets
 
     def __len__(self):
         return len(self.pictures)

@@ -180,7 +180,7 @@ def quickstart(
         tables = {"metrics": metric_rows(scores, tokenizer.psnr, tokenizer.code_usage), "time": time_rows(seconds)}
         pipeline = Pipeline.from_pretrained(model, machine=machine)
         originals = test[0][:SHOWN].permute(0, 2, 3, 1)
-        stages = pipeline.sample(range(len(classifier.class_names)), seed=0, stages=True).stages
+        stages = pipeline.sample(range(classifier.num_classes), seed=0, stages=True).stages
         assert stages is not None
         write_quickstart_page(
             page,

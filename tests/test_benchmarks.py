@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUICK = ("attention", "editing", "output", "plan_memory", "token_cache")
-SLOW = ("attention_report", "evaluation", "sampling", "startup", "training_step")
+SLOW = ("attention_report", "evaluation", "sampling", "startup", "training_step", "distributed")
 
 
 @pytest.mark.parametrize("script", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

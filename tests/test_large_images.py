@@ -176,11 +176,10 @@ def test_training_steps(size: str, curriculum: str, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     train_transformer(
         transformer,
-        tokenizer.quantizer,
+        tokenizer,
         SomeTokens(config),
         config,
         tmp_path,
-        tokenizer_state=tokenizer.state_dict(),
     )
     lines = read_metrics(tmp_path / "metrics.jsonl")
     trained = [{scale for scale, loss in enumerate(line["scale_loss"]) if loss is not None} for line in lines]

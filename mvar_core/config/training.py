@@ -2,55 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mvar_core.config.section import Section
 
-Rate = Annotated[float, Field(gt=0, description="peak learning rate, at a batch of lr_batch images where that is set")]
-RateBatch = Annotated[int | None, Field(ge=1, description="scale lr by batch_size / lr_batch; null leaves lr as it is")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Decay = Annotated[float, Field(ge=0, description="not applied to 1-D parameters, biases and tables")]
-Clip = Annotated[float, Field(ge=0, description="clip the gradient's norm; 0 does not clip")]
-Schedule = Annotated[Literal["lin0", "cosine", "constant"], Field(description="shape after the warm-up")]
-Warmup = Annotated[float, Field(ge=0, description="fraction of the steps (below 1) or number of steps (1 and above)")]
-WarmupStart = Annotated[float, Field(ge=0, le=1, description="first learning rate over the peak")]
-End = Annotated[float, Field(ge=0, le=1, description="last learning rate over the peak (wpe)")]
 
 
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    lr: Rate = 1e-4
-    lr_batch: RateBatch = 256
+    lr: float = Field(1e-4, gt=0, description="peak learning rate, at a batch of lr_batch images where that is set")
+    lr_batch: int | None = Field(256, ge=1, description="scale lr by batch_size / lr_batch; null leaves lr as it is")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Decay = 0.05
-    grad_clip: Clip = 2.0
-    schedule: Schedule = "lin0"
-    warmup: Warmup = 0.02
-    warmup_start: WarmupStart = 0.005
-    end: End = 0.1
+    weight_decay: float = Field(0.05, ge=0, description="not applied to 1-D parameters, biases and tables")
+    grad_clip: float = Field(2.0, ge=0, description="clip the gradient's norm; 0 does not clip")
+    schedule: Literal["lin0", "cosine", "constant"] = Field("lin0", description="shape after the warm-up")
+    warmup: float = Field(0.02, ge=0, description="fraction of the steps (below 1) or number of steps (1 and above)")
+    warmup_start: float = Field(0.005, ge=0, le=1, description="first learning rate over the peak")
+    end: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak (wpe)")
 
 
-class TokenizerOptimizerConfig(OptimizerConfig):
-    """AdamW and its schedule, with the defaults that suit a tokenizer."""
+class Optimized(Section):
+    """A section with an optimizer, whose keys have the defaults of this section where they are not given."""
 
-    lr: Rate = 3e-3
-    lr_batch: RateBatch = None
-    weight_decay: Decay = 0.0
-    grad_clip: Clip = 1.0
-    schedule: Schedule = "cosine"
-    warmup: Warmup = 50
-    warmup_start: WarmupStart = 0.0
-    end: End = 0.0
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_optimizer(cls, values: Any) -> Any:
+        given = values.get("optimizer") if isinstance(values, Mapping) else None
+        if not isinstance(given, Mapping):
+            return values
+        return {**values, "optimizer": {**cls.model_fields["optimizer"].default.model_dump(), **given}}
 
 
-class LoopConfig(Section):
+class LoopConfig(Optimized):
     """What every training loop can do: memory, averages, rhythm, logs."""
 
     batch_size: int = Field(448, ge=1, description="images per step")
-    optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = Field(1, ge=1, description="micro-batches that add up to a step's gradient")
     micro_batch: int | None = Field(
         None, ge=1, description="images computed together; another way to set accumulate; null = as accumulate is"
@@ -105,19 +98,7 @@ class PerceptualConfig(Section):
     weight: float = Field(0.0, ge=0, description="weight of the perceptual loss; 0 = none, and no weights are read")
 
 
-class DiscriminatorOptimizerConfig(OptimizerConfig):
-    """The discriminator's AdamW and its schedule, which runs from the adversarial loss's start to the run's end."""
-
-    lr: Rate = 1e-4
-    lr_batch: RateBatch = None
-    betas: tuple[Beta, Beta] = (0.5, 0.9)
-    weight_decay: Decay = 0.0
-    grad_clip: Clip = 1.0
-    schedule: Schedule = "constant"
-    warmup: Warmup = 0
-
-
-class AdversarialConfig(Section):
+class AdversarialConfig(Optimized):
     """The tokenizer's adversarial loss: a PatchGAN discriminator with hinge losses."""
 
     weight: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0 = none, and no discriminator")
@@ -127,7 +108,12 @@ class AdversarialConfig(Section):
     channels: int = Field(64, ge=1, description="the discriminator's width at half resolution; doubles up to 8 times")
     layers: int = Field(3, ge=1, description="its layers of stride 2: 3 see patches of 70×70 pixels")
     lecam: float = Field(0.0, ge=0, description="weight of LeCam regularisation of the discriminator")
-    optimizer: DiscriminatorOptimizerConfig = DiscriminatorOptimizerConfig()
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(
+            lr_batch=None, betas=(0.5, 0.9), weight_decay=0.0, grad_clip=1.0, schedule="constant", warmup=0
+        ),
+        description="the discriminator's; its schedule runs from the adversarial loss's start to the run's end",
+    )
 
 
 class TokenizerTrainConfig(LoopConfig):
@@ -143,7 +129,9 @@ class TokenizerTrainConfig(LoopConfig):
     scale_dropout: float = Field(
         0.0, ge=0, le=1, description="how often an image is decoded from a random number of its first scales alone"
     )
-    optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        lr=3e-3, lr_batch=None, weight_decay=0.0, grad_clip=1.0, schedule="cosine", warmup=50, warmup_start=0.0, end=0.0
+    )
     kmeans_batches: int = Field(8, ge=0, description="batches whose features start the codebook by k-means; 0 = random")
     revive_every: int = Field(20, ge=0, description="steps between restarts of unused codes; 0 = never")
     revive_until: float = Field(0.7, ge=0, le=1, description="fraction of the steps during which codes are restarted")

@@ -28,7 +28,7 @@ from mvar_core.training.objective import BatchPart, Objective, OnStep, Outcome, 
 from mvar_core.training.order import batch_rows
 from mvar_core.training.parallel import Parallel, choose_parallel
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
-from mvar_core.training.trainer import optimise
+from mvar_core.training.trainer import Trainer
 
 _ADVERSARY = "adversary."
 _MEASURED_IMAGES = 2048
@@ -311,7 +311,8 @@ def train_tokenizer(
     settings |= {"seed": seed, "rows": len(images), "started_from": dict(started_from or {})}
     plan = Plan(train.steps, train, device, dtype, seed, settings, resume)
     no_decay = {"quantizer.codebook"}
-    outcome = optimise(vqvae, objective, plan, config, out, no_decay=no_decay, on_step=on_step, parallel=parallel)
+    trainer = Trainer(vqvae, objective, plan, out, parallel=parallel, no_decay=no_decay, on_step=on_step)
+    outcome = trainer.run(config)
     measures = None
     if not outcome.interrupted:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)

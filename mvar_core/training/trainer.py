@@ -43,48 +43,14 @@ MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its 
 logger = logging.getLogger("mvar")
 
 
-def optimise(
-    module: nn.Module,
-    objective: Objective,
-    plan: Plan,
-    config: RunConfig,
-    out: Path,
-    *,
-    no_decay: Collection[str] = (),
-    on_step: OnStep | None = None,
-    on_sample: OnSample | None = None,
-    parallel: Parallel,
-) -> Outcome:
-    """Train `module` on an objective inside a run directory, from its last checkpoint if it has one.
+class Trainer:
+    """Trains `module` on an objective inside a run directory, from its last checkpoint if it has one.
 
     Writes `out`/config.yaml, metrics.jsonl and checkpoints/. A step whose loss or gradient is not finite is left out
-    and recorded in skipped.jsonl. At the end the module has the weights that the model is to have: the averaged ones,
-    where the plan asks for an average. The module is on its device, in float32; `no_decay` names parameters without
-    weight decay, in addition to biases and 1-D ones. A KeyboardInterrupt from `on_step` ends the run as Ctrl-C does;
-    `on_sample` is called every `sample_every` steps and at the end.
-
-    Raises:
-        CheckpointError: The last checkpoint is damaged or belongs to a run with other settings.
-        ConfigError: A tracker is asked for that is not installed.
-        MvarError: Too many steps in a row were not finite.
-        DataError: There is nothing to train on.
+    and recorded in skipped.jsonl. The module is on its device, in float32. A KeyboardInterrupt from `on_step` ends the
+    run as Ctrl-C does; `on_sample` is called every `sample_every` steps and at the end. `no_decay` names parameters
+    without weight decay, in addition to biases and 1-D ones.
     """
-    if objective.num_rows < 1:
-        raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
-    check_trackers(plan.train)
-    run = _Run(module, objective, plan, out, no_decay, on_step, on_sample, parallel)
-    if parallel.world.is_rank_zero:
-        for directory in (out, out / PICTURES):
-            remove_leftovers(directory)
-        if not plan.resume:
-            remove_checkpoints(out)
-    if plan.resume:
-        run.restore()
-    return run.train(config)
-
-
-class _Run:
-    """One session of a run: from the last checkpoint to the end, or to an interruption."""
 
     def __init__(
         self,
@@ -92,71 +58,46 @@ class _Run:
         objective: Objective,
         plan: Plan,
         out: Path,
-        no_decay: Collection[str],
-        on_step: OnStep | None,
-        on_sample: OnSample | None,
+        *,
         parallel: Parallel,
+        no_decay: Collection[str] = (),
+        on_step: OnStep | None = None,
+        on_sample: OnSample | None = None,
     ):
         self.module, self.objective, self.plan, self.out = module, objective, plan, out
         self.on_step, self.on_sample, self.parallel = on_step, on_sample, parallel
-        self.stepper = Stepper(module, objective, plan, parallel, no_decay)
-        self.recorder = Recorder(objective, plan)
+        self.model = parallel.wrap(module)
+        self.optimizer = build_optimizer(module, plan.train.optimizer, no_decay, plan.device)
+        # Does nothing but in float16: bfloat16 has the range of float32.
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.ema = EMA(module, plan.train.ema) if plan.train.ema else None
-        self.step = 0
+        self.recorder = Recorder(objective, plan)
+        self.step = self.skipped = self.skipped_in_a_row = 0
         self.best_step: int | None = None
         self.best_score = math.inf
 
-    def restore(self) -> None:
-        """Restore everything from the last checkpoint, if there is one."""
-        path = self.parallel.world.broadcast_object(latest_checkpoint(self.out))
-        if path is None:
-            return
-        state = self.parallel.load(path, self.module)
-        check_settings(path, state.settings, self.plan.settings)
-        if state.step > self.plan.total_steps:
-            logger.warning(
-                "%s has already run %d steps, more than the %d asked for.", path, state.step, self.plan.total_steps
-            )
-        stepper, recorder = self.stepper, self.recorder
-        self.module.load_state_dict(state.model)
-        load_optimizer_state(stepper.optimizer, self.module, state.optimizer)
-        if stepper.scaler.is_enabled():
-            stepper.scaler.load_state_dict(state.scaler)
-        if self.ema is not None:
-            self.ema.load_state(state.average)
-        self.objective.load_state(state.objective)
-        if state.window is not None:
-            recorder.window = state.window.to(self.plan.device)
-        self.step, self.best_step, self.best_score = state.step, state.best_step, state.best_score
-        stepper.skipped, stepper.skipped_in_a_row = state.skipped, state.skipped_in_a_row
-        recorder.loss, recorder.earlier_seconds = state.loss, state.seconds
-        set_random_state(state.random, self.plan.device)
+    def run(self, config: RunConfig) -> Outcome:
+        """Take the steps that are left; then the module has the weights of the model, averaged where the plan says so.
 
-    def save(self) -> None:
-        """Write a checkpoint of the state after `self.step` steps."""
-        state = TrainingState(
-            step=self.step,
-            settings=dict(self.plan.settings),
-            model=self.module.state_dict(),
-            optimizer=optimizer_state(self.stepper.optimizer, self.module),
-            scaler=self.stepper.scaler.state_dict(),
-            objective=self.objective.state(),
-            window=self.recorder.window,
-            loss=self.recorder.loss,
-            skipped=self.stepper.skipped,
-            seconds=self.recorder.seconds,
-            average=self.ema.state() if self.ema is not None else {},
-            random=random_state(self.plan.device),
-            skipped_in_a_row=self.stepper.skipped_in_a_row,
-            best_step=self.best_step,
-            best_score=self.best_score,
-        )
-        self.parallel.save(self.out, state, self.plan.train.keep)
-
-    def train(self, config: RunConfig) -> Outcome:
-        """The steps that are left."""
-        values = config.model_dump(mode="json")
-        if self.parallel.world.is_rank_zero:
+        Raises:
+            CheckpointError: The last checkpoint is damaged or belongs to a run with other settings.
+            ConfigError: A tracker is asked for that is not installed.
+            MvarError: Too many steps in a row were not finite.
+            DataError: There is nothing to train on.
+        """
+        if self.objective.num_rows < 1:
+            raise DataError("There is nothing to train on: the data holds no images.", "Check --data or --tokens.")
+        check_trackers(self.plan.train)
+        values, rank_zero = config.model_dump(mode="json"), self.parallel.world.is_rank_zero
+        if rank_zero:
+            for directory in (self.out, self.out / PICTURES):
+                remove_leftovers(directory)
+            if not self.plan.resume:
+                remove_checkpoints(self.out)
+        if self.plan.resume:
+            self.restore()
+        if rank_zero:
             write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
             self.recorder.open(self.out, self.step, values)
         self.module.train()
@@ -171,8 +112,54 @@ class _Run:
         if self.ema is not None and not interrupted:
             self.ema.swap()
         self.module.eval()
-        recorder, skipped = self.recorder, self.stepper.skipped
-        return Outcome(self.step, recorder.loss, recorder.seconds, skipped, interrupted, self.best_step)
+        recorder = self.recorder
+        return Outcome(self.step, recorder.loss, recorder.seconds, self.skipped, interrupted, self.best_step)
+
+    def restore(self) -> None:
+        """Restore everything from the last checkpoint, if there is one."""
+        path = self.parallel.world.broadcast_object(latest_checkpoint(self.out))
+        if path is None:
+            return
+        state = self.parallel.load(path, self.module)
+        check_settings(path, state.settings, self.plan.settings)
+        if state.step > self.plan.total_steps:
+            logger.warning(
+                "%s has already run %d steps, more than the %d asked for.", path, state.step, self.plan.total_steps
+            )
+        self.module.load_state_dict(state.model)
+        load_optimizer_state(self.optimizer, self.module, state.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)
+        if self.ema is not None:
+            self.ema.load_state(state.average)
+        self.objective.load_state(state.objective)
+        if state.window is not None:
+            self.recorder.window = state.window.to(self.plan.device)
+        self.step, self.best_step, self.best_score = state.step, state.best_step, state.best_score
+        self.skipped, self.skipped_in_a_row = state.skipped, state.skipped_in_a_row
+        self.recorder.loss, self.recorder.earlier_seconds = state.loss, state.seconds
+        set_random_state(state.random, self.plan.device)
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after `self.step` steps."""
+        state = TrainingState(
+            step=self.step,
+            settings=dict(self.plan.settings),
+            model=self.module.state_dict(),
+            optimizer=optimizer_state(self.optimizer, self.module),
+            scaler=self.scaler.state_dict(),
+            objective=self.objective.state(),
+            window=self.recorder.window,
+            loss=self.recorder.loss,
+            skipped=self.skipped,
+            seconds=self.recorder.seconds,
+            average=self.ema.state() if self.ema is not None else {},
+            random=random_state(self.plan.device),
+            skipped_in_a_row=self.skipped_in_a_row,
+            best_step=self.best_step,
+            best_score=self.best_score,
+        )
+        self.parallel.save(self.out, state, self.plan.train.keep)
 
     def take_steps(self) -> bool:
         """The steps that are left, with checkpoints; returns whether an interruption ended them early."""
@@ -182,7 +169,7 @@ class _Run:
         with (
             keeping_all_freed_memory() if on_cpu else nullcontext(),
             InterruptFlag() as flag,
-            closing(prefetch(self.stepper.fetch, self.step, total, 0 if on_cpu else 2)) as batches,
+            closing(prefetch(self.fetch, self.step, total, 0 if on_cpu else 2)) as batches,
         ):
             for batch in batches:
                 self.take_step(batch, flag)
@@ -199,19 +186,19 @@ class _Run:
 
     def take_step(self, batch: Any, flag: InterruptFlag) -> None:
         """One step, and everything that is measured, written and shown of it."""
-        stepper, recorder, train = self.stepper, self.recorder, self.plan.train
-        result = stepper.take(batch, self.step)
+        recorder, train = self.recorder, self.plan.train
+        result = self.take(batch, self.step)
         if result.values is None:
             if not result.overflow:
-                recorder.write_skipped(self.step + 1, result, stepper.rows(self.step))
-            stepper.check_skipped(self.step, result)
+                recorder.write_skipped(self.step + 1, result, self.rows(self.step))
+            self.check_skipped(self.step, result)
         self.step += 1
         if self.ema is not None and result.values is not None:
-            self.ema.update(self.step - stepper.skipped - 1)
+            self.ema.update(self.step - self.skipped - 1)
         recorder.add(result.values)
-        report = StepReport(self.step, self.plan.total_steps, result.loss, recorder.images_per_second, stepper.skipped)
+        report = StepReport(self.step, self.plan.total_steps, result.loss, recorder.images_per_second, self.skipped)
         if due := self.due(train.log_every):
-            recorder.write_training(self.step, result, stepper.skipped)
+            recorder.write_training(self.step, result, self.skipped)
         if self.due(train.checkpoint_every):
             self.validate()
         if self.due(train.sample_every) and self.on_sample is not None:
@@ -248,29 +235,6 @@ class _Run:
         score = self.objective.score(measures)
         if score is not None and score < self.best_score:
             self.best_step, self.best_score = self.step, score
-
-
-class Stepper:
-    """Takes steps, and holds what changes with them: optimizer, gradient scaler, how many steps were left out."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        objective: Objective,
-        plan: Plan,
-        parallel: Parallel,
-        no_decay: Collection[str] = (),
-    ):
-        self.objective = objective
-        self.plan = plan
-        self.parallel = parallel
-        self.model = parallel.wrap(module)
-        self.optimizer = build_optimizer(module, plan.train.optimizer, no_decay, plan.device)
-        # Does nothing but in float16: bfloat16 has the range of float32.
-        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.skipped = 0
-        self.skipped_in_a_row = 0
 
     def rows(self, step: int) -> Any:
         """The rows of the data that a step trains on, over all processes."""

@@ -21,13 +21,14 @@ from mvar_core.models.compilation import check_compiler, compiled_blocks
 from mvar_core.models.directory import save_model
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
+from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
 from mvar_core.training.objective import BatchPart, Objective, OnSample, OnStep, Outcome, Plan, comparable_settings
 from mvar_core.training.order import planned_steps
 from mvar_core.training.parallel import Parallel, choose_parallel
-from mvar_core.training.trainer import optimise
+from mvar_core.training.trainer import Trainer
 
 _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
 
@@ -60,12 +61,9 @@ class TransformerObjective(Objective):
     tokens: TokenSource
     validation: TokenSource | None
     curriculum: Curriculum
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype
-    attention: str
-    seed: int
+    plan: Plan
     parallel: Parallel = field(default_factory=Parallel)
+    attention: str = "auto"
     val_loss: float | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +79,9 @@ class TransformerObjective(Objective):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Loss, and each scale's loss and accuracy."""
-        return self._losses(model, batch, step, RowDraws(generator("train", self.seed, step), part.start, part.total))
+        return self._losses(
+            model, batch, step, RowDraws(generator("train", self.plan.seed, step), part.start, part.total)
+        )
 
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
         """Per-scale losses and accuracies as lists."""
@@ -96,13 +96,14 @@ class TransformerObjective(Objective):
         """Loss and accuracy on the validation tokens, all of them, with nothing dropped."""
         if self.validation is None or len(self.validation) == 0:
             return {}
-        sums, rows = torch.zeros(1 + 2 * self.num_scales, device=self.device), len(self.validation)
-        for start in range(0, rows, self.batch_size):
-            chosen = np.arange(start, min(start + self.batch_size, rows))
+        device, dtype, size = self.plan.device, self.plan.dtype, self.plan.train.batch_size
+        sums, rows = torch.zeros(1 + 2 * self.num_scales, device=device), len(self.validation)
+        for start in range(0, rows, size):
+            chosen = np.arange(start, min(start + size, rows))
             part = self.parallel.part(len(chosen))
             # A process without a row computes one that does not count: all must call the model together.
             batch = self.validation.batch(chosen[part.start : part.stop] if part.rows else chosen[:1])
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 # No step: all scales, whatever the curriculum.
                 mean_loss, by_scale = self._losses(self.transformer, batch, None, None)
             sums += torch.cat([mean_loss.view(1), by_scale]).float() * part.rows
@@ -129,9 +130,9 @@ class TransformerObjective(Objective):
     def _losses(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int | None, draws: RowDraws | None
     ) -> tuple[Tensor, Tensor]:
-        tokens_BL, conditions = (part.to(self.device, non_blocking=True) for part in batch)
+        tokens_BL, conditions = (part.to(self.plan.device, non_blocking=True) for part in batch)
         # f̂ is a sum over many scales: it stays in float32 where the transformer runs under autocast.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.plan.device.type, enabled=False):
             inputs = self.quantizer.teacher_forcing_inputs(tokens_BL)
         losses = self.curriculum.losses(
             cast("Transformer", model), conditions, tokens_BL, inputs, step=step, attention=self.attention,
@@ -142,17 +143,14 @@ class TransformerObjective(Objective):
 
 def train_transformer(
     transformer: Transformer,
-    quantizer: MultiScaleQuantizer,
+    tokenizer: VQVAE,
     tokens: TokenSource,
     config: RunConfig,
     out: Path,
     *,
-    tokenizer_state: Mapping[str, Tensor],
-    total_steps: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     attention: str = "auto",
-    seed: int | None = None,
     resume: bool = True,
     validation: TokenSource | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -165,13 +163,11 @@ def train_transformer(
     Running it again in the same `out` resumes from the last checkpoint; a finished run is only saved again. Processes
     that torch.distributed connects share every batch; they may be more or fewer than those that wrote the checkpoint.
 
-    The transformer is float32, and the same in all processes; it is moved to `device` and left there in eval mode, or
-    sharded with `fsdp`. `quantizer` is of the tokenizer that made the tokens; `tokenizer_state` is saved next to the
-    transformer, so that the directory can sample. `validation` is measured at every checkpoint and at the end;
-    `on_step` is called after every step, `on_sample` every `train.sample_every` steps to make a picture of what is
-    generated. `total_steps`, `device` and `seed` are by default those of `config.train`, of the transformer, and of
-    `config`; `dtype` is what autocast computes in; without `resume` the checkpoints in `out` are forgotten;
-    `provenance` is for config.json.
+    The transformer is float32, and the same in all processes; it is moved to `device` (by default its own) and left
+    there in eval mode, or sharded with `fsdp`. `tokenizer` made the tokens, and is saved next to the transformer.
+    `validation` is measured at every checkpoint and at the end; `on_step` is called after every step, `on_sample` every
+    `train.sample_every` steps to make a picture of what is generated. `dtype` is what autocast computes in; without
+    `resume` the checkpoints in `out` are forgotten; `provenance` is for config.json.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
@@ -181,9 +177,8 @@ def train_transformer(
             and there is no compiler.
         MvarError: Ten steps in a row were not finite.
     """
-    train = config.train
+    train, quantizer = config.train, tokenizer.quantizer
     device = device or next(transformer.parameters()).device
-    seed = config.seed if seed is None else seed
     check_tokens(tokens, transformer, quantizer)
     check_backend(attention, transformer.patterns, device, dtype, needs_grad=True)
     if train.compile:
@@ -193,45 +188,34 @@ def train_transformer(
     if fsdp and train.sample_every:
         raise ConfigError(
             "train.sample_every samples from a model that --fsdp has sharded over the processes.",
-            "Set train.sample_every=0, and use `mvar sample` on what the run leaves.",
+            "Set train.sample_every=0, and use `mvar sample` on the finished run.",
         )
-    if not fsdp:  # which moves slice by slice
+    if not fsdp:  # which moves shard by shard
         transformer.to(device)
     quantizer.to(device)
-    curriculum = build_curriculum(train, transformer.pyramid, transformer.patterns)
-    objective = TransformerObjective(
-        transformer,
-        quantizer,
-        tokens,
-        validation,
-        curriculum,
-        train.batch_size,
-        device,
-        dtype,
-        attention,
-        seed,
-        parallel,
-    )
     settings = comparable_settings(config, _MODEL_SECTIONS, train)
-    if config.conditioning.dim is not None:  # runs on classes record nothing of it, as they always did
+    if config.conditioning.dim is not None:  # runs on classes have never recorded it
         settings["conditioning"] = config.conditioning.model_dump(mode="json")
     codebook = quantizer.codebook.detach().float().cpu().contiguous().numpy().tobytes()
-    settings |= {"seed": seed, "rows": len(tokens), "codebook": hashlib.sha256(codebook).hexdigest()[:12]}
-    total_steps = planned_steps(train, len(tokens)) if total_steps is None else total_steps
-    plan = Plan(total_steps, train, device, dtype, seed, settings, resume)
+    settings |= {"seed": config.seed, "rows": len(tokens), "codebook": hashlib.sha256(codebook).hexdigest()[:12]}
+    plan = Plan(planned_steps(train, len(tokens)), train, device, dtype, config.seed, settings, resume)
+    curriculum = build_curriculum(train, transformer.pyramid, transformer.patterns)
+    objective = TransformerObjective(transformer, quantizer, tokens, validation, curriculum, plan, parallel, attention)
     transformer.recompute_blocks = train.activation_checkpointing
     with compiled_blocks(transformer, train.compile):
-        outcome = optimise(
-            transformer, objective, plan, config, out, no_decay=transformer.no_decay_names(), on_step=on_step,
-            on_sample=on_sample if parallel.world.is_rank_zero else None, parallel=parallel,
+        on_sample = on_sample if parallel.world.is_rank_zero else None
+        trainer = Trainer(
+            transformer, objective, plan, out, parallel=parallel, no_decay=transformer.no_decay_names(),
+            on_step=on_step, on_sample=on_sample,
         )  # fmt: skip
+        outcome = trainer.run(config)
     weights = parallel.full_state(transformer) if not outcome.interrupted else {}
     if weights and parallel.world.is_rank_zero:
 
         def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
-            facts = {**config.provenance, **(provenance or {}), "training_steps": steps, "seed": seed}
+            facts = {**config.provenance, **(provenance or {}), "training_steps": steps, "seed": config.seed}
             model = config.model.model_copy(update={"provenance": facts})
-            save_model(directory, model, transformer=state, tokenizer=tokenizer_state)
+            save_model(directory, model, transformer=state, tokenizer=tokenizer.state_dict())
 
         if outcome.best_step is not None:
             save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)

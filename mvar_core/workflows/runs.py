@@ -79,25 +79,8 @@ def planned(
     return kind(steps=total, loss=float("nan"), model=out, seconds=0.0, dry_run=dry_run)
 
 
-class TokenizerLoopSettings(TypedDict, total=False):
-    """Keys of the training section that the training functions accept by name; what is absent is the preset's."""
-
-    steps: int | None
-    batch_size: int | None
-    micro_batch: int | None
-    ema: float | None
-    checkpoint_every: int | None
-
-
-class LoopSettings(TokenizerLoopSettings, total=False):
-    """The same for transformers."""
-
-    epochs: float | None
-    activation_checkpointing: bool | None
-
-
-class TrainTokenizerOptions(TokenizerLoopSettings, total=False):
-    """What `train_tokenizer` and the trainings of transformers accept, as explained there."""
+class TrainTokenizerOptions(TypedDict, total=False):
+    """What all training functions accept; the last five are keys of the training section, by default the preset's."""
 
     preset: str | None
     settings: Sequence[str]
@@ -105,9 +88,14 @@ class TrainTokenizerOptions(TokenizerLoopSettings, total=False):
     resume: bool
     overwrite: bool
     dry_run: bool
+    steps: int | None
+    batch_size: int | None
+    micro_batch: int | None
+    ema: float | None
+    checkpoint_every: int | None
 
 
-class TrainOptions(TrainTokenizerOptions, LoopSettings, total=False):
+class TrainOptions(TrainTokenizerOptions, total=False):
     """What `train` and `finetune_from_var` both accept, as `train` explains it."""
 
     tokens: Path | str | None
@@ -115,6 +103,8 @@ class TrainOptions(TrainTokenizerOptions, LoopSettings, total=False):
     tokenizer: Path | str | None
     validation: Path | str | None
     fsdp: bool
+    epochs: float | None
+    activation_checkpointing: bool | None
 
 
 def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:

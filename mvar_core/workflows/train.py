@@ -38,7 +38,6 @@ from mvar_core.training.objective import PICTURES
 from mvar_core.training.order import planned_steps
 from mvar_core.training.transformer import TransformerOutcome, train_transformer
 from mvar_core.workflows.runs import (
-    LoopSettings,
     TrainingResult,
     TrainOptions,
     ended,
@@ -211,7 +210,7 @@ def _train(
     overwrite: bool = False,
     fsdp: bool = False,
     dry_run: bool = False,
-    **loop: Unpack[LoopSettings],
+    **loop: Any,
 ) -> TrainResult:
     """Merge the configuration, tokenize where images were given, and train; every process does this."""
     if (tokens is None) == (data is None):
@@ -336,7 +335,7 @@ def train_on_tokens(
         facts["started_from"] = start.origin
     return train_transformer(
         transformer,
-        vqvae.quantizer,
+        vqvae,
         tokens.conditioned(config.conditioning),
         config,
         out,
@@ -346,7 +345,6 @@ def train_on_tokens(
         resume=resume,
         fsdp=fsdp,
         validation=validation.conditioned(config.conditioning) if validation is not None else None,
-        tokenizer_state=vqvae.state_dict(),
         provenance=facts,
         on_step=step_progress(progress, stage),
         on_sample=_sample_pictures(config, vqvae, transformer, out) if config.train.sample_every else None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.training import tokenizer as training
 from mvar_core.training.perceptual import load_perceptual_loss
 from mvar_core.workflows.runs import (
-    TokenizerLoopSettings,
     TrainingResult,
+    TrainTokenizerOptions,
     ended,
     held_out,
     planned,
@@ -62,20 +61,14 @@ def train_tokenizer(
     *,
     data: Path | str,
     out: Path | str,
-    preset: str | None = None,
-    settings: Sequence[str] = (),
     image_size: PatchSize | str | None = None,
-    seed: int | None = None,
     start: Path | str | None = None,
     new_codebook: bool = False,
     vgg_weights: Path | str | None = None,
     lpips_weights: Path | str | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    dry_run: bool = False,
     machine: Machine = Machine(),
     progress: Progress | None = None,
-    **loop: Unpack[TokenizerLoopSettings],
+    **options: Unpack[TrainTokenizerOptions],
 ) -> TrainTokenizerResult:
     """Train a multi-scale residual VQVAE on images.
 
@@ -86,28 +79,26 @@ def train_tokenizer(
     Args:
         data: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
         out: The run directory, which is also a model directory.
-        preset: Name of a preset or a YAML file; by default tokenizer-64.
-        settings: Changes to single keys, as "tokenizer.codebook_size=256".
         image_size: Side, or (height, width), also as "256x384"; the pyramid follows.
-        seed: Of everything random.
         start: Tokenizer that gives the first weights: a model directory or a published .pth file.
         new_codebook: With `start`: train a codebook from scratch, of any size.
         vgg_weights: File of VGG16, for the perceptual loss.
         lpips_weights: File of LPIPS' weights, likewise.
-        resume: Whether to resume what is in `out`; otherwise a run there is refused.
-        overwrite: Start over where a run is in `out`.
-        dry_run: Report what would be done, and do nothing.
         machine: Device and dtype; dtype auto is float32.
         progress: Called after every step.
-        **loop: steps, batch_size, micro_batch, ema and checkpoint_every, as in the preset's `train_tokenizer` section.
+        **options: preset (by default tokenizer-64), settings, seed, resume, overwrite and dry_run as of `train`; steps,
+            batch_size, micro_batch, ema and checkpoint_every as in the preset's `train_tokenizer` section.
 
     Raises:
         MvarError: Configuration, images, files or the run in `out` do not fit.
     """
     if new_codebook and start is None:
         raise ConfigError("--new-codebook goes with --start.", "Without --start the codebook is new anyway.")
-    flags = {"seed": seed, "image_size": image_size, "train_tokenizer": dict(loop)}
-    config = load_config(preset or DEFAULT_PRESET, settings, flags).model_copy(update={"transformer": None})
+    loop: dict[str, Any] = dict(options)
+    preset, settings, seed = (loop.pop(name, None) for name in ("preset", "settings", "seed"))
+    resume, overwrite, dry_run = (loop.pop(name, name == "resume") for name in ("resume", "overwrite", "dry_run"))
+    flags = {"seed": seed, "image_size": image_size, "train_tokenizer": loop}
+    config = load_config(preset or DEFAULT_PRESET, settings or (), flags).model_copy(update={"transformer": None})
     data, out = str(data), Path(out)
     start, vgg, lpips = (None if path is None else Path(path) for path in (start, vgg_weights, lpips_weights))
     source = open_images(data)

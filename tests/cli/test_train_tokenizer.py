@@ -39,12 +39,12 @@ def test_a_run_starts_from_another_tokenizer_at_another_size(train, other_tokeni
 
 
 def test_a_run_starts_from_a_published_file(mvar, images, golden_mvar, mvar_directory, tmp_path):
-    values = read_model_config(mvar_directory).model_dump(
-        mode="json", include={"image_size", "patch_sizes", "tokenizer"}
-    )
-    values["train_tokenizer"] = {
-        "steps": 1, "batch_size": 2, "revive_every": 0, "optimizer": {"lr": 1e-12},
-    }  # fmt: skip
+    values = {
+        "image_size": 16,
+        "patch_sizes": [1],
+        "tokenizer": read_model_config(mvar_directory).tokenizer.model_dump(mode="json"),
+        "train_tokenizer": {"steps": 1, "batch_size": 2, "revive_every": 0, "optimizer": {"lr": 1e-12}},
+    }
     preset = tmp_path / "golden.yaml"
     preset.write_text(yaml.safe_dump(values))
     given = ["--preset", preset, "--data", images, "--out", tmp_path / "out", "--start", golden_mvar.tokenizer]
@@ -52,7 +52,7 @@ def test_a_run_starts_from_a_published_file(mvar, images, golden_mvar, mvar_dire
     assert_same(weights(tmp_path / "out"), weights(mvar_directory))
 
 
-def test_another_codebook_is_refused_or_started_anew(train, other_tokenizer, tmp_path):
+def test_another_codebook_is_refused_or_trained_from_scratch(train, other_tokenizer, tmp_path):
     larger = ["--start", other_tokenizer, "--set", "tokenizer.codebook_size=24", *STILL]
     error = train(*larger).error
     assert "has 16 entries; this one has 24" in error
@@ -73,7 +73,7 @@ def test_another_network_is_refused_with_the_settings_that_would_fit(train, othe
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_a_missing_perceptual_file_is_said_before_anything_slow(train, monkeypatch, tmp_path):
+def test_a_missing_perceptual_file_is_reported_before_anything_slow(train, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.delenv("MVAR_VGG_WEIGHTS", raising=False)
     error = train("--set", "train_tokenizer.perceptual.weight=1").error

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,9 +74,7 @@ def test_training_with_recomputed_blocks_gives_the_same_weights(make_config, mak
         config = make_config(f"train.activation_checkpointing={setting}", "train.steps=3")
         transformer, tokenizer = make_models(config)
         tokens = make_tokens(config)
-        train_transformer(
-            transformer, tokenizer.quantizer, tokens, config, tmp_path / setting, tokenizer_state=tokenizer.state_dict()
-        )
+        train_transformer(transformer, tokenizer, tokens, config, tmp_path / setting)
         states.append(transformer.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -105,30 +103,20 @@ def test_compiling_is_undone_and_stands_back_for_measuring(make_config, make_mod
 
 
 COMPILED = """
-import importlib.util, json, sys
-from pathlib import Path
+import json, sys
 import torch
-spec = importlib.util.spec_from_file_location("conftest_of_training", sys.argv[1])
-setup = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup)
-from mvar_core.models.transformer import Transformer
-from mvar_core.models.vqvae import VQVAE
-from mvar_core.config.presets import load_config
+from tiny_training import FakeTokens, make_config, make_models
 from mvar_core.training.transformer import train_transformer
 torch.set_num_threads(1)
-out, recompute = Path(sys.argv[2]), sys.argv[3]
+out, recompute = Path(sys.argv[1]), sys.argv[2]
 weights, losses = [], []
 for compiled in ("false", "true"):
-    settings = [f"train.compile={compiled}", f"train.activation_checkpointing={recompute}", "train.steps=3",
-                "train.checkpoint_every=2", "transformer.depth=12"]
-    config = load_config(None, (), setup._with(setup.TINY, tuple(settings)))
-    torch.manual_seed(0)
-    tokenizer = VQVAE(config.tokenizer, config.pyramid)
-    torch.nn.init.normal_(tokenizer.quantizer.codebook)
-    transformer = Transformer(config)
+    config = make_config(f"train.compile={compiled}", f"train.activation_checkpointing={recompute}", "train.steps=3",
+                         "train.checkpoint_every=2", "transformer.depth=12")
+    transformer, tokenizer = make_models(config)
+    validation = FakeTokens(config, rows=7, seed=1)
     result = train_transformer(
-        transformer, tokenizer.quantizer, setup.FakeTokens(config), config, out / compiled,
-        validation=setup.FakeTokens(config, rows=7, seed=1), tokenizer_state=tokenizer.state_dict())
+        transformer, tokenizer, FakeTokens(config), config, out / compiled, validation=validation)
     weights.append(transformer.state_dict())
     losses.append([result.loss, result.val_loss])
 difference = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
@@ -141,11 +129,11 @@ print(json.dumps({"difference": difference, "losses": losses,
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 @pytest.mark.parametrize("recompute", ["false", "true"])
-def test_compiled_blocks_train_alike_and_share_what_is_compiled(tmp_path, recompute):
+def test_compiled_blocks_train_the_same_and_share_what_is_compiled(tmp_path, recompute):
     """In a process of its own: the tests' checks of annotations cannot be compiled."""
-    conftest = Path(__file__).with_name("conftest.py")
-    command = [sys.executable, "-c", COMPILED, str(conftest), str(tmp_path), recompute]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", COMPILED, str(tmp_path), recompute]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["difference"] < 1e-4

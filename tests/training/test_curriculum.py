@@ -192,8 +192,7 @@ def test_an_interleaved_run_logs_every_scale_and_validates_all_of_them(make_conf
     )  # fmt: skip
     transformer, tokenizer = make_models(config)
     result = train_transformer(
-        transformer, tokenizer.quantizer, make_tokens(config), config, tmp_path,
-        tokenizer_state=tokenizer.state_dict(), validation=make_tokens(config, rows=5, seed=1),
+        transformer, tokenizer, make_tokens(config), config, tmp_path, validation=make_tokens(config, rows=5, seed=1),
     )  # fmt: skip
     lines = read_metrics(tmp_path / "metrics.jsonl")
     trained = [[loss is not None for loss in line["scale_loss"]] for line in lines if "scale_loss" in line]

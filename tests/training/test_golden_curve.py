@@ -36,11 +36,10 @@ def test_loss_curve(make_config, make_models, make_tokens, tmp_path: Path, atten
     fill(tokenizer)
     train_transformer(
         transformer,
-        tokenizer.quantizer,
+        tokenizer,
         make_tokens(config),
         config,
         tmp_path,
-        tokenizer_state=tokenizer.state_dict(),
     )
     losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses == pytest.approx(CURVES[attention], rel=1e-4)

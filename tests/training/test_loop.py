@@ -38,11 +38,10 @@ def train(make_config, make_models, make_tokens):
             prepare(transformer)
         result = train_transformer(
             transformer,
-            tokenizer.quantizer,
+            tokenizer,
             tokens or make_tokens(config),
             config,
             out,
-            tokenizer_state=tokenizer.state_dict(),
             **options,
         )
         return result, transformer.state_dict()
@@ -91,9 +90,9 @@ def test_loss_falls_and_the_run_directory_is_a_model_directory(train, tmp_path):
 
 
 def test_config_yaml_is_the_whole_configuration(train, make_config, tmp_path):
-    train(tmp_path, total_steps=1)
+    train(tmp_path, "train.steps=1")
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert validate(RunConfig, written, "config.yaml") == make_config()
+    assert validate(RunConfig, written, "config.yaml") == make_config("train.steps=1")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -115,31 +114,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train, tmp_path, s
     assert measures(parts) == measures(tmp_path / "whole")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(train, tmp_path):
-    _, expected = train(tmp_path / "whole")
-    script = f"""
-import os, signal, sys, importlib.util
+KILLED = """
+import os, signal, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("conftest_of_training", {str(Path(__file__).with_name("conftest.py"))!r})
-setup = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup)
 import torch
-from mvar_core.config.presets import load_config
-from mvar_core.models.transformer import Transformer
-from mvar_core.models.vqvae import VQVAE
+from tiny_training import FakeTokens, make_config, make_models
 from mvar_core.training.transformer import train_transformer
-torch.set_num_threads({torch.get_num_threads()})
-config = load_config(None, (), setup.TINY)
-torch.manual_seed(0)
-tokenizer = VQVAE(config.tokenizer, config.pyramid)
-torch.nn.init.normal_(tokenizer.quantizer.codebook)
+torch.set_num_threads(1)
 def kill(report):
     if report.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-train_transformer(Transformer(config), tokenizer.quantizer, setup.FakeTokens(config), config,
-                  Path({str(tmp_path / "parts")!r}), tokenizer_state={{}}, on_step=kill)
+config = make_config()
+train_transformer(*make_models(config), FakeTokens(config), config, Path(sys.argv[1]), on_step=kill)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ})
+
+
+def test_a_killed_run_resumes_to_the_same_bits(train, tmp_path):
+    _, expected = train(tmp_path / "whole")
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "parts")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert latest_checkpoint(tmp_path / "parts").name == "step-00000004.pt"
     _, resumed = train(tmp_path / "parts")
@@ -218,7 +212,7 @@ def test_the_best_validation_has_a_model_directory_of_its_own(train, make_config
     assert best.provenance["training_steps"] == result.best_step
     state = load_checkpoint(checkpoints(tmp_path)[0])
     assert_same(load_transformer(tmp_path / "best", best).state_dict(), state.model)
-    train(tmp_path, total_steps=1, resume=False)
+    train(tmp_path, "train.steps=1", resume=False)
     assert not (tmp_path / "best").exists()
 
 
@@ -241,9 +235,9 @@ def test_pictures_are_made_with_the_averaged_weights_and_change_nothing(train, t
     assert not torch.equal(seen[8], seen[10])
 
 
-def test_global_random_generators_go_on_where_they_stopped(train, make_config, make_tokens, tmp_path):
+def test_global_random_generators_continue_where_they_stopped(train, make_config, make_tokens, tmp_path):
     class Noisy(make_tokens):
-        """Data that draws from the global generators."""
+        """Data that uses the global generators."""
 
         def batch(self, rows):
             tokens, labels = super().batch(rows)
@@ -273,34 +267,34 @@ def test_a_finished_run_does_nothing_more(train, tmp_path):
     assert measures(tmp_path) == before
 
 
-def test_a_run_can_be_extended_and_started_anew(train, tmp_path):
+def test_a_run_can_be_extended_and_started_over(train, tmp_path):
     train(tmp_path)
-    longer, _ = train(tmp_path, total_steps=12)
+    longer, _ = train(tmp_path, "train.steps=12")
     assert longer.steps == 12
     steps: list[int] = []
-    train(tmp_path, total_steps=3, resume=False, on_step=lambda report: steps.append(report.step))
+    train(tmp_path, "train.steps=3", resume=False, on_step=lambda report: steps.append(report.step))
     assert steps == [1, 2, 3]
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003.pt"]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(train, make_tokens, make_config, tmp_path):
-    train(tmp_path, total_steps=4)
+    train(tmp_path, "train.steps=4")
     with pytest.raises(
         CheckpointError, match=r"attention\.windows.*train\.optimizer\.lr \(checkpoint 0\.005, now 0\.01\)"
     ):
         train(tmp_path, "train.optimizer.lr=0.01", "attention.windows=[0,0,0]")
     with pytest.raises(CheckpointError, match="seed"):
-        train(tmp_path, seed=5)
+        train(tmp_path, "seed=5")
     with pytest.raises(CheckpointError, match=r"rows \(checkpoint 20, now 21\)"):
         train(tmp_path, tokens=make_tokens(make_config(), rows=21))
     with pytest.raises(CheckpointError, match=r"codebook \(checkpoint \w{12}, now \w{12}\)"):
         train(tmp_path, other_codebook=True)
-    train(tmp_path, "train.checkpoint_every=5", "train.log_every=1", total_steps=5)  # the rhythm may change
+    train(tmp_path, "train.checkpoint_every=5", "train.log_every=1", "train.steps=5")  # how often may change
 
 
 def test_seeds_differ(train, tmp_path):
-    _, first = train(tmp_path / "a", seed=1)
-    _, second = train(tmp_path / "b", seed=2)
+    _, first = train(tmp_path / "a", "seed=1")
+    _, second = train(tmp_path / "b", "seed=2")
     assert not torch.equal(first["head.weight"], second["head.weight"])
 
 
@@ -383,7 +377,7 @@ def test_tokens_that_do_not_fit_are_refused(train, make_config, make_tokens, tmp
 
 
 def test_lines_of_metrics_are_json_without_nan(train, tmp_path):
-    train(tmp_path, "train.log_every=1", total_steps=2)
+    train(tmp_path, "train.log_every=1", "train.steps=2")
     for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text, parse_constant=lambda name: pytest.fail(name))
         assert {"lr", "grad_norm", "images_per_second", "tokens_per_second", "peak_memory_bytes"} <= line.keys()

@@ -39,11 +39,10 @@ def train(make_config, make_tokens, make_models, tmp_path):
         transformer, tokenizer = make_models(config)
         result = train_transformer(
             transformer,
-            tokenizer.quantizer,
+            tokenizer,
             VectorTokens(make_tokens(config)),
             config,
             tmp_path / name,
-            tokenizer_state=tokenizer.state_dict(),
             **options,
         )
         return result, transformer, tokenizer, config
@@ -67,7 +66,6 @@ def test_training_follows_the_word(train, make_tokens):
 
     right, wrong = loss(WORDS[labels]), loss(WORDS[(labels + 1) % 3])
     none = loss(model.conditioner.null(20))
-    print(right, none, wrong)
     assert right < none - 0.3
     assert none + 0.3 < wrong
 
@@ -116,6 +114,4 @@ def test_what_does_not_fit_is_refused(make_config, make_tokens, make_models, tmp
     ):
         model, tokenizer = make_models(asked)
         with pytest.raises(DataError, match=message):
-            train_transformer(
-                model, tokenizer.quantizer, tokens, asked, tmp_path / "no", tokenizer_state=tokenizer.state_dict()
-            )
+            train_transformer(model, tokenizer, tokens, asked, tmp_path / "no")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-QUICK = ("attention", "editing", "output", "plan_memory", "token_cache")
-SLOW = ("attention_report", "evaluation", "sampling", "startup", "training_step", "distributed")
+QUICK = ("attention", "editing", "output", "plan_memory", "token_cache", "words")
+SLOW = ("ablation", "attention_report", "distributed", "evaluation", "sampling", "startup", "training_step")
 
 
 @pytest.mark.parametrize("script", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -47,10 +47,10 @@ def sweep(
     Args:
         sides: One side, or (height, width), per scale, in tokens.
         windows: Sides of the windows; 0 is the whole scale.
-        backends: Names that `attend` takes, for example "dense" and "tiled"; "auto" is another name for one of them.
-        heads: Attention heads, H.
-        head_dim: Width of a head, D.
-        batch: Images at a time, B.
+        backends: Names that `attend` accepts, for example "dense" and "tiled".
+        heads: Attention heads.
+        head_dim: Width of a head.
+        batch: Images at a time.
         dtype: Of queries, keys and values.
         device: Where to measure.
         backward: Measure the forward and the backward pass together, rather than the forward pass alone.
@@ -58,11 +58,10 @@ def sweep(
         progress: Called with a few words before each side and window.
 
     Returns:
-        One row for each side, window and backend: `side`, `tokens`, `window`, `backend`, `dtype`, `device`, `batch`,
-        `heads`, `head_dim`, `backward`; `seconds` of one call (None where the backend cannot run, with the `reason`);
-        `times_dense` (how many times faster than dense, None without dense among `backends`); `peak_bytes` (what
-        the call allocates at most, output included, on CUDA; None elsewhere); `auto` (the backend that "auto" picks
-        here) and `chosen` (whether that is this row's).
+        One row for each side, window and backend, with what was measured (`side` to `backward`); `seconds` of one call
+        (None where the backend cannot run, with the `reason`); `times_dense` (how many times faster than dense);
+        `peak_bytes` (what the call allocates at most, on CUDA); `auto` (the backend that "auto" picks here) and
+        `chosen` (whether that is this row's).
     """
     place = torch.device(device)
     rows: list[dict[str, Any]] = []

@@ -71,10 +71,10 @@ def recommend(
 ) -> Recommendation:
     """The smallest prefixes, and then the smallest windows, that keep a fraction of the attention.
 
-    What is kept is the mean over all tokens of an image, each counted alike. First come the fewest prefixes that keep
-    the fraction with every scale whole. Then one share for the windows of all scales, the least with which prefixes and
-    windows together still keep enough: each scale gets the smallest window that holds this share of its own mass. A
-    scale that would need a window as large as itself, or larger than was measured, stays as the model has it.
+    What is kept is the mean over all tokens of an image. First come the fewest prefixes that keep the fraction with
+    every scale whole. Then each scale gets the smallest window that holds a share of its own mass: one share for all,
+    the least with which prefixes and windows together keep enough. A scale that would need a window as large as itself,
+    or larger than was measured, stays as the model has it.
 
     Args:
         scale_mass_SS: Mass by query scale and key scale.

@@ -89,14 +89,9 @@ class AblationResult(Result):
     """What an ablation found.
 
     Attributes:
-        model: Name of the configuration that all rows share.
-        steps: Optimizer steps of each row.
         held_out: Images that the validation loss is measured on.
         num_samples: Samples that each row is scored on.
-        features: What scores are computed from; None, like the next two, where there are none.
-        reference: Names the images that samples are compared with.
-        weights_hash: Of the network behind the features.
-        scales: Sides of the scales.
+        features: What scores are computed from; None, like `reference` and `weights_hash`, where there are none.
         rows: One mapping for each setting and seed; after an interruption those that are done.
         aggregate: One mapping for each setting: its rows over seeds, and its cost.
         ablations: The tables: which settings they compare, and what the differences mean.
@@ -215,13 +210,28 @@ def ablate(
     train = {"steps": steps, "batch_size": batch_size, "compile": machine.compile or None}
     config = load_config(preset, settings, {"image_size": image_size, "train": train})
     tables = plan_ablations(config, prefixes, windows)
-    seeds = tuple(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not seeds or len(set(seeds)) < len(seeds):
+    chosen = tuple(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(f"--seeds {seeds}: expected at least one seed, and none twice.", "Use for example 3, or 0,7.")
-    _check(config, out, tokens, data, tokenizer, validation)
+    if (tokens is None) == (data is None):
+        raise ConfigError("An ablation needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
+    if tokens is not None and tokenizer is None:
+        raise ConfigError("--tokens needs the tokenizer that made them.", "Add --tokenizer DIR.")
+    if config.transformer is None:
+        raise ConfigError(f"{config.name} is a tokenizer's preset; an ablation needs a transformer section.")
+    if config.conditioning.dim is not None and config.conditioning.encoder != ENCODER:
+        raise ConfigError(
+            "An ablation samples classes, whose vectors are not known here.",
+            f"Only with conditioning.encoder={ENCODER} do they follow from the classes' names.",
+        )
+    if tokenizer is not None and out.resolve() == tokenizer.resolve():
+        raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
+    if data is not None:
+        open_images(data)
+    caches = {name: TokenCache.open(path) for name, path in (("tokens", tokens), ("validation", validation)) if path}
     rows = [  # seed by seed, so that whole tables are done as early as possible
         Row(setting, seed, out / "rows" / setting.name / f"seed-{seed}")
-        for seed in seeds
+        for seed in chosen
         for setting in settings_of(tables)
     ]
     sections = {"image_size", "patch_sizes", "tokenizer", "transformer", "sampling", "data", "seed"}
@@ -229,8 +239,9 @@ def ablate(
     record |= {
         "sampling": recorded(record["sampling"]),
         "train": config.train.model_dump(mode="json", exclude=FREE_SETTINGS),
-        "tokens": None if tokens is None else sha256_of_file(tokens / MANIFEST)[:16],
-        "validation": None if validation is None else sha256_of_file(validation / MANIFEST)[:16],
+        "tokens": None,
+        "validation": None,
+        **{name: sha256_of_file(cache.path / MANIFEST)[:16] for name, cache in caches.items()},
         "images": data,
         "reference": reference,
         "features": features,
@@ -245,7 +256,7 @@ def ablate(
     else:
         record["checkpoint"] = tokenizer_hash(tokenizer)[:16]
     job = Rows(out, record, rows)
-    known = AblationResult(model=config.name, seeds=seeds)
+    known = AblationResult(model=config.name, seeds=chosen)
     if dry_run:
         labels = {setting: label for table in tables for setting, label in table.labels.items()}
         return replace(known, **_planned(job, config, labels, data, tokens, tokenizer, machine, overwrite))
@@ -301,7 +312,7 @@ def ablate(
             # A finished row keeps its model, not the state from which its training would resume.
             remove_checkpoints(row.directory)
             shutil.rmtree(row.directory / "checkpoints", ignore_errors=True)
-        costs = _costs(out / "costs", config, [row for row in rows if row.seed == seeds[0]], machine, progress)
+        costs = _costs(out / "costs", config, [row for row in rows if row.seed == chosen[0]], machine, progress)
         finished = [{**read_json(row.directory / ROW, finite=False), "cost": costs[row.setting.name]} for row in rows]
         compared = aggregate(finished)
         result = replace(
@@ -327,37 +338,6 @@ def ablate(
         return replace(result, outputs=outputs, seconds=time.monotonic() - start)
     finally:
         job.release()
-
-
-def _check(
-    config: RunConfig,
-    out: Path,
-    tokens: Path | None,
-    data: str | None,
-    tokenizer: Path | None,
-    validation: Path | None,
-) -> None:
-    """Refuse, before anything slow, what cannot work."""
-    if (tokens is None) == (data is None):
-        raise ConfigError("An ablation needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
-    if tokens is not None and tokenizer is None:
-        raise ConfigError("--tokens needs the tokenizer that made them.", "Add --tokenizer DIR.")
-    if config.transformer is None:
-        raise ConfigError(f"{config.name} is a tokenizer's preset; an ablation needs a transformer section.")
-    if config.conditioning.dim is not None and config.conditioning.encoder != ENCODER:
-        raise ConfigError(
-            "An ablation samples classes, whose vectors are not known here.",
-            f"Only with conditioning.encoder={ENCODER} do they follow from the classes' names.",
-        )
-    if tokenizer is not None:
-        if out.resolve() == tokenizer.resolve():
-            raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
-        read_model_config(tokenizer)
-    if data is not None:
-        open_images(data)
-    for cache in (tokens, validation):
-        if cache is not None:
-            TokenCache.open(cache)
 
 
 def _planned_cost(config: RunConfig, machine: Machine) -> Plan:
@@ -546,10 +526,9 @@ def finite(value: Any) -> Any:
 
 
 class Scorer:
-    """Scores samples of one model after another against one reference: the metrics of `evaluate`.
+    """Scores samples of models against one reference, as `evaluate` does; on bundled digits as the quickstart does too.
 
-    On bundled digits the measures of the quickstart are added. What the user named and cannot be used raises MvarError;
-    what was not named is left out, with the reason.
+    What the user named and cannot be used raises MvarError; what was not named is left out, with the reason.
     """
 
     def __init__(

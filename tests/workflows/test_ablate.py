@@ -216,7 +216,7 @@ def test_a_row_is_what_train_makes_of_its_setting(arguments, preset, tokens, mod
         assert (alone.model / file).read_bytes() == (out / "rows" / name / "seed-3" / file).read_bytes()
 
 
-def test_rows_take_the_same_turns(arguments, tmp_path):
+def test_rows_train_the_same_scales_alone(arguments, tmp_path):
     """Which scales the interleaved curriculum trains alone follows from the preset, not from each row's windows."""
     arguments |= {"seeds": 1, "settings": ["train.curriculum=interleaved"], "windows": (3,)}
     mvar.ablate(**arguments, out=tmp_path / "out")
@@ -304,7 +304,7 @@ def test_wrong_requests_are_refused_before_a_row_is_trained(arguments, tmp_path,
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_not_an_ablation_is_not_written_over(arguments, tmp_path, overwrite):
+def test_a_directory_that_is_not_an_ablation_is_left_alone(arguments, tmp_path, overwrite):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         mvar.ablate(**arguments, out=tmp_path, overwrite=overwrite)

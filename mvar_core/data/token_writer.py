@@ -42,10 +42,10 @@ from mvar_core.data.tokens import (
 )
 from mvar_core.data.transforms import Views
 from mvar_core.data.vectors import Vectors
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
 from mvar_core.io.files import atomic_path, require_new_directory, write_json
 from mvar_core.io.pixels import from_uint8
-from mvar_core.io.resumable import LOCK_FILE, Resumable
+from mvar_core.io.resumable import Resumable
 from mvar_core.progress import Progress, stage
 
 logger = logging.getLogger("mvar")
@@ -114,7 +114,7 @@ class CacheWriter(Resumable):
             version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
             vectors=self.vectors.entry if self.vectors is not None else None,
             tokenizer_hash=self.tokenizer_hash,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer and _line(self.tokenizer),
             patch_sizes=config.pyramid.patch_sizes,
             codebook_size=config.tokenizer.codebook_size,
             image_size=config.image_size,
@@ -125,7 +125,7 @@ class CacheWriter(Resumable):
             data=self.data,
             seed=self.seed,
             dtype=self.dtype.name,
-            source=f"{source.name}:{source.split}",
+            source=_line(f"{source.name}:{source.split}"),
             fingerprint=source.fingerprint(),
             images_per_shard=self.images_per_shard or default_shard(bytes_per_image, len(source)),
         )
@@ -154,6 +154,9 @@ class CacheWriter(Resumable):
         Raises:
             DataError: `out` holds something else, or a cache of other settings; or another process works there.
         """
+        if self.directory.is_file():
+            require_new_directory(self.directory, overwrite)
+        self.acquire()
         complete = self._is_complete(overwrite)
         self.accept(self.manifest.images_per_shard, ())
         if complete:
@@ -279,9 +282,9 @@ class CacheWriter(Resumable):
 
     def _tidy(self) -> None:
         """Remove what only an unfinished cache needs."""
-        self.release()
-        for path in (*self.directory.glob(RECEIPTS), self.record_path, self.directory / LOCK_FILE):
+        for path in (*self.directory.glob(RECEIPTS), self.record_path):
             path.unlink(missing_ok=True)
+        self.release()
 
     def images_of(self, number: int) -> range:
         """The images of a shard."""
@@ -356,6 +359,11 @@ def write_token_cache(
         writer.check(stage(progress, "checking images"))
         writer.write(stage(progress, "tokenizing"))
         return writer.finish()
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written: {error.strerror or one_line(error)}.",
+            "Finished shards are kept. Make room, then run the same command again to resume.",
+        ) from error
     finally:
         writer.release()
 

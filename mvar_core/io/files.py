@@ -14,6 +14,9 @@ from typing import Any
 
 from mvar_core.errors import DataError
 
+LOCK_FILE = ".lock"
+"""What a process holds while it writes in a directory; one that was killed leaves it there."""
+
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
@@ -109,7 +112,8 @@ def require_new_directory(path: Path, overwrite: bool) -> None:
     """
     if path.is_file():
         raise DataError(f"{path} is a file; expected a directory to write to.", "Choose another --out.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
+    leftovers = {path / LOCK_FILE, *path.glob(".*.tmp")}  # of writers that were killed
+    if not overwrite and path.is_dir() and not leftovers.issuperset(path.iterdir()):
         raise DataError(f"{path} is not empty.", "Choose another --out, or add --overwrite to replace it.")
 
 

@@ -10,20 +10,77 @@ Token caches, samples, ablations and training checkpoints all resume by this pro
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mvar_core.errors import DataError
-from mvar_core.io.files import remove, remove_leftovers, write_json
+from mvar_core.io.files import LOCK_FILE, remove, remove_leftovers, write_json
 from mvar_core.untrusted import read_json
 
-LOCK_FILE = ".lock"
 LONGEST_VALUE = 60
 MOST_DIFFERENCES = 8
+
+
+class DirectoryLock:
+    """The sole right to write in a directory, which is made if need be; nothing of the lock stays behind.
+
+    Where the file system has no locks, or nothing can be written, nothing is locked.
+    """
+
+    def __init__(self, directory: Path):
+        self.path = directory / LOCK_FILE
+        self._lock: FileLock | None = None
+
+    def acquire(self) -> None:
+        """Take the right; in the process that has it already nothing happens.
+
+        Raises:
+            DataError: Another process has it; says which.
+        """
+        if self._lock is not None:
+            return
+        lock = FileLock(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            self._lock = lock
+            self.path.write_text(f"Process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        except Timeout:
+            try:
+                holder = self.path.read_text(encoding="utf-8")[:200] or "Another process"
+            except (OSError, ValueError):
+                holder = "Another process"
+            raise DataError(
+                f"{holder} is at work in {self.path.parent}.",
+                "Wait for it, or choose another --out; several processes share the work under --nproc or torchrun.",
+            ) from None
+        except (OSError, NotImplementedError):
+            return
+
+    def release(self) -> None:
+        """Give the right back; a directory that holds nothing else is removed."""
+        if self._lock is None:
+            return
+        with suppress(OSError):  # the name goes first: who has opened the file meanwhile sees that it is gone
+            self.path.unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
+    def __enter__(self) -> DirectoryLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Resumable:
@@ -48,7 +105,7 @@ class Resumable:
         self.record_path = directory / record_file
         self.piece_name = piece_name
         self.ignore = frozenset(ignore)
-        self._lock: FileLock | None = None
+        self._lock = DirectoryLock(directory)
 
     def piece(self, number: int) -> Path:
         """The file whose presence says that a piece is done."""
@@ -99,7 +156,6 @@ class Resumable:
         Raises:
             DataError: Another process works here.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.acquire()
         return self.begin_locked()
 
@@ -121,28 +177,12 @@ class Resumable:
                 remove(path)
 
     def acquire(self) -> None:
-        """Let no other process work here; where the file system has no locks, nothing is locked.
-
-        Raises:
-            DataError: Another process works here.
-        """
-        lock = FileLock(self.directory / LOCK_FILE)
-        try:
-            lock.acquire(timeout=0)
-            self._lock = lock
-        except Timeout:
-            raise DataError(
-                f"Another process is at work in {self.directory}.",
-                "Wait for it, or choose another --out; several processes share the work under --nproc or torchrun.",
-            ) from None
-        except (OSError, NotImplementedError):
-            self._lock = None
+        """Let no other process work here, see `DirectoryLock`."""
+        self._lock.acquire()
 
     def release(self) -> None:
         """Let other processes work here."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._lock.release()
 
     def discard(self) -> None:
         """Remove the directory."""

@@ -41,13 +41,10 @@ SHARE_OF_FREE_MEMORY = 0.5
 
 
 class Pipeline:
-    """A tokenizer and, unless the directory holds a tokenizer alone, a transformer.
+    """A tokenizer and, unless there is a tokenizer alone, a transformer, on one device.
 
-    Attributes:
-        config: What the model is.
-        device: Where both are.
-        attention: The attention backend, or "auto".
-        memory: Bytes that sampling may use where a call does not specify them; None is half of what is free.
+    `config` says what the model is; `attention` is the backend, or "auto"; `memory` is the number of bytes that
+    sampling may use where a call does not specify them, None for half of what is free.
     """
 
     def __init__(
@@ -130,11 +127,7 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> VQVAE:
-        """The VQVAE. Its encoder, which sampling does not need, is loaded on first use.
-
-        Raises:
-            CheckpointError: The pipeline was made of a VQVAE without its encoder, so that there is none to load.
-        """
+        """The VQVAE; its encoder, which sampling does not need, is loaded on first use, or else a CheckpointError."""
         if not self._tokenizer.has_encoder:
             if self._load_tokenizer is None:
                 raise CheckpointError(
@@ -151,11 +144,7 @@ class Pipeline:
 
     @property
     def transformer(self) -> Transformer:
-        """The transformer.
-
-        Raises:
-            CheckpointError: The pipeline holds a tokenizer alone.
-        """
+        """The transformer; CheckpointError where the pipeline holds a tokenizer alone."""
         if self._transformer is None:
             raise CheckpointError(
                 f"{self.config.name} is a tokenizer without a transformer.", "Train one with `mvar train`."
@@ -171,11 +160,7 @@ class Pipeline:
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
-        """Tokens of images in [-1, 1].
-
-        Raises:
-            DataError: The images have another size than the model's.
-        """
+        """Tokens of images in [-1, 1]; DataError where they have another size than the model's."""
         if tuple(images.shape[-2:]) != self.config.image_shape:
             raise DataError(
                 f"images are {images.shape[-2]}×{images.shape[-1]} pixels; {self.config.name} expects"
@@ -192,15 +177,8 @@ class Pipeline:
     def logits(self, tokens: Int[Tensor, "B L"], labels: Conditions) -> Float[Tensor, "B L V"]:
         """Teacher-forced logits (float32) of every token given the condition and the true tokens of earlier scales.
 
-        No condition is dropped.
-
-        Args:
-            tokens: Of images, from `encode`.
-            labels: One class label per image, or vectors (B, X) where the model is conditioned on them.
-
-        Raises:
-            ConfigError: Conditions that are not the model's.
-            DataError: Tokens that are not the model's.
+        No condition is dropped. `labels` holds one class label per image, or vectors (B, X) where the model is
+        conditioned on them. ConfigError or DataError where conditions or tokens are not the model's.
         """
         inputs_BLZ = self._tokenizer.quantizer.teacher_forcing_inputs(self._checked(tokens))
         conditions = self.transformer.conditioner.read(labels).to(self.device)
@@ -209,13 +187,8 @@ class Pipeline:
     def log_likelihoods(self, tokens: Int[Tensor, "B L"], labels: Conditions) -> Float64[Tensor, "B *K S"]:
         """Ln p(tokens of each scale | earlier scales, condition), in nats: teacher-forced, without guidance or filters.
 
-        Args:
-            tokens: Of images, from `encode`.
-            labels: One condition per image, as of `logits`, or K of them, (B, K): then each image is scored under each.
-
-        Raises:
-            ConfigError: Conditions that are not the model's.
-            DataError: Tokens that are not the model's.
+        `labels` holds one condition per image, as of `logits`, or K of them, (B, K): then each image is scored under
+        each.
         """
         tokens_BL = self._checked(tokens)
         conditions, several = read_candidates(self.transformer.conditioner, labels, len(tokens_BL))
@@ -229,11 +202,7 @@ class Pipeline:
         return scored_BKS if several else scored_BKS.squeeze(1)
 
     def sampling_settings(self, settings: SamplingConfig | None = None, **shorthand: Any) -> SamplingConfig:
-        """The settings that `sample` uses for the same arguments: what is not set is as the model recommends.
-
-        Raises:
-            ConfigError: A value out of range, a top-k above the codebook, or scales that the model does not have.
-        """
+        """The settings that `sample` uses for the same arguments: what is not set is as the model recommends."""
         return resolve_settings(self.config, settings, **shorthand)
 
     def micro_batches(
@@ -378,26 +347,22 @@ class Pipeline:
             ConfigError: As `sample`; another `keep`; a coverage out of range.
         """
         pixels = kept_pixels(checked_mask(mask, len(images), self.config.image_shape), keep)
-        kept = self.kept_tokens(images, pixels, coverage).repeated(num)
         conditions = torch.as_tensor(labels) if labels is not None else self.null_conditions(len(images))
         if labels is None:
             options.update(UNGUIDED)
-        samples = self.sample(conditions.repeat_interleave(num, dim=0), kept=kept, **options)
+        rows = torch.arange(len(images)).repeat_interleave(num)
+        samples = self.sample(conditions[rows], kept=self.kept_tokens(images, pixels, coverage).rows(rows), **options)
         if not paste:
             return samples
-        given = to_uint8(images.cpu()).repeat_interleave(num, dim=0)
-        stays = pixels.expand(len(images), -1, -1).repeat_interleave(num, dim=0)
-        return replace(samples, images=pasted(samples.images, given, stays))
+        stays = pixels.expand(len(images), -1, -1)[rows]
+        return replace(samples, images=pasted(samples.images, to_uint8(images.cpu())[rows], stays))
 
     def kept_tokens(
         self, images: Float[Tensor, "N 3 H W"], pixels: Bool[Tensor, "*M h w"], coverage: float = 0.5
     ) -> KeptTokens:
         """Tokens of given images, and which of them stay where these pixels do; what `sample` accepts as `kept`.
 
-        Args:
-            images: In [-1, 1], of the model's size.
-            pixels: Where pixels stay, for all images or one for each.
-            coverage: As of `edit`.
+        The pixels are for all images or for each; images and coverage are as of `edit`.
         """
         stays = kept_tokens(pixels, self.config.pyramid, coverage).expand(len(images), -1)
         # A few at a time, as they are decoded: on a CPU one, so that an image's tokens never depend on the others.

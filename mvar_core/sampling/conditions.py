@@ -44,9 +44,8 @@ def choose_conditions(
     """Conditions from what the user named, as of `sample_to`; none where nothing was named.
 
     Raises:
-        CheckpointError: The model is a tokenizer alone.
-        ConfigError: Several of the three, or one that the model is not conditioned on.
-        DataError: No such class, or a file without vectors.
+        MvarError: The model is a tokenizer alone, several of the three, one that the model is not conditioned on, no
+            such class, or a file without vectors.
     """
     if config.transformer is None:
         raise CheckpointError(f"{config.name} is a tokenizer without a transformer.", "Train one with `mvar train`.")

@@ -32,12 +32,7 @@ UNGUIDED: dict[str, Any] = {"cfg": 0.0, "cfg_schedule": "linear"}
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens of given images, and which of them stay.
-
-    Attributes:
-        tokens_NL: Tokens of all scales.
-        kept_NL: Where they stay; elsewhere tokens are sampled.
-    """
+    """Tokens of given images at all scales, and which of them stay; elsewhere tokens are sampled."""
 
     tokens_NL: Int[Tensor, "N L"]
     kept_NL: Bool[Tensor, "N L"]
@@ -45,13 +40,9 @@ class KeptTokens:
     def __len__(self) -> int:
         return len(self.tokens_NL)
 
-    def rows(self, images: slice) -> KeptTokens:
+    def rows(self, images: slice | Tensor) -> KeptTokens:
         """Those of some images."""
         return KeptTokens(self.tokens_NL[images], self.kept_NL[images])
-
-    def repeated(self, count: int) -> KeptTokens:
-        """Each image so many times, one after the other."""
-        return KeptTokens(self.tokens_NL.repeat_interleave(count, dim=0), self.kept_NL.repeat_interleave(count, dim=0))
 
     def to(self, device: torch.device) -> KeptTokens:
         """On another device."""
@@ -59,16 +50,7 @@ class KeptTokens:
 
 
 def checked_mask(mask: Tensor | np.ndarray, images: int, shape: tuple[int, int]) -> Bool[Tensor, "*N H W"]:
-    """A boolean mask on the CPU.
-
-    Args:
-        mask: One for all images, or one for each.
-        images: How many there are.
-        shape: Their height and width.
-
-    Raises:
-        DataError: It is not boolean, or does not fit the images.
-    """
+    """A boolean mask on the CPU, one for all images of a height and width, or one for each; otherwise DataError."""
     mask = torch.as_tensor(mask).cpu()
     if mask.dtype != torch.bool or tuple(mask.shape) not in (shape, (images, *shape)):
         raise DataError(
@@ -79,11 +61,7 @@ def checked_mask(mask: Tensor | np.ndarray, images: int, shape: tuple[int, int])
 
 
 def kept_pixels(mask: Bool[Tensor, "*N H W"], keep: str) -> Bool[Tensor, "*N H W"]:
-    """Where pixels stay: inside the mask (out-painting generates around it) or outside (in-painting fills it).
-
-    Raises:
-        ConfigError: Neither "inside" nor "outside".
-    """
+    """Where pixels stay: inside the mask (out-painting generates around it) or outside (in-painting fills it)."""
     if keep not in ("inside", "outside"):
         raise ConfigError(f"keep is {keep!r}.", 'Use "inside" or "outside".')
     return mask if keep == "inside" else ~mask
@@ -95,8 +73,7 @@ def kept_tokens(pixels: Bool[Tensor, "*N H W"], pyramid: ScalePyramid, coverage:
     Args:
         pixels: Where pixels stay, on the CPU; H and W are multiples of the latent grid's sides.
         pyramid: The scales.
-        coverage: How much of a coarser scale's cell must stay at the last scale for its token to stay: above 0, at
-            most 1.
+        coverage: How much of a coarser scale's cell must stay at the last scale for its token to stay, in (0, 1].
 
     Raises:
         ConfigError: The coverage is out of range.

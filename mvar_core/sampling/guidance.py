@@ -37,15 +37,13 @@ def guidance_strengths(settings: SamplingConfig, pyramid: ScalePyramid) -> tuple
         raise ConfigError(f"cfg-scales ends at scale {last_guided}; the model has scales 0 … {last}.")
     strengths = []
     for scale in range(pyramid.num_scales):
-        ratio = pyramid.ratio(scale)
+        ratio, strength = pyramid.ratio(scale), settings.cfg
         if not isinstance(schedule, str):
             strength = schedule[scale]
         elif schedule == "linear":
             strength = settings.cfg * ratio
         elif schedule == "cosine":
             strength = settings.cfg * (1 - math.cos(math.pi * ratio)) / 2
-        else:
-            strength = settings.cfg
         strengths.append(strength if first_guided <= scale <= last_guided else 0.0)
     return tuple(strengths)
 
@@ -53,9 +51,7 @@ def guidance_strengths(settings: SamplingConfig, pyramid: ScalePyramid) -> tuple
 def unconditional_scales(strengths: Sequence[float], first_visible: Sequence[int]) -> tuple[bool, ...]:
     """At which scales the unconditional half must run: the guided ones, and those whose keys these see.
 
-    Args:
-        strengths: From `guidance_strengths`.
-        first_visible: For each scale the earliest that it sees.
+    `first_visible` is, for each scale, the earliest that it sees.
     """
     needed = [strength > 0 for strength in strengths]
     for scale in reversed(range(len(needed))):

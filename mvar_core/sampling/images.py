@@ -1,4 +1,4 @@
-"""Sampled images, from tokens to pixels: batches that advance from scale to scale, then the decoder a few at a time."""
+"""Images from conditions: batches that advance from scale to scale, then the decoder, a few images at a time."""
 
 # Shape suffixes: N images of a batch, L tokens of all scales, S scales, Z latent channels, h w the latent grid,
 # H W pixels, C color channels.
@@ -79,22 +79,10 @@ def sample_images(
     stages: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Samples]:
-    """Samples in order, `sizes.images` at a time; arguments that are not named here are as of `sample_tokens`.
+    """Samples in order, `sizes.images` at a time.
 
-    Args:
-        transformer: In evaluation mode.
-        tokenizer: On the same device; its encoder is not needed.
-        conditions: Class label of each sample (N,), or vectors (N, X), as the model is conditioned.
-        indices: Global index of each sample.
-        seed: The run's seed.
-        settings: Guidance and filters.
-        sizes: How many images run together.
-        labels: What the samples are labelled with; by default the conditions that are labels, else -1.
-        kept: Tokens of given images, one for each sample, and which of them stay.
-        attention: Attention backend.
-        stages: Also decode each sample after every scale.
-        progress: Called as progress(done, total), in images; sampling the tokens of an image is half of it, decoding it
-            the other half.
+    Arguments are as of `sample_tokens` and `Pipeline.stream`; the tokenizer's encoder is not needed. For `progress`,
+    sampling the tokens of an image is half of the work, decoding it the other half.
     """
     labels = transformer.conditioner.labels(conditions) if labels is None else labels
     total, halves, reported = len(conditions), 0.0, 0

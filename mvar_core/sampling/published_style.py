@@ -1,4 +1,4 @@
-"""Sampling as the published VAR code does it: the baseline that is to be beaten, not a way to use.
+"""Sampling as the published VAR code does it: a baseline to compare speed with, not a way to generate images.
 
 Weights in float32 under autocast, the whole batch at once with its cache of keys and values, modulation again at
 every scale, guidance at every scale, the vocabulary sorted for top-p, one multinomial draw over all codes, and the
@@ -36,14 +36,8 @@ def sample_published_style(
 ) -> UInt8[Tensor, "B H W 3"]:
     """Images of one batch, as bytes on the device.
 
-    Args:
-        transformer: In evaluation mode, float32.
-        tokenizer: On the same device, float32.
-        conditions: One class label per image, or vectors, as the model is conditioned.
-        settings: Guidance and filters.
-        generator: Of all draws, on the same device.
-        dtype: Of autocast; float32 is none.
-        attention: Attention backend.
+    The models are in float32 and evaluation mode, with one label or vector in `conditions` per image; `generator` is
+    that of all draws, on the same device; `dtype` is that of autocast, float32 for none.
     """
     pyramid, quantizer = transformer.pyramid, tokenizer.quantizer
     device = quantizer.codebook.device

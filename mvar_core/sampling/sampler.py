@@ -42,13 +42,7 @@ from mvar_core.sampling.guidance import (
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """What the sampler gives.
-
-    Attributes:
-        tokens_NL: Tokens of all scales.
-        fhat_NZhw: Features for the decoder.
-        stages_NSZhw: f̂ after each scale, if asked for.
-    """
+    """Tokens of all scales, features f̂ for the decoder and, if asked for, f̂ after each scale."""
 
     tokens_NL: Int[Tensor, "N L"]
     fhat_NZhw: Float[Tensor, "N Z h w"]

@@ -7,7 +7,6 @@ finished output is marked with a hash of everything that it depends on, so that 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -31,7 +30,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mvar_core.config import recorded
-from mvar_core.distributed import available_cores
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes
 from mvar_core.io.files import atomic_path, remove, require_new_directory, write_json
@@ -51,7 +49,6 @@ SHARDS_WANTED = 64
 """An interruption costs what is in unfinished shards: small runs have small ones."""
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often a process looks for what the others have finished."""
-LARGEST_POOL = 4
 
 Generate = Callable[[Sequence[int], Callable[[int, int], None]], Iterable[Samples]]
 """generate(indices, progress) yields the samples of these global numbers, in order and in batches of any size."""
@@ -68,9 +65,7 @@ class SampleOutput:
     def of(cls, out: Path, asked: str | None = None, save_tokens: bool = False) -> SampleOutput:
         """An output in the format that is asked for, by default the one that the name's ending suggests.
 
-        Raises:
-            ConfigError: Tokens are to be saved in a picture.
-            DataError: Unknown format, or a path that contradicts it.
+        ConfigError or DataError where format, path and what is to be saved contradict each other.
         """
         form = asked or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
         if save_tokens and form == "grid":
@@ -122,11 +117,7 @@ class SampleOutput:
             return None
 
     def require_free(self, overwrite: bool) -> None:
-        """Refuse an output that exists, unless it may be replaced; its shards do not count.
-
-        Raises:
-            DataError: Names what exists.
-        """
+        """Refuse an output that exists, unless it may be replaced; its shards do not count."""
         if self.format == "png":
             require_new_directory(self.out, overwrite)
             require_new_directory(self.strips, overwrite)
@@ -273,11 +264,7 @@ class SampleShards(Resumable):
         return True
 
     def check(self) -> set[int]:
-        """The shards that are done; refuses an output that exists, other settings, and a disk that is too small.
-
-        Raises:
-            DataError: Says which, and what to do.
-        """
+        """The shards that are done; refuses an output that exists, other settings, and a disk that is too small."""
         if not self.overwrite:
             self.require_same("Use those settings to resume it, or add --overwrite to start over.")
         if not self.difference() and self.is_assembled():
@@ -299,11 +286,7 @@ class SampleShards(Resumable):
         return done
 
     def begin_locked(self) -> set[int]:
-        """As of `Resumable`.
-
-        Raises:
-            DataError: Another process has finished the output in the meantime.
-        """
+        """As of `Resumable`; DataError where another process has finished the output in the meantime."""
         self._begun_here = True
         if not self.difference() and self.is_assembled():
             return set(self.pieces)
@@ -322,17 +305,15 @@ class SampleShards(Resumable):
         try:
             with zipfile.ZipFile(self.piece(number)):
                 pass  # a zip's directory is at its end: one that was cut short has none
-            if self.output.format != "png":
-                return True
-            names = [self.spec.file_name(index) for index in self.spec.span(number)]
-            for name, (image, strip) in zip(names, self.read(number, "sizes").tolist(), strict=True):
-                if (self.images / name).stat().st_size != image:
-                    return False
-                if self.spec.stages and (self.strips / name).stat().st_size != strip:
-                    return False
+            return self.output.format != "png" or self.read(number, "sizes").tolist() == self._sizes(number)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return False
-        return True
+
+    def _sizes(self, shard: int) -> list[list[int]]:
+        """Bytes of the pictures of a shard, and of their strips."""
+        folders = (self.images, self.strips) if self.spec.stages else (self.images,)
+        names = [self.spec.file_name(index) for index in self.spec.span(shard)]
+        return [([(folder / name).stat().st_size for folder in folders] + [0])[:2] for name in names]
 
     def samples_in(self, shards: Iterable[int]) -> int:
         """How many samples some shards hold."""
@@ -344,15 +325,13 @@ class SampleShards(Resumable):
         if self.spec.save_tokens:
             arrays["tokens"] = samples.tokens.numpy().astype(np.int32)
         if self.output.format == "png":
-            sizes = []
             for row, index in enumerate(self.spec.span(shard)):
-                files = [self.images / self.spec.file_name(index)]
-                Image.fromarray(samples.images[row].numpy()).save(files[0], pnginfo=None if index else self._text())
+                name = self.spec.file_name(index)
+                text = None if index else self._text()
+                Image.fromarray(samples.images[row].numpy()).save(self.images / name, pnginfo=text)
                 if samples.stages is not None:
-                    files.append(self.strips / files[0].name)
-                    Image.fromarray(strip(samples.stages[row].numpy())).save(files[1])
-                sizes.append(([file.stat().st_size for file in files] + [0])[:2])
-            arrays["sizes"] = np.array(sizes, np.int64)
+                    Image.fromarray(strip(samples.stages[row].numpy())).save(self.strips / name)
+            arrays["sizes"] = np.array(self._sizes(shard), np.int64)
         else:
             arrays["arr_0"] = samples.images.numpy()
             if samples.stages is not None:
@@ -378,20 +357,11 @@ class SampleShards(Resumable):
         threads: int = 1,
         wait: bool = False,
     ) -> None:
-        """Generate some shards; each is written by a thread as soon as it is complete.
+        """Generate the shards `own`; each is written by a thread as soon as it is complete.
 
-        Batches may cross the borders of shards, so that how many samples run together does not depend on them.
-
-        Args:
-            own: Shards to make.
-            kept: Shards that were there before; all others are made by other processes.
-            generate: The model.
-            report: Called as report(done, total), in samples of all processes.
-            threads: That encode and write.
-            wait: Return when the others have made theirs too.
-
-        Raises:
-            DataError: The disk is full.
+        Batches may cross the borders of shards, so that how many samples run together does not depend on them. Shards
+        that are neither `own` nor `kept` from before are made by other processes: `report(done, total)` is in samples
+        of all, and with `wait` this returns when the others have made theirs too.
         """
         spec, resumed, others = self.spec, self.samples_in(kept), set(self.pieces) - kept - set(own)
         looked, made_by_others = time.monotonic(), 0
@@ -406,22 +376,14 @@ class SampleShards(Resumable):
         waiting: list[Samples] = []
         remaining = iter(own)
         shard = next(remaining, None)
-        try:
-            with WriterPool(threads) as pool:
-                for samples in generate([index for number in own for index in spec.span(number)], tell):
-                    waiting.append(samples)
-                    while shard is not None and sum(map(len, waiting)) >= (size := len(spec.span(shard))):
-                        joined = join_samples(waiting)
-                        pool.submit(self.write, shard, joined.rows(slice(size)))
-                        waiting = [joined.rows(slice(size, None))]
-                        shard = next(remaining, None)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DataError(
-                f"The disk of {self.directory} is full; {len(self.present())} of {len(spec.shards)} shards are kept.",
-                "Free some space, then run the same command again to resume.",
-            ) from None
+        with WriterPool(threads) as pool:
+            for samples in generate([index for number in own for index in spec.span(number)], tell):
+                waiting.append(samples)
+                while shard is not None and sum(map(len, waiting)) >= (size := len(spec.span(shard))):
+                    joined = join_samples(waiting)
+                    pool.submit(self.write, shard, joined.rows(slice(size)))
+                    waiting = [joined.rows(slice(size, None))]
+                    shard = next(remaining, None)
         while wait and others - self.present():
             time.sleep(SECONDS_BETWEEN_LOOKS / 5)
             tell(self.samples_in(own), 0, between=0)
@@ -454,8 +416,7 @@ class SampleShards(Resumable):
     def assemble(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make the output from its shards, one in memory at a time, give it its name, and remove the shards.
 
-        Raises:
-            DataError: An output has appeared under that name in the meantime.
+        DataError where an output has appeared under that name in the meantime.
         """
         if not self.is_assembled():
             finals = self._assembled(progress)
@@ -528,11 +489,6 @@ class WriterPool:
         self.threads = threads
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="mvar-writer")
         self._submitted: deque[Future[None]] = deque()
-
-    @staticmethod
-    def threads_for(processes: int) -> int:
-        """Half of this process's cores, at most four, where so many processes share this machine."""
-        return max(1, min(LARGEST_POOL, available_cores() // (2 * processes)))
 
     def __enter__(self) -> WriterPool:
         return self

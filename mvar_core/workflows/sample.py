@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from mvar_core import __version__
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
-from mvar_core.distributed import World, connect, sigterm_as_interrupt
+from mvar_core.distributed import World, available_cores, connect, sigterm_as_interrupt
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.io.files import fingerprint
 from mvar_core.kernels import check_backend
@@ -26,7 +27,10 @@ from mvar_core.runtime import peak_memory_bytes, resolve_device, resolve_dtype
 from mvar_core.sampling.conditions import choose_conditions
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.sampler import resolve_settings
-from mvar_core.sampling.shards import Generate, SampleOutput, SampleShards, SampleSpec, WriterPool
+from mvar_core.sampling.shards import Generate, SampleOutput, SampleShards, SampleSpec
+
+LARGEST_POOL = 4
+"""Most threads that write images."""
 
 log = logging.getLogger("mvar")
 
@@ -271,11 +275,20 @@ class SampleJob:
                     log.info("Resuming: %d of %d images exist already.", resumed, total)
                 if resumed < total:
                     own = world.share([shard for shard in shards.pieces if shard not in done])
-                    threads, report = WriterPool.threads_for(world.world_size), stage(self.progress, "sampling")
-                    shards.make(own, done, plan.generate, report, threads=threads, wait=world.is_rank_zero)
+                    shards.make(
+                        own, done, plan.generate, stage(self.progress, "sampling"), wait=world.is_rank_zero,
+                        threads=max(1, min(LARGEST_POOL, available_cores() // (2 * world.world_size))),
+                    )  # fmt: skip
                     speed = (total - resumed) / (time.monotonic() - began)
                 if world.is_rank_zero:
                     shards.assemble(stage(self.progress, "assembling"))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"The disk of {shards.directory} is full; {len(shards.present())} of {len(spec.shards)} shards are kept.",
+                "Free some space, then run the same command again to resume.",
+            ) from None
         except KeyboardInterrupt:
             kept = shards.samples_in(shards.present())
             log.info("%d of %d images are kept.", kept, total)

@@ -151,6 +151,20 @@ class TrainOptions(Group):
     ] = None  # fmt: skip
 
 
+class GenerateOptions(Group):
+    """What is generated and where it goes, for `sample` and `edit`."""
+
+    classes: Classes = None
+    words: Words = None
+    seed: Seed = 0
+    batch_size: BatchSize = None
+    format: SampleFormat = None
+    save_tokens: Annotated[bool, option("--save-tokens", None, "Also write the token indices.")] = False
+    tokenizer: TokenizerFile = None
+    overwrite: Overwrite = False
+    dry_run: DryRun = False
+
+
 class SamplingOptions(Group):
     """Every setting of sampling; what is not given is as the model recommends."""
 
@@ -189,6 +203,7 @@ if TYPE_CHECKING:
     BasicSampling = mvar.SamplingConfig
     GuidedSampling = mvar.SamplingConfig
     Sampling = mvar.SamplingConfig
+    Generate = dict[str, Any]
     Train = mvar.TrainOptions
     TrainTokenizer = mvar.TrainTokenizerOptions
 else:
@@ -199,7 +214,7 @@ else:
     SamplingMachine = MachineOptions
     BasicSampling = SamplingOptions.only("cfg", "top_k", "top_p")
     GuidedSampling = SamplingOptions.only("cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales")
-    Sampling = SamplingOptions
+    Sampling, Generate = SamplingOptions, GenerateOptions
     TrainTokenizer = TrainOptions.only(
         "preset", "settings", "seed", "resume", "overwrite", "dry_run", "steps", "batch_size", "micro_batch", "ema",
         "checkpoint_every",

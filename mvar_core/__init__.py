@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.pipeline import Pipeline as Pipeline
     from mvar_core.progress import Progress as Progress
     from mvar_core.workflows.edit import edit as edit
+    from mvar_core.workflows.sample import SampleResult as SampleResult
     from mvar_core.workflows.sample import sample_to as sample_to
     from mvar_core.workflows.evaluate import Measured as Measured
     from mvar_core.workflows.evaluate import evaluate as evaluate
@@ -65,7 +66,7 @@ _MODULES = {
     "mvar_core.workflows.plan": ("PresetList", "list_presets", "plan"),
     "mvar_core.workflows.quickstart": ("quickstart",),
     "mvar_core.workflows.reconstruction": ("evaluate_reconstruction",),
-    "mvar_core.workflows.sample": ("sample_to",),
+    "mvar_core.workflows.sample": ("SampleResult", "sample_to"),
     "mvar_core.workflows.tokenize": ("tokenize",),
     "mvar_core.workflows.runs": ("TrainOptions", "TrainTokenizerOptions"),
     "mvar_core.workflows.train": ("TrainResult", "finetune_from_var", "train"),

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -13,8 +11,8 @@ from mvar_cli import console, options
 def quickstart(
     machine: options.Device,
     out: options.Out = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option("--minutes", metavar="N", help="Time to spend on two CPU cores.")] = 2.0,
-    num: Annotated[int, typer.Option("--num", min=2, metavar="N", help="Samples per class to score.")] = 100,
+    minutes: Annotated[float, options.option("--minutes", "N", "Time to spend on two CPU cores.")] = 2.0,
+    num: Annotated[int, options.option("--num", "N", "Samples per class to score.", min=2)] = 100,
     seed: options.Seed = 0,
     settings: options.Settings = None,
     overwrite: options.Overwrite = False,
@@ -26,16 +24,9 @@ def quickstart(
     Running the same command again resumes where it stopped.
     """
     result = mvar.quickstart(
-        out,
-        minutes=minutes,
-        num=num,
-        seed=seed,
-        settings=settings or (),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        machine=machine,
-        progress=console.progress,
-    )
+        out, minutes=minutes, num=num, seed=seed, settings=settings or (), overwrite=overwrite, dry_run=dry_run,
+        machine=machine, progress=console.progress,
+    )  # fmt: skip
     for name, (heading, *rows) in result.tables.items():
         console.table(name, heading, rows)
     console.show(result, ("images_per_second", "peak_memory_bytes", "seconds"), title="throughput and memory")

@@ -35,15 +35,9 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EditResult(SampleResult):
-    """What `edit` leaves behind.
+    """What `edit` leaves behind, with its arguments.
 
-    Attributes:
-        keep: What stayed: inside or outside.
-        coverage: How much of a coarse token's cell had to stay.
-        paste: Whether the given pixels were copied over the generated ones.
-        box: x0, y0, x1, y1, or None.
-        mask: The mask's file, or None.
-        edits: For every image its file, and how many tokens stay of how many at each scale.
+    `edits` holds for every image its file, and how many tokens stay of how many at each scale.
     """
 
     keep: str = "outside"
@@ -151,10 +145,8 @@ def edit(
 class EditSpec(SampleSpec):
     """Everything that the bytes of edited images depend on: every image with every class, `num` times each.
 
-    Attributes:
-        images: Names of the image files, without their endings.
-        inputs: Fingerprint of the image files and the mask.
-        stays: For each image which tokens stay: one bit each, in hexadecimal.
+    `images` are the files' names without their endings, `inputs` is a fingerprint of the files and the mask, and
+    `stays` says for each image which tokens stay: one bit each, in hexadecimal.
     """
 
     images: tuple[str, ...]
@@ -171,13 +163,11 @@ class EditSpec(SampleSpec):
         return len(self.images) * max(1, len(self.classes))
 
     @cached_property
-    def entries(self) -> NDArray[np.int64]:
-        """Which of `classes` each sample is of (N,); 0 where there are none."""
+    def entries(self) -> NDArray[np.int64]:  # noqa: D102
         return np.tile(np.repeat(np.arange(max(1, len(self.classes))), self.num), len(self.images))
 
     @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """Class label of each sample (N,)."""
+    def labels(self) -> NDArray[np.int64]:  # noqa: D102
         return np.asarray(self.classes or (self.null_label,), np.int64)[self.entries]
 
     @cached_property
@@ -229,25 +219,11 @@ def read_given(
     keep: str,
     coverage: float,
 ) -> list[GivenImage]:
-    """Images, and what stays of each; everything is checked before anything is sampled.
-
-    Args:
-        config: The model.
-        images: Files, and folders of them.
-        box: In pixels of every image's file; or else there is a mask.
-        mask: An image file, white inside; of an image's size or of the model's.
-        keep: "outside" or "inside".
-        coverage: As of `edit`.
-
-    Raises:
-        DataError: Images or mask cannot be used, or all or nothing of an image would stay.
-    """
-    named = [Path(path) for path in ([images] if isinstance(images, (str, Path)) else images)]
-    paths = [
-        path
-        for given in named
-        for path in ([given / name for name in find_images(given)[1]] if given.is_dir() else [given])
-    ]
+    """Images, and what stays of each, from arguments of `edit`; everything is checked before anything is sampled."""
+    paths: list[Path] = []
+    for given in [images] if isinstance(images, (str, Path)) else images:
+        path = Path(given)
+        paths += [path / name for name in find_images(path)[1]] if path.is_dir() else [path]
     inside = read_mask(mask) if mask is not None else None
     stays: dict[tuple[int, int], tuple[Mask, torch.Tensor]] = {}  # images of one size share what stays
     found = []
@@ -295,15 +271,9 @@ def _edited(
     """Edits with some global numbers, with options of `Pipeline.stream`."""
     images = [spec.image_of(index) for index in indices]
     pixels_of = lru_cache(maxsize=4)(lambda image: given[image].read())
-    encoded = {
-        image: pipeline.kept_tokens(
-            from_uint8(pixels_of(image)[None]), torch.from_numpy(given[image].pixels), spec.coverage
-        )
-        for image in dict.fromkeys(images)
-    }
+    encoded = {image: pipeline.encode(from_uint8(pixels_of(image)[None])).cpu() for image in dict.fromkeys(images)}
     kept = KeptTokens(
-        torch.cat([encoded[image].tokens_NL for image in images]),
-        torch.cat([encoded[image].kept_NL for image in images]),
+        torch.cat([encoded[image] for image in images]), torch.stack([given[image].stays for image in images])
     )
     conditions = spec.conditions(indices) if spec.classes else {"labels": pipeline.null_conditions(len(indices))}
     done = 0

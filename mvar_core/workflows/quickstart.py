@@ -50,16 +50,13 @@ class QuickstartResult(DemoScores, Result):
     """What the quickstart trained, and the scores of its samples.
 
     Attributes:
-        seconds: What this call took.
         reconstruction_psnr: Of the tokenizer on test images, in dB.
         code_usage: Fraction of the codebook that some scale uses.
         loss: Training loss of the MVAR at its last logged step.
         images_per_second: Of sampling.
-        peak_memory_bytes: The most memory that this process used.
         model: The model directory.
         report: The page.
         grid: The samples as one picture.
-        stage_seconds: Time of each stage.
         interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
         tables: For a console: "metrics" and "time".
         commands: What to type next.
@@ -142,7 +139,9 @@ def quickstart(
     common: dict[str, Any] = {"preset": PRESET, "settings": settings, "seed": seed, "overwrite": overwrite, **computing}
 
     with _timed("classifier", seconds):
-        classifier = _classifier(out / CLASSIFIER_FILE, config.image_shape, seed, overwrite)
+        path = out / CLASSIFIER_FILE
+        known = path.is_file() and not overwrite
+        classifier = DemoClassifier.load(path) if known else train_digits_classifier(path, config.image_shape, seed)
     with _timed("tokenizer", seconds):
         tokenizer = train_tokenizer(data="digits", out=out / "tokenizer", **common)
     if tokenizer.interrupted:
@@ -235,13 +234,6 @@ def _scaled_steps(minutes: float) -> list[str]:
     scale = max(0.02, (minutes - FIXED_MINUTES) / (PRESET_MINUTES - FIXED_MINUTES))
     steps = {"train": preset.train.steps or 1, "train_tokenizer": preset.train_tokenizer.steps}
     return [f"{section}.steps={max(1, round(scale * count))}" for section, count in steps.items()]
-
-
-def _classifier(path: Path, image_shape: tuple[int, int], seed: int, overwrite: bool) -> DemoClassifier:
-    """The classifier that an earlier call has trained, or a new one."""
-    if path.is_file() and not overwrite:
-        return DemoClassifier.load(path)
-    return train_digits_classifier(path, image_shape, seed)
 
 
 @contextmanager

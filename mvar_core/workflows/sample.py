@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from mvar_core import __version__
 from mvar_core.analysis.cost import cost_of
@@ -40,20 +41,20 @@ class SampleResult(Result):
     """What `sample_to` leaves behind.
 
     Attributes:
+        out: The file, or the directory.
         images: Images in the output; those that are kept, where the run was interrupted.
         total: Images asked for.
         resumed: Images that earlier runs had made.
         seconds: What this call took, without loading the model.
         images_per_second: Speed of what this call sampled; None where nothing was missing.
-        peak_memory_bytes: Highest memory of this process so far.
         outputs: Every file, in order.
         batch_size: Images that advanced from scale to scale together, at most.
         processes: How many shared the work.
-        device: Where rank 0 sampled.
         settings: Guidance, filters and seed, resolved.
         interrupted: Whether the run was stopped; the same call resumes it.
     """
 
+    out: Path = Path()
     images: int = 0
     total: int = 0
     resumed: int = 0
@@ -127,9 +128,8 @@ def sample_to(
         spec = SampleSpec(**vars(chosen), **job.facts(resolved))
 
         def generate(indices: Sequence[int], report: Callable[[int, int], None]) -> Iterable[Samples]:
-            return job.pipeline.stream(
-                **spec.conditions(indices), indices=indices, progress=report, **job.options(resolved)
-            )
+            options = {**spec.conditions(indices), **job.options(resolved)}
+            return job.pipeline.stream(indices=indices, progress=report, **options)
 
         step = f"generate {spec.total} images: {num} of each of {len(chosen.classes)} conditions"
         return Plan(spec, generate, resolved, (step,))
@@ -141,15 +141,14 @@ def sample_to(
     return SampleResult(**job.run(plan))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a job makes: its specification, the model's part of it, resolved settings, and the steps of a dry run."""
+class Plan(NamedTuple):
+    """What a job makes: its specification, how samples are generated, resolved settings, and the steps of a dry run."""
 
     spec: SampleSpec
     generate: Generate
     settings: SamplingConfig
     steps: tuple[str, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -208,11 +207,7 @@ class SampleJob:
         return {"settings": settings, "seed": self.seed, "batch_size": self.batch_size, "stages": self.stages}
 
     def facts(self, settings: SamplingConfig) -> dict[str, Any]:
-        """Fields of a `SampleSpec` that model, machine and arguments decide.
-
-        Raises:
-            CheckpointError: A file of the model is missing.
-        """
+        """Fields of a `SampleSpec` that model, machine and arguments decide."""
         path, config = Path(self.checkpoint), self.config
         if path.is_file():
             files = [path, Path(self.tokenizer) if self.tokenizer else official.tokenizer_next_to(path)]
@@ -240,12 +235,11 @@ class SampleJob:
         }
 
     def _dry_run(self, plan: Plan) -> DryRun:
-        total = plan.spec.total
-        batch_size = min(self.batch_size or 1, total)
+        total, guided = plan.spec.total, plan.settings.guided
         return DryRun(
             configuration=self.config.model_dump(mode="json", exclude_none=True),
             steps=(*plan.steps, f"write {self.output.target}"),
-            cost=cost_of(self.config, self.machine, batch_size=batch_size, guided=plan.settings.guided),
+            cost=cost_of(self.config, self.machine, batch_size=min(self.batch_size or 1, total), guided=guided),
             facts={"images": total, **plan.facts},
         )
 
@@ -258,7 +252,8 @@ class SampleJob:
         if missing:
             self.pipeline  # noqa: B018  (loaded before the clock starts, and before the directory is locked)
         began = time.monotonic()
-        values.update(total=total, settings=spec.settings, device=str(self.device), processes=world.world_size)
+        known = {"out": self.output.target, "total": total, "settings": spec.settings, "device": str(self.device)}
+        values.update(known, processes=world.world_size)
         resumed, speed = total, None
         try:
             if finished:
@@ -285,14 +280,12 @@ class SampleJob:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(
-                f"The disk of {shards.directory} is full; {len(shards.present())} of {len(spec.shards)} shards are kept.",
-                "Free some space, then run the same command again to resume.",
-            ) from None
-        except KeyboardInterrupt:
             kept = shards.samples_in(shards.present())
-            log.info("%d of %d images are kept.", kept, total)
-            values.update(images=kept, seconds=time.monotonic() - began)
+            raise DataError(f"The disk of {shards.directory} is full; {kept} of {total} images are kept.",
+                            "Free some space, then run the same command again to resume.") from None  # fmt: skip
+        except KeyboardInterrupt:
+            values.update(images=shards.samples_in(shards.present()), seconds=time.monotonic() - began)
+            log.info("%d of %d images are kept.", values["images"], total)
             raise
         finally:
             if world.world_size == 1:

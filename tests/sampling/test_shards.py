@@ -206,22 +206,6 @@ def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch, output, fact
                 parts.check()
 
 
-def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
-    parts = shards_of(tmp_path / "x.npz", spec())
-    parts.begin()
-    write = parts.write
-
-    def full(shard, samples):
-        if shard >= 3:
-            raise OSError(28, "No space left on device")
-        write(shard, samples)
-
-    monkeypatch.setattr(parts, "write", full)
-    with pytest.raises(DataError, match=r"full; 3 of 6 shards are kept\. .*same command"):
-        parts.make(list(parts.pieces), set(), made(parts.spec, (1,)), lambda done, total: None)
-    parts.release()
-
-
 def test_progress_counts_what_others_have_written(tmp_path):
     asked = spec()
     parts = make_all(tmp_path / "x.npz", asked, shards=[0, 1])

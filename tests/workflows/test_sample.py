@@ -1,13 +1,17 @@
 """Sampling and editing to files from Python; how interruptions resume is tested on the command line."""
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import mvar_core as mvar
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.sampling.images import Samples
+from mvar_core.sampling.shards import SampleShards
 
 CPU = mvar.Machine(device="cpu", dtype="float32")
 
@@ -43,3 +47,49 @@ def test_nothing_to_generate_and_dry_runs(model: Path, tmp_path: Path) -> None:
     edit = mvar.edit(image, tmp_path / "y", checkpoint=model, box=(0, 0, 8, 8), dry_run=True, machine=CPU)
     assert edit.to_dict()["edits"][0]["kept_by_scale"] == [1, 3, 12]
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_full_disk_says_what_is_kept_and_the_same_call_resumes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = SampleShards.write
+
+    def full(shards: SampleShards, shard: int, samples: Samples) -> None:
+        if shard >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(shards, shard, samples)
+
+    def sample(name: str) -> mvar.SampleResult:
+        return mvar.sample_to(tmp_path / name, checkpoint=model, classes="all", num=2, batch_size=1, machine=CPU)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleShards, "write", full)
+        with pytest.raises(DataError, match=r"x\.npz.* is full; 3 of 6 images are kept\. .*same command"):
+            sample("x.npz")
+    assert [path.name for path in tmp_path.iterdir()] == [".x.npz.parts"]
+    assert sample("x.npz").resumed == 3
+    sample("y.npz")
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "form"), [("x.npz", None), ("x.png", None), ("x", "png")])
+def test_a_finished_output_is_done_and_other_settings_are_refused(
+    model: Path, tmp_path: Path, name: str, form: str | None
+) -> None:
+    def sample(**further: Any) -> mvar.SampleResult:
+        return mvar.sample_to(tmp_path / name, checkpoint=model, classes="all", format=form, machine=CPU, **further)
+
+    first = sample(stages=True)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
+    again = sample(stages=True)
+    assert (again.images, again.resumed, again.images_per_second) == (3, 3, None)
+    assert again.outputs == first.outputs
+    with pytest.raises(DataError, match="--overwrite"):
+        sample(stages=True, seed=1)
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    assert sample(stages=True, seed=1, overwrite=True).resumed == 0
+    first.outputs[-1].unlink()
+    if form == "png":
+        with pytest.raises(DataError, match="--overwrite"):
+            sample(stages=True, seed=1)

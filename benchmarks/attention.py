@@ -1,8 +1,8 @@
 """Attention over one scale: every backend over sides and windows, and how much faster tiles are than dense attention.
 
-python benchmarks/attention.py writes benchmarks/results/attention.json; --quick takes fewer sides and windows, and less
-than three minutes on two cores. 16 heads of width 64, medians, backends in turns. On a machine with a GPU its table
-stands beside that of the CPU (times by events, warmed up); without one it says "not run".
+python benchmarks/attention.py writes benchmarks/results/attention.json; --quick measures fewer sides and windows, in
+less than three minutes on two cores. 16 heads of width 64, medians, backends in turns. On a machine with a GPU, its
+table stands next to that of the CPU (times by events, warmed up); without one it says "not run".
 """
 
 import argparse

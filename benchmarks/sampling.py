@@ -6,7 +6,7 @@ python benchmarks/sampling.py [--part speed memory baseline gpu] merges its part
 speed: seconds an image, in bfloat16 and float32, and the part of the roofline: operations of one guided image over the
 rate of a plain matrix product, which is measured between the batches of the same process. memory: largest resident
 memory of `mvar sample`, Python and torch included, at batch 8 and 64. baseline: VAR as its published code samples it,
-at growing batches. gpu: images/s and memory of several models and batches beside that baseline, where CUDA is.
+at growing batches. gpu: images/s and memory of several models and batches next to that baseline, where CUDA is.
 """
 
 import argparse

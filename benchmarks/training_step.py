@@ -10,7 +10,7 @@ under bfloat16 autocast, as the engine does it. Styles of the step, all on the s
 - joint, image by image and published, pass by pass: the same with a backward pass after each part, which holds less.
 
 The roofline is three times the forward pass's operations over the rate of plain matrix products, measured between the
-steps. Peak memory is what torch's allocator gives out beyond weights and optimizer state. Exits with 1 where a promise
+steps. Peak memory is what torch's allocator hands out beyond weights and optimizer state. Exits with 1 where a promise
 is not kept.
 """
 
@@ -37,7 +37,7 @@ from mvar_core.models.linear import row_stable_linear
 from mvar_core.models.steps import normalise_heads
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import generator
-from mvar_core.training.measured_step import TrainingStep
+from mvar_core.workflows.bench_row import TrainingStep
 
 BATCH = 4
 ROUNDS = 1 if machine.SMOKE else 3

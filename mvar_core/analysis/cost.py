@@ -42,8 +42,8 @@ class Plan(Result):
 
     Attributes:
         name: The model.
-        parameters: Learned numbers of the transformer; 0 for a tokenizer alone.
-        tokenizer_parameters: Learned numbers of the tokenizer.
+        parameters: Parameters of the transformer; 0 for a tokenizer alone.
+        tokenizer_parameters: Parameters of the tokenizer.
         tokens: Tokens per image, L.
         attention_gmacs: Attention of all scales in the paper's convention.
         total_gmacs: One image without guidance: `scales`' totals, conditioning and decoder.
@@ -63,10 +63,10 @@ class Plan(Result):
         images_together: Images that advance together: the batch size, or fewer where `memory` asks for it.
         decoder_images: Images that are decoded together.
         device: The kind of device that all bytes are for.
-        memory: Bytes that sampling was allowed to take, where given.
+        memory: Bytes that sampling may use, where limited.
         train_batch_size: Images per training step, where training was asked about.
         train_peak_bytes: Predicted peak of a training step on one device.
-        device_memory: Bytes of the device, where given.
+        device_memory: Bytes of the device, where specified.
         largest_batch: The most images that advance together on the device.
         largest_train_batch: The most images per training step on the device.
         scales: One row per scale: side (or [height, width]), tokens, window (0 = whole), keys_per_query,
@@ -130,9 +130,9 @@ def cost_of(
     if device not in TOKENS_AT_ONCE:
         raise ConfigError(f"--device {machine.device!r} is not a device. {nearest(device, TOKENS_AT_ONCE)}")
     memory = machine.memory_bytes
-    for name, given in (("batch_size", batch_size), ("device_memory", device_memory), ("memory", memory)):
-        if given is not None and given < 1:
-            raise ConfigError(f"{name} is {given}; expected at least 1.")
+    for name, value in (("batch_size", batch_size), ("device_memory", device_memory), ("memory", memory)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1.")
     dtype = DTYPES.get(machine.dtype, torch.float32)
     train = config.train if isinstance(config, RunConfig) else TrainConfig(batch_size=1)
     if batch_size is not None:
@@ -252,8 +252,8 @@ def cached_tokens(config: ModelConfig, scale: int) -> int:
 def _largest_sample_batch(config: ModelConfig, setting: Setting, budget: int | None) -> int | None:
     """The most images that the sampler lets advance together, 0 where not even one fits.
 
-    With micro-batches a scale takes as much memory as it is given, so that the number is bounded by what an image needs
-    from scale to scale: f̂, tokens, keys and values where a later scale sees them, pixels on a CPU.
+    With micro-batches a scale fits into any memory, so the number is bounded by what an image needs from scale to
+    scale: f̂, tokens, keys and values where a later scale sees them, pixels on a CPU.
     """
     if budget is None:
         return None

@@ -32,11 +32,11 @@ class AllocationPeak:
 
 @contextmanager
 def allocation_peak(device: torch.device | str = "cpu") -> Iterator[AllocationPeak]:
-    """The most memory that torch's allocator gives out at once within the block.
+    """The most memory that torch's allocator hands out at once within the block.
 
     On CUDA the allocator's own counter is read. On a CPU every allocation and release of the block is recorded through
-    torch's profiler: all tensors and the scratch space that kernels take from torch's allocator, to the byte; not what
-    libraries take from the system by themselves. Recording costs time, so nothing should be timed within. What was
+    torch's profiler: all tensors and the scratch space that kernels get from torch's allocator, to the byte; not what
+    libraries get from the system by themselves. Recording costs time, so nothing should be timed within. What was
     allocated before the block does not count, nor does its release.
 
     Args:

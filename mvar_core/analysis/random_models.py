@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mvar_core.config import ModelConfig
+from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
@@ -17,7 +18,7 @@ def random_transformer(
     config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Transformer:
     """A transformer of random weights, frozen, in evaluation mode; at no time is there a copy in another dtype."""
-    with torch.device("meta"):
+    with meta_device():
         model = Transformer(config).to_compute_dtype(dtype)
     _fill(model, torch.device(device), seed)
     return model.eval().requires_grad_(False)
@@ -31,8 +32,8 @@ def random_tokenizer(
     *,
     encoder: bool = True,
 ) -> VQVAE:
-    """A tokenizer of random weights, frozen, in evaluation mode, channels last; without its encoder where asked for."""
-    with torch.device("meta"):
+    """A tokenizer of random weights, frozen, in evaluation mode, channels last; with or without its encoder."""
+    with meta_device():
         model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
     if not encoder:
         model.drop_encoder()

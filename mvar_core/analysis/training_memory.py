@@ -1,6 +1,6 @@
 """Predicted peak memory of a training step of all scales, by formula.
 
-A step holds weights, AdamW's two moments, and at its widest either what the forward pass kept for the backward pass, or
+A step holds weights and AdamW's state, and at its widest either what the forward pass kept for the backward pass, or
 the gradients with what is left of it: the backward pass frees one while it makes the other. The formulas follow what
 the blocks keep, tensor by tensor.
 """
@@ -17,7 +17,7 @@ from mvar_core.models.transformer import Transformer
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """Learned values of modules, also of those on the meta device."""
+    """Parameters of modules, also of those on the meta device."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
@@ -27,7 +27,7 @@ def train_peak_bytes(transformer: Transformer, train: TrainConfig, dtype_bytes: 
     Args:
         transformer: The model; it may be on the meta device.
         train: Batch size, micro-batches, EMA, activation checkpointing.
-        dtype_bytes: Bytes per value of the compute dtype; weights, gradients and moments are float32.
+        dtype_bytes: Bytes per value of the compute dtype; weights, gradients and optimizer state are float32.
         device: cpu, cuda or mps.
     """
     sizes, pyramid = transformer.config, transformer.pyramid
@@ -83,6 +83,6 @@ def train_peak_bytes(transformer: Transformer, train: TrainConfig, dtype_bytes: 
             return activations + head
         return activations + transient + (0 if accumulates else head_weights + done * block_weights)
 
-    # Weights, two moments, EMA, and the gradients of the micro-batches before this one.
+    # Weights, AdamW's two values for each, EMA, and the gradients of the micro-batches before this one.
     states = weights * (3 + (train.ema > 0) + accumulates)
     return states + max(weights, *(widest(done) for done in range(depth + 1)))

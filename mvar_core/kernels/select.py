@@ -1,4 +1,4 @@
-"""Attention over one scale by the backend that was asked for or by the best that can run.
+"""Attention over one scale by the backend that was chosen or by the best that can run.
 
 Shapes: B batch, H heads, Q queries, K keys, D head width.
 """
@@ -49,7 +49,7 @@ def attend(
         backend: A name, which never falls back, or "auto".
 
     Raises:
-        BackendError: No such backend, or the one asked for cannot run this call.
+        BackendError: No such backend, or the one chosen cannot run this call.
     """
     assert q_BHQD.shape[2] == pattern.queries, f"{q_BHQD.shape[2]} queries, but the pattern has {pattern.queries}"
     assert k_BHKD.shape[2] == pattern.keys, f"{k_BHKD.shape[2]} keys, but the pattern has {pattern.keys}"

@@ -1,6 +1,6 @@
-"""How much memory sampling takes, part by part, by formula.
+"""How much memory sampling needs, part by part, by formula.
 
-The sampler chooses its micro-batches from these numbers, and `mvar plan` predicts with them. They follow what the code
+The sampler chooses its micro-batches from these figures, and `mvar plan` predicts with them. They follow what the code
 allocates, tensor by tensor, and count what lives together, with the scratch space that kernels take from torch's
 allocator; not what libraries and allocators hold for themselves.
 """
@@ -28,7 +28,7 @@ DIRECT_CONVOLUTION = 20480
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory of sampling depends on beside the model and the number of images.
+    """What the memory of sampling depends on, apart from the model and the number of images.
 
     Attributes:
         dtype_bytes: Bytes per value of the compute dtype.
@@ -170,7 +170,7 @@ def scale_bytes(config: ModelConfig, scale: int, setting: Setting, images: int =
 
 
 def drawing_bytes(codes: int, setting: Setting) -> int:
-    """Bytes beside the logits that sampling one token takes: codes in order, and two float64 rows of them."""
+    """Bytes that sampling one token needs besides the logits: codes in order, and two float64 rows of them."""
     limited, nucleus = 0 < setting.sampling.top_k < codes, 0 < setting.sampling.top_p < 1
     kept = setting.sampling.top_k + 1 if limited else codes
     ordered = FLOAT32 + INT64 if limited or nucleus else 0
@@ -188,18 +188,18 @@ def decoder_bytes(config: ModelConfig, setting: Setting) -> int:
         nonlocal widest
         widest = max(widest, channels * grid.tokens * bytes_each + scratch)
 
-    def convolve(convolution: nn.Conv2d, beside: int = 0) -> None:
-        """A convolution, while so many other channels live beside its input and output."""
+    def convolve(convolution: nn.Conv2d, others: int = 0) -> None:
+        """A convolution, while so many other channels live next to its input and output."""
         inputs, outputs, kernel = convolution.in_channels, convolution.out_channels, convolution.kernel_size[0]
         scratch = _convolution_scratch(inputs, outputs, grid, bytes_each, setting, kernel)
-        need(beside + inputs + outputs, scratch)
+        need(others + inputs + outputs, scratch)
 
     for part in _decoder(config.tokenizer).parts():
         if isinstance(part, nn.Conv2d):
             convolve(part)
         elif isinstance(part, ResidualBlock):
             inputs, outputs = part.conv1.in_channels, part.conv1.out_channels
-            need(max(3 * inputs, inputs + 2 * outputs))  # a norm and its activation beside the input
+            need(max(3 * inputs, inputs + 2 * outputs))  # a norm and its activation next to the input
             convolve(part.conv1, inputs)
             convolve(part.conv2, inputs)
             if isinstance(part.shortcut, nn.Conv2d):

@@ -36,7 +36,7 @@ class MicroBatches:
         images: Images that advance from scale to scale together.
         scales: One number per scale: images in one pass of the transformer.
         decoder: Images that are decoded together.
-        peak_bytes: Predicted peak of what sampling holds beside the weights.
+        peak_bytes: Predicted peak of what sampling holds besides the weights.
     """
 
     images: int
@@ -52,13 +52,13 @@ def choose(
 
     Args:
         config: The model.
-        images: How many images are asked for.
+        images: How many images to sample.
         setting: What memory and speed depend on.
-        budget: Bytes for everything beside the weights; None for no limit.
+        budget: Bytes for everything besides the weights; None for no limit.
         batch_size: Images that advance together; by default as many as are fast and fit.
 
     Raises:
-        ConfigError: Not even one image fits; says how much one takes.
+        ConfigError: Not even one image fits; says how much one needs.
     """
     rows = TOKENS_AT_ONCE.get(setting.device, 2048) // (2 if setting.guided else 1)
     grids = config.pyramid.grids
@@ -78,8 +78,8 @@ def choose(
     smallest = sized(1, [1] * len(grids), 1)
     if smallest.peak_bytes > budget:
         raise ConfigError(
-            f"{max(0, budget) / 1e6:,.0f} MB are left for sampling beside the weights; one image of {config.name} takes"
-            f" {smallest.peak_bytes / 1e6:,.0f} MB.",
+            f"{max(0, budget) / 1e6:,.0f} MB are left for sampling besides the weights; one image of {config.name}"
+            f" needs {smallest.peak_bytes / 1e6:,.0f} MB.",
             "Give more --memory, or use --dtype bfloat16.",
         )
     # As many images together as leave every scale room for half of its fast micro-batch, or for one image.

@@ -36,7 +36,7 @@ class BenchResult(Result):
             times_faster and memory_ratio (against `baseline`), stages (seconds by stage), and the `reason` where there
             are no figures. See `mvar_core.analysis.attention_sweep.sweep` for those of attention.
         machine: Where it was measured: processor, GPU, versions, date.
-        plot: The figure, where one was asked for.
+        plot: The figure, if any.
     """
 
     what: str

@@ -16,21 +16,23 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from mvar_core.allocator import keep_freed_memory
-from mvar_core.analysis.cost import cost_of, weight_bytes
-from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
+from mvar_core.analysis.measure import StageClock, median_seconds
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import Machine, RunConfig
 from mvar_core.errors import MvarError
 from mvar_core.models.blocks import KeyValueCache
 from mvar_core.models.directory import load_tokenizer, load_transformer
+from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pipeline import Pipeline
 from mvar_core.runtime import generator, peak_memory_bytes, resolve_device, resolve_dtype
 from mvar_core.sampling.published_style import sample_published_style
-from mvar_core.training.measured_step import TrainingStep
+from mvar_core.training.curriculum import build_curriculum
+from mvar_core.training.optim import build_optimizer
 
 KILLED = "the process was ended by the system, which is what happens when memory is short"
 
@@ -113,6 +115,72 @@ class Request(BaseModel):
         )
 
 
+class TrainingStep:
+    """Callable: one step of all scales on random tokens, as training takes it on one device.
+
+    Args:
+        config: The model, and how it is trained; its batch size is that of the step.
+        transformer: Float32, in training mode.
+        device: Where it is.
+        dtype: Of autocast; float32 is none.
+        attention: Attention backend.
+        seed: Of tokens and of what is dropped.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        transformer: Transformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        attention: str = "auto",
+        seed: int = 0,
+    ):
+        self.train, self.transformer = config.train, transformer
+        self.device, self.dtype, self.attention, self.seed = device, dtype, attention, seed
+        transformer.recompute_blocks = config.train.activation_checkpointing
+        with torch.random.fork_rng(devices=[]):  # its values change neither time nor memory
+            quantizer = MultiScaleQuantizer(config.tokenizer, config.pyramid)
+        self.quantizer = quantizer.to(device).eval().requires_grad_(False)
+        joint = config.train.model_copy(update={"curriculum": "joint"})
+        self.curriculum = build_curriculum(joint, config.pyramid, config.patterns)
+        self.optimizer = build_optimizer(transformer, config.train.optimizer, transformer.no_decay_names(), device)
+        self.rows = config.train.micro_batch or -(-config.train.batch_size // config.train.accumulate)
+        shape = (config.train.batch_size, config.pyramid.num_tokens)
+        random = generator("training_step", seed)
+        self.tokens_BL = torch.randint(config.tokenizer.codebook_size, shape, generator=random).to(device)
+        self.conditions = transformer.conditioner.examples(len(self.tokens_BL)).to(device)
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = zip(self.tokens_BL.split(self.rows), self.conditions.split(self.rows), strict=True)
+        for tokens_BL, conditions in parts:
+            self.backward(self.forward(tokens_BL, conditions) * (len(tokens_BL) / len(self.tokens_BL)))
+        self.update()
+
+    def forward(self, tokens_BL: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        """The loss of a micro-batch."""
+        with torch.no_grad():
+            inputs_BLZ = self.quantizer.teacher_forcing_inputs(tokens_BL)
+        drops = generator("training_step", self.seed, "drops")
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            losses = self.curriculum.losses(
+                self.transformer, conditions, tokens_BL, inputs_BLZ, step=0, attention=self.attention, generator=drops
+            )
+        return losses.loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a micro-batch."""
+        loss.backward()
+
+    def update(self) -> None:
+        """Clip and change the weights."""
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), self.train.optimizer.grad_clip or float("inf"))
+        self.optimizer.step()
+
+
 def measure_alone(request: Request) -> dict[str, Any]:
     """A request's row, measured in a fresh process.
 
@@ -190,41 +258,10 @@ def measure_training(request: Request) -> dict[str, Any]:
     return row
 
 
-def measure_memory(request: Request) -> dict[str, Any]:
-    """The most memory that torch's allocator hands out, weights included, next to what `mvar plan` predicts."""
-    config, batch, dtype = request.config, request.batch_size, str(request.dtype).removeprefix("torch.")
-    trains = request.what == "train-memory"
-    if trains:
-        step = request.training_step()
-        weights = weight_bytes(step.transformer)
-        with allocation_peak(request.device) as live:
-            step()
-            step()  # the optimizer's state is there from the first step on
-    else:
-        transformer, vqvae, sample = request.sampling()
-        weights = weight_bytes(transformer, vqvae)
-        sample(1)
-        with allocation_peak(request.device) as live:
-            sample(batch)
-    machine = Machine(device=request.device.type, dtype=dtype)
-    cost = cost_of(config, machine, batch_size=batch, guided=config.sampling.guided)
-    prediction = cost.train_peak_bytes if trains else cost.sample_peak_bytes
-    assert prediction is not None
-    return {
-        "batch_size": batch,
-        "dtype": dtype,
-        "measured_bytes": weights + live.peak_bytes,
-        "predicted_bytes": prediction,
-        "weight_bytes": weights,
-        "ratio": prediction / (weights + live.peak_bytes),
-        "ratio_beside_weights": (prediction - weights) / live.peak_bytes,
-    }
-
-
 def _timed(
     request: Request, process_bytes: int, run: Callable[[], object], warmup: Callable[[], object] | None = None
 ) -> dict[str, Any]:
-    """Time `run` and take the process's peak; `process_bytes` is what it held before anything was built."""
+    """Time `run` and read the process's peak; `process_bytes` is what it held before anything was built."""
     device, gpu = request.device, request.device.type == "cuda"
     seconds, runs = median_seconds(run, device, repeats=request.repeats, warmup=warmup)
     return {
@@ -260,8 +297,6 @@ def _cache_bytes(transformer: Transformer) -> Iterator[dict[str, int]]:
 MEASUREMENTS: dict[str, Callable[[Request], dict[str, Any]]] = {
     "sample": measure_sampling,
     "train": measure_training,
-    "sample-memory": measure_memory,
-    "train-memory": measure_memory,
 }
 
 if __name__ == "__main__":

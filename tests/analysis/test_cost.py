@@ -201,7 +201,7 @@ def test_a_memory_budget_makes_micro_batches_smaller():
     sizes = [[row["micro_batch"] for row in result.scales] for result in (tight, free)]
     assert all(less <= more for less, more in zip(*sizes, strict=True))
     assert sizes[0][-1] < sizes[1][-1]
-    with pytest.raises(ConfigError, match="one image of mvar-d16-256 takes"):
+    with pytest.raises(ConfigError, match="one image of mvar-d16-256 needs"):
         plan(config, memory=500_000_000)
 
 

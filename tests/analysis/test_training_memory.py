@@ -7,7 +7,7 @@ from mvar_core.analysis.measure import allocation_peak
 from mvar_core.analysis.random_models import random_transformer
 from mvar_core.analysis.training_memory import count_parameters, train_peak_bytes
 from mvar_core.config.presets import load_config
-from mvar_core.training.measured_step import TrainingStep
+from mvar_core.workflows.bench_row import TrainingStep
 
 CPU = torch.device("cpu")
 WIDE = ("patch_sizes=[1,2,4,8,16]", "image_size=64", "transformer.embed_dim=256", "transformer.num_heads=4")

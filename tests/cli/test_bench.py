@@ -11,7 +11,7 @@ from mvar_core.config.presets import load_config
 from mvar_core.errors import MvarError
 from mvar_core.workflows import bench, bench_row
 from mvar_core.workflows.bench import twins
-from mvar_core.workflows.bench_row import MEASUREMENTS, Request, measure_alone, measure_memory, measure_sampling
+from mvar_core.workflows.bench_row import MEASUREMENTS, Request, measure_alone, measure_sampling
 
 KEYS = {"name", "seconds", "images_per_second", "peak_memory_bytes", "kv_cache_bytes", "batch_size"}
 
@@ -104,17 +104,6 @@ def test_a_row_has_a_process_of_its_own(preset):
     row = measure_alone(request)
     assert 0 < row["process_bytes"] <= row["peak_memory_bytes"] < ballast.nbytes
     assert "stages" not in row
-
-
-@pytest.mark.parametrize("preset", ["digits", "digits-var"])
-@pytest.mark.parametrize("what", ["sample", "train"])
-@pytest.mark.parametrize("batch", [1, 16])
-def test_memory_is_what_the_plan_predicts(preset, what, batch):
-    config = load_config(preset, ["sampling.cfg=1.5"])
-    request = Request(what=f"{what}-memory", config=config, batch_size=batch, machine=Machine(device="cpu"))
-    row = measure_memory(request)
-    assert row["measured_bytes"] > row["weight_bytes"] > 0
-    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1)
 
 
 def test_what_a_process_finds_wrong_is_said(preset, monkeypatch):

@@ -55,7 +55,7 @@ def test_more_memory_never_gives_smaller_batches():
 
 
 def test_too_little_memory_says_how_much_an_image_takes():
-    with pytest.raises(ConfigError, match=r"5 MB are left .* one image of mvar-d16-256 takes \d+ MB"):
+    with pytest.raises(ConfigError, match=r"5 MB are left .* one image of mvar-d16-256 needs \d+ MB"):
         choose(budget=5 * 10**6)
 
 

@@ -19,7 +19,7 @@ def option(names: str, metavar: str | None, text: str, panel: str | None = None,
         names: Its spellings, separated by spaces.
         metavar: What the help shows for its value; None for a switch.
         text: Its help.
-        panel: The part of the help that it stands in.
+        panel: The section of the help that lists it.
         further: More arguments of typer.Option, such as min.
     """
     return typer.Option(*names.split(), metavar=metavar, help=text, rich_help_panel=panel, **further)

@@ -115,11 +115,11 @@ def test_encode_sample_save_and_load(pipeline: Pipeline, size: str, tmp_path: Pa
     assert alone.images[0].equal(both.images[1])
 
 
-def test_what_is_drawn_scale_by_scale_is_what_the_packed_pass_says(pipeline: Pipeline) -> None:
+def test_scale_by_scale_and_packed_passes_agree(pipeline: Pipeline) -> None:
     out = pipeline.sample([1], cfg=0, top_k=1, seed=0)
     logits = pipeline.logits(out.tokens, [1])
-    drawn = logits.gather(-1, out.tokens.unsqueeze(-1)).squeeze(-1)
-    assert (logits.amax(dim=-1) - drawn).abs().max() < 1e-4
+    chosen = logits.gather(-1, out.tokens.unsqueeze(-1)).squeeze(-1)
+    assert (logits.amax(dim=-1) - chosen).abs().max() < 1e-4
     assert len(out.tokens.unique()) > 2
 
 

@@ -56,12 +56,12 @@ def test_train_tokenizer_tokenize_train_sample(mvar, preset, images, tmp_path):
     again = mvar("train", *options, "--json").json
     assert again["loss"] == result["loss"]
     grid = tmp_path / "grid.png"
-    drawn = mvar("sample", "--checkpoint", model, "--class", "dog", "--out", grid, "--json").json
-    assert drawn["outputs"] == [str(grid)]
+    sampled = mvar("sample", "--checkpoint", model, "--class", "dog", "--out", grid, "--json").json
+    assert sampled["outputs"] == [str(grid)]
     assert read(grid).shape == (16, 16, 3)
 
 
-def test_training_goes_on_where_it_stopped(mvar, preset, tokens, model, tmp_path):
+def test_training_resumes_where_it_stopped(mvar, preset, tokens, model, tmp_path):
     options = ["--preset", preset, "--tokens", tokens, "--checkpoint", model, "--validation", tokens, "--json"]
     straight = mvar("train", *options, "--out", tmp_path / "a").json
     assert straight["validation_loss"] > 0
@@ -133,7 +133,7 @@ def test_a_tokenizer_trains_on_random_crops_of_any_size(mvar, preset, tmp_path, 
 
 
 @pytest.mark.parametrize("command", ["train", "train-tokenizer"])
-def test_an_interrupted_run_is_saved_and_goes_on(mvar, preset, images, tokens, model, tmp_path, monkeypatch, command):
+def test_an_interrupted_run_is_saved_and_resumed(mvar, preset, images, tokens, model, tmp_path, monkeypatch, command):
     source = ["--tokens", tokens, "--checkpoint", model] if command == "train" else ["--data", images]
     options = [command, "--preset", preset, *source, "--out", tmp_path / "run"]
 
@@ -177,8 +177,8 @@ def test_finetune_from_var_takes_the_weights_and_not_the_mask(mvar, preset, toke
 def test_sample_png(mvar, model, tmp_path):
     out = tmp_path / "png"
     options = ["--checkpoint", model, "--class", "2,cat", "--num", 2, "--out", out, "--save-tokens", "--stages"]
-    drawn = mvar("sample", *options, "--json").json
-    assert {"images", "seconds", "peak_memory_bytes", "outputs"} <= drawn.keys()
+    sampled = mvar("sample", *options, "--json").json
+    assert {"images", "seconds", "peak_memory_bytes", "outputs"} <= sampled.keys()
     assert sorted(path.name for path in out.glob("*.png")) == [
         "00000_2.png", "00001_2.png", "00002_0.png", "00003_0.png",
     ]  # fmt: skip
@@ -186,7 +186,7 @@ def test_sample_png(mvar, model, tmp_path):
     strip = read(tmp_path / "png-stages" / "00000_2.png")
     assert strip.shape == (16, 48, 3)
     assert np.array_equal(strip[:, 32:], read(out / "00000_2.png"))
-    assert all((out.parent / name).is_file() for name in drawn["outputs"])
+    assert all((out.parent / name).is_file() for name in sampled["outputs"])
     with np.load(out / "tokens.npz") as file:
         assert file["tokens"].shape == (4, 21)
         assert file["labels"].tolist() == [2, 2, 0, 0]
@@ -207,8 +207,8 @@ def test_samples_do_not_depend_on_the_batch(mvar, model, tmp_path, batch_size):
 
 def test_sample_settings_are_used(mvar, model, tmp_path):
     options = ["--checkpoint", model, "--class", "all", "--num", 4, "--format", "npz", "--save-tokens", "--top-k", 1]
-    drawn = mvar("sample", *options, "--cfg", 0, "--out", tmp_path / "greedy.npz", "--json").json
-    assert drawn["settings"] == {**SamplingConfig(cfg=0, top_k=1, top_p=0.9).model_dump(mode="json"), "seed": 0}
+    sampled = mvar("sample", *options, "--cfg", 0, "--out", tmp_path / "greedy.npz", "--json").json
+    assert sampled["settings"] == {**SamplingConfig(cfg=0, top_k=1, top_p=0.9).model_dump(mode="json"), "seed": 0}
     last = mvar("sample", *options, "--cfg", 2, "--cfg-scales", "2", "--memory", "2GB", "--out", tmp_path / "a.npz")
     assert last.code == 0
     constant = ("--cfg", 2, "--cfg-schedule", "0,0,2", "--out", tmp_path / "b.npz")
@@ -242,13 +242,13 @@ def test_evaluate_images(mvar, images, classifier):
     assert "Not comparable" in mvar("evaluate", *options).out
 
 
-def test_evaluate_a_checkpoint_draws_the_same_samples(mvar, model, images, classifier, tmp_path):
+def test_evaluate_of_a_checkpoint_generates_the_same_samples(mvar, model, images, classifier, tmp_path):
     options = ["--reference", images, "--features", classifier, "--json"]
-    drawn = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--batch-size", 5, *options).json
-    assert drawn["num_samples"] == 12
-    assert 0 <= drawn["classifier_accuracy"] <= 1
+    sampled = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--batch-size", 5, *options).json
+    assert sampled["num_samples"] == 12
+    assert 0 <= sampled["classifier_accuracy"] <= 1
     again = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, *options).json
-    assert again["fid"] == pytest.approx(drawn["fid"], rel=1e-6)
+    assert again["fid"] == pytest.approx(sampled["fid"], rel=1e-6)
 
 
 def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_path):

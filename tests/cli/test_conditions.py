@@ -1,4 +1,4 @@
-"""Models of vectors on the command line: tokens with vectors, training, and drawing by words."""
+"""Models of vectors on the command line: tokens with vectors, training, and sampling by words."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_training_on_images_makes_the_words(trained: Path) -> None:
     assert (trained / "samples" / "step-00000002.png").is_file()
 
 
-def test_words_draw_what_their_vectors_draw(mvar, trained: Path, tmp_path: Path) -> None:
+def test_words_give_the_images_of_their_vectors(mvar, trained: Path, tmp_path: Path) -> None:
     arguments = ["--words", "a dog", "--words", "Dogs!", "--num", 2, "--seed", 3, "--device", "cpu"]
-    drawn = mvar("sample", "--checkpoint", trained, *arguments, "--out", tmp_path / "png", "--json").json
-    assert [Path(path).name for path in drawn["outputs"]] == [
+    sampled = mvar("sample", "--checkpoint", trained, *arguments, "--out", tmp_path / "png", "--json").json
+    assert [Path(path).name for path in sampled["outputs"]] == [
         "00000_a-dog.png", "00001_a-dog.png", "00002_Dogs.png", "00003_Dogs.png"
     ]  # fmt: skip
     mvar("sample", "--checkpoint", trained, *arguments, "--batch-size", 1, "--out", tmp_path / "a.npz")
@@ -73,7 +73,7 @@ def test_words_draw_what_their_vectors_draw(mvar, trained: Path, tmp_path: Path)
         assert other["labels"].tolist() == [-1] * 4
 
 
-def test_classes_are_drawn_by_their_names(mvar, trained: Path, tmp_path: Path) -> None:
+def test_classes_are_sampled_by_their_names(mvar, trained: Path, tmp_path: Path) -> None:
     command = ["sample", "--checkpoint", trained, "--device", "cpu"]
     assert mvar(*command, "--class", "golden retriever", "--out", tmp_path / "a.npz").code == 0
     assert mvar(*command, "--words", "golden retriever", "--out", tmp_path / "b.npz").code == 0
@@ -186,7 +186,7 @@ def test_bench_measures_models_of_words(words_preset: Path, what: str) -> None:
     assert row["seconds"] > 0
 
 
-def test_a_run_from_class_weights_says_what_started_anew(
+def test_a_run_from_class_weights_says_what_starts_from_scratch(
     mvar, trained: Path, model: Path, words_preset: Path, tmp_path: Path
 ) -> None:
     command = ["finetune-from-var", "--var-checkpoint", model, "--preset", words_preset, "--device", "cpu"]

@@ -97,11 +97,11 @@ def test_the_whole_path(mvar, run, wide, pictures, tmp_path):
     run("train", *common, "--out", var, *interleaved, "--set", "attention.scale_prefixes=all")
     assert "48×64" in (model / "README.md").read_text()
 
-    drawn = ["--checkpoint", model, "--class", "all", "--num", 2]
+    sampling = ["--checkpoint", model, "--class", "all", "--num", 2]
     grid, archive, folder = tmp_path / "grid.png", tmp_path / "all.npz", tmp_path / "folder"
-    run("sample", *drawn, "--out", grid, "--stages")
-    run("sample", *drawn, "--out", archive, "--save-tokens", "--memory", "500MB")
-    run("sample", *drawn, "--out", folder, "--stages", "--save-tokens", "--batch-size", 1)
+    run("sample", *sampling, "--out", grid, "--stages")
+    run("sample", *sampling, "--out", archive, "--save-tokens", "--memory", "500MB")
+    run("sample", *sampling, "--out", folder, "--stages", "--save-tokens", "--batch-size", 1)
     arrays = np.load(archive)
     assert arrays["arr_0"].shape == (4, 48, 64, 3)
     assert arrays["tokens"].shape == (4, 67)
@@ -160,14 +160,14 @@ def test_the_whole_path(mvar, run, wide, pictures, tmp_path):
     demo = ["--features", classifier]
     run("evaluate", "make-reference", "--data", pictures, "--image-size", "48x64", *demo, "--out", tmp_path / "r.npz")
     scores = [
-        run("evaluate", *judged, "--reference", reference, *demo, "--metrics", "fid")["fid"]
-        for judged in (["--samples", archive], ["--samples", folder], ["--checkpoint", model, "--num-samples", 4])
+        run("evaluate", *measured, "--reference", reference, *demo, "--metrics", "fid")["fid"]
+        for measured in (["--samples", archive], ["--samples", folder], ["--checkpoint", model, "--num-samples", 4])
         for reference in (pictures, tmp_path / "r.npz")
     ]
     assert scores[0] > 0
     assert scores == pytest.approx([scores[0]] * 4 + [scores[-1]] * 2, rel=1e-6)
-    judged = run("evaluate", "reconstruction", "--checkpoint", model, "--reference", pictures, *demo)
-    assert judged["psnr"] > 0
+    measured = run("evaluate", "reconstruction", "--checkpoint", model, "--reference", pictures, *demo)
+    assert measured["psnr"] > 0
 
     # To the published files and back: the pyramid is spelled as the messages spell it.
     run("convert", "--model", model, "--to", "official", "--out", tmp_path / "published")

@@ -41,7 +41,7 @@ class Group:
     def build(cls, values: dict[str, Any]) -> Any:
         """The group's object, from what was typed."""
         given = {name: value for name, value in values.items() if value is not None}
-        return given if cls.builds is None else getattr(mvar, cls.builds).of(**given)
+        return given if cls.builds is None else getattr(mvar, cls.builds)(**given)
 
 
 def signature(run: Command, **further: tuple[Any, Any]) -> inspect.Signature:

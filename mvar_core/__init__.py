@@ -5,6 +5,7 @@ together. Names are resolved on first use, so that `import mvar_core` loads noth
 """
 
 from importlib import import_module
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
@@ -78,10 +79,14 @@ __all__ = ["__version__", *sorted(_SOURCE)]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from the module that defines it (PEP 562)."""
+    """A public name, from the module that defines it (PEP 562); functions check their arguments."""
     if name not in _SOURCE:
         raise AttributeError(f"module 'mvar_core' has no attribute {name!r}")
-    return getattr(import_module(_SOURCE[name]), name)
+    value = getattr(import_module(_SOURCE[name]), name)
+    if isfunction(value):
+        value = import_module("mvar_core.config.section").checked(value)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -39,6 +40,16 @@ class BackendError(MvarError):
 def one_line(error: BaseException) -> str:
     """The message of an error on one line; its kind where it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: what is long is cut."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a number of {type(value).__name__} with thousands of digits"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -96,7 +96,7 @@ class Pipeline:
             BackendError: An attention backend or device that is not available.
         """
         path = Path(path)
-        machine = machine or Machine.of(device=device, dtype=dtype, attention=attention, compile=compile)
+        machine = machine or Machine(device=device, dtype=dtype, attention=attention, compile=compile)
         target = resolve_device(machine.device)
         kind = resolve_dtype(machine.dtype, target)
         options: dict[str, Any] = {"attention": machine.attention, "memory": machine.memory_bytes}

@@ -46,7 +46,7 @@ def small_config(
     """A model of any pyramid, two pixels to a token."""
     height, width = (patch_sizes[-1],) * 2 if isinstance(patch_sizes[-1], int) else patch_sizes[-1]
     tokenizer = {"codebook_size": 16, "latent_channels": 4, "base_channels": 8, "channel_multipliers": [1, 2]}
-    return ModelConfig.of(
+    return ModelConfig(
         image_size=[2 * height, 2 * width],
         patch_sizes=patch_sizes,
         tokenizer={**tokenizer, "norm_groups": 4},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from mvar_core.config.section import Section
-from mvar_core.errors import ConfigError
+from mvar_core.config.section import LARGEST, Section
+from mvar_core.errors import ConfigError, shown
 
 
 class Machine(Section):
@@ -17,7 +19,7 @@ class Machine(Section):
         "auto", description="auto, reference, dense, tiled, flex or natten; a named backend never falls back"
     )
     compile: bool = Field(False, description="compile the transformer's blocks first, for long runs")
-    memory: int | str | None = Field(
+    memory: Annotated[int, Field(ge=0)] | str | None = Field(
         None, description='bytes that sampling may use, also as text such as "2GB"; None is half of what is free'
     )
 
@@ -41,6 +43,9 @@ def parse_bytes(text: str) -> int:
     stripped = text.strip().upper()
     number = stripped.rstrip("KMGTIB")
     try:
-        return int(float(number) * units[stripped[len(number) :].strip() or ""])
+        count = int(float(number) * units[stripped[len(number) :].strip() or ""])
     except (KeyError, ValueError, OverflowError):
-        raise ConfigError(f"{text!r} is not an amount of memory.", "Write for example 24GB or 16GiB.") from None
+        count = -1
+    if not 0 <= count <= LARGEST:
+        raise ConfigError(f"{shown(text)} is not an amount of memory.", "Write for example 24GB or 16GiB.")
+    return count

@@ -13,9 +13,11 @@ from typing import Any
 
 from mvar_core.config.model import ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.config.section import validate
-from mvar_core.errors import ConfigError, nearest
+from mvar_core.errors import ConfigError, nearest, shown
 from mvar_core.pyramid import PatchSize, ScalePyramid, auto_windows, read_size, read_sizes, spread_window
 from mvar_core.untrusted import parse_yaml, read_yaml
+
+MOST_PARENTS = 16
 
 
 def presets_directory() -> Path:
@@ -30,23 +32,31 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_directory().glob("*.yaml"))
 
 
-def read_preset(name: str) -> dict[str, Any]:
+def read_preset(name: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     """The mapping of a preset, by name or by path of a YAML file, with the presets it `extends` merged in.
 
+    Args:
+        name: The preset's name, or the path of a YAML file.
+        extended_by: The presets that lead to this one by what they extend.
+
     Raises:
-        ConfigError: No such preset or file, or not a YAML mapping.
+        ConfigError: No such preset or file, not a YAML mapping, or presets that extend each other in a circle.
     """
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_path else presets_directory() / f"{name}.yaml"
-    if not path.is_file():
-        if is_path:
-            raise ConfigError(f"{path} does not exist.", "`--preset` expects a preset's name or a YAML file.")
-        raise ConfigError(f"There is no preset {name!r}. {nearest(name, preset_names())}")
+    if not is_path and name not in preset_names():
+        raise ConfigError(f"There is no preset {shown(name)}. {nearest(name[:80], preset_names())}")
+    if name in extended_by or len(extended_by) > MOST_PARENTS:
+        raise ConfigError(f"{extended_by[0]} extends itself: {' → '.join((*extended_by, name)[:MOST_PARENTS])}.")
     values = read_yaml(path, ConfigError) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; expected a mapping of settings.")
     parent = values.pop("extends", None)
-    return _lay_over(read_preset(parent), values) if parent else values
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends is {shown(parent)}; expected the name of a preset or of a YAML file.")
+    return _lay_over(read_preset(parent, (*extended_by, name)), values)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,8 +78,8 @@ def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
     """
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
-        raise ConfigError(f"--set {text!r} has no value; use --set key.name=value.")
-    return tuple(path.strip().split(".")), parse_yaml(value, f"The value of --set {text[:200]!r}", ConfigError)
+        raise ConfigError(f"--set {shown(text)} has no value; use --set key.name=value.")
+    return tuple(path.strip().split(".")), parse_yaml(value, f"The value of --set {shown(text)}", ConfigError)
 
 
 def load_config(

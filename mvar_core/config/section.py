@@ -1,34 +1,57 @@
-"""The base of every section of the configuration: frozen, and unknown keys fail with the nearest names; no torch."""
+"""Checks of what users set: sections of the configuration and the arguments of public functions; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, wraps
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from typing_extensions import Self
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, validate_call
 
-from mvar_core.errors import ConfigError, nearest
+from mvar_core.errors import ConfigError, nearest, shown
+
+LARGEST = 2**63 - 1
+"""Of any whole number: what files and tensors can hold, and seeds with them."""
 
 
-class Section(BaseModel):
-    """A section of the configuration: unknown keys are refused, values cannot be changed after the merge."""
+_PydanticClass: Any = type(BaseModel)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
+class _Reporting(_PydanticClass):
+    """Constructors that report what does not fit as a ConfigError, in one line."""
+
+    def __call__(self, **values: Any) -> Any:
+        return validate(self, values, self.__name__)
+
+
+_reporting: Any = _Reporting  # of unknown type for mypy, whose plugin reads pydantic's own metaclass
+
+
+class Section(BaseModel, metaclass=_reporting):
+    """A section of the configuration: numbers are finite, unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
     @classmethod
-    def of(cls, **values: Any) -> Self:
-        """As the constructor.
+    def _bounded(cls, value: Any) -> Any:
+        return bounded(value)
 
-        Raises:
-            ConfigError: An unknown key or a value that does not fit, in one line.
-        """
-        built: Self = validate(cls, values, cls.__name__)
-        return built
+
+def bounded(value: Any) -> Any:
+    """The value, which may be a list.
+
+    Raises:
+        ValueError: A whole number in it is beyond 64 bits.
+    """
+    if any(type(one) is int and abs(one) > LARGEST for one in (value if isinstance(value, (list, tuple)) else [value])):
+        raise ValueError("a number here is beyond 64 bits")
+    return value
 
 
 def validate(section: type[Section], values: Mapping[str, Any], source: str) -> Any:
-    """Build a section, turning pydantic's report into one line.
+    """Build a section.
 
     Args:
         section: The class to build.
@@ -41,16 +64,56 @@ def validate(section: type[Section], values: Mapping[str, Any], source: str) -> 
     try:
         return section.model_validate(values)
     except ValidationError as report:
-        first = report.errors()[0]
-        location = tuple(str(part) for part in first["loc"] if part not in ("int", "constrained-int", "literal['all']"))
-        key = ".".join(location)
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{source}: unknown key {key!r}. {nearest(location[-1], _keys(section, location[:-1]))}"
-            ) from None
-        problem = first["msg"].removeprefix("Value error, ")
-        found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
-        raise ConfigError(f"{source}: {key + ': ' if key else ''}{problem}{found}.".replace("..", ".")) from None
+        raise _reported(report, source, lambda path: _keys(section, path)) from None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(function: Function) -> Function:
+    """A public function that checks its arguments against their annotations first: types, finite numbers, seeds.
+
+    Raises:
+        ConfigError: An argument that does not fit, by name.
+    """
+    names = list(inspect.signature(function).parameters)
+
+    @cache
+    def checking() -> Callable[..., Any]:  # on the first call: it takes milliseconds
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))(function)
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if len(arguments) <= len(names) and not named.keys() & set(names[: len(arguments)]):
+            arguments, named = (), dict(zip(names, arguments, strict=False)) | named
+        for name, value in named.items():
+            if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+                named[name] = value = value.item()  # a number of numpy or torch
+            if type(value) is int and not (0 if name == "seed" else -LARGEST) <= value <= LARGEST:
+                expected = "0 … 2^63 - 1" if name == "seed" else "a number of 64 bits"
+                raise ConfigError(f"{function.__name__}: {name} is {shown(value)}; expected {expected}.")
+        try:
+            return checking()(*arguments, **named)
+        except ValidationError as report:
+            if report.title != function.__name__:  # raised by what the function did
+                raise
+            raise _reported(report, function.__name__, lambda path: names) from None
+
+    return call  # type: ignore[return-value]
+
+
+def _reported(report: ValidationError, source: str, known: Callable[[tuple[str, ...]], Iterable[str]]) -> ConfigError:
+    """Pydantic's report as one line, about the first thing that does not fit."""
+    first = report.errors()[0]
+    kinds = ("int", "str", "constrained-int", "literal['all']", "lax-or-strict")
+    location = tuple(str(part) for part in first["loc"] if not str(part).startswith(kinds))
+    key = ".".join(location)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return ConfigError(f"{source}: unknown key {shown(key)}. {nearest(location[-1][:80], known(location[:-1]))}")
+    problem = first["msg"].removeprefix("Value error, ").rstrip(".")
+    whole = isinstance(first["input"], dict) or first["type"].startswith("missing")
+    found = f" (found {shown(first['input'])})" if key and not whole else ""
+    return ConfigError(f"{source}: {key + ': ' if key else ''}{problem}{found}.")
 
 
 def _keys(section: type[BaseModel], path: tuple[str, ...]) -> list[str]:

@@ -56,7 +56,7 @@ def resolve_settings(config: ModelConfig, settings: SamplingConfig | None = None
         ConfigError: No such setting, a value out of range, a top-k above the codebook, or guidance of scales that the
             model does not have.
     """
-    resolved = SamplingConfig.of(**{name: value for name, value in shorthand.items() if value is not None})
+    resolved = SamplingConfig(**{name: value for name, value in shorthand.items() if value is not None})
     for below in (settings, config.sampling):
         resolved = resolved if below is None else resolved.over(below)
     codes = config.tokenizer.codebook_size

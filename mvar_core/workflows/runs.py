@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from typing_extensions import TypedDict
 
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, RunConfig

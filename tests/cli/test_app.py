@@ -1,14 +1,18 @@
 """Help, versions, exit codes: what holds for every command."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import typer
 
 import mvar_core
+from mvar_cli.__main__ import main
 from mvar_cli.app import COMMANDS, load_command
 from mvar_core import __version__
+from mvar_core.distributed import environment
 from mvar_core.errors import DataError
 
 NAMES = [entry.name for entry in COMMANDS]
@@ -134,3 +138,57 @@ def test_completion_knows_the_presets():
 
     assert "mvar-d16-256" in complete_preset("mvar-d16")
     assert complete_preset("zzz") == []
+
+
+def run(*arguments, **options):
+    """A command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "mvar_cli", *arguments], text=True, check=False, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_standard_streams_that_are_closed_or_full():
+    command, pipe = ("plan", "--preset", "digits", "--json"), subprocess.PIPE
+    assert run(*command, stdout=pipe, preexec_fn=lambda: os.close(2)).stdout.startswith("{")
+    closed = run(*command, stderr=pipe, preexec_fn=lambda: os.close(1))
+    assert (closed.returncode, closed.stderr) == (0, "")
+    for arguments in (command, command[:-1]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        gone = run(*arguments, stdout=writer, stderr=pipe)
+        os.close(writer)
+        assert (gone.returncode, gone.stderr) == (0, ""), arguments
+    with open("/dev/full", "w") as full:
+        failed = run(*command, stdout=full, stderr=pipe)
+    assert failed.returncode == 1
+    assert "stdout cannot be written: No space left on device" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_interruption_while_modules_are_imported(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+    ],
+)
+def test_variables_of_torchrun_that_make_no_sense(mvar, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mvar_cli.app.leave", typer.Exit)
+    assert next(name for name in variables if name in mvar("doctor").err)
+    with pytest.raises(mvar_core.ConfigError):
+        environment()

@@ -201,9 +201,9 @@ def test_guidance_schedules() -> None:
         guidance_strengths(SamplingConfig(cfg_schedule=(0, 1)), pyramid)
     with pytest.raises(ConfigError, match="ends at scale 7; the model has scales 0 … 4"):
         guidance_strengths(SamplingConfig(cfg_scales=(2, 7)), pyramid)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ConfigError, match="negative"):
         SamplingConfig(cfg_schedule=(0, -1))
-    with pytest.raises(ValueError, match="first and a last"):
+    with pytest.raises(ConfigError, match="first and a last"):
         SamplingConfig(cfg_scales=(3, 2))
 
 

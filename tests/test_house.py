@@ -31,7 +31,7 @@ MACHINE_OPTIONS = {
     "activation_checkpointing",
 }
 MOST_PARAMETERS = 20
-MOST_LINES = 29_530
+MOST_LINES = 26_607
 """Of the product. The aim is 25,000: this figure may only fall."""
 
 

@@ -12,16 +12,24 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mvar_core.errors import DataError
+from mvar_core.untrusted import open_regular
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-FORMATS = (
-    "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX", "SGI"
-)  # fmt: skip
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 """What Pillow may recognise in a file's content, whatever its name says: raster formats that it decodes itself.
 
 Left to itself it would also open EPS, which it hands to Ghostscript: a program from a stranger's file would run.
+Formats without a signature, such as TGA, would make images of damaged files.
 """
+
+LARGEST_FILE = 2**30
+LARGEST_IMAGE = 178_956_970
+"""Pixels, Pillow's own limit for images that are not attacks."""
+LONGEST_SHAPE = 200
+"""How many times longer than the other a side may be: the shorter side is brought to the model's size."""
+MOST_SCANS = 100
+"""Passes over all pixels in a progressive JPEG; encoders write about ten, and a few bytes are enough for one more."""
 
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
@@ -43,8 +51,8 @@ def read_rgb(file: Path | Opener, where: str | None = None) -> Image.Image:
     Raises:
         DataError: The file is missing, damaged, or not an image.
     """
-    with _opened(file, where) as (image, _):
-        image.load()
+    with _opened(file, where) as (image, content):
+        _load(image, content)
         return _to_rgb(ImageOps.exif_transpose(image), image.format)
 
 
@@ -63,7 +71,7 @@ def check_image(file: Path | Opener, where: str | None = None) -> tuple[int, int
         whole = _has_its_end(content, image.format)
         content.seek(place)
         if not whole:
-            image.load()
+            _load(image, content)
     return height, width
 
 
@@ -77,9 +85,16 @@ def _formats() -> tuple[str, ...]:
 @contextmanager
 def _opened(file: Path | Opener, where: str | None) -> Iterator[tuple[Image.Image, IO[bytes]]]:
     try:
-        content = file.open("rb") if isinstance(file, Path) else file()
-        with content, Image.open(content, formats=_formats()) as image:
-            yield image, content
+        content = open_regular(file) if isinstance(file, Path) else file()
+        with content:
+            if content.seek(0, 2) > LARGEST_FILE:
+                raise ValueError(f"it has {content.tell():,} bytes")
+            content.seek(0)
+            with Image.open(content, formats=_formats()) as image:
+                short, long = sorted(image.size)
+                if short * long > LARGEST_IMAGE or long > LONGEST_SHAPE * short:
+                    raise ValueError(f"it has {image.width}×{image.height} pixels")
+                yield image, content
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -87,11 +102,21 @@ def _opened(file: Path | Opener, where: str | None) -> Iterator[tuple[Image.Imag
             f"{where or file} is not an image in a format that mvar reads, whatever its name says.",
             "Remove or replace it.",
         ) from None
-    except FileNotFoundError:
-        raise DataError(f"{where or file} does not exist.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything when given damaged bytes.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where or file} cannot be read as an image: {reason}.", "Remove or replace it.") from None
+
+
+def _load(image: Image.Image, content: IO[bytes]) -> None:
+    """Decode the pixels, unless that would take long beyond measure."""
+    if image.format in ("JPEG", "MPO"):
+        place = content.tell()
+        content.seek(0)
+        scans = content.read().count(b"\xff\xda")
+        content.seek(place)
+        if scans > MOST_SCANS:
+            raise ValueError(f"it has {scans} scans")
+    image.load()
 
 
 def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +20,14 @@ from mvar_core.data.sources import ImageSource, Report, StoredSource
 from mvar_core.errors import DataError, one_line
 from mvar_core.io.files import sha256_of_file
 from mvar_core.io.npz import read_npz_header
+from mvar_core.untrusted import open_regular
 
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")
 LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
+MOST_IMAGES = 10_000_000
+LARGEST_EXPANSION = 1100
+"""How many times larger than its file the content of a zip file can be."""
 
 logger = logging.getLogger("mvar")
 
@@ -106,11 +109,9 @@ class NpzSource(StoredSource):
     in_memory = True  # one file, read front to back: threads would wait for each other
 
     def __init__(self, text: str, path: Path):
-        if not path.is_file():
-            raise DataError(f"{text} does not exist.")
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_regular(path) as content, zipfile.ZipFile(content) as archive:
                 arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
                 array = next((name for name in IMAGE_ARRAYS if name in arrays), None)
                 if array is None:
@@ -119,9 +120,14 @@ class NpzSource(StoredSource):
                     raise DataError(f"{text} holds no images: expected an array arr_0 or images, found {found}.", hint)
                 with archive.open(f"{array}.npy") as file:
                     count, self.shape = _images_header(file, f"{text}, array {array}")
+                size = archive.getinfo(f"{array}.npy").file_size
+                if count > MOST_IMAGES or size > LARGEST_EXPANSION * path.stat().st_size:
+                    raise DataError(f"{text} claims to hold {count:,} images.", "Write or download it again.")
                 labels = next((_labels(archive, name, count) for name in LABEL_ARRAYS if name in arrays), None)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            problem = f"{text} is not a whole npz file: {one_line(error)}."
+        except DataError:
+            raise
+        except Exception as error:  # whatever a damaged archive makes the readers raise
+            problem = f"{text} is not a whole npz file: {one_line(error)[:300]}."
             raise DataError(problem, "Write or download it again.") from None
         self._array = array
         self._file: IO[bytes] | None = None
@@ -176,10 +182,10 @@ def _images_header(file: IO[bytes], where: str) -> tuple[int, ImageShape]:
         shape, fortran_order, dtype = read_npz_header(file)
     except ValueError as error:
         raise DataError(f"{where} is not a numpy array: {error}.") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0 or fortran_order:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran_order:
         order = ", stored in Fortran order" if fortran_order else ""
         raise DataError(
-            f"{where} is {dtype} {shape}{order}; expected uint8 images (N, height, width, 3), N at least 1."
+            f"{where} is {dtype} {shape}{order}; expected uint8 images (N, height, width, 3), at least one."
         )
     return shape[0], (shape[1], shape[2])
 

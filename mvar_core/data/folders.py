@@ -12,6 +12,7 @@ import numpy as np
 from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.data.sources import StoredSource
 from mvar_core.errors import DataError, nearest
+from mvar_core.untrusted import open_regular
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation"), "val": ("val", "validation", "test")}
 """Names of the sub-folder that a split may have, best first."""
@@ -52,12 +53,15 @@ class FolderSource(StoredSource):
         super().__init__(name or str(root), split, known, np.asarray(labels, np.int64), files)
 
     def item_bytes(self, index: int) -> int:
-        """Size of the image's file."""
-        return (self.folder / self.item_names[index]).stat().st_size
+        """Size of the image's file; 0 where it cannot be told, which reading the image will explain."""
+        try:
+            return (self.folder / self.item_names[index]).stat().st_size
+        except OSError:
+            return 0
 
     def open(self, index: int) -> IO[bytes]:
         """The file of an image, open for reading."""
-        return (self.folder / self.item_names[index]).open("rb")
+        return open_regular(self.folder / self.item_names[index])
 
     def where(self, index: int) -> str:
         """The file's path."""
@@ -116,7 +120,11 @@ def _walk(folder: Path, directory: str) -> list[str]:
     """Image files under a class folder, sorted; links are followed, but no folder is visited twice."""
     found: list[str] = []
     visited: set[str] = set()
-    for parent, directories, files in os.walk(folder / directory, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise error  # left alone, `walk` would skip what it may not read
+
+    for parent, directories, files in os.walk(folder / directory, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:
             directories.clear()

@@ -21,7 +21,7 @@ from mvar_core.data.shards import find_shards
 from mvar_core.data.sources import ImageSource, in_threads
 from mvar_core.data.tar import TarSource
 from mvar_core.data.transforms import Views
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
 from mvar_core.io.pixels import Pixels, from_uint8
 
 __all__ = [
@@ -46,15 +46,18 @@ def open_images(source: str, split: str = "train") -> ImageSource:
     Raises:
         DataError: No such data or split, or a folder without images.
     """
-    name, split = split_name(source, split)
-    if name == "digits":
-        return DigitsSource(split)
-    if name == "photographs":
-        return PhotographsSource(split)
-    shards = find_shards(name, split)
-    if shards is None:
-        return FolderSource(Path(name).expanduser(), split, name)
-    return (TarSource if shards.suffix == ".tar" else ParquetSource)(shards)
+    try:
+        name, split = split_name(source, split)
+        if name == "digits":
+            return DigitsSource(split)
+        if name == "photographs":
+            return PhotographsSource(split)
+        shards = find_shards(name, split)
+        if shards is None:
+            return FolderSource(Path(name).expanduser(), split, name)
+        return (TarSource if shards.suffix == ".tar" else ParquetSource)(shards)
+    except (OSError, RuntimeError) as error:  # links in a circle; "~" without a home
+        raise DataError(f"{source[:1000]!r} cannot be read: {one_line(error)[:1000]}.") from None
 
 
 class ImageRows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from mvar_core.data.shards import Label, ShardIndex, Shards, ShardSource
 from mvar_core.data.sources import Report
 from mvar_core.errors import DataError, one_line
+from mvar_core.untrusted import open_regular, parse_json
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "class_name")
@@ -56,10 +56,19 @@ class ParquetSource(ShardSource):
         """The labels of a file's rows."""
         table = self._tables[path] = _open(path)
         rows = sum(table.groups)
-        column = next((name for name in LABEL_COLUMNS if name in table.schema.names), None)
+        if not 0 <= rows <= path.stat().st_size:  # labels alone may be packed tightly, images may not
+            raise DataError(f"{path} claims to have {rows:,} rows of images.", "Write or download it again.")
         labels: list[Label] = [None] * rows
-        if column is not None:
-            labels = [label for group in range(len(table.groups)) for label in table.read(group, column).to_pylist()]
+        try:
+            _image_column(path, table.schema)
+            column = next((name for name in LABEL_COLUMNS if name in table.schema.names), None)
+            if column is not None:
+                found = [label for group in range(len(table.groups)) for label in table.read(group, column).to_pylist()]
+                labels = [label if label is None or isinstance(label, int) else str(label) for label in found]
+        except DataError:
+            raise
+        except Exception as error:  # of pyarrow, or of Python's types
+            raise DataError(f"The columns of {path} cannot be read: {one_line(error)[:300]}.") from None
         return ShardIndex([f"{path.name}#{row}" for row in range(rows)], labels)
 
     def listed_names(self) -> list[str] | None:
@@ -69,9 +78,13 @@ class ParquetSource(ShardSource):
         metadata = (schema.metadata or {}).get(b"huggingface")
         if metadata is None:
             return None
-        feature = json.loads(metadata).get("info", {}).get("features", {}).get(column) or {}
-        names = feature.get("names") if isinstance(feature, dict) else None
-        return [str(name) for name in names] if names else None
+        try:
+            feature = parse_json(metadata.decode(), str(self.files[0]))
+            for key in ("info", "features", column, "names"):
+                feature = feature.get(key) if isinstance(feature, dict) else None
+        except (DataError, UnicodeDecodeError):
+            return None
+        return [str(name) for name in feature] if isinstance(feature, list) and feature else None
 
     def open(self, index: int) -> IO[bytes]:
         """The bytes of an image."""
@@ -119,6 +132,7 @@ def _open(path: Path) -> _Table:
             f"{path} is read with pyarrow, which is not installed.",
             "Install it: pip install pyarrow (mvar[parquet]; the `datasets` package brings it along).",
         ) from None
+    open_regular(path).close()
     try:
         if path.suffix.lower() == ".parquet":
             file = parquet.ParquetFile(path)
@@ -136,11 +150,13 @@ def _open(path: Path) -> _Table:
             content.seek(0)
             reader = pyarrow.ipc.open_stream(content)
             batches = list(reader)
+        for batch in batches:  # what lies about its offsets would be read beyond its end
+            batch.validate(full=True)
         return _Table(
             reader.schema, [batch.num_rows for batch in batches], lambda group, name: batches[group].column(name)
         )
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}.", "Write or download it again.") from None
+    except Exception as error:  # of pyarrow, or of Python's types
+        raise DataError(f"{path} cannot be read: {one_line(error)[:300]}.", "Write or download it again.") from None
 
 
 def _image_column(path: Path, schema: Any) -> str:

@@ -6,7 +6,7 @@ import glob
 import itertools
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -20,6 +20,11 @@ from mvar_core.data.sources import StoredSource, in_threads
 from mvar_core.errors import DataError, nearest
 
 Label = int | str | None
+
+MOST_SHARDS = 100_000
+MOST_CLASSES = 1_000_000
+"""A label of a billion would ask for as many names of classes."""
+MOST_IMAGES = 100_000_000
 
 SUFFIXES = (".tar", ".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -139,12 +144,19 @@ class ShardSource(StoredSource):
                 f"{shards.name}: {items[numbers.index(min(numbers))]} has the class {min(numbers)}, which means none.",
                 "Choose a split with labels, for example :val.",
             )
+        if max(numbers) >= MOST_CLASSES:
+            raise DataError(
+                f"{shards.name}: {items[numbers.index(max(numbers))]} has the class {max(numbers)}; at most"
+                f" {MOST_CLASSES:,} classes are supported.",
+                "Number classes from 0.",
+            )
         names = self.listed_names()
         if names is None:
             reference = self._reference(shards, indices)
             found = {number: name for index in reference for number, name in index.class_names.items()}
             known_numbers = [label for index in reference for label in index.labels if isinstance(label, int)]
-            names = [found.get(number, str(number)) for number in range(max(numbers + known_numbers) + 1)]
+            count = min(max(numbers + known_numbers) + 1, MOST_CLASSES)
+            names = [found.get(number, str(number)) for number in range(count)]
         if max(numbers) >= len(names):
             raise DataError(f"{shards.name} has images of class {max(numbers)}, and names for {len(names)} classes.")
         return names, np.asarray(numbers, np.int64)
@@ -195,22 +207,27 @@ def expand_braces(pattern: str) -> list[str]:
     """Every name that a pattern with braces means: `a-{08..10}` is a-08, a-09, a-10; `{x,y}` is x, y.
 
     Raises:
-        DataError: Braces that hold neither a range nor a list.
+        DataError: Braces that hold neither a range nor a list, or too many names.
     """
-    found = _BRACES.search(pattern)
-    if found is None:
-        return [pattern]
-    inside = found[1]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    choices = inside.split(",") if "," in inside else []
-    if span:
-        first, last = int(span[1]), int(span[2])
-        width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
-        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    if not choices:
-        raise DataError(f"{pattern}: {{{inside}}} is not a range.", "Write for example shard-{000..146}.tar.")
-    tails = expand_braces(pattern[found.end() :])
-    return [pattern[: found.start()] + choice + tail for choice, tail in itertools.product(choices, tails)]
+    names = [""]
+    for position, piece in enumerate(_BRACES.split(pattern)):
+        choices: Iterable[str] = [piece]
+        count = 1
+        if position % 2:  # what is inside of braces
+            span = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", piece)
+            choices = piece.split(",") if "," in piece else []
+            count = len(choices)
+            if span:
+                first, last = int(span[1]), int(span[2])
+                width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
+                count = max(0, last + 1 - first)
+                choices = (f"{number:0{width}d}" for number in range(first, last + 1))
+            if not count:
+                raise DataError(f"{pattern[:1000]}: {{{piece[:100]}}} is not a range.", "Write shard-{000..146}.tar.")
+        if count * len(names) > MOST_SHARDS:
+            raise DataError(f"{pattern[:1000]} names more than {MOST_SHARDS:,} files.", "Name those that exist.")
+        names = [name + choice for name, choice in itertools.product(names, choices)]
+    return names
 
 
 def _of_folder(root: Path, name: str, split: str) -> Shards | None:

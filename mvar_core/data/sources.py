@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.transforms import random_resized_crop, resize_and_crop
+from mvar_core.errors import DataError
 from mvar_core.io.pixels import Pixels
 
 Report = Callable[[int, int], None]
@@ -68,6 +69,9 @@ class ImageSource(ABC):
         self.name = name
         self.split = split
         self.class_names = tuple(class_names)
+        for class_name in self.class_names:
+            if any("\ud800" <= letter <= "\udfff" for letter in class_name):
+                raise DataError(f"{name!r} has a class {class_name!r}, whose name is not UTF-8.", "Rename its folder.")
         self.labels = labels
         self.item_names = item_names
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +12,11 @@ import numpy as np
 
 from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.data.shards import Label, ShardIndex, Shards, ShardSource
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
+from mvar_core.untrusted import open_regular, parse_json, read_text
 
+LARGEST_TEXT = 2**24
+"""Bytes of a label or caption, or of a header."""
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")
 NAME_KEYS = ("class_name", "label_name", "name")
 CLASS_FILES = ("classes.json", "class_names.json", "classes.txt", "class_names.txt")
@@ -43,8 +45,9 @@ class TarSource(ShardSource):
         index = ShardIndex()
         spans: list[tuple[int, int]] = []
         try:
-            size = path.stat().st_size
-            with tarfile.open(path, "r:") as archive:
+            with open_regular(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
+                size = file.seek(0, 2)
+                file.seek(0)
                 for members in _samples(archive):
                     image = next((members[ext] for ext in (e[1:] for e in EXTENSIONS) if ext in members), None)
                     if image is None:
@@ -54,10 +57,11 @@ class TarSource(ShardSource):
                     index.names.append(f"{path.name}/{image.name.removeprefix('./')}")
                     index.labels.append(_label(path, archive, members, index.class_names))
                     spans.append((image.offset_data, image.size))
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist.") from None
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{path} is not a whole tar file: {error}.", "Write or download it again.") from None
+        except DataError:
+            raise
+        except Exception as error:  # whatever a damaged header makes of the reader
+            problem = f"{path} is not a whole tar file: {one_line(error)[:300]}."
+            raise DataError(problem, "Write or download it again.") from None
         self._spans[path] = spans
         return index
 
@@ -77,7 +81,7 @@ class TarSource(ShardSource):
 
     def hint(self) -> str | None:
         """That tar files within tar files must be unpacked."""
-        with tarfile.open(self.files[0], "r:") as archive:
+        with open_regular(self.files[0]) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
             first = archive.next()
         if first is not None and first.name.lower().endswith(".tar"):
             return f"It holds further tar files ({first.name}, …): unpack them, one folder for each."
@@ -90,15 +94,31 @@ class TarSource(ShardSource):
         if path is None:
             return None
         try:
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text) if path.suffix == ".json" else text.split("\n")[: len(text.splitlines())]
+            text = read_text(path)
+            values = parse_json(text, str(path)) if path.suffix == ".json" else text.splitlines()
             if isinstance(values, dict):
                 if all(isinstance(value, int) for value in values.values()):
                     values = {value: key for key, value in values.items()}
                 values = [values[key] for key in sorted(values, key=int)]
+            if not isinstance(values, list) or not all(isinstance(value, (str, int)) for value in values):
+                raise ValueError("expected names")
             return [str(value).strip() for value in values]
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path} does not list class names: {error}.", "Write a JSON list of names.") from None
+            problem = f"{path} does not list class names: {one_line(error)[:300]}."
+            raise DataError(problem, "Write a JSON list of names.") from None
+
+
+class _Headers(io.RawIOBase):
+    """A tar file for indexing: what a header claims to be long is not read into memory."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell  # type: ignore[method-assign]
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_TEXT:
+            raise tarfile.ReadError(f"a header or label of {size:,} bytes")
+        return self._file.read(size)
 
 
 class _Member(io.FileIO):
@@ -127,10 +147,14 @@ def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
     """Members that follow each other and share a name up to the first dot, by what comes after it."""
     current: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
+    place = -1
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every member that it has seen
+        if member.size < 0 or member.offset <= place:  # it would lead back, for ever
+            raise tarfile.ReadError(f"{member.name!r:.100} has {member.size} bytes")
+        place = member.offset
         folder, _, name = member.name.rpartition("/")
-        if not member.isfile() or name.startswith((".", "__MACOSX")):
+        if not member.isfile() or member.issparse() or name.startswith((".", "__MACOSX")):
             continue
         stem, _, extension = name.partition(".")
         key = f"{folder}/{stem}"
@@ -152,16 +176,15 @@ def _label(
         file = archive.extractfile(member)
         assert file is not None
         try:
-            return file.read().decode().strip()
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: {member.name} is not text.") from None
+            if member.size > LARGEST_TEXT:
+                raise ValueError
+            return file.read(member.size).decode().strip()
+        except ValueError:
+            raise DataError(f"{path}: {member.name} is not a label or a caption ({member.size:,} bytes).") from None
 
     label: Label = None
     if "json" in members:
-        try:
-            values = json.loads(text(members["json"]))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: {members['json'].name} is not a JSON file: {error}.") from None
+        values = parse_json(text(members["json"]), f"{path}: {members['json'].name}")
         if isinstance(values, dict):
             label = next((_number(values[key]) for key in LABEL_KEYS if key in values), None)
             name = next((values[key] for key in NAME_KEYS if isinstance(values.get(key), str)), None)
@@ -175,4 +198,4 @@ def _number(value: Any) -> Label:
     if isinstance(value, bool) or value is None:
         return None
     text = str(value)
-    return int(text) if text.removeprefix("-").isdecimal() else text
+    return int(text) if len(text) < 20 and text.removeprefix("-").isdecimal() else text

@@ -14,16 +14,24 @@ from numpy.typing import NDArray
 
 from mvar_core.errors import DataError, MvarError, one_line
 
+LONGEST_HEADER = 10_000
 LARGEST_EXPANSION = 8
 """How many times larger than its file an npz's arrays may be, beyond the first GiB."""
 
 
 def read_npz_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and dtype from the npy header at the file's position; ValueError where there is none."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(file)
-    if dtype.hasobject or any(side < 0 for side in shape):
+    try:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        length = file.read(2 if first else 4)
+        if int.from_bytes(length, "little") > LONGEST_HEADER:  # numpy would look at it when it has it in memory
+            raise ValueError("its header is too long")
+        file.seek(-len(length), 1)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+    except (RecursionError, MemoryError, SyntaxError, TypeError, OverflowError):
+        raise ValueError("its header is not one that numpy writes") from None
+    if dtype.hasobject or any(type(side) is not int or side < 0 for side in shape):
         raise ValueError(f"it is {dtype} {shape}, which is not read")
     return shape, fortran_order, dtype
 

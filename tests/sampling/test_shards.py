@@ -182,7 +182,7 @@ def test_a_run_that_was_begun_without_min_p_resumes(tmp_path):
 def test_two_runs_do_not_work_in_one_place(tmp_path):
     first, second = (shards_of(tmp_path / "x.npz", spec()) for _ in range(2))
     first.begin()
-    with pytest.raises(DataError, match="Another process"):
+    with pytest.raises(DataError, match="is at work in"):
         second.begin()
     second.leave()
     assert first.begun, "the directory belongs to the first"

@@ -1,7 +1,7 @@
 """What a trained digits model keeps when it is edited, and how well it knows digits that it has not seen.
 
 python benchmarks/editing.py --checkpoint runs/quickstart/mvar writes benchmarks/results/editing.json: the PSNR of what
-stays, by region and coverage, beside that of the tokenizer alone; and likelihoods of held-out and of training digits.
+stays, by region and coverage, next to that of the tokenizer alone; and likelihoods of held-out and of training digits.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def psnr(images: torch.Tensor, given: torch.Tensor, stays: np.ndarray) -> float:
 
 
 def editing(pipeline: Pipeline, count: int) -> dict[str, Any]:
-    """PSNR of what stays, of held-out digits with their own class drawn into the rest."""
+    """PSNR of what stays, of held-out digits whose rest is generated under their own class."""
     images, labels = ImageRows(open_images("digits:test"), pipeline.config.image_shape).batch(np.arange(count))
     given = to_uint8(images)
     decoded = torch.cat([to_uint8(pipeline.decode(pipeline.encode(image))) for image in images.split(1)])
@@ -51,8 +51,8 @@ def editing(pipeline: Pipeline, count: int) -> dict[str, Any]:
         stays = mask if keep == "inside" else ~mask
         rows[name] = {"tokenizer alone": psnr(decoded, given, stays)}
         for coverage in COVERAGES:
-            drawn = pipeline.edit(images, mask, labels=labels, keep=keep, coverage=coverage)
-            rows[name][f"coverage {coverage}"] = psnr(drawn.images, given, stays)
+            edited = pipeline.edit(images, mask, labels=labels, keep=keep, coverage=coverage)
+            rows[name][f"coverage {coverage}"] = psnr(edited.images, given, stays)
     return rows
 
 

@@ -1,7 +1,7 @@
 """Time from `mvar sample` to its first image, with files in the system's cache, for a model of the digits preset.
 
 python benchmarks/startup.py [--runs 7] writes benchmarks/results/startup.json. Each run is a process of its own; the
-whole command counts, its end included. Beside it: the bare interpreter, `import torch`, and the imports of the command.
+whole command counts, its end included. For comparison: the bare interpreter, `import torch`, the command's imports.
 """
 
 import argparse
@@ -19,17 +19,13 @@ PROMISES = {"first_image": 4.0, "imports": 2.5}
 
 def make_model(directory: Path) -> None:
     """A model of the digits preset with random weights."""
-    import torch
-
+    from mvar_core.analysis.random_models import random_tokenizer, random_transformer
     from mvar_core.config.presets import load_config
     from mvar_core.models.directory import save_model
-    from mvar_core.models.transformer import Transformer
-    from mvar_core.models.vqvae import VQVAE
 
-    config = load_config("digits")
-    torch.manual_seed(0)
-    vqvae, transformer = VQVAE(config.tokenizer, config.pyramid), Transformer(config.model)
-    save_model(directory, config.model, tokenizer=vqvae.state_dict(), transformer=transformer.state_dict())
+    config = load_config("digits").model
+    vqvae, transformer = random_tokenizer(config), random_transformer(config)
+    save_model(directory, config, tokenizer=vqvae.state_dict(), transformer=transformer.state_dict())
 
 
 def seconds(arguments: list[str]) -> float:

@@ -9,7 +9,16 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUICK = ("attention", "editing", "output", "plan_memory", "token_cache", "words")
-SLOW = ("ablation", "attention_report", "distributed", "evaluation", "sampling", "startup", "training_step")
+SLOW = (
+    "ablation",
+    "attention_report",
+    "distributed",
+    "evaluation",
+    "quickstart",
+    "sampling",
+    "startup",
+    "training_step",
+)
 
 
 @pytest.mark.parametrize("script", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -21,7 +21,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -376,14 +375,19 @@ class SampleShards(Resumable):
         waiting: list[Samples] = []
         remaining = iter(own)
         shard = next(remaining, None)
-        with WriterPool(threads) as pool:
+        submitted: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(threads, "mvar-writer") as pool:  # what was submitted is finished, however this ends
             for samples in generate([index for number in own for index in spec.span(number)], tell):
                 waiting.append(samples)
                 while shard is not None and sum(map(len, waiting)) >= (size := len(spec.span(shard))):
                     joined = join_samples(waiting)
-                    pool.submit(self.write, shard, joined.rows(slice(size)))
+                    while len(submitted) > threads:  # so that memory stays bounded
+                        submitted.popleft().result()
+                    submitted.append(pool.submit(self.write, shard, joined.rows(slice(size))))
                     waiting = [joined.rows(slice(size, None))]
                     shard = next(remaining, None)
+        for future in submitted:
+            future.result()
         while wait and others - self.present():
             time.sleep(SECONDS_BETWEEN_LOOKS / 5)
             tell(self.samples_in(own), 0, between=0)
@@ -476,38 +480,6 @@ class SampleShards(Resumable):
                         done += len(array)
                         if progress is not None:
                             progress(done // len(names), total)
-
-
-class WriterPool:
-    """A few threads with a short queue: `submit` waits while it is full, so that memory stays bounded.
-
-    The first error of a thread is raised by a later `submit`, or where the block ends. If the block ends by an
-    interruption, everything submitted is finished; if it ends by an error, what has not begun is dropped.
-    """
-
-    def __init__(self, threads: int):
-        self.threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="mvar-writer")
-        self._submitted: deque[Future[None]] = deque()
-
-    def __enter__(self) -> WriterPool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                for future in self._submitted:
-                    future.result()
-        finally:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Run `work(*arguments)` in a thread; waits while all threads are busy and one piece of work is waiting."""
-        while len(self._submitted) > self.threads:
-            self._submitted.popleft().result()
-        self._submitted.append(self._executor.submit(work, *arguments))
 
 
 def strip(stages: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""`mvar edit`: what stays is what was promised, in tokens and with --paste in pixels."""
+"""`mvar edit`: what is kept stays, in tokens and with --paste in pixels."""
 
 import numpy as np
 import pytest
@@ -142,7 +142,7 @@ def test_a_box_is_in_pixels_of_the_file(mvar, model, large, tmp_path):
     assert np.array_equal(loaded(tmp_path / "c.npz")["tokens"], made["tokens"])
 
 
-def test_edits_do_not_depend_on_the_batch_and_go_on(mvar, model, picture, other, tmp_path, monkeypatch):
+def test_edits_do_not_depend_on_the_batch_and_resume(mvar, model, picture, other, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, path in (("a", picture), ("b", other)):

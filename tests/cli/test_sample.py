@@ -1,4 +1,4 @@
-"""`mvar sample` stopped at any moment: what it leaves, and that the same command ends as if nothing had happened."""
+"""`mvar sample` stopped at any moment: what it leaves, and that the same command ends as if it had not been stopped."""
 
 import json
 import os
@@ -86,7 +86,7 @@ KILL, INTERRUPT = int(signal.SIGKILL), int(signal.SIGINT)
 MOMENTS_NPZ = {
     "first-shard-written": ("mvar_core.sampling.shards", "SampleShards.write", "after", 1),
     "third-shard-without-its-name": ("pathlib", "Path.replace", "before", 4),
-    "while-put-together": ("mvar_core.sampling.shards", "npz_member", "before", 2),
+    "while-assembling": ("mvar_core.sampling.shards", "npz_member", "before", 2),
     "all-but-the-name": ("pathlib", "Path.replace", "before", 9),
     "named-but-not-cleaned": ("pathlib", "Path.replace", "after", 9),
 }
@@ -99,7 +99,7 @@ MOMENTS_PNG = {
 
 
 @pytest.mark.parametrize(("output", "moments"), [("npz", MOMENTS_NPZ), ("png", MOMENTS_PNG)])
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(mvar, model, tmp_path, output, moments):
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(mvar, model, tmp_path, output, moments):
     options = ["sample", "--checkpoint", model, "--class", "all", "--num", 2, "--format", output, "--save-tokens"]
     options += ["--batch-size", 2, *(["--stages"] if output == "png" else [])]
     suffix = ".npz" if output == "npz" else ""
@@ -130,7 +130,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(mvar, model, tmp_path
         assert all(os.path.isfile(path) for path in done["outputs"])
 
 
-def test_ctrl_c_keeps_what_is_drawn_and_says_how_to_go_on(mvar, model, tmp_path):
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_resume(mvar, model, tmp_path):
     options = ["sample", "--checkpoint", model, "--class", "all", "--num", 2, "--format", "npz", "--batch-size", 1]
     first = [*options, "--out", tmp_path / "none.npz", "--json"]
     second = [*options, "--out", tmp_path / "some.npz", "--json"]
@@ -187,7 +187,7 @@ def test_other_weights_under_the_same_name_are_other_settings(mvar, model, tmp_p
 
 def test_a_resumed_run_that_lacks_nothing_loads_no_model(mvar, model, tmp_path, monkeypatch):
     options = ["sample", "--checkpoint", model, "--class", "all", "--num", 2, "--out", tmp_path / "x.npz"]
-    stop([[options, *MOMENTS_NPZ["while-put-together"], KILL]])
+    stop([[options, *MOMENTS_NPZ["while-assembling"], KILL]])
     monkeypatch.setattr("mvar_core.pipeline.Pipeline.from_pretrained", None)
     assert mvar(*options, "--json").json["resumed"] == 6
 
@@ -214,7 +214,7 @@ def launched(*arguments, nproc=2):
     return json.loads(done.stdout)
 
 
-def test_two_processes_draw_what_one_draws_and_go_on_with_what_one_began(mvar, model, tmp_path):
+def test_two_processes_generate_what_one_does_and_resume_what_one_began(mvar, model, tmp_path):
     options = ["sample", "--checkpoint", model, "--class", "all", "--num", 3, "--save-tokens", "--json"]
     straight, begun = tmp_path / "straight.npz", tmp_path / "begun.npz"
     for size in (1, 3, 8):
@@ -261,7 +261,7 @@ def test_killed_at_random_moments(mvar, model, tmp_path, output):
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_two_leaves_a_run_that_goes_on(mvar, model, tmp_path):
+def test_a_killed_process_of_two_leaves_a_run_that_resumes(mvar, model, tmp_path):
     options = ["sample", "--checkpoint", model, "--class", "all", "--num", 100, "--format", "npz", "--json"]
     out = tmp_path / "two.npz"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

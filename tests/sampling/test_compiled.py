@@ -1,4 +1,4 @@
-"""Compiled blocks draw what plain ones draw, and a warm model compiles nothing again."""
+"""Compiled blocks sample the same tokens as plain ones, and a warm model compiles nothing again."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Editing keeps exactly the tokens that it promises, at every scale, and draws the rest as sampling does."""
+"""Editing keeps exactly the tokens that it promises, at every scale, and samples the rest."""
 
 import golden_models
 import numpy as np
@@ -59,7 +59,7 @@ def box(shape: tuple[int, int], top: int, left: int, bottom: int, right: int) ->
 
 
 def expected_tokens(pixels: np.ndarray, pyramid: ScalePyramid, coverage: float = 0.5) -> np.ndarray:
-    """Which tokens stay, cell by cell: each grid drawn out to whole units, and units counted."""
+    """Which tokens stay, cell by cell: each grid enlarged to whole units, and units counted."""
     last = pyramid.latent_grid
     cell = pixels.shape[0] // last.height, pixels.shape[1] // last.width
     finest = np.array(
@@ -110,7 +110,7 @@ def test_masks_are_resized_by_area(name: str, keep: str, coverage: float) -> Non
         assert np.array_equal(found.numpy(), expected_tokens(pixels.numpy(), pyramid, coverage))
 
 
-def test_what_is_to_change_is_drawn_anew_at_the_last_scale() -> None:
+def test_what_changes_is_sampled_at_the_last_scale() -> None:
     pyramid = load_config("mvar-d16-256").model.pyramid
     last = pyramid.spans[-1]
     one_pixel = torch.ones(256, 256, dtype=torch.bool)
@@ -141,8 +141,8 @@ def test_editing_keeps_the_tokens_it_promises(pipeline: Pipeline, keep: str) -> 
         assert (edited.images[:, shown].int() - decoded[:, shown].int()).abs().max() <= 1
 
 
-def test_what_is_drawn_follows_from_what_stays(pipeline: Pipeline) -> None:
-    """Greedy tokens are those of teacher-forced logits given the edited tokens: what is drawn sees what stays."""
+def test_sampled_tokens_follow_from_kept_ones(pipeline: Pipeline) -> None:
+    """Greedy tokens are those of teacher-forced logits given the edited tokens: what is sampled sees what stays."""
     mask = box((64, 64), 16, 16, 48, 64)
     edited = pipeline.edit(pictures(3), mask, labels=LABELS, cfg=0, top_k=1, top_p=0)
     likeliest = pipeline.logits(edited.tokens, LABELS).argmax(-1)
@@ -216,10 +216,10 @@ def test_images_that_are_not_square(wide: Pipeline, keep: str) -> None:
         assert torch.equal(edited.images[:, pixels], to_uint8(images)[:, pixels])
         if not stays.any():
             continue
-        drawn = wide.sample([1, 2], cfg=1.0, top_k=0, top_p=0)
+        sampled = wide.sample([1, 2], cfg=1.0, top_k=0, top_p=0)
         first = pyramid.spans[0]
         if not stays[:, first].any():
-            assert torch.equal(edited.tokens[:, first], drawn.tokens[:, first])
+            assert torch.equal(edited.tokens[:, first], sampled.tokens[:, first])
 
 
 def test_a_stream_of_edits(pipeline: Pipeline) -> None:

@@ -1,5 +1,6 @@
 """Samples on their way to an output: shards, what is refused, writers in threads, one file out of many."""
 
+import itertools
 import threading
 import time
 import zipfile
@@ -12,7 +13,7 @@ from PIL import Image
 from mvar_core.errors import DataError
 from mvar_core.io.npz import npz_member
 from mvar_core.sampling.images import Samples
-from mvar_core.sampling.shards import PUBLISHING, SampleOutput, SampleShards, SampleSpec, WriterPool, grid_columns
+from mvar_core.sampling.shards import PUBLISHING, SampleOutput, SampleShards, SampleSpec, grid_columns
 from mvar_core.untrusted import read_json
 
 
@@ -284,50 +285,42 @@ def test_outputs_that_exist_are_kept(tmp_path):
     assert SampleOutput.of(tmp_path / "a.b").strips == tmp_path / "a.b-stages"
 
 
-def test_submitting_waits_while_the_queue_is_full():
-    open_gate = threading.Event()
-    brought = []
+def test_generating_waits_for_the_writers(tmp_path, monkeypatch):
+    parts = shards_of(tmp_path / "x.npz", spec())
+    parts.begin()
+    gate, generated, write = threading.Event(), [], parts.write
+    monkeypatch.setattr(parts, "write", lambda *arguments: (gate.wait(), write(*arguments)))
 
-    def bring(pool):
-        for number in range(5):
-            pool.submit(open_gate.wait)
-            brought.append(number)
+    def make():
+        parts.make(parts.pieces, set(), made(parts.spec, (1,)), lambda done, total: generated.append(done))
 
-    with WriterPool(1) as pool:
-        thread = threading.Thread(target=bring, args=(pool,))
-        thread.start()
-        deadline = time.monotonic() + 30
-        while len(brought) < 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.05)
-        assert brought == [0, 1]
-        open_gate.set()
-        thread.join()
-    assert brought == [0, 1, 2, 3, 4]
-
-
-def fail():
-    raise ValueError("no ink")
+    thread = threading.Thread(target=make)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while max(generated, default=0) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert max(generated) == 3, "one is being written, one waits, one could not be handed over"
+    gate.set()
+    thread.join()
+    assert parts.done() == set(parts.pieces)
+    parts.release()
 
 
-def test_an_error_of_a_writer_is_the_commands():
-    done = []
-    with pytest.raises(ValueError, match="no ink"), WriterPool(1) as pool:
-        pool.submit(fail)
-        for _ in range(100):
-            pool.submit(done.append, 1)
-    assert len(done) < 100
-    with pytest.raises(ValueError, match="no ink"), WriterPool(1) as pool:
-        pool.submit(fail)
+def test_an_interruption_finishes_what_was_generated(tmp_path, monkeypatch):
+    parts = shards_of(tmp_path / "x.npz", spec())
+    parts.begin()
+    write = parts.write
+    monkeypatch.setattr(parts, "write", lambda *arguments: (time.sleep(0.01), write(*arguments)))
 
-
-def test_an_interruption_finishes_what_was_submitted():
-    done = []
-    with pytest.raises(KeyboardInterrupt), WriterPool(3) as pool:
-        for number in range(4):
-            pool.submit(lambda number=number: (time.sleep(0.01), done.append(number)))
+    def generate(indices, progress):
+        yield from itertools.islice(made(parts.spec, (1,))(indices, progress), 4)
         raise KeyboardInterrupt
-    assert done == [0, 1, 2, 3]
+
+    with pytest.raises(KeyboardInterrupt):
+        parts.make(parts.pieces, set(), generate, lambda done, total: None, threads=3)
+    assert parts.done() == {0, 1, 2, 3}
+    parts.release()
 
 
 def test_npz_is_what_numpy_would_have_written(tmp_path):

@@ -61,20 +61,20 @@ def test_the_vector_decides(pipeline: Pipeline) -> None:
 def test_guidance_is_between_the_vector_and_none(pipeline: Pipeline) -> None:
     """Greedy tokens are those of guided logits, computed for both halves in a packed pass."""
     given = vectors(3)
-    drawn = pipeline.sample(conditions=given, cfg=3.0, top_k=1, top_p=0)
+    sampled = pipeline.sample(conditions=given, cfg=3.0, top_k=1, top_p=0)
     none = torch.full_like(given, torch.nan)
-    conditional, unconditional = pipeline.logits(drawn.tokens, given), pipeline.logits(drawn.tokens, none)
+    conditional, unconditional = pipeline.logits(sampled.tokens, given), pipeline.logits(sampled.tokens, none)
     strengths = torch.tensor([3.0 * pipeline.config.pyramid.ratio(s) for s in pipeline.config.pyramid.scale_of_token])
     guided = torch.lerp(unconditional, conditional, 1 + strengths[:, None])
-    found, best = guided.gather(2, drawn.tokens[..., None])[..., 0], guided.max(dim=2).values
+    found, best = guided.gather(2, sampled.tokens[..., None])[..., 0], guided.max(dim=2).values
     assert torch.allclose(found, best, atol=1e-4)
     assert not torch.allclose(conditional, unconditional)
 
 
 def test_nothing_is_a_condition_too(pipeline: Pipeline) -> None:
     none = pipeline.transformer.conditioner.null(2)
-    drawn = pipeline.sample(conditions=torch.cat([none, vectors(1)]), seed=1, **SETTINGS)
-    assert torch.equal(drawn.tokens[:2], pipeline.sample(conditions=none, seed=1, **SETTINGS).tokens)
+    sampled = pipeline.sample(conditions=torch.cat([none, vectors(1)]), seed=1, **SETTINGS)
+    assert torch.equal(sampled.tokens[:2], pipeline.sample(conditions=none, seed=1, **SETTINGS).tokens)
 
 
 def test_samples_are_labelled_as_asked(pipeline: Pipeline) -> None:
@@ -94,7 +94,7 @@ def test_labels_and_other_vectors_are_refused(pipeline: Pipeline) -> None:
     assert len(pipeline.sample(conditions=[]).images) == 0
 
 
-def test_the_published_way_of_sampling_takes_vectors(pipeline: Pipeline) -> None:
+def test_published_style_sampling_accepts_vectors(pipeline: Pipeline) -> None:
     images = sample_published_style(
         pipeline.transformer,
         pipeline.tokenizer,
@@ -108,7 +108,7 @@ def test_the_published_way_of_sampling_takes_vectors(pipeline: Pipeline) -> None
 def test_a_saved_model_samples_the_same(pipeline: Pipeline, tmp_path) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
-    drawn = pipeline.sample(conditions=vectors(2), **SETTINGS)
-    assert torch.equal(again.sample(conditions=vectors(2), **SETTINGS).images, drawn.images)
+    sampled = pipeline.sample(conditions=vectors(2), **SETTINGS)
+    assert torch.equal(again.sample(conditions=vectors(2), **SETTINGS).images, sampled.images)
     half = Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype="bfloat16")
-    assert half.sample(conditions=vectors(2), **SETTINGS).images.shape == drawn.images.shape
+    assert half.sample(conditions=vectors(2), **SETTINGS).images.shape == sampled.images.shape

@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from torch import nn
 
 from mvar_core.allocator import keep_freed_memory
-from mvar_core.analysis.measure import StageClock, median_seconds
+from mvar_core.analysis.cost import weight_bytes
+from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import Machine, RunConfig
 from mvar_core.errors import MvarError
@@ -258,6 +259,16 @@ def measure_training(request: Request) -> dict[str, Any]:
     return row
 
 
+def measure_memory(request: Request) -> dict[str, Any]:
+    """The most memory that torch's allocator hands out while a batch is sampled, weights included."""
+    transformer, vqvae, sample = request.sampling()
+    weights = weight_bytes(transformer, vqvae)
+    sample(1)
+    with allocation_peak(request.device) as live:
+        sample(request.batch_size)
+    return {"measured_bytes": weights + live.peak_bytes, "weight_bytes": weights}
+
+
 def _timed(
     request: Request, process_bytes: int, run: Callable[[], object], warmup: Callable[[], object] | None = None
 ) -> dict[str, Any]:
@@ -297,6 +308,7 @@ def _cache_bytes(transformer: Transformer) -> Iterator[dict[str, int]]:
 MEASUREMENTS: dict[str, Callable[[Request], dict[str, Any]]] = {
     "sample": measure_sampling,
     "train": measure_training,
+    "sample-memory": measure_memory,
 }
 
 if __name__ == "__main__":

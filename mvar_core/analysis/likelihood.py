@@ -21,7 +21,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from mvar_core.config import ModelConfig
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.models.conditioning import Conditioner, Conditions, VectorConditioner
 from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
@@ -60,6 +60,9 @@ def log_likelihoods(
 
     Returns:
         In nats, on the CPU.
+
+    Raises:
+        CheckpointError: They are not finite.
     """
     pyramid, device = transformer.pyramid, tokens_BL.device
     images, candidates = conditions.shape[:2]
@@ -84,6 +87,10 @@ def log_likelihoods(
             scored_PS[pairs, scale] = log_p_Pl.sum(-1).double().cpu()
         if on_pairs is not None:
             on_pairs(pairs.stop - pairs.start)
+    if not bool(scored_PS.isfinite().all()):
+        raise CheckpointError(
+            "The model's probabilities are not finite.", "Its weights are damaged: load or train it again."
+        )
     return scored_PS.unflatten(0, (images, candidates))
 
 
@@ -189,7 +196,7 @@ def measure_likelihood(
     for tokens_BL, labels_B in batches:
         candidates = [torch.full((len(tokens_BL), 1), null_label)]
         if labels_B is not None:
-            _check_labels(labels_B, classes, null_label)
+            _check_labels(labels_B, len(tokens_BL), classes, null_label)
             own = labels_B.view(-1, 1) if classes is None else competing.expand(len(tokens_BL), -1)
             candidates.append(own.long().cpu())
         scored_BKS = log_likelihoods(
@@ -262,7 +269,9 @@ def _report(batches: Sequence[Columns], config: ModelConfig, competing: int) -> 
     )
 
 
-def _check_labels(labels_B: Tensor, classes: Sequence[int] | None, null_label: int) -> None:
+def _check_labels(labels_B: Tensor, images: int, classes: Sequence[int] | None, null_label: int) -> None:
+    if labels_B.shape != (images,) or labels_B.is_floating_point() or labels_B.is_complex():
+        raise DataError(f"There are {labels_B.dtype} labels {tuple(labels_B.shape)} for the tokens of {images} images.")
     for label in labels_B.unique().tolist():
         if not 0 <= label < null_label:
             raise DataError(f"An image is of class {label}; the model has classes 0 … {null_label - 1}.")

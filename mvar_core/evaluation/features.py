@@ -84,6 +84,19 @@ def check_images(images: Tensor) -> None:
         )
 
 
+def check_features(found: Any, extractor: FeatureExtractor, images: int) -> None:
+    """Raise DataError for what is not `Features` of that many images."""
+    kinds: list[Any] = list(found) if isinstance(found, Features) else [found]
+    for index, values in enumerate(kinds):
+        fits = isinstance(values, Tensor) and values.is_floating_point() and values.ndim == 2 and len(values) == images
+        if not (fits and (index or values.shape[1] == extractor.dim)) and (index == 0 or values is not None):
+            shape = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise DataError(
+                f"The network {extractor.name} returns {shape} for {images} images; expected Features whose pool is"
+                f" float ({images}, {extractor.dim}) and whose logits and spatial are float ({images}, any) or None."
+            )
+
+
 @contextmanager
 def exact_matmul() -> Iterator[None]:
     """Measure in true float32: no TensorFloat-32 in CUDA's matrix products and convolutions inside the block.

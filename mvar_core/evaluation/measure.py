@@ -27,6 +27,7 @@ from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.references import FORMAT, ReferenceRecord, load_reference, read_features, write_features
 from mvar_core.evaluation.statistics import FeatureSet, collect, merge_statistics
 from mvar_core.progress import Progress, stage
+from mvar_core.untrusted import check_whole
 
 logger = logging.getLogger("mvar")
 
@@ -111,8 +112,19 @@ class Measurer:
         return key, None if found is None or (self.keep_features and found.features is None) else found
 
 
-def check_cache(cache: str | Path | None) -> None:
-    """Raise DataError for a cache that is not a directory, before anything slow."""
+LEAST = {"num_samples": 2, "kid_subset": 2, "batch_size": 1, "seed": 0}
+
+
+def check_values(cache: str | Path | None, **numbers: int | None) -> None:
+    """Refuse arguments of an evaluation before anything slow.
+
+    Raises:
+        ConfigError: A number that is not whole, or too small.
+        DataError: A cache that is not a directory.
+    """
+    for name, value in numbers.items():
+        if value is not None:
+            check_whole(f"--{name.replace('_', '-')}", value, LEAST[name])
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise DataError(f"--cache {cache} is a file; expected a directory.")
 

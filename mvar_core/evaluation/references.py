@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from mvar_core import __version__
 from mvar_core.data.evaluation_images import EvaluationImages
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, one_line
 from mvar_core.evaluation.statistics import FeatureSet, Statistics
 from mvar_core.io.files import atomic_path
 from mvar_core.io.npz import read_npz
+from mvar_core.untrusted import parse_json
 
 FORMAT = "mvar-reference-1"
 """Version of the layout, in references and in caches of features."""
 
 RECORD = "record"
-ROWS = ("features", "logits", "content_keys", "labels")
+ROWS = {"features": ("float32", 2), "logits": ("float32", 2), "content_keys": ("int64", 1), "labels": ("int64", 1)}
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,23 @@ def load_reference(path: Path) -> tuple[FeatureSet | None, ReferenceRecord | Non
     features, description = read_features(path)
     if description is None:
         return features, None
+    if description.pop("kind", None) != FORMAT:
+        raise DataError(f"{path} holds cached features, which are no reference.", "Use a file of make-reference.")
     try:
-        if description.pop("kind") != FORMAT:
-            raise KeyError("kind")
-        names = description.get("class_names")
-        description["image_shape"] = tuple(description["image_shape"])
-        description["class_names"] = None if names is None else tuple(names)
-        record = ReferenceRecord(**description)
-        if features is None or features.statistics is None:
-            raise TypeError("it has no statistics")
-        if (features.count, features.weights_hash) != (record.count, record.weights_hash):
-            raise TypeError("its arrays are not those of its record")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a whole reference: {error}.", "Make the reference again.") from error
+        record: ReferenceRecord = TypeAdapter(ReferenceRecord).validate_json(json.dumps(description), strict=True)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: its record has {one_line(error)[:300]}.", "Make it again.") from None
+    if features is None or features.statistics is None:
+        raise DataError(f"{path} is damaged: it has no statistics.", "Make it again.")
+    if (features.extractor, features.weights_hash, features.count) != (
+        record.extractor,
+        record.weights_hash,
+        record.count,
+    ):
+        raise DataError(f"{path} is damaged: its arrays are not those of its record.", "Make it again.")
+    names = record.class_names
+    if features.labels is not None and names is not None and len(names) <= features.labels.max():
+        raise DataError(f"{path} is damaged: it has labels without a class name.", "Make it again.")
     return features, record
 
 
@@ -126,28 +133,34 @@ def read_features(path: Path) -> tuple[FeatureSet | None, dict[str, Any] | None]
         DataError: The file is absent, damaged or not an npz file; names it.
     """
     arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", RECORD))
-    try:
-        text = json.loads(str(arrays[RECORD]))
-        ours = text["format"] == FORMAT
-    except (KeyError, TypeError, ValueError):
-        ours = False
+    text: Any = None
+    if RECORD in arrays and arrays[RECORD].dtype.kind == "U" and arrays[RECORD].ndim == 0:
+        with suppress(DataError):
+            text = parse_json(str(arrays[RECORD]), f"{path}, record")
+    ours = isinstance(text, dict) and text.get("format") == FORMAT
     pool, spatial = (_gaussian(path, arrays, suffix) for suffix in ("", "_s"))
     if not ours:
         return (None if pool is None else FeatureSet("inception", None, None, pool, spatial, source=str(path))), None
     rows: dict[str, Any] = read_npz(path, ROWS)
-    try:
-        known, description = text["set"], dict(text["description"])
-        name, weights_hash, count = known["extractor"], known["weights_hash"], known["count"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: its record lacks {error}.", "Make it again.") from error
+    known, description = text.get("set"), text.get("description")
+    kinds = [type(known.get(key)) for key in ("extractor", "weights_hash", "count")] if isinstance(known, dict) else []
+    if kinds != [str, str, int] or known["count"] < 1 or not isinstance(description, dict):
+        raise DataError(f"{path} is damaged: its record is incomplete.", "Make it again.")
+    count, width = known["count"], None if pool is None else len(pool["mu"])
     for key, array in rows.items():
-        if array.ndim < 1 or len(array) != count:
-            raise DataError(
-                f"{path} is damaged: {key} has shape {array.shape}, expected {count} rows.", "Make it again."
-            )
+        dtype, ndim = ROWS[key]
+        fits = array.dtype == dtype and array.ndim == ndim and len(array) == count and np.isfinite(array).all()
+        if not fits or (key == "features" and array.shape[1] != (width or array.shape[1])):
+            expected = f"{count} rows of finite {dtype}" + (f", {width} each" if key == "features" and width else "")
+            found = f"{array.dtype} {array.shape}"
+            raise DataError(f"{path} is damaged: {key} is {found}, expected {expected}.", "Make it again.")
     labels = rows.pop("labels", None)
+    if labels is not None and labels.min() < 0:
+        raise DataError(f"{path} is damaged: it has the label {labels.min()}.", "Make it again.")
     tensors: dict[str, Any] = {key: torch.from_numpy(array) for key, array in rows.items()}
-    return FeatureSet(name, weights_hash, count, pool, spatial, labels=labels, **tensors), description
+    return FeatureSet(known["extractor"], known["weights_hash"], count, pool, spatial, labels=labels, **tensors), dict(
+        description
+    )
 
 
 def _gaussian(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> Statistics | None:
@@ -158,10 +171,18 @@ def _gaussian(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> St
             raise DataError(f"{path} lacks {missing[0]}, one of {mean} and {covariance}.")
         return None
     mu, sigma = arrays[mean], arrays[covariance]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise DataError(
-            f"{path}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; expected (F,) and (F, F)."
-        )
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)) or {mu.dtype.kind, sigma.dtype.kind} != {"f"}:
+        found = f"{mean} is {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape}"
+        raise DataError(f"{path}: {found}; expected floats (F,) and (F, F).")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DataError(f"{path}: {mean} or {covariance} holds values that are not finite.")
-    return Statistics(mu=mu.astype(np.float64), sigma=sigma.astype(np.float64))
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    scale = np.sqrt(np.abs(np.diag(sigma)))
+    tolerance = 1e-4 * max(1e-12, float(scale.max()) ** 2)
+    if (
+        np.diag(sigma).min() < -tolerance
+        or np.abs(sigma - sigma.T).max() > tolerance
+        or (np.abs(sigma) - np.outer(scale, scale)).max() > tolerance
+    ):
+        raise DataError(f"{path}: {covariance} is no covariance: it is not symmetric, or not positive semidefinite.")
+    return Statistics(mu=mu, sigma=sigma)

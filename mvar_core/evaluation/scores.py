@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.fidelity import fidelity_module
-from mvar_core.evaluation.statistics import FeatureSet, Statistics
+from mvar_core.evaluation.statistics import FeatureSet, Statistics, check_finite
+from mvar_core.untrusted import check_whole
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 
@@ -25,6 +26,9 @@ INCEPTION_SPLITS = 10
 NEIGHBOURHOOD = 3
 NEIGHBOURHOOD_BLOCK = 256
 KID_SUBSETS = 100
+SEEDS = 2**32
+"""How many seeds numpy's older generator, which torch-fidelity uses, accepts."""
+
 KID_SUBSET_SIZE = 1000
 KID_CLASS_MINIMUM = 20
 """Images of a class in both sets from which on its KID says more than its noise."""
@@ -41,9 +45,11 @@ def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         names = METRICS if names == "all" else [name.strip() for name in names.split(",")]
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ConfigError(f"--metrics {names!r:.80} names no metric. {nearest('', METRICS)}")
     for name in names:
         if name not in METRICS:
-            raise ConfigError(f"There is no metric {name!r}. {nearest(name, METRICS)}")
+            raise ConfigError(f"There is no metric {name!r:.80}. {nearest(str(name), METRICS)}")
     return tuple(metric for metric in METRICS if metric in names)
 
 
@@ -56,6 +62,9 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
         DataError: Statistics of different numbers of features.
     """
     _check_widths(len(first["mu"]), len(second["mu"]))
+    for gaussian in (first, second):
+        if not (np.isfinite(gaussian["mu"]).all() and np.isfinite(gaussian["sigma"]).all()):
+            raise DataError("The mean or covariance of a set is not finite.", "Check its images and the network.")
     metric = fidelity_module("metric_fid")
     first, second = (
         Statistics(mu=np.asarray(gaussian["mu"], np.float64), sigma=np.asarray(gaussian["sigma"], np.float64))
@@ -74,10 +83,11 @@ def inception_score(
     Raises:
         DataError: Fewer images than splits.
     """
-    if len(logits) < splits or splits < 1:
+    check_finite(_matrix(logits))
+    if len(logits) < check_whole("splits", splits, 1):
         raise DataError(f"The inception score in {splits} splits needs at least as many images, found {len(logits)}.")
     metric = fidelity_module("metric_isc")
-    result = metric.isc_features_to_metric(logits.double(), splits=splits, shuffle=True, rng_seed=seed)
+    result = metric.isc_features_to_metric(logits.double(), splits=splits, shuffle=True, rng_seed=seed % SEEDS)
     return float(result[metric.KEY_METRIC_ISC_MEAN]), float(result[metric.KEY_METRIC_ISC_STD])
 
 
@@ -89,6 +99,7 @@ def precision_recall(
     Raises:
         DataError: A set has no more than k images.
     """
+    _check_pair(samples, reference)
     if min(len(samples), len(reference)) <= neighbourhood:
         raise DataError(
             f"Precision and recall need more than {neighbourhood} images in both sets,"
@@ -142,12 +153,18 @@ def kernel_distance(
     Raises:
         DataError: A set has fewer than two images.
     """
+    _check_pair(samples, reference)
     subsets, size = kid_subsets(len(samples), len(reference), subset_size)
     if size < 2:
         raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
     metric = fidelity_module("metric_kid")
     result = metric.kid_features_to_metric(
-        samples.double(), reference.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
+        samples.double(),
+        reference.double(),
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        rng_seed=seed % SEEDS,
+        verbose=False,
     )
     return float(result[metric.KEY_METRIC_KID_MEAN]), float(result[metric.KEY_METRIC_KID_STD])
 
@@ -295,6 +312,7 @@ def unbiased_kernel_distance(samples: Float[Tensor, "N F"], reference: Float[Ten
     Raises:
         DataError: A set has fewer than two images.
     """
+    _check_pair(samples, reference)
     if min(len(samples), len(reference)) < 2:
         raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
     ours, theirs = samples.double(), reference.double()
@@ -342,6 +360,19 @@ def _by_content(images: FeatureSet, rows: Tensor) -> Tensor:
     return rows if images.content_keys is None else rows[images.content_keys.argsort(stable=True)]
 
 
+def _matrix(rows: Tensor) -> Tensor:
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or rows.shape[1] == 0:
+        found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise DataError(f"Features are a matrix of floats, a row per image, found {found}.")
+    return rows
+
+
+def _check_pair(first: Tensor, second: Tensor) -> None:
+    check_finite(_matrix(first))
+    check_finite(_matrix(second))
+    _check_widths(first.shape[1], second.shape[1])
+
+
 def _check_widths(first: int, second: int) -> None:
     if first != second:
         raise DataError(
@@ -353,10 +384,10 @@ def _check_widths(first: int, second: int) -> None:
 def _labelled(role: str, images: FeatureSet, labels: NDArray[np.int64]) -> Tensor:
     if images.features is None:
         raise DataError(f"Scores per class need the features of the {role} set's images, which are not known.")
-    if labels.shape != (len(images.features),) or len(labels) == 0:
+    if labels.shape != (len(images.features),) or len(labels) == 0 or labels.dtype.kind not in "iu":
         raise DataError(
-            f"The {role} set has {len(images.features)} images and labels of shape {labels.shape}; expected one label"
-            " per image, and some."
+            f"The {role} set has {len(images.features)} images and {labels.dtype} labels of shape {labels.shape};"
+            " expected one whole number per image, and some."
         )
     return images.features
 

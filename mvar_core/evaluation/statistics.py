@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core.errors import DataError
-from mvar_core.evaluation.features import FeatureExtractor, exact_matmul
+from mvar_core.evaluation.features import FeatureExtractor, check_features, exact_matmul
 
 BLOCK_ROWS = 256
 
@@ -190,6 +190,7 @@ def collect(
     rows: dict[str, Any] = {}
     pool_statistics, spatial_statistics = StreamingStatistics(first), StreamingStatistics(first)
     count = 0
+    widths: list[int | None] = []
 
     def keep(name: str, values: Tensor) -> None:
         # One buffer for all images: joining a list of batches would take the memory twice.
@@ -202,6 +203,10 @@ def collect(
             if count + len(images) > total:
                 raise DataError(f"There are more images than the {total} that were expected.")
             batch = extractor(images)
+            check_features(batch, extractor, len(images))
+            widths = widths or [None if each is None else each.shape[1] for each in batch]
+            if [None if each is None else each.shape[1] for each in batch] != widths:
+                raise DataError(f"The network {extractor.name} returns features of other widths than {widths}.")
             pool_statistics.update(batch.pool)
             if batch.logits is not None:
                 check_finite(batch.logits, first + count)

@@ -20,7 +20,7 @@ from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_cache, open_measured_images
+from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_values, open_measured_images
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
 from mvar_core.evaluation.references import save_reference
 from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
@@ -159,7 +159,7 @@ def evaluate(
     """
     machine = machine or Machine()
     asked = check_metrics(metrics)
-    check_cache(cache)
+    check_values(cache, num_samples=num_samples, batch_size=batch_size, kid_subset=kid_subset, seed=seed)
     if (samples is None) == (checkpoint is None):
         raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
     with connect(machine.device) as here:
@@ -274,6 +274,7 @@ def make_reference(
         DataError: Images or weights that cannot be used, or a file that is already there.
     """
     machine, out, start = machine or Machine(), Path(out), time.monotonic()
+    check_values(None, batch_size=batch_size)
     if out.suffix.lower() != ".npz":
         raise DataError(f"--out {out} does not end in .npz.")
     if out.is_dir() or (out.exists() and not overwrite):

@@ -27,6 +27,7 @@ from mvar_core.progress import Progress, stage
 from mvar_core.results import DryRun
 from mvar_core.runtime import peak_memory_bytes
 from mvar_core.sampling.conditions import parse_classes
+from mvar_core.untrusted import check_whole
 from mvar_core.workflows.evaluate import load_pipeline
 
 logger = logging.getLogger("mvar")
@@ -97,6 +98,10 @@ def evaluate_likelihood(
     """
     if (tokens is None) == (data is None):
         raise ConfigError("Likelihoods are of tokens or of images.", "Use one of --tokens CACHE and --data IMAGES.")
+    for name, value in (("--num-samples", num_samples), ("--batch-size", batch_size)):
+        if value is not None:
+            check_whole(name, value, 1)
+    check_whole("--seed", seed)
     machine, start = machine or Machine(), time.monotonic()
     with connect(machine.device) as here:
         pipeline = load_pipeline(checkpoint, tokenizer, machine)

@@ -15,7 +15,7 @@ from mvar_core.data.evaluation_images import EvaluationImages
 from mvar_core.distributed import connect
 from mvar_core.errors import ConfigError
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
-from mvar_core.evaluation.measure import Measurer, Reference, check_cache, open_measured_images
+from mvar_core.evaluation.measure import Measurer, Reference, check_values, open_measured_images
 from mvar_core.evaluation.published import comparability, input_reasons
 from mvar_core.evaluation.reconstruction import ReconstructionMeter
 from mvar_core.evaluation.scores import evaluate_features
@@ -86,7 +86,7 @@ def evaluate_reconstruction(
         DataError: Images or weights that cannot be used, or too few images.
     """
     machine = machine or Machine()
-    check_cache(cache)
+    check_values(cache, num_samples=num_samples, batch_size=batch_size)
     with connect(machine.device) as here:
         if here.world_size > 1:
             raise ConfigError(f"Reconstructions are measured in one process, found {here.world_size}.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvar_core.errors import DataError
 from mvar_core.evaluation.features import Features
-from mvar_core.evaluation.measure import Measurer, check_cache
+from mvar_core.evaluation.measure import Measurer, check_values
 from mvar_core.evaluation.statistics import FeatureSet
 
 
@@ -106,4 +106,4 @@ def test_a_damaged_file_is_measured_again_with_a_warning(tmp_path: Path, caplog:
 def test_the_cache_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="--cache"):
-        check_cache(tmp_path / "file")
+        check_values(tmp_path / "file")

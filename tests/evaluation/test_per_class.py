@@ -93,7 +93,7 @@ def test_the_seed_chooses_images_of_large_classes(monkeypatch: pytest.MonkeyPatc
 
 def test_refuses_labels_and_features_that_do_not_fit() -> None:
     samples, labels, reference, _ = sets(3, [0, 1])
-    with pytest.raises(DataError, match="6 images and labels of shape"):
+    with pytest.raises(DataError, match=r"6 images and int64 labels of shape \(5,\)"):
         per_class(samples, labels[:-1], reference, labels)
     with pytest.raises(DataError, match="the reference set's images, which are not known"):
         per_class(samples, labels, FeatureSet("tiny", None, None, None), labels)

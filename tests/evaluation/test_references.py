@@ -107,6 +107,8 @@ def test_reads_a_file_of_the_adm_evaluators_layout(tmp_path: Path) -> None:
         {"record": np.arange(3)},
         {"record": np.array("not json")},
         {"record": np.array(json.dumps({"format": "someone's"}))},
+        {"record": np.array("[" * 100_000)},
+        {"record": np.array("9" * 100_000)},
     ],
 )
 def test_other_npz_files_are_neither(tmp_path: Path, content: dict[str, Any]) -> None:
@@ -161,10 +163,29 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
     record = json.loads(str(arrays["record"]))
     incomplete = {**record, "description": {"kind": record["description"]["kind"]}}
     other = {**record, "description": {**record["description"], "weights_hash": "other"}}
+    shaped = {**record, "description": {**record["description"], "image_shape": ["a", -1, 2]}}
     for changed, message in (
         ({"features": np.zeros((4, 5), np.float32)}, r"\(4, 5\), expected 9 rows"),
-        ({"sigma": np.eye(4)}, r"mu has shape \(5,\) and sigma \(4, 4\)"),
+        ({"sigma": np.eye(4)}, r"mu is float64 \(5,\) and sigma float64 \(4, 4\)"),
         ({"mu": np.full(5, np.nan)}, "not finite"),
+        ({"mu": np.zeros(5, complex)}, "complex128"),
+        ({"mu": np.array(["a"] * 5)}, "mu is <U1"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu is float64 \(0,\)"),
+        ({"sigma": -np.eye(5)}, "no covariance"),
+        ({"sigma": np.eye(5) + np.eye(5, k=1)}, "no covariance"),
+        ({"sigma": np.eye(5) + 2 * (np.eye(5, k=1) + np.eye(5, k=-1))}, "no covariance"),
+        ({"features": np.full((9, 5), np.nan, np.float32)}, "finite float32"),
+        ({"features": np.zeros((9, 4), np.float32)}, "5 each"),
+        ({"features": np.zeros((9, 5), complex)}, "features is complex128"),
+        ({"logits": np.zeros(9, np.float32)}, "logits is float32"),
+        ({"labels": np.zeros(9)}, "labels is float64"),
+        ({"labels": np.full(9, -1)}, "label -1"),
+        ({"labels": np.full(9, 3)}, "without a class name"),
+        ({"content_keys": np.zeros((9, 1), np.int64)}, "content_keys is int64"),
+        ({"record": np.array(json.dumps({**record, "set": {**record["set"], "count": 10}}))}, "10 rows"),
+        ({"record": np.array(json.dumps({**record, "set": {**record["set"], "count": True}}))}, "incomplete"),
+        ({"record": np.array(json.dumps({**record, "description": []}))}, "incomplete"),
+        ({"record": np.array(json.dumps(shaped))}, "image_shape"),
         ({"record": np.array(json.dumps(incomplete))}, "ref.npz"),
         ({"record": np.array(json.dumps(other))}, "not those of its record"),
         ({"record": np.array(json.dumps({**record, "set": 3}))}, "damaged"),

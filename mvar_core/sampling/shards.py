@@ -14,7 +14,7 @@ import shutil
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -31,16 +31,14 @@ from PIL.PngImagePlugin import PngInfo
 from mvar_core.config import recorded
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes
-from mvar_core.io.files import atomic_path, remove, require_new_directory, write_json
+from mvar_core.io.files import atomic_path, remove, require_new_directory
 from mvar_core.io.npz import npz_member
 from mvar_core.io.pictures import make_grid
 from mvar_core.io.resumable import Resumable
 from mvar_core.sampling.images import Samples, join_samples
-from mvar_core.untrusted import read_json
 
 FORMATS = ("png", "npz", "grid")
 TOKENS_FILE = "tokens.npz"
-PUBLISHING = "publishing.json"
 MARK = "mvar-samples"
 """What the mark of a finished output begins with: the comment of an npz, a text in the (first) PNG."""
 LARGEST_SHARD = 64
@@ -292,7 +290,6 @@ class SampleShards(Resumable):
         if not self.overwrite and self.output.mark() == self.mark:
             raise DataError(f"Another process has just finished {self.output.target}.", "Nothing is left to do.")
         done = super().begin_locked()
-        (self.directory / PUBLISHING).unlink(missing_ok=True)
         if self.output.format == "png":
             self.images.mkdir(exist_ok=True)
             if self.spec.stages:
@@ -411,54 +408,51 @@ class SampleShards(Resumable):
         return [*(target / name for name in names), *tokens, *strips]
 
     def is_assembled(self) -> bool:
-        """Whether an interrupted run had only to give names to what it had assembled."""
-        path = self.directory / PUBLISHING
-        if not path.is_file():
-            return False
-        return all((self.directory / name).exists() or Path(final).exists() for name, final in read_json(path).items())
+        """Whether a run was stopped between moving its images and moving their strips: only that is left to do."""
+        moved = self.output.format == "png" and self.begun and not self.images.is_dir()
+        return moved and self.present() == set(self.pieces)
 
     def assemble(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make the output from its shards, one in memory at a time, give it its name, and remove the shards.
 
         DataError where an output has appeared under that name in the meantime.
         """
+        finals = {self.directory / f"final{self.output.target.suffix}": self.output.target}
+        if self.output.format == "png":
+            finals = {
+                self.images: self.output.target,
+                **({self.strips: self.output.strips} if self.spec.stages else {}),
+            }
         if not self.is_assembled():
-            finals = self._assembled(progress)
+            self._build(next(iter(finals)), progress)
             for final in finals.values():
                 if not self.overwrite and (final.is_file() or (final.is_dir() and any(final.iterdir()))):
                     raise DataError(f"{final} has appeared during sampling.",
                                     "Move it away and run the same command again.")  # fmt: skip
-            # From here on an interrupted run has only names left to give.
-            write_json(self.directory / PUBLISHING, {name: str(final.absolute()) for name, final in finals.items()})
-        for name, text in read_json(self.directory / PUBLISHING).items():
-            made, final = self.directory / name, Path(text)
-            if not made.exists():
-                continue  # it has its name already
-            old = self.directory / f"old-{name}"
-            remove(old)
-            if final.is_dir():
-                final.rename(old)
-            made.replace(final)
+        for made, final in finals.items():
+            if made.exists():
+                old = self.directory / f"old-{made.name}"
+                remove(old)
+                if final.is_dir():
+                    final.rename(old)
+                made.replace(final)
         self.discard()
 
-    def _assembled(self, progress: Callable[[int, int], None] | None) -> Mapping[str, Path]:
-        """Files in the shards' directory that are ready, and their final names."""
-        spec, target = self.spec, self.output.target
-        if self.output.format == "png":
-            if spec.save_tokens:
-                self._merge(("tokens", *spec.known), self.images / TOKENS_FILE, progress)
-            return {self.images.name: target, **({self.strips.name: self.output.strips} if spec.stages else {})}
-        if self.output.format == "npz":
+    def _build(self, path: Path, progress: Callable[[int, int], None] | None) -> None:
+        """What the shards alone do not hold yet: the npz, the grid, or the tokens next to the images in `path`."""
+        spec = self.spec
+        if self.output.format == "grid":
+            images = np.concatenate([self.read(shard, "stages" if spec.stages else "arr_0") for shard in self.pieces])
+            if spec.stages:
+                images = np.stack([strip(stages) for stages in images])
+            grid = make_grid(images, grid_columns(spec.groups, spec.num, spec.stages))
+            Image.fromarray(grid).save(path, pnginfo=self._text())
+        elif self.output.format == "npz":
             further = {"tokens": spec.save_tokens, "stages": spec.stages}
             names = ("arr_0", *spec.known, *(name for name, wanted in further.items() if wanted))
-            self._merge(names, self.directory / "final.npz", progress)
-            return {"final.npz": target}
-        images = np.concatenate([self.read(shard, "stages" if spec.stages else "arr_0") for shard in self.pieces])
-        if spec.stages:
-            images = np.stack([strip(stages) for stages in images])
-        grid = make_grid(images, grid_columns(spec.groups, spec.num, spec.stages))
-        Image.fromarray(grid).save(self.directory / "final.png", pnginfo=self._text())
-        return {"final.png": target}
+            self._merge(names, path, progress)
+        elif spec.save_tokens:
+            self._merge(("tokens", *spec.known), path / TOKENS_FILE, progress)
 
     def _text(self) -> PngInfo:
         """The mark of a finished output, for a PNG."""

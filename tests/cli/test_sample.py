@@ -82,19 +82,19 @@ def content(*paths):
 
 
 KILL, INTERRUPT = int(signal.SIGKILL), int(signal.SIGINT)
-# N = 6: a shard each. Renames: the manifest, six shards, the mark, the output (and its strips).
+# N = 6: a shard each. Renames: the manifest, six shards, the output (and its strips).
 MOMENTS_NPZ = {
     "first-shard-written": ("mvar_core.sampling.shards", "SampleShards.write", "after", 1),
     "third-shard-without-its-name": ("pathlib", "Path.replace", "before", 4),
     "while-assembling": ("mvar_core.sampling.shards", "npz_member", "before", 2),
-    "all-but-the-name": ("pathlib", "Path.replace", "before", 9),
-    "named-but-not-cleaned": ("pathlib", "Path.replace", "after", 9),
+    "all-but-the-name": ("pathlib", "Path.replace", "before", 8),
+    "named-but-not-cleaned": ("pathlib", "Path.replace", "after", 8),
 }
 MOMENTS_PNG = {
     "between-pictures-of-a-shard": ("PIL.Image", "Image.save", "after", 5),
     "pictures-without-their-record": ("pathlib", "Path.replace", "before", 4),
     "before-the-tokens": ("mvar_core.sampling.shards", "npz_member", "before", 1),
-    "between-images-and-strips": ("pathlib", "Path.replace", "after", 9 + 1),
+    "between-images-and-strips": ("pathlib", "Path.replace", "after", 8),
 }
 
 

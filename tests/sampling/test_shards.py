@@ -13,7 +13,7 @@ from PIL import Image
 from mvar_core.errors import DataError
 from mvar_core.io.npz import npz_member
 from mvar_core.sampling.images import Samples
-from mvar_core.sampling.shards import PUBLISHING, SampleOutput, SampleShards, SampleSpec, grid_columns
+from mvar_core.sampling.shards import SampleOutput, SampleShards, SampleSpec, grid_columns
 from mvar_core.untrusted import read_json
 
 
@@ -249,13 +249,6 @@ def test_a_directory_that_is_replaced_moves_away_whole(tmp_path):
     parts.assemble()
     assert len(list((tmp_path / "out").iterdir())) == 6
     assert not (tmp_path / "out" / "old.png").exists()
-
-
-def test_a_mark_without_its_files_is_no_output(tmp_path):
-    parts = make_all(tmp_path / "x.npz", spec())
-    (parts.directory / PUBLISHING).write_text('{"final.npz": "' + str(tmp_path / "x.npz") + '"}')
-    assert not parts.is_assembled()
-    parts.release()
 
 
 @pytest.mark.parametrize(

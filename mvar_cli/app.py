@@ -76,6 +76,8 @@ def _loop(section: str) -> dict[str, str]:
     return {option: instead.format(section) for option, instead in _LOOP.items()}
 
 
+LONGEST_MESSAGE = 1200
+"""Characters of an error that are shown."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 """What torch's errors say of memory, on processors and GPUs."""
 
@@ -133,6 +135,9 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
                 console.write(text, sys.stderr)
                 console.show_json({"error": text.removeprefix("error: "), "hint": None})
             raise typer.Exit(code)
+        for name, value in values.items():
+            if value == "" or (isinstance(value, (list, tuple)) and "" in value):
+                raise typer.BadParameter("expected a value, found an empty text", param_hint=name.replace("_", "-"))
         function(**grouped(function, values))
 
     shared = {"nproc": (options.NumProcesses, 1)} if entry.shared else {}
@@ -242,15 +247,15 @@ def leave(code: int) -> typer.Exit:
 def explained(error: Exception) -> MvarError | None:
     """An exception as a message and what to do about it; None for those that typer itself handles."""
     if isinstance(error, MvarError):
-        return error
+        return MvarError(shortened(error.message), error.hint)
     if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message"):
         return None
-    text = one_line(error)
+    text = shortened(one_line(error))
     if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         hint = "Use a smaller --batch-size, or give the process more memory; `mvar plan` predicts what fits."
         return MvarError(f"out of memory: {text.rstrip('.')}.", hint)
     if isinstance(error, OSError):
-        path = f"{error.filename}: " if error.filename and error.strerror else ""
+        path = f"{shortened(str(error.filename))}: " if error.filename and error.strerror else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return MvarError(
             f"{path}{error.strerror or text}.",
@@ -265,6 +270,11 @@ def explained(error: Exception) -> MvarError | None:
         f"unexpected {type(error).__name__}: {text}",
         "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it.",
     )
+
+
+def shortened(text: str) -> str:
+    """A message without the middle of what is too long to read, such as a value of a thousand digits."""
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 2 :]}"
 
 
 app = typer.Typer(

@@ -208,3 +208,11 @@ def test_evaluation_of_things_that_are_not_images(mvar, images, classifier, tmp_
 def test_tokenizers_that_do_not_fit_the_preset(mvar, tokens, model, tmp_path):
     options = ["--preset", "mvar-d16-256", "--tokens", tokens, "--checkpoint", model, "--out", tmp_path / "out"]
     assert "image_size" in mvar("train", *options).error
+
+
+def test_empty_and_endless_values(mvar, model, tmp_path):
+    for option in ("--format", "--tokenizer", "--device", "--class"):
+        assert sample(mvar, model, tmp_path / "out", option, "").code == 2
+    assert mvar("plan", "--preset", "").code == 2
+    assert len(mvar("plan", "--preset", "x" * 10_000).error) < 2000
+    assert len(sample(mvar, "x" * 10_000, tmp_path / "out").error) < 2000

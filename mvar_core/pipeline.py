@@ -113,6 +113,11 @@ class Pipeline:
             transformer.load_state_dict(converted.transformer, assign=True)
             for module in (vqvae, transformer):
                 module.requires_grad_(False).to_compute_dtype(kind).to(target)
+        elif tokenizer is not None:
+            raise ConfigError(
+                f"{path} is not a published .pth file: it has a tokenizer of its own, and {tokenizer} is not used.",
+                "Leave out --tokenizer.",
+            )
         else:
             config = model_directory.read_model_config(path)
             load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)

@@ -156,5 +156,10 @@ def test_a_memory_budget_bounds_the_batch_and_changes_nothing(pipeline: Pipeline
     whole = pipeline.sample([3] * 12, top_k=9)
     bounded = pipeline.sample([3] * 12, top_k=9, memory=375_000_000)
     assert torch.equal(bounded.tokens, whole.tokens)
-    with pytest.raises(ConfigError, match="MB are left for sampling beside the weights"):
+    with pytest.raises(ConfigError, match="--memory"):
         pipeline.sample([3], memory=10_000_000)
+
+
+def test_a_tokenizer_that_would_not_be_used_is_refused(mvar_directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vae\.pth is not used"):
+        Pipeline.from_pretrained(mvar_directory, tokenizer="vae.pth")

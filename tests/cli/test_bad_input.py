@@ -211,7 +211,7 @@ def test_tokenizers_that_do_not_fit_the_preset(mvar, tokens, model, tmp_path):
 
 
 def test_empty_and_endless_values(mvar, model, tmp_path):
-    for option in ("--format", "--tokenizer", "--device", "--class"):
+    for option in ("--format", "--device", "--class"):
         assert sample(mvar, model, tmp_path / "out", option, "").code == 2
     assert mvar("plan", "--preset", "").code == 2
     assert len(mvar("plan", "--preset", "x" * 10_000).error) < 2000

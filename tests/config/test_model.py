@@ -1,3 +1,6 @@
+import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,43 @@ def test_bad_presets(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(str(file))
+
+
+def test_presets_that_are_no_configuration(tmp_path: Path) -> None:
+    """Each is refused at once, and the message names the file."""
+    bomb = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    contents = {
+        "latin": "name: caf\u00e9".encode("latin-1"),
+        "itself": f"extends: {tmp_path / 'itself.yaml'}".encode(),
+        "circle": f"extends: {tmp_path / 'other.yaml'}".encode(),
+        "other": f"extends: {tmp_path / 'circle.yaml'}".encode(),
+        "number": b"extends: 3",
+        "nested": b"[" * 10_000,
+        "bomb": "\n".join(bomb).encode(),
+        "tag": b"name: !!python/object/apply:os.system [touch /tmp/never]",
+        "zero": b"name: \0",
+        "twice": b"seed: 1\nseed: 2",
+        "list": b"train: [1, 2]",
+    }
+    paths = [tmp_path / f"{name}.yaml" for name in (*contents, "directory", "pipe", "away")]
+    for path, content in zip(paths, contents.values(), strict=False):
+        path.write_bytes(content)
+    (tmp_path / "directory.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    began = time.monotonic()
+    for path in paths:
+        with pytest.raises(ConfigError, match=re.escape(str(path))) as error:
+            load_config(str(path))
+        assert len(str(error.value)) < 1000
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "value", ["!!python/object:os.system x", "&a [*a]", "[" * 10_000, "{a: {b: [}", "2020-01-01", "\0"]
+)
+def test_values_of_set_that_are_no_settings(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        load_config("digits", [f"train.steps={value}"])
 
 
 def test_one_window_keeps_the_windowed_scales() -> None:

@@ -68,4 +68,4 @@ def tokenize(
         shown = ", ".join(result.skipped[:5]) + (", …" if len(result.skipped) > 5 else "")
         console.say(f"Left out, because they cannot be read: {len(result.skipped)} images ({shown})")
     if result.dry_run is None:
-        console.say(f"Written: {out}")
+        console.say(f"{'Written' if result.encoded else 'Complete already'}: {out}")

@@ -188,7 +188,7 @@ class CacheWriter(Resumable):
             self.clear()
             return False
         try:
-            there = TokenCache.open(out).manifest if complete else Manifest.read(self.record_path)
+            there = TokenCache.open(out, verify=False).manifest if complete else Manifest.read(self.record_path)
             if not complete and there.version < VERSION:
                 raise DataError(f"{out} holds an unfinished token cache of an earlier version of mvar.")
             if self.images_per_shard is None:

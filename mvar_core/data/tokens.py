@@ -9,21 +9,22 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from mvar_core.config import ConditioningConfig
 from mvar_core.config.training import DataConfig
-from mvar_core.errors import DataError
+from mvar_core.errors import ConfigError, DataError, one_line
 from mvar_core.io.files import sha256_of_file
 from mvar_core.io.resumable import differences
 from mvar_core.pyramid import PatchSize, ScalePyramid
-from mvar_core.untrusted import read_json
+from mvar_core.untrusted import read_json, read_text
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
@@ -33,6 +34,9 @@ RECEIPT = "shard-{:05d}.json"
 RECEIPTS = "shard-*.json"
 VECTORS = "vectors.npy"
 """Vectors of classes; those of images are in the shards."""
+LARGEST_NAMES = 2**30
+SMALL_CACHE = 64 * 2**20
+"""Bytes that are compared with their hashes while a first batch waits for it."""
 VERSION, VERSION_WITH_VECTORS = 2, 3
 READABLE = (1, 2, 3)
 
@@ -44,8 +48,8 @@ class _Record(BaseModel):
 class FileEntry(_Record):
     """One file of a cache, so that a changed or shortened file is noticed."""
 
-    file: str
-    bytes: int
+    file: str = Field(pattern=r"^\w[\w.-]*$")  # in the cache's own directory
+    bytes: NonNegativeInt
     sha256: str
 
     @classmethod
@@ -77,7 +81,7 @@ class Shard(_Record):
         skipped: Names of images that could not be read and were left out.
     """
 
-    images: int
+    images: NonNegativeInt
     tokens: FileEntry
     labels: FileEntry
     names: FileEntry | None = None
@@ -112,8 +116,8 @@ class VectorsEntry(_Record):
     """
 
     of: Literal["class", "image"]
-    dim: int
-    phrasings: int = 1
+    dim: PositiveInt
+    phrasings: PositiveInt = 1
     dtype: Literal["float16", "float32"]
     encoder: str | None = None
     source: str
@@ -140,19 +144,19 @@ class Manifest(_Record):
     version: int = VERSION
     tokenizer_hash: str
     patch_sizes: tuple[PatchSize, ...]
-    codebook_size: int
+    codebook_size: PositiveInt
     image_size: PatchSize
     class_names: tuple[str, ...]
-    images: int
-    skipped: int = 0
-    views: int
+    images: NonNegativeInt
+    skipped: NonNegativeInt = 0
+    views: PositiveInt
     view_names: tuple[str, ...]
     data: DataConfig
     seed: int
     dtype: Literal["uint8", "uint16", "uint32"]
     source: str
     fingerprint: str
-    images_per_shard: int
+    images_per_shard: PositiveInt
     tokenizer: str | None = None
     vectors: VectorsEntry | None = None
     shards: tuple[Shard, ...] = ()
@@ -174,7 +178,7 @@ class Manifest(_Record):
         except ValidationError as report:
             first = report.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise DataError(f"{path}: {key}: {first['msg']}.") from None
+            raise DataError(f"{path}: {key}: {one_line(ValueError(first['msg']))[:300]}.") from None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""
@@ -225,22 +229,29 @@ class TokenCache:
         self.path = path
         self.manifest = manifest
         self.pyramid = ScalePyramid.from_patch_sizes(manifest.patch_sizes)
-        labels = np.concatenate([np.load(path / shard.labels.file) for shard in manifest.shards]).astype(np.int64)
-        self.labels: NDArray[np.int64] = labels if images is None else labels[images]
-        self.images = images
-        self.num_images = len(self.labels)
         self.num_views = manifest.views
         self.class_names = manifest.class_names
         self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
         self._maps: dict[str, NDArray[Any]] = {}
+        self._verifier: _Verifier | None = None
+        label_dtype = smallest_unsigned(len(self.class_names) - 1).name
+        labels = [self._map(shard.labels.file, (shard.images,), label_dtype) for shard in manifest.shards]
+        self._maps.clear()
+        every_label = np.concatenate(labels).astype(np.int64)
+        if every_label.max() >= len(self.class_names):
+            raise DataError(f"{path} has the label {every_label.max()}, and names of {len(self.class_names)} classes.")
+        self.labels: NDArray[np.int64] = every_label if images is None else every_label[images]
+        self.images = images
+        self.num_images = len(self.labels)
         self._names: tuple[str, list[str]] | None = None
         self._gives_vectors = False
 
     @classmethod
-    def open(cls, path: Path, verify: bool = False) -> TokenCache:
+    def open(cls, path: Path, verify: bool | None = None) -> TokenCache:
         """Open a cache after checking that its files are there and have the right sizes.
 
-        `verify` also compares the files' hashes, which reads all of them.
+        With `verify` the files' hashes are compared at once, which reads all of them; with None once rows are read, in
+        a thread, so that a later batch raises the error; with False never.
 
         Raises:
             DataError: Not a token cache, an unfinished one, or one with missing, truncated or changed files.
@@ -259,9 +270,30 @@ class TokenCache:
                 "Make one with `mvar tokenize --tokenizer DIRECTORY --data IMAGES --out DIRECTORY`.",
             )
         manifest = Manifest.read(path / MANIFEST)
-        if problem := find_problem(manifest.files, path, verify):
-            raise DataError(f"The token cache is damaged: {problem}.", f"Make it again: {manifest.command(path)}")
-        return cls(path, manifest)
+        in_shards = sum(shard.images for shard in manifest.shards)
+        if not in_shards or in_shards != manifest.images or len(manifest.view_names) != manifest.views:
+            raise DataError(
+                f"{path / MANIFEST} contradicts itself: {manifest.images} images of {manifest.views} views, but"
+                f" {in_shards} of {len(manifest.view_names)} in its shards.",
+                f"Make the cache again: {manifest.command(path)}",
+            )
+        if problem := find_problem(manifest.files, path, verify is True):
+            raise _damaged(path, manifest, problem)
+        try:
+            cache = cls(path, manifest)
+        except ConfigError as error:
+            raise DataError(f"{path / MANIFEST}: {error.message}") from None
+        cache._verifier = _Verifier(path, manifest) if verify is None else None
+        return cache
+
+    def verify(self) -> None:
+        """Wait until the hashes of all files are compared, if the cache was opened to have them compared.
+
+        Raises:
+            DataError: A file has changed since it was written.
+        """
+        if self._verifier is not None:
+            self._verifier.check(wait=True)
 
     def __len__(self) -> int:
         return self.num_images * self.num_views
@@ -282,7 +314,13 @@ class TokenCache:
     def tokens_of(self, images: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
         """Tokens int64 (B, L) of some views of some images."""
         shape = (self.num_views, self.pyramid.num_tokens)
-        return torch.from_numpy(self._gather("tokens", images, shape, self.manifest.dtype, views).astype(np.int64))
+        tokens = self._gather("tokens", images, shape, self.manifest.dtype, views).astype(np.int64)
+        if self._verifier is not None:
+            self._verifier.check()
+        if tokens.size and tokens.max() >= self.manifest.codebook_size:
+            problem = f"{self.path} holds token {tokens.max()}, its codebook has {self.manifest.codebook_size}"
+            raise _damaged(self.path, self.manifest, problem)
+        return torch.from_numpy(tokens)
 
     def vectors(self, rows: NDArray[np.int64]) -> Tensor:
         """The vectors of some rows, float32 (B, X); views of the images of a class use its phrasings in turn."""
@@ -332,8 +370,8 @@ class TokenCache:
         names, start = self.manifest.shards[number].names, int(self._starts[number])
         file, line = (ITEMS, image) if names is None else (names.file, image - start)
         if self._names is None or self._names[0] != file:
-            self._names = (file, (self.path / file).read_text(encoding="utf-8").split("\n"))
-        return self._names[1][line]
+            self._names = (file, read_text(self.path / file, LARGEST_NAMES).split("\n"))
+        return self._names[1][line] if line < len(self._names[1]) else f"image {image}"
 
     def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
         """Refuse a cache whose tokens mean something else to a model with this tokenizer (SHA-256) and pyramid.
@@ -361,10 +399,13 @@ class TokenCache:
         """What the shards' arrays (images, *shape) hold for some images, at the indices `within` the further axes."""
         stored = self._stored(images)
         shards = np.searchsorted(self._starts, stored, side="right") - 1
+        arrays = {}
+        for number in np.unique(shards).tolist():
+            shard = self.manifest.shards[number]
+            arrays[number] = self._map(getattr(shard, kind).file, (shard.images, *shape), dtype)
         found = np.empty((len(stored), *shape[len(within) :]), dtype)
-        for number in np.unique(shards):
-            here, shard = shards == number, self.manifest.shards[number]
-            array = self._map(getattr(shard, kind).file, (shard.images, *shape), dtype)
+        for number, array in arrays.items():
+            here = shards == number
             found[here] = array[(stored[here] - self._starts[number], *(index[here] for index in within))]
         return found
 
@@ -373,13 +414,52 @@ class TokenCache:
         if file in self._maps:
             return self._maps[file]
         path = self.path / file
-        try:
-            array: NDArray[Any] = np.load(path, mmap_mode="r")
-        except ValueError as error:
-            raise DataError(f"{path} is not a numpy array: {error}.") from None
+        array = map_array(path)
         if array.shape != shape or array.dtype.name != dtype:
             raise DataError(f"{path} holds {array.dtype} {array.shape}; its manifest says {dtype} {shape}.")
         return self._maps.setdefault(file, array)
+
+
+class _Verifier:
+    """Compares the hashes of a cache's files once rows are read: of a small cache at once, else in a thread."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self._path, self._manifest = path, manifest
+        self._thread: Thread | None = None
+        self._problem: str | None = None
+
+    def check(self, wait: bool = False) -> None:
+        """Begin, if that has not happened; raise DataError if a problem has been found, by now or at the end."""
+        if self._thread is None:
+            self._thread = Thread(target=self._compare, daemon=True)
+            self._thread.start()
+            wait = wait or sum(entry.bytes for entry in self._manifest.files) <= SMALL_CACHE
+        if wait:
+            self._thread.join()
+        if self._problem is not None:
+            raise _damaged(self._path, self._manifest, self._problem)
+
+    def _compare(self) -> None:
+        try:
+            self._problem = find_problem(self._manifest.files, self._path, verify=True)
+        except OSError as error:
+            self._problem = f"{error.filename or self._path} cannot be read ({error.strerror})"
+
+
+def _damaged(path: Path, manifest: Manifest, problem: str) -> DataError:
+    return DataError(f"The token cache is damaged: {problem}.", f"Make it again: {manifest.command(path)}")
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """A .npy file, mapped into memory.
+
+    Raises:
+        DataError: It is not one, or not of plain numbers.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # a header may be anything
+        raise DataError(f"{path} is not a whole .npy file of numbers.", "Write or download it again.") from None
 
 
 def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache, TokenCache]:
@@ -395,8 +475,10 @@ def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache
         raise DataError(f"{cache.path} holds {count} images: none can be held out.", "Use --validation CACHE.")
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(count)
     held = min(count - 1, max(1, round(fraction * count)))
-    train, held_out = (cache._stored(np.sort(chosen)) for chosen in (order[held:], order[:held]))
-    return TokenCache(cache.path, cache.manifest, train), TokenCache(cache.path, cache.manifest, held_out)
+    parts = [TokenCache(cache.path, cache.manifest, cache._stored(np.sort(of))) for of in (order[held:], order[:held])]
+    for part in parts:
+        part._verifier = cache._verifier
+    return parts[0], parts[1]
 
 
 def smallest_unsigned(largest: int) -> np.dtype[Any]:

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from mvar_core.data.tokens import VectorsEntry
-from mvar_core.errors import DataError
+from mvar_core.data.tokens import VectorsEntry, map_array
+from mvar_core.errors import DataError, one_line
 from mvar_core.io.npz import read_npz
 from mvar_core.models.vectors import pool_sequence
 
@@ -123,7 +123,7 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
     """Vectors, mask and encoder of a file."""
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False), None, None
+            return map_array(path), None, None
         if path.suffix == ".npz":
             arrays = read_npz(path, ("vectors", "mask", "encoder"))
             return arrays["vectors"], arrays.get("mask"), str(arrays["encoder"]) if "encoder" in arrays else None
@@ -136,8 +136,10 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
                 return vectors.numpy(), mask, (file.metadata() or {}).get("encoder")
     except KeyError:
         raise DataError(f"{path} holds no array `vectors`.") from None
-    except (ValueError, OSError, EOFError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as vectors: {str(error).splitlines()[0]}") from None
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged header makes of the readers
+        raise DataError(f"{path} cannot be read as vectors: {one_line(error)[:300]}.", _FILES) from None
     raise DataError(f"{path} is not a file of vectors.", _FILES)
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import json
 import logging
 import sys
@@ -15,7 +18,7 @@ from mvar_core.config import ModelConfig, TokenizerConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, Views, open_images
 from mvar_core.data.token_writer import CacheSummary, CacheWriter, default_shard, write_token_cache
-from mvar_core.data.tokens import TokenCache
+from mvar_core.data.tokens import TokenCache, split_off
 from mvar_core.errors import DataError
 from mvar_core.io.pixels import from_uint8
 from mvar_core.pyramid import ScalePyramid
@@ -300,7 +303,7 @@ def test_a_file_that_is_not_the_array_it_should_be_is_refused(tmp_path, source):
     with pytest.raises(DataError, match=r"holds uint8 \(3, 7, 21\); its manifest says uint8 \(7, 3, 21\)"):
         TokenCache.open(tmp_path / "cache").batch(np.arange(2))
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(DataError, match=r"tokens-00000\.npy is not a numpy array"):
+    with pytest.raises(DataError, match=r"tokens-00000\.npy is not a whole \.npy file"):
         TokenCache.open(tmp_path / "cache").batch(np.arange(2))
 
 
@@ -369,7 +372,7 @@ def as_version_1(folder: Path) -> None:
 
 def test_a_cache_of_the_earlier_version_is_still_read(tmp_path, source):
     write_cache(tmp_path / "cache", source)
-    expected, rows = TokenCache.open(tmp_path / "cache"), np.arange(21)
+    expected, rows = TokenCache.open(tmp_path / "cache", verify=False), np.arange(21)
     names = [expected.item_name(row) for row in rows]
     as_version_1(tmp_path / "cache")
     cache = TokenCache.open(tmp_path / "cache", verify=True)
@@ -471,7 +474,7 @@ def test_opening_reads_the_manifest_and_the_labels_alone(tmp_path, source, monke
     write_cache(tmp_path / "cache", source, images_per_shard=2)
     opened: list[str] = []
     sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
-    cache = TokenCache.open(tmp_path / "cache")
+    cache = TokenCache.open(tmp_path / "cache", verify=False)
     names = {Path(path).name for path in opened if str(tmp_path) in path}
     assert names == {"manifest.json", *(f"labels-{number:05d}.npy" for number in range(4))}
     opened.clear()
@@ -482,3 +485,105 @@ def test_opening_reads_the_manifest_and_the_labels_alone(tmp_path, source, monke
     assert sizes == {"labels": 7 * 8, "_starts": 5 * 8}
     containers = [value for value in vars(cache).values() if isinstance(value, (list, tuple, dict, set))]
     assert all(len(value) <= 4 for value in containers)  # a shard each, never a row each
+
+
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_a_flipped_bit_is_found_while_rows_are_read(tmp_path, source, monkeypatch, small):
+    monkeypatch.setattr("mvar_core.data.tokens.SMALL_CACHE", small)
+    write_cache(tmp_path / "cache", source)
+    path = tmp_path / "cache/tokens-00001.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    TokenCache.open(tmp_path / "cache").verify()
+    path.write_bytes(content)
+    cache = TokenCache.open(tmp_path / "cache")
+    part, _ = split_off(cache, 0.3, 0)
+    for reader in (cache, part):
+        with pytest.raises(DataError, match=r"tokens-00001\.npy has changed.*mvar tokenize .* --overwrite"):
+            reader.batch(np.arange(3))
+            reader.verify()
+            pytest.fail("not noticed")
+        with pytest.raises(DataError, match=r"tokens-00001\.npy has changed"):
+            reader.batch(np.arange(3))  # and in every batch from then on
+    TokenCache.open(tmp_path / "cache", verify=False).batch(np.arange(3))
+
+
+def test_hostile_manifests(tmp_path, source):
+    write_cache(tmp_path / "cache", source)
+    path = tmp_path / "cache/manifest.json"
+    values = json.loads(path.read_text())
+
+    def changed(**change: object) -> str:
+        return json.dumps({**values, **change})
+
+    def shard(**change: object) -> str:
+        return changed(shards=[{**values["shards"][0], **change}, *values["shards"][1:]])
+
+    tokens = values["shards"][0]["tokens"]
+    hostile = [
+        "", "[]", "{}", "[" * 10**5, "{" * 10**5, '{"format": "mvar-token-cache"}', changed(shards=[]),
+        changed(images=-1), changed(images=8), changed(images=10**30), changed(images=float("nan")), changed(views=0),
+        changed(views=2), changed(views=-3), changed(view_names=[]), changed(class_names=[]), changed(shards=3),
+        changed(class_names=["a"]),
+        changed(patch_sizes=[]), changed(patch_sizes=[0]), changed(patch_sizes=[-1, 2]), changed(patch_sizes=[10**9]),
+        changed(patch_sizes=[1, 2, 5]), changed(patch_sizes=["x" * 10**6]),
+        changed(codebook_size=0), changed(dtype="object"),
+        changed(dtype="uint32"), changed(version=None), changed(version=[1]), changed(version=99), changed(more=1),
+        changed(data={"crop_scale": float("inf")}), changed(images_per_shard=0), changed(codebook_size=2),
+        shard(images=10**9), shard(images=-3), shard(images="many"), shard(tokens=None), shard(labels=tokens),
+        shard(tokens={**tokens, "file": "../cache/tokens-00000.npy"}), shard(tokens={**tokens, "file": "/dev/zero"}),
+        shard(tokens={**tokens, "file": ".."}), shard(tokens={**tokens, "bytes": -1}),
+        shard(tokens={**tokens, "bytes": 1}),
+        shard(tokens={**tokens, "file": "absent.npy"}), shard(tokens={**tokens, "sha256": "0" * 64}),
+        shard(tokens={**tokens, "file": "a\0b"}), shard(tokens={**tokens, "file": "x" * 5000}),
+        changed(vectors={"of": "image", "dim": 3, "dtype": "float32", "source": "", "sha256": ""}) + "x",
+    ]  # fmt: skip
+    for text in hostile:
+        path.write_text(text)
+        with pytest.raises(DataError, match="cache") as failure:
+            TokenCache.open(tmp_path / "cache").batch(np.arange(21))
+        assert len(str(failure.value)) < 2000, text[:100]
+        with contextlib.suppress(DataError):
+            write_cache(tmp_path / "cache", source)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="UTF-8"):
+        TokenCache.open(tmp_path / "cache")
+
+
+def test_hostile_arrays(tmp_path, source):
+    write_cache(tmp_path / "cache", source, images_per_shard=7)
+    whole = {kind: (tmp_path / f"cache/{kind}-00000.npy").read_bytes() for kind in ("tokens", "labels")}
+    values = json.loads((tmp_path / "cache/manifest.json").read_text())
+    for kind, name in itertools.product(whole, ("empty", "zeros", "header", "long", "pickle", "large", "cut")):
+        content = {
+            "empty": b"", "zeros": bytes(200), "header": whole[kind].replace(b"(7,", b"(9,"),
+            "long": b"\x93NUMPY\x02\0\xff\xff\xff\xff" + bytes(50), "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+            "large": whole[kind][:-1] + b"\xff", "cut": whole[kind][:-1],
+        }[name]  # fmt: skip
+        for other, original in whole.items():
+            (tmp_path / f"cache/{other}-00000.npy").write_bytes(content if other == kind else original)
+        entry = {"file": f"{kind}-00000.npy", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        shards = [{**values["shards"][0], kind: entry}]
+        (tmp_path / "cache/manifest.json").write_text(json.dumps({**values, "shards": shards}))
+        with pytest.raises(DataError, match="cache"):
+            TokenCache.open(tmp_path / "cache").batch(np.arange(21))
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path, source, monkeypatch):
+    write_cache(tmp_path / "whole", source)
+    save, room = np.save, 3
+
+    def full(file, array):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(28, "No space left on device")
+        save(file, array)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match=r"cut cannot be written: No space left.*kept.*again"):
+        write_cache(tmp_path / "cut", source)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir() if path.name.startswith(".")) == []
+    monkeypatch.setattr(np, "save", save)
+    assert write_cache(tmp_path / "cut", source).encoded == 4
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

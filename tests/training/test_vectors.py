@@ -53,7 +53,7 @@ def train(make_config, make_tokens, make_models, tmp_path):
 def test_training_follows_the_word(train, make_tokens):
     """The right word explains the tokens better than a wrong one, and than none; at the start none of them does."""
     _, model, tokenizer, config = train(
-        "run", "train.steps=400", "train.optimizer.lr=0.02", "transformer.class_dropout=0.3"
+        "run", "train.steps=60", "train.optimizer.lr=0.2", "transformer.class_dropout=0.3"
     )
     tokens, labels = make_tokens(config).batch(np.arange(20))
     inputs = tokenizer.quantizer.teacher_forcing_inputs(tokens)

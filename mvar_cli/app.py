@@ -1,6 +1,5 @@
 """The `mvar` application: a table of commands loaded when used, and the boundary where errors become one line."""
 
-import errno
 import importlib
 import inspect
 import os
@@ -16,7 +15,7 @@ from mvar_cli import console, options
 from mvar_cli.groups import grouped, signature
 from mvar_core import __version__
 from mvar_core.environment import inside_torchrun, report_failure, torchrun_number
-from mvar_core.errors import ConfigError, MvarError, nearest, one_line
+from mvar_core.errors import ConfigError, MvarError, nearest, one_line, write_hint
 
 
 class CommandEntry(NamedTuple):
@@ -256,11 +255,7 @@ def explained(error: Exception) -> MvarError | None:
         return MvarError(f"out of memory: {text.rstrip('.')}.", hint)
     if isinstance(error, OSError):
         path = f"{shortened(str(error.filename))}: " if error.filename and error.strerror else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return MvarError(
-            f"{path}{error.strerror or text}.",
-            "Make room, then run the same command again: what was finished is kept." if full else None,
-        )
+        return MvarError(f"{path}{error.strerror or text}.", write_hint(error.errno))
     if "RANK" in os.environ and distributed().lost_connection(error):
         return MvarError(
             f"the connection to another process of this job is lost: {text}",

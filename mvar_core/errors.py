@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -35,6 +37,25 @@ class CheckpointError(MvarError):
 
 class BackendError(MvarError):
     """An attention backend or device that cannot run what was asked of it."""
+
+
+class WriteError(MvarError, OSError):
+    """A file that cannot be written, with the system's number of the error (errno)."""
+
+    def __init__(self, path: object, number: int):
+        super().__init__(f"{path} cannot be written: {os.strerror(number)}.", write_hint(number))
+        self.errno = number
+
+
+def write_hint(number: int | None) -> str | None:
+    """What to do about an error of the system while reading or writing a file; None where the error says enough."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Make room, then run the same command again: what was finished is kept."
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "Allow writing there, or choose another --out."
+    if number in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO):
+        return "Check the disk or the network drive, then run the same command again: what was finished is kept."
+    return None
 
 
 def one_line(error: BaseException) -> str:

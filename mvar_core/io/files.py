@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, WriteError
 
 LOCK_FILE = ".lock"
 """What a process holds while it writes in a directory; one that was killed leaves it there."""
+SCARCE_BYTES = 1 << 24
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @contextmanager
@@ -24,34 +28,57 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     With `durable` the bytes are on the disk before they get their name: losing power leaves no empty file there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        if durable:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            if durable:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A temporary directory next to `path` that takes its name when the block ends well, replacing what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make errors of writing `path`, also torch's and safetensors' own, a WriteError; those of other files stay."""
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        name = path.name if error.filename is None else Path(os.fsdecode(error.filename)).name
+        if error.errno is None or not name.removeprefix(".").startswith(path.name):
+            raise
+        raise WriteError(path, error.errno) from error
+    except Exception as error:
+        if found := re.search(r"(?:os error|Errno) (\d+)", str(error)):  # safetensors, and torch's sharded writer
+            raise WriteError(path, int(found[1])) from error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_CANNOT_WRITE):
+            full = shutil.disk_usage(path.parent).free < SCARCE_BYTES  # torch does not say why
+            raise WriteError(path, errno.ENOSPC if full else errno.EIO) from error
+        raise
 
 
 def _umask() -> int:

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +52,7 @@ class DirectoryLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             self._lock = lock
-            self.path.write_text(f"Process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            self.path.write_text(f"Process {os.getpid()} on {platform.node()}, since {time.ctime()},", encoding="utf-8")
         except Timeout:
             try:
                 holder = self.path.read_text(encoding="utf-8")[:200] or "Another process"

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from enum import Enum
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mvar_core.distributed import World
 from mvar_core.errors import CheckpointError, one_line
-from mvar_core.io.files import atomic_path, sync_directory
+from mvar_core.io.files import atomic_path, naming, remove_leftovers, sync_directory
 from mvar_core.io.resumable import differences
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 BEST = "best"
 """Name of the model directory inside a run directory that holds the weights of the best validation."""
+CHECKPOINTS = "checkpoints"
+"""The folder of a run directory where checkpoints are."""
 SHARDED = ".sharded"
 """How the names of sharded checkpoints, which are directories, end."""
 _FORMAT = 2
@@ -49,7 +52,7 @@ _INDEX_CLASSES = {
     "pathlib": ("PosixPath", "WindowsPath"),
     "pathlib._local": ("PosixPath", "WindowsPath"),
 }  # fmt: skip
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError)
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile)
 """What reading a damaged file raises."""
 
 
@@ -96,7 +99,7 @@ class TrainingState:
 
 def checkpoints(out: Path) -> list[Path]:
     """Training checkpoints of a run directory, oldest first; of two of the same step the one written last."""
-    found = [path for path in (out / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in (out / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime, path))
 
 
@@ -122,7 +125,7 @@ def best_weights(out: Path, step: int) -> dict[str, Tensor]:
 
 def checkpoint_path(out: Path, step: int, ending: str = ".pt") -> Path:
     """Where the checkpoint of a step is."""
-    return out / "checkpoints" / f"step-{step:08d}{ending}"
+    return out / CHECKPOINTS / f"step-{step:08d}{ending}"
 
 
 def state_content(state: TrainingState) -> dict[str, Any]:
@@ -151,8 +154,7 @@ def prune_checkpoints(out: Path, best_step: int | None, keep: int) -> None:
     for old in checkpoints(out):
         if _step(old) not in kept or old != newest[_step(old)]:
             _remove(old)
-    for leftover in (out / "checkpoints").glob(".step-*.tmp"):
-        _remove(leftover)
+    remove_leftovers(out / CHECKPOINTS)
 
 
 def load_checkpoint(path: Path) -> TrainingState:
@@ -160,6 +162,11 @@ def load_checkpoint(path: Path) -> TrainingState:
     if path.is_dir():
         return state_of_content(path, load_shards(path))
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums of all tensors, and does not check them
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, as torch never writes them")
+            if damage := archive.testzip():
+                raise ValueError(f"the checksum of {damage} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
@@ -214,9 +221,11 @@ def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     if world.is_rank_zero:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with naming(path):
+            temporary.mkdir(parents=True)
     world.barrier()
-    save(sharded, storage_writer=FileSystemWriter(temporary))  # returns when all have written
+    with naming(path):
+        save(sharded, storage_writer=FileSystemWriter(temporary))  # returns when all have written
     if world.is_rank_zero:
         with atomic_path(temporary / _REST, durable=True) as file:
             torch.save({"rest": rest, "places": places}, file)

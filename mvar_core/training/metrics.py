@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvar_core.config.training import LoopConfig
 from mvar_core.errors import ConfigError
-from mvar_core.io.files import write_text
+from mvar_core.io.files import naming, write_text
 from mvar_core.runtime import peak_memory_bytes
 from mvar_core.training.objective import Objective, Plan
 
@@ -135,7 +135,7 @@ class Recorder:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self._out is not None:
-            with (self._out / name).open("a", encoding="utf-8") as file:
+            with naming(self._out / name), (self._out / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(line)) + "\n")
 
 

@@ -230,6 +230,13 @@ class Sharded(Parallel):
         return distribute_tensor(value.to(self.device), self.mesh, data.placements, src_data_rank=None)
 
 
+def local_tensor(value: Tensor) -> Tensor:
+    """This process's shard of a tensor that is sharded; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def whole_tensor(value: Tensor) -> Tensor:
     """A whole tensor in all processes, from one that is sharded over them; all of them call this together."""
     from torch.distributed.tensor import DTensor

@@ -24,6 +24,8 @@ from mvar_core.errors import DataError, MvarError
 from mvar_core.io.files import remove_leftovers, write_text
 from mvar_core.models.compilation import uncompiled
 from mvar_core.training.checkpoints import (
+    BEST,
+    CHECKPOINTS,
     TrainingState,
     check_settings,
     latest_checkpoint,
@@ -32,11 +34,11 @@ from mvar_core.training.checkpoints import (
     set_random_state,
 )
 from mvar_core.training.ema import EMA
-from mvar_core.training.metrics import Recorder, StepResult, check_trackers
+from mvar_core.training.metrics import SKIPPED, Recorder, StepResult, check_trackers
 from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan, StepReport
 from mvar_core.training.optim import build_optimizer, learning_rate, load_optimizer_state, optimizer_state
 from mvar_core.training.order import batch_rows, prefetch
-from mvar_core.training.parallel import Parallel
+from mvar_core.training.parallel import Parallel, local_tensor
 
 MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its scale, and halves it each time
 
@@ -91,12 +93,14 @@ class Trainer:
         check_trackers(self.plan.train)
         values, rank_zero = config.model_dump(mode="json"), self.parallel.world.is_rank_zero
         if rank_zero:
-            for directory in (self.out, self.out / PICTURES):
+            for directory in (self.out, self.out / PICTURES, self.out / CHECKPOINTS, self.out / BEST):
                 remove_leftovers(directory)
             if not self.plan.resume:
                 remove_checkpoints(self.out)
         if self.plan.resume:
             self.restore()
+        if self.step >= self.plan.total_steps:
+            logger.info("%s has finished its %d steps already: nothing is left to train.", self.out, self.step)
         if rank_zero:
             write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
             self.recorder.open(self.out, self.step, values)
@@ -112,6 +116,8 @@ class Trainer:
         if self.ema is not None and not interrupted:
             self.ema.swap()
         self.module.eval()
+        if not interrupted:
+            self.check_weights()
         recorder = self.recorder
         return Outcome(self.step, recorder.loss, recorder.seconds, self.skipped, interrupted, self.best_step)
 
@@ -142,6 +148,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state after `self.step` steps."""
+        self.check_weights()
         state = TrainingState(
             step=self.step,
             settings=dict(self.plan.settings),
@@ -160,6 +167,22 @@ class Trainer:
             best_score=self.best_score,
         )
         self.parallel.save(self.out, state, self.plan.train.keep)
+
+    def check_weights(self) -> None:
+        """Refuse to save weights that are not finite (MvarError): a step of finite gradients can lead there."""
+        weights = {**dict(self.module.named_parameters()), **(self.ema.state() if self.ema is not None else {})}
+        wrong = [name for name, weight in weights.items() if not local_tensor(weight.detach()).isfinite().all()]
+        if self.parallel.world.any_rank(bool(wrong)):
+            raise MvarError(
+                f"After step {self.step} weights are not finite ({', '.join(wrong[:3]) or 'in another process'})."
+                f" They are not saved; {self.last_checkpoint()}.",
+                "Start over with a lower learning rate (train.optimizer.lr) and --overwrite.",
+            )
+
+    def last_checkpoint(self) -> str:
+        """The last checkpoint, in words."""
+        path = latest_checkpoint(self.out)
+        return "there is no checkpoint yet" if path is None else f"the last checkpoint is {path}"
 
     def take_steps(self) -> bool:
         """The steps that are left, with checkpoints; returns whether an interruption ended them early."""
@@ -301,8 +324,9 @@ class Trainer:
             shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
             raise MvarError(
                 f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {step + 1} ({found}) on"
-                f" rows {shown}. skipped.jsonl lists them all.",
-                "Try a lower learning rate or --dtype float32; the last checkpoint is from before.",
+                f" rows {shown}. {self.out / SKIPPED} lists them all; {self.last_checkpoint()}.",
+                "Start over with a lower learning rate (train.optimizer.lr) and --overwrite, or resume with --dtype"
+                " float32.",
             )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ from typing_extensions import TypedDict
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, RunConfig
 from mvar_core.data.images import ImageSource, open_images, split_name
+from mvar_core.distributed import World
 from mvar_core.errors import DataError
 from mvar_core.io.files import require_new_directory
+from mvar_core.io.resumable import DirectoryLock
 from mvar_core.progress import Progress
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import generator, peak_memory_bytes
@@ -108,15 +111,30 @@ class TrainOptions(TrainTokenizerOptions, total=False):
     activation_checkpointing: bool | None
 
 
-def prepare_run(out: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether a run in `out` resumes from what is there, after checking that it may.
+@contextmanager
+def run_directory(out: Path, world: World, resume: bool, overwrite: bool) -> Iterator[bool]:
+    """Keep a run directory for the processes of this job; whether the run resumes from what is there.
 
-    What is not a run, or one that is neither resumed nor overwritten, raises DataError.
+    Raises:
+        DataError: What is there is not a run, or one that is neither resumed nor overwritten, or another job has it.
     """
-    run_exists = any((out / name).exists() for name in RUN_FILES)
-    if overwrite or not (resume and run_exists):
-        require_new_directory(out, overwrite)
-    return not overwrite
+
+    def check() -> None:
+        run_exists = any((out / name).exists() for name in RUN_FILES)
+        if overwrite or not (resume and run_exists):
+            require_new_directory(out, overwrite)
+
+    def acquire() -> None:
+        check()  # before anything is written there
+        lock.acquire()
+        check()
+
+    lock = DirectoryLock(out)
+    try:
+        world.run_on_rank_zero(acquire)
+        yield not overwrite
+    finally:
+        lock.release()
 
 
 def held_out(data: str) -> ImageSource | None:

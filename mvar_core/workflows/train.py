@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast, get_args
 
 import numpy as np
+from filelock import FileLock
 from typing_extensions import Unpack
 
 from mvar_core.config import Machine, ModelConfig, RunConfig
@@ -20,7 +21,7 @@ from mvar_core.data.images import Views, open_images
 from mvar_core.data.tokens import TokenCache
 from mvar_core.distributed import connect, world
 from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
-from mvar_core.io.files import atomic_directory, write_json
+from mvar_core.io.files import atomic_directory, remove, write_json
 from mvar_core.io.pictures import make_grid, save_png
 from mvar_core.kernels import check_backend
 from mvar_core.models import official
@@ -42,7 +43,7 @@ from mvar_core.workflows.runs import (
     TrainOptions,
     ended,
     planned,
-    prepare_run,
+    run_directory,
     seeded,
     step_progress,
 )
@@ -247,30 +248,30 @@ def _train(
         dtype = resolve_dtype(machine.dtype, device)
         check_trackers(config.train)
         check_backend(machine.attention, config.patterns, device, dtype, needs_grad=True)
-        resume = world.run_on_rank_zero(lambda: prepare_run(out, resume, overwrite))
-        if cache is None:
-            write_tokens(
-                out / "tokens",
-                data=str(data),
-                tokenizer=directory,
-                config=fit_to_tokens(config, made_by, open_images(str(data)).class_names),
-                overwrite=overwrite,
-                machine=machine.model_copy(update={"dtype": "auto"}),
+        with run_directory(out, world, resume, overwrite) as resume:
+            if cache is None:
+                write_tokens(
+                    out / "tokens",
+                    data=str(data),
+                    tokenizer=directory,
+                    config=fit_to_tokens(config, made_by, open_images(str(data)).class_names),
+                    overwrite=overwrite,
+                    machine=machine.model_copy(update={"dtype": "auto"}),
+                    progress=progress,
+                )
+                cache = TokenCache.open(out / "tokens")
+            outcome = train_on_tokens(
+                fit_to_tokens(config, made_by, cache.class_names),
+                cache,
+                directory,
+                out,
+                machine=machine,
+                resume=resume,
+                fsdp=fsdp,
+                validation=TokenCache.open(Path(validation)) if validation is not None else None,
+                start=start,
                 progress=progress,
             )
-            cache = TokenCache.open(out / "tokens")
-        outcome = train_on_tokens(
-            fit_to_tokens(config, made_by, cache.class_names),
-            cache,
-            directory,
-            out,
-            machine=machine,
-            resume=resume,
-            fsdp=fsdp,
-            validation=TokenCache.open(Path(validation)) if validation is not None else None,
-            start=start,
-            progress=progress,
-        )
     return TrainResult(
         **ended(outcome, out, config.train.batch_size, device, world.world_size),
         validation_loss=outcome.val_loss,
@@ -456,16 +457,22 @@ def _sample_pictures(
 
 def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequence[str]) -> None:
     """Convert a published file to a model directory, once; a resumed run does not convert it again."""
-    if not (directory / "config.json").is_file():
-        named = dict(map(parse_setting, settings)).get(("patch_sizes",))
-        try:
-            sizes = read_sizes(named) if named is not None else None
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"--set patch_sizes={named}: {error}.", "Write sides, as in patch_sizes=1,2,3.") from None
-        tokenizer = tokenizer or official.tokenizer_next_to(file)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(directory) as temporary:
-            official.import_official(file, tokenizer, temporary, kind="var", patch_sizes=sizes)
+    lock = directory.parent / f".{directory.name}.lock"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # a second run waits, and finds it done
+        for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
+            remove(leftover)
+        if not (directory / "config.json").is_file():
+            named = dict(map(parse_setting, settings)).get(("patch_sizes",))
+            try:
+                sizes = read_sizes(named) if named is not None else None
+            except (ValueError, TypeError) as error:
+                hint = "Write sides, as in patch_sizes=1,2,3."
+                raise ConfigError(f"--set patch_sizes={named}: {error}.", hint) from None
+            tokenizer = tokenizer or official.tokenizer_next_to(file)
+            with atomic_directory(directory) as temporary:
+                official.import_official(file, tokenizer, temporary, kind="var", patch_sizes=sizes)
+    lock.unlink(missing_ok=True)
     made_from = read_model_config(directory).provenance.get("source")
     if made_from != file.name:
         raise CheckpointError(

@@ -32,7 +32,7 @@ from mvar_core.workflows.runs import (
     ended,
     held_out,
     planned,
-    prepare_run,
+    run_directory,
     seeded,
     step_progress,
 )
@@ -110,12 +110,12 @@ def train_tokenizer(
         return planned(TrainTokenizerResult, config, machine, out, chosen.steps, plan, images=len(source))
     with connect(machine.device) as world:
         own = machine.model_copy(update={"device": world.device(machine.device)})
-        resume = world.run_on_rank_zero(lambda: prepare_run(out, resume, overwrite))
-        source.check()
-        return train_on_images(
-            config, data, out, machine=own, world=world, resume=resume, start=start, new_codebook=new_codebook, vgg=vgg,
-            lpips=lpips, progress=progress,
-        )  # fmt: skip
+        with run_directory(out, world, resume, overwrite) as resume:
+            source.check()
+            return train_on_images(
+                config, data, out, machine=own, world=world, resume=resume, start=start, new_codebook=new_codebook,
+                vgg=vgg, lpips=lpips, progress=progress,
+            )  # fmt: skip
 
 
 def train_on_images(

@@ -304,7 +304,7 @@ def test_steps_that_are_not_finite_end_the_run_and_name_the_rows(train, tmp_path
             transformer.head.bias[0] = float("nan")
 
     with pytest.raises(MvarError, match=r"10 steps in a row.*step 10 .*rows (\d+, ){5}\d+"):
-        train(tmp_path, "train.steps=30", prepare=poison)
+        train(tmp_path, "train.steps=30", "train.checkpoint_every=30", prepare=poison)
     assert "Step 1 was left out" in caplog.text
     lines = read_metrics(tmp_path / "skipped.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))

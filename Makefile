@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint mutation format docs clean
+.PHONY: help install quickstart test test-slow lint mutation faults format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-slow: $(STAMP)  ## the tests that take minutes
 
 mutation: $(STAMP)  ## faults put into the code, and whether the tests notice; ARGS="--only 3,17"
 	$(BIN)/python benchmarks/mutation.py $(ARGS)
+
+faults: $(STAMP)  ## bad inputs, kills and full disks, and how every command ends; ARGS="--only kills"
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 format: $(STAMP)  ## bring the code into shape
 	$(BIN)/ruff check --fix .

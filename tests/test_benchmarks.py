@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-QUICK = ("attention", "editing", "output", "plan_memory", "token_cache", "words")
+QUICK = ("attention", "editing", "faults", "output", "plan_memory", "token_cache", "words")
 SLOW = (
     "ablation",
     "attention_report",

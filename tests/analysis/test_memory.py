@@ -33,8 +33,7 @@ def sample(config, settings, images, dtype, *, memory_budget=None, stages=False)
     return live.peak_bytes, sizes.peak_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prefixes", ["all", 1, 2])
+@pytest.mark.parametrize(("prefixes", "dtype"), [("all", torch.float32), (1, torch.bfloat16), (2, torch.float32)])
 @pytest.mark.parametrize(
     ("codes", "cfg", "top_k", "top_p", "min_p"),
     [

@@ -48,7 +48,7 @@ class _Record(BaseModel):
 class FileEntry(_Record):
     """One file of a cache, so that a changed or shortened file is noticed."""
 
-    file: str = Field(pattern=r"^\w[\w.-]*$")  # in the cache's own directory
+    file: str = Field(pattern=r"^\w[\w.-]*$", max_length=100)  # in the cache's own directory
     bytes: NonNegativeInt
     sha256: str
 

@@ -18,6 +18,8 @@ class MvarError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None):
+        # Names of files can hold anything, and a message is one line on a terminal.
+        message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
         super().__init__(message if hint is None else f"{message} {hint}")
         self.message = message
         self.hint = hint

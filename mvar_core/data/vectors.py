@@ -106,8 +106,10 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
     if mask is not None:
         if found.ndim != 3 or mask.shape != found.shape[:2]:
             raise DataError(f"{path}: a mask of shape {mask.shape} does not fit vectors of shape {found.shape}.")
+        if not np.isin(mask, (0, 1)).all():
+            raise DataError(f"{path} has a mask that holds other values than 0 and 1.")
         found = pool_sequence(torch.from_numpy(found.astype(np.float32)), torch.from_numpy(mask)).numpy()
-    if found.ndim != 2 or not len(found) or found.dtype.kind != "f":
+    if found.ndim != 2 or not found.size or found.dtype.kind != "f":
         hint = "Sequences (rows, T, X) need a `mask` (rows, T) next to them." if found.ndim == 3 else None
         raise DataError(f"{path} holds {found.dtype} of shape {found.shape}; expected floats (rows, numbers).", hint)
     if found.dtype not in (np.float16, np.float32):

@@ -133,7 +133,7 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
             with safe_open(path, "pt") as file:
                 vectors = file.get_tensor("vectors")
                 # numpy knows no bfloat16.
-                vectors = vectors if vectors.dtype == torch.float16 else vectors.float()
+                vectors = vectors.float() if vectors.dtype == torch.bfloat16 else vectors
                 mask = file.get_tensor("mask").numpy() if "mask" in file.keys() else None  # noqa: SIM118
                 return vectors.numpy(), mask, (file.metadata() or {}).get("encoder")
     except KeyError:

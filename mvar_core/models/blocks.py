@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +38,38 @@ class KeyValueCache:
 
     def __init__(self, num_rows: int):
         self.num_rows = num_rows
+        self._rows_G: Tensor | None = None
         self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def rows(self, rows_G: Int[Tensor, " G"] | None = None) -> CachedRows:
-        """The entries of some rows; None for all."""
-        return CachedRows(self, rows_G)
+    def rows(self, rows_G: Int[Tensor, " G"] | None = None) -> KeyValueCache:
+        """The same cache for some rows, in the order in which a subset of the batch holds them; None for all."""
+        view = copy(self)
+        view._rows_G = rows_G
+        return view
+
+    def store(self, layer: int, scale: int, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
+        """Keep one scale's keys and values of these rows."""
+        if self._rows_G is None:
+            # Copies, since views would keep the queries of the fused projection alive as well.
+            self._buffers[layer, scale] = (k_BHKD.contiguous(), v_BHKD.contiguous())
+            return
+        if (layer, scale) not in self._buffers:
+            shape = (self.num_rows, *k_BHKD.shape[1:])
+            self._buffers[layer, scale] = (k_BHKD.new_empty(shape), v_BHKD.new_empty(shape))
+        for buffer, rows in zip(self._buffers[layer, scale], (k_BHKD, v_BHKD), strict=True):
+            buffer[self._rows_G] = rows
+
+    def read(self, layer: int, scales: range) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values, each (B, H, K, D), of these rows at some scales."""
+        pairs = [self._buffers[layer, scale] for scale in scales]
+        if self._rows_G is not None:
+            pairs = [(keys[self._rows_G], values[self._rows_G]) for keys, values in pairs]
+        return [keys for keys, _ in pairs], [values for _, values in pairs]
 
     def drop_before(self, scale: int) -> None:
         """Forget the scales before `scale`."""
-        self._buffers = {entry: buffers for entry, buffers in self._buffers.items() if entry[1] >= scale}
+        for entry in [entry for entry in self._buffers if entry[1] < scale]:
+            del self._buffers[entry]
 
     @property
     def scales(self) -> set[int]:
@@ -56,39 +80,6 @@ class KeyValueCache:
     def num_bytes(self) -> int:
         """Memory held now."""
         return sum(tensor.numel() * tensor.element_size() for pair in self._buffers.values() for tensor in pair)
-
-
-@dataclass(frozen=True)
-class CachedRows:
-    """Some rows of a cache, in the order in which a subset of the batch holds them.
-
-    Attributes:
-        cache: The cache.
-        rows_G: Which rows, or None for all.
-    """
-
-    cache: KeyValueCache
-    rows_G: Tensor | None
-
-    def store(self, layer: int, scale: int, k_BHKD: Tensor, v_BHKD: Tensor) -> None:
-        """Keep one scale's keys and values of these rows."""
-        buffers = self.cache._buffers
-        if self.rows_G is None:
-            # Copies, since views would keep the queries of the fused projection alive as well.
-            buffers[layer, scale] = (k_BHKD.contiguous(), v_BHKD.contiguous())
-            return
-        if (layer, scale) not in buffers:
-            shape = (self.cache.num_rows, *k_BHKD.shape[1:])
-            buffers[layer, scale] = (k_BHKD.new_empty(shape), v_BHKD.new_empty(shape))
-        for buffer, part in zip(buffers[layer, scale], (k_BHKD, v_BHKD), strict=True):
-            buffer[self.rows_G] = part
-
-    def read(self, layer: int, scales: range) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values, each (B, H, K, D), of these rows at some scales."""
-        pairs = [self.cache._buffers[layer, scale] for scale in scales]
-        if self.rows_G is not None:
-            pairs = [(keys[self.rows_G], values[self.rows_G]) for keys, values in pairs]
-        return [keys for keys, _ in pairs], [values for _, values in pairs]
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ class AttentionContext:
     first_visible: tuple[int, ...]
     scales: range
     backend: str = "auto"
-    cache: CachedRows | None = None
+    cache: KeyValueCache | None = None
     probe: AttentionProbe | None = None
 
     def local_span(self, scale: int) -> slice:
@@ -157,16 +148,10 @@ class ScaleAttention(nn.Module):
             q_BLHD, k_BLHD = normalise_heads(q_BLHD, scale_H), normalise_heads(k_BLHD, None)
         own = [context.local_span(scale) for scale in context.scales]
         seen = [context.seen_span(scale) for scale in context.scales]
-        slices = zip(
-            context.scales,
-            token_slices(q_BLHD, own),
-            token_slices(k_BLHD, seen),
-            token_slices(v_BLHD, seen),
-            strict=True,
-        )
+        slices = (token_slices(q_BLHD, own), token_slices(k_BLHD, seen), token_slices(v_BLHD, seen))
         outputs = [
             self._attend_scale(scale, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context).transpose(1, 2)
-            for scale, q, k, v in slices
+            for scale, q, k, v in zip(context.scales, *slices, strict=True)
         ]
         o_BLHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.projection(o_BLHD.flatten(2))
@@ -177,8 +162,7 @@ class ScaleAttention(nn.Module):
         if context.cache is not None:
             own = slice(-context.pyramid.grids[scale].tokens, None)
             context.cache.store(self.layer, scale, k_BHKD[:, :, own], v_BHKD[:, :, own])
-            earlier = range(context.first_visible[scale], context.scales.start)
-            keys, values = context.cache.read(self.layer, earlier)
+            keys, values = context.cache.read(self.layer, range(context.first_visible[scale], context.scales.start))
             if keys:
                 k_BHKD, v_BHKD = torch.cat([*keys, k_BHKD], dim=2), torch.cat([*values, v_BHKD], dim=2)
         pattern = context.patterns[scale]
@@ -249,8 +233,8 @@ class Block(nn.Module):
             modulation_B6C: From `modulate`.
             context: What attention sees.
             kept_2B: Which samples keep their attention and their MLP branch; None keeps all, at their own scale.
-            keep: How often a branch is kept, by which those kept are scaled up. A tensor, for a number that is another
-                one in each block would have each block compiled again.
+            keep: How often a branch is kept, by which those kept are scaled up. A tensor, since a different number in
+                each block would make torch compile each block again.
         """
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
         kept_1, kept_2 = (None, None) if kept_2B is None else kept_2B

@@ -1,15 +1,14 @@
 """What a transformer is conditioned on: a class label for each image, or a vector that the user computed.
 
 Everything else handles *conditions*: one tensor with a row for each image, which a `Conditioner` turns into the
-embedding that AdaLN and the start token are made of. One value stands for no condition; training puts it in a fraction
-of the rows, guidance asks for it.
+embedding that AdaLN and the start token are made of. One value is the null condition; training puts it in a fraction of
+the rows, guidance asks for it.
 """
 
 # Shape suffixes: B batch, U distinct conditions, C width of the transformer, X values of a condition's vector.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,83 +63,25 @@ class Conditioning:
         return table if self.rows_B is None else table[self.rows_B]
 
 
-class Conditioner(nn.Module, ABC):
-    """Turns conditions into embeddings; calling it embeds.
-
-    Attributes:
-        name: Under which the transformer holds it, and so how the names of its parameters begin.
-        tables: Whether its matrices are tables, which weight decay leaves alone.
-    """
-
-    name: str
-    tables: bool
-
-    @abstractmethod
-    def read(self, conditions: Conditions) -> Tensor:
-        """Conditions as a tensor on the CPU, one row each.
-
-        Raises:
-            ConfigError: They are not what the model is conditioned on.
-        """
-
-    @abstractmethod
-    def null(self, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """`count` null conditions."""
-
-    @abstractmethod
-    def drop(self, conditions: Tensor, dropped_B: Bool[Tensor, " B"]) -> Tensor:
-        """The conditions, those that are dropped replaced by the null condition."""
-
-    @abstractmethod
-    def distinct(self, conditions: Tensor) -> tuple[Tensor, Int[Tensor, " B"]]:
-        """The different ones among them, U of them, and which of those each row is."""
-
-    @staticmethod
-    @abstractmethod
-    def null_of(state: Mapping[str, Tensor]) -> Float[Tensor, " C"]:
-        """The embedding that stands for no condition in a conditioner's state."""
-
-    @abstractmethod
-    def with_null(self, null_C: Float[Tensor, " C"]) -> dict[str, Tensor]:
-        """This conditioner's state with another embedding that stands for no condition."""
-
-    @abstractmethod
-    def examples(self, count: int) -> Tensor:
-        """`count` conditions to measure with, as different from each other as can be."""
-
-    @abstractmethod
-    def check_data(self, conditions: Tensor) -> None:
-        """Refuse what comes with tokens to train on where it is no condition of this model.
-
-        Raises:
-            DataError: Says what it is instead.
-        """
-
-    def labels(self, conditions: Tensor) -> list[int]:
-        """The class label of each condition; -1 where it is none."""
-        return [-1] * len(conditions)
-
-    def initialise(self, std: float) -> None:
-        """Give parameters that are neither linear nor a table their first values, of this standard deviation."""
-
-
-class ClassConditioner(nn.Embedding, Conditioner):
-    """Class labels through a table; the row behind the last class stands for no class.
+class ClassConditioner(nn.Embedding):
+    """Embeddings of class labels from a table, whose last row, behind the last class, is the null label's.
 
     Args:
-        num_classes: Class labels, without the one that stands for no class.
+        num_classes: Class labels, without the null label.
         width: C.
     """
 
     name = "class_embedding"
+    """Under which the transformer holds it, and so how the names of its parameters begin."""
     tables = True
+    """Whether its matrices are tables, which weight decay leaves alone."""
 
     def __init__(self, num_classes: int, width: int):
-        nn.Embedding.__init__(self, num_classes + 1, width)
+        super().__init__(num_classes + 1, width)
         self.num_classes = num_classes
 
     def read(self, conditions: Conditions) -> Int[Tensor, " B"]:
-        """Labels 0 … num_classes; the last stands for no class."""
+        """Labels as a tensor on the CPU; ConfigError where they are not what the model is conditioned on."""
         labels_B = torch.as_tensor(conditions)
         if labels_B.ndim != 1 or (labels_B.numel() and labels_B.is_floating_point()):
             raise ConfigError(
@@ -153,35 +94,35 @@ class ClassConditioner(nn.Embedding, Conditioner):
         return labels_B
 
     def null(self, count: int, device: torch.device | str = "cpu") -> Int[Tensor, " B"]:
-        """The label that stands for no class."""
+        """`count` null conditions."""
         return torch.full((count,), self.num_classes, device=device)
 
     def drop(self, conditions: Int[Tensor, " B"], dropped_B: Bool[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The labels, those that are dropped replaced by no class."""
+        """The conditions, of which those that are dropped become the null condition."""
         return torch.where(dropped_B, self.num_classes, conditions)
 
     def distinct(self, conditions: Int[Tensor, " B"]) -> tuple[Int[Tensor, " U"], Int[Tensor, " B"]]:
-        """The different labels, sorted, and which of them each row has."""
+        """The different conditions, U of them, and which of those each row is."""
         labels_U, rows_B = conditions.unique(return_inverse=True)
         return labels_U, rows_B
 
     @staticmethod
     def null_of(state: Mapping[str, Tensor]) -> Float[Tensor, " C"]:
-        """The table's last row."""
+        """The null condition's embedding in the state of such a conditioner."""
         return state["weight"][-1]
 
     def with_null(self, null_C: Float[Tensor, " C"]) -> dict[str, Tensor]:
-        """The table with another last row."""
+        """This conditioner's state with another embedding of the null condition."""
         table = self.weight.detach().clone()
         table[-1] = null_C
         return {"weight": table}
 
     def examples(self, count: int) -> Int[Tensor, " B"]:
-        """All classes in turn."""
+        """`count` conditions to measure with, as different from each other as can be."""
         return torch.arange(count) * 37 % self.num_classes
 
     def check_data(self, conditions: Tensor) -> None:
-        """Refuse labels above the classes, and what is no label."""
+        """Refuse what comes with tokens to train on where it is no condition of this model (DataError)."""
         if conditions.ndim != 1 or conditions.is_floating_point():
             raise DataError(
                 f"The tokens come with conditions that are {_described(conditions)}; the model expects class labels."
@@ -193,15 +134,15 @@ class ClassConditioner(nn.Embedding, Conditioner):
             )
 
     def labels(self, conditions: Int[Tensor, " B"]) -> list[int]:
-        """The labels themselves."""
-        return [int(label) for label in conditions]
+        """The class label of each condition; -1 where it is none."""
+        return conditions.tolist()
 
 
-class VectorConditioner(Conditioner):
-    """Vectors that the user computed, projected to the width; a learned embedding stands for none.
+class VectorConditioner(nn.Module):
+    """Vectors that the user computed, projected to the width; its methods are those of `ClassConditioner`.
 
-    Vectors of length 1 start with embeddings of the size that class tables have. Among the conditions a row of nan is
-    the null condition, so that conditions stay one tensor, whatever splits or gathers them.
+    Among the conditions a row of nan is the null condition, whose embedding is learned: so conditions stay one tensor,
+    whatever splits or gathers them. Vectors of length 1 start with embeddings of the size that class tables have.
 
     Args:
         dim: Values of a vector, X.
@@ -226,7 +167,7 @@ class VectorConditioner(Conditioner):
         return torch.where(absent_B1, self.no_vector, embedding_BC)
 
     def read(self, conditions: Conditions) -> Float[Tensor, "B X"]:
-        """Vectors (B, X), float32; a row of nan stands for none."""
+        """Vectors on the CPU in float32."""
         vectors_BX = torch.as_tensor(conditions)
         if vectors_BX.numel() == 0:
             return torch.empty(0, self.dim)
@@ -246,12 +187,11 @@ class VectorConditioner(Conditioner):
         return torch.full((count, self.dim), torch.nan, device=device)
 
     def drop(self, conditions: Float[Tensor, "B X"], dropped_B: Bool[Tensor, " B"]) -> Float[Tensor, "B X"]:
-        """The vectors, those that are dropped replaced by nan."""
+        """The vectors, of which those that are dropped become nan."""
         return torch.where(dropped_B.unsqueeze(1), torch.nan, conditions)
 
     def distinct(self, conditions: Float[Tensor, "B X"]) -> tuple[Float[Tensor, "U X"], Int[Tensor, " B"]]:
-        """The different vectors, and which of them each row is."""
-        # By their bits, for nan does not equal itself.
+        """The different vectors, by their bits, since nan does not equal itself; and which of them each row is."""
         bits = conditions.cpu().contiguous().view(torch.int32)
         bits_UX, rows_B = bits.unique(dim=0, return_inverse=True)
         return bits_UX.view(torch.float32).to(conditions.device), rows_B.to(conditions.device)
@@ -262,7 +202,7 @@ class VectorConditioner(Conditioner):
         return state["no_vector"]
 
     def with_null(self, null_C: Float[Tensor, " C"]) -> dict[str, Tensor]:
-        """The projection as it is, and another embedding for no vector."""
+        """The projection as it is, with another learned embedding."""
         return {**self.state_dict(), "no_vector": null_C.to(self.no_vector)}
 
     def examples(self, count: int) -> Float[Tensor, "B X"]:
@@ -271,7 +211,7 @@ class VectorConditioner(Conditioner):
         return F.normalize(vectors_BX, dim=1)
 
     def check_data(self, conditions: Tensor) -> None:
-        """Refuse labels, and vectors of another length."""
+        """Refuse labels, and vectors of another length (DataError)."""
         if conditions.ndim != 2 or conditions.shape[1] != self.dim or not conditions.is_floating_point():
             raise DataError(
                 f"The tokens come with conditions that are {_described(conditions)}; the model is conditioned on"
@@ -279,11 +219,12 @@ class VectorConditioner(Conditioner):
                 "Make a cache that holds such vectors: mvar tokenize --words, or --vectors FILE.",
             )
 
-    def initialise(self, std: float) -> None:
-        """The embedding that stands for no vector starts as the row of a class table does."""
-        nn.init.trunc_normal_(self.no_vector, std=std)
+    def labels(self, conditions: Float[Tensor, "B X"]) -> list[int]:
+        """-1 for each vector."""
+        return [-1] * len(conditions)
 
 
+Conditioner = ClassConditioner | VectorConditioner
 CONDITIONERS: tuple[type[Conditioner], ...] = (ClassConditioner, VectorConditioner)
 
 

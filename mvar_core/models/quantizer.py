@@ -10,6 +10,8 @@ is a function of the token maps so far and of nothing else.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -102,43 +104,43 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features_BZhw: Float[Tensor, "B Z h w"]) -> Int[Tensor, "B L"]:
         """Tokens of all scales, coarse to fine: each names what the scales before it left over."""
-        rest_BZhw = features_BZhw.to(self.codebook.dtype)
-        tokens = []
-        for scale in range(self.pyramid.num_scales):
-            tokens_Bl = self._quantize(rest_BZhw, scale)
-            tokens.append(tokens_Bl)
-            rest_BZhw = rest_BZhw - self.increment(self.embed(tokens_Bl), scale)
-        return torch.cat(tokens, dim=1)
-
-    def decode(self, tokens_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B Z h w"]:
-        """f̂ of the tokens of all scales."""
-        fhat_BZhw = self.empty_features(tokens_BL.shape[0])
-        for scale, span in enumerate(self.pyramid.spans):
-            fhat_BZhw = fhat_BZhw + self.increment(self.embed(tokens_BL[:, span]), scale)
-        return fhat_BZhw
-
-    def teacher_forcing_inputs(self, tokens_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B l Z"]:
-        """Transformer inputs of scales 2 … S given the true tokens; the first scale has the class alone.
-
-        Returns:
-            (B, L - l₁, Z), where l₁ is the number of tokens of the first scale.
-        """
-        fhat_BZhw = self.empty_features(tokens_BL.shape[0])
-        inputs = [fhat_BZhw.new_empty(tokens_BL.shape[0], 0, fhat_BZhw.shape[1])]
-        for scale, span in enumerate(self.pyramid.spans[:-1]):
-            fhat_BZhw = fhat_BZhw + self.increment(self.embed(tokens_BL[:, span]), scale)
-            inputs.append(self.scale_input(fhat_BZhw, scale + 1))
-        return torch.cat(inputs, dim=1)
+        return torch.cat([tokens_Bl for tokens_Bl, _ in self._residuals(features_BZhw)], dim=1)
 
     @torch.no_grad()
     def residual_vectors(self, features_BZhw: Float[Tensor, "B Z h w"]) -> list[Float[Tensor, "N Z"]]:
         """The vectors that each scale quantizes, one (B·l, Z) tensor per scale."""
+        return [vectors_NZ for _, vectors_NZ in self._residuals(features_BZhw)]
+
+    def _residuals(self, features_BZhw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rest_BZhw = features_BZhw.to(self.codebook.dtype)
-        vectors = []
         for scale in range(self.pyramid.num_scales):
-            vectors.append(self._vectors(rest_BZhw, scale))
-            rest_BZhw = rest_BZhw - self.increment(self.embed(self._quantize(rest_BZhw, scale)), scale)
-        return vectors
+            tokens_Bl, vectors_NZ = self._quantize(rest_BZhw, scale)
+            yield tokens_Bl, vectors_NZ
+            rest_BZhw = rest_BZhw - self.increment(self.embed(tokens_Bl), scale)
+
+    @torch.no_grad()
+    def _quantize(self, rest_BZhw: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        """A scale's tokens (B, l), and the vectors (B·l, Z) whose nearest codebook entries they are."""
+        vectors_NZ = downsample(rest_BZhw, self.pyramid.grids[scale]).permute(0, 2, 3, 1).flatten(0, 2)
+        return self.nearest(vectors_NZ).unflatten(0, (rest_BZhw.shape[0], -1)), vectors_NZ
+
+    def partial_features(self, tokens_BL: Int[Tensor, "B L"]) -> Iterator[Float[Tensor, "B Z h w"]]:
+        """f̂ of the first scale, of the first two, and so on to all."""
+        fhat_BZhw = self.empty_features(tokens_BL.shape[0])
+        for scale, span in enumerate(self.pyramid.spans):
+            fhat_BZhw = fhat_BZhw + self.increment(self.embed(tokens_BL[:, span]), scale)
+            yield fhat_BZhw
+
+    def decode(self, tokens_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B Z h w"]:
+        """f̂ of the tokens of all scales."""
+        return deque(self.partial_features(tokens_BL), maxlen=1).pop()
+
+    def teacher_forcing_inputs(self, tokens_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B l Z"]:
+        """Transformer inputs (B, L - l₁, Z) of scales 2 … S given the true tokens; scale 1 has the condition alone."""
+        inputs = [self.codebook.new_empty(tokens_BL.shape[0], 0, self.codebook.shape[1])]
+        for scale, fhat_BZhw in zip(range(1, self.pyramid.num_scales), self.partial_features(tokens_BL), strict=False):
+            inputs.append(self.scale_input(fhat_BZhw, scale))
+        return torch.cat(inputs, dim=1)
 
     def forward(
         self,
@@ -152,7 +154,7 @@ class MultiScaleQuantizer(nn.Module):
 
         Args:
             features_BZhw: The encoder's features f.
-            commitment: Weight of the part that pulls the features to the codebook.
+            commitment: Weight of the term that pulls the features to the codebook.
             shown_scales_B: How many of the first scales each image's returned f̂ sums, all by default. Loss and tokens
                 are of all scales in any case.
         """
@@ -162,7 +164,7 @@ class MultiScaleQuantizer(nn.Module):
         tokens = []
         shown_BZhw = fhat_BZhw
         for scale in range(self.pyramid.num_scales):
-            tokens_Bl = self._quantize(target_BZhw - fhat_BZhw.detach(), scale)
+            tokens_Bl, _ = self._quantize(target_BZhw - fhat_BZhw.detach(), scale)
             tokens.append(tokens_Bl)
             fhat_BZhw = fhat_BZhw + self.increment(self.embed(tokens_Bl), scale)
             loss = loss + commitment * F.mse_loss(features_BZhw, fhat_BZhw.detach())
@@ -173,10 +175,3 @@ class MultiScaleQuantizer(nn.Module):
                 shown_BZhw = torch.where((shown_scales_B > scale).view(-1, 1, 1, 1), fhat_BZhw, shown_BZhw)
         straight_through = features_BZhw + (shown_BZhw - features_BZhw).detach()
         return QuantizerOutput(straight_through, loss / self.pyramid.num_scales, torch.cat(tokens, dim=1))
-
-    def _vectors(self, rest_BZhw: Tensor, scale: int) -> Tensor:
-        return downsample(rest_BZhw, self.pyramid.grids[scale]).permute(0, 2, 3, 1).flatten(0, 2)
-
-    @torch.no_grad()
-    def _quantize(self, rest_BZhw: Tensor, scale: int) -> Tensor:
-        return self.nearest(self._vectors(rest_BZhw, scale)).unflatten(0, (rest_BZhw.shape[0], -1))

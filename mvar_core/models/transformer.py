@@ -11,6 +11,7 @@ a later scale sees an earlier one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvar_core.config import ModelConfig, TransformerConfig
-from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, CachedRows, KeyValueCache
-from mvar_core.models.conditioning import Conditioner, Conditioning, build_conditioner
+from mvar_core.models.blocks import AttentionContext, AttentionProbe, Block, KeyValueCache
+from mvar_core.models.conditioning import Conditioner, Conditioning, VectorConditioner, build_conditioner
 from mvar_core.models.linear import RowStableLinear
 from mvar_core.models.steps import modulated_norm
 from mvar_core.runtime import RowDraws, draw_rows
@@ -57,15 +58,11 @@ class Transformer(nn.Module):
         self.scale_embedding = nn.Embedding(self.pyramid.num_scales, width)
         self.input_projection = RowStableLinear(config.tokenizer.latent_channels, width)
         self.shared_modulation = RowStableLinear(width, 6 * width) if sizes.shared_adaln else None
-        self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.depth))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(sizes, layer) for layer in range(sizes.depth)))
         self.head_modulation = RowStableLinear(width, 2 * width)
         self.head = RowStableLinear(width, config.tokenizer.codebook_size)
         self.recompute_blocks = False
         self._initialise(sizes)
-
-    @property
-    def _layers(self) -> list[Block]:
-        return cast("list[Block]", list(self.blocks))
 
     @property
     def conditioner(self) -> Conditioner:
@@ -107,18 +104,15 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B L V"]:
         """Logits of consecutive scales, by default of all, in one packed pass (teacher forcing).
 
-        Scales that the wanted ones see, directly or through others, are computed along; their logits are not.
+        Scales that those see, directly or through others, are computed too; their logits are not.
 
         Args:
-            conditions: Class labels, 0 … num_classes (the last stands for no class), or vectors (nan stands for none).
+            conditions: Class labels, 0 … num_classes (the last is the null label), or vectors (nan is none).
             inputs_BLZ: Inputs of the scales after the first, from the true tokens (B, L - l₁, Z).
-            scales: The wanted scales; None is all.
+            scales: The scales of which logits are returned, in float32; None is all.
             attention: Attention backend.
             generator: In training mode, drops conditions and branches; without it nothing is dropped.
             probe: Called before each layer's and scale's attention with its queries and keys.
-
-        Returns:
-            float32 logits of the wanted scales' tokens.
         """
         if generator is not None and self.training:
             draws_B = draw_rows(generator, conditions.shape[0]).to(conditions.device)
@@ -126,17 +120,14 @@ class Transformer(nn.Module):
         conditioning = self.condition(conditions)
         wanted = range(self.pyramid.num_scales) if scales is None else scales
         needed = range(self.earliest_needed(wanted.start), wanted.stop)
+        spans = self.pyramid.spans
         if len(needed) < self.pyramid.num_scales:
-            first = self.pyramid.grids[0].tokens
-            spans = self.pyramid.spans
+            first = spans[0].stop
             inputs_BLZ = inputs_BLZ[:, max(spans[needed.start].start - first, 0) : spans[needed.stop - 1].stop - first]
         x_BLC = self.hidden_states(
             needed, inputs_BLZ, conditioning, attention=attention, generator=generator, probe=probe
         )
-        if wanted.start > needed.start:
-            spans = self.pyramid.spans
-            x_BLC = x_BLC[:, spans[wanted.start].start - spans[needed.start].start :]
-        return self.head_logits(x_BLC, conditioning)
+        return self.head_logits(x_BLC[:, spans[wanted.start].start - spans[needed.start].start :], conditioning)
 
     def earliest_needed(self, scale: int) -> int:
         """The earliest scale on which `scale` depends: what it sees, what those see, and so on down."""
@@ -151,7 +142,7 @@ class Transformer(nn.Module):
         shared_B6C = None
         if self.shared_modulation is not None:
             shared_B6C = self.shared_modulation(activated_BC).unflatten(1, (6, -1))
-        blocks = tuple(block.modulate(activated_BC, shared_B6C) for block in self._layers)
+        blocks = tuple(block.modulate(activated_BC, shared_B6C) for block in self.blocks)
         with torch.autocast(embedding_BC.device.type, enabled=False):
             head_B2C = self.head_modulation(activated_BC.float()).unflatten(1, (2, -1))
         return Conditioning(embedding_BC, blocks, head_B2C)
@@ -162,36 +153,28 @@ class Transformer(nn.Module):
         inputs_BLZ: Float[Tensor, "B l Z"],
         conditioning: Conditioning,
         *,
-        cache: CachedRows | None = None,
+        cache: KeyValueCache | None = None,
         attention: str = "auto",
         generator: torch.Generator | RowDraws | None = None,
         probe: AttentionProbe | None = None,
     ) -> Float[Tensor, "B L C"]:
-        """The stream behind the last block, for consecutive scales that are processed together.
+        """The stream behind the last block, in the compute dtype, for consecutive scales that are processed together.
 
         Args:
             scales: Which scales. Those that they see must be among them or in the cache.
             inputs_BLZ: Their inputs, without those of the first scale of the pyramid, which has none.
             conditioning: From `condition`.
             cache: Holds earlier scales' keys and values of these rows, and receives these scales'.
-            attention: Attention backend.
+            attention: As in `forward`, like the next two.
             generator: In training mode, drops branches.
             probe: Called before each layer's and scale's attention.
-
-        Returns:
-            In the compute dtype.
         """
         x_BLC = self._embed(scales, inputs_BLZ, conditioning.embedding())
-        context = AttentionContext(
-            self.pyramid,
-            self.patterns,
-            self.first_visible,
-            scales,
-            attention,
-            cache if self._reuses(scales) else None,
-            probe,
-        )
-        for layer, block in enumerate(self._layers):
+        later = self.first_visible[scales.stop] if scales.stop < self.pyramid.num_scales else scales.stop
+        if later >= scales.stop and self.first_visible[scales.start] >= scales.start:
+            cache = None  # no keys pass from earlier scales to these, nor from these to later ones
+        context = AttentionContext(self.pyramid, self.patterns, self.first_visible, scales, attention, cache, probe)
+        for layer, block in enumerate(self.blocks):
             inputs = (x_BLC, conditioning.block(layer), context, *self._kept_branches(block, x_BLC, generator))
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # Random numbers are generated outside, so no generator has to be reset.
@@ -203,16 +186,13 @@ class Transformer(nn.Module):
     def head_logits(
         self, x_BLC: Float[Tensor, "B L C"], conditioning: Conditioning, guidance: float = 0.0
     ) -> Float[Tensor, "b L V"]:
-        """Logits, in float32, of the stream behind the last block.
+        """Logits, in float32, of the stream behind the last block; with guidance half as many rows as the stream.
 
         Args:
             x_BLC: From `hidden_states`; with guidance, the conditional rows and behind them as many unconditional ones.
             conditioning: Of these rows.
             guidance: t of classifier-free guidance, (1 + t)·conditional - t·unconditional. The head is linear and
                 the two weights add up to 1, so what goes into it is guided rather than the logits: one product for two.
-
-        Returns:
-            (B, L, V), or with guidance half as many rows.
         """
         with torch.autocast(x_BLC.device.type, enabled=False):
             scale_B1C, shift_B1C = conditioning.head().unsqueeze(2).unbind(1)
@@ -261,11 +241,6 @@ class Transformer(nn.Module):
         kept = [draw_rows(generator, x_BLC.shape[0]) < keep for _ in range(2)]
         return torch.stack(kept).to(x_BLC.device), torch.full((), keep, device=x_BLC.device)
 
-    def _reuses(self, scales: range) -> bool:
-        """Whether keys pass from earlier scales to these, or from these to later ones."""
-        later = self.first_visible[scales.stop] if scales.stop < self.pyramid.num_scales else scales.stop
-        return later < scales.stop or self.first_visible[scales.start] < scales.start
-
     def _embed(self, scales: range, inputs_BLZ: Tensor, embedding_BC: Tensor) -> Tensor:
         dtype = self.input_projection.weight.dtype
         parts = []
@@ -292,13 +267,14 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        self.conditioner.initialise(std)
+        if isinstance(self.conditioner, VectorConditioner):
+            nn.init.trunc_normal_(self.conditioner.no_vector, std=std)
         nn.init.trunc_normal_(self.start_position, std=std)
         nn.init.trunc_normal_(self.position_embedding, std=std)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
             self.head_modulation.weight.mul_(0.5)
-            for block in self._layers:
+            for block in self.blocks:
                 block.attention.projection.weight.div_(math.sqrt(2 * sizes.depth))
                 block.mlp.down.weight.div_(math.sqrt(2 * sizes.depth))
                 if block.modulation is not None:

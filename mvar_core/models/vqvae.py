@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -31,7 +32,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2
 
 
 class ResidualBlock(nn.Module):
-    """Twice GroupNorm, SiLU, 3×3 convolution, added to the input (1×1-projected where the width changes)."""
+    """Twice GroupNorm, SiLU, 3×3 convolution, added to the input, which a 1×1 convolution fits to a new width."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
         super().__init__()
@@ -98,20 +99,44 @@ class Stage(nn.Module):
 
     def __init__(
         self,
+        config: TokenizerConfig,
         in_channels: int,
         out_channels: int,
         blocks: int,
-        norm_groups: int,
-        num_attentions: int = 0,
+        attentions: int = 0,
         resample: nn.Module | None = None,
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(in_channels if index == 0 else out_channels, out_channels, norm_groups)
+            ResidualBlock(out_channels if index else in_channels, out_channels, config.norm_groups)
             for index in range(blocks)
         )
-        self.attentions = nn.ModuleList(SpatialAttention(out_channels, norm_groups) for _ in range(num_attentions))
+        count = attentions if config.attention else 0
+        self.attentions = nn.ModuleList(SpatialAttention(out_channels, config.norm_groups) for _ in range(count))
         self.resample = nn.Identity() if resample is None else resample
+
+    @classmethod
+    def middle(cls, config: TokenizerConfig, channels: int) -> Stage:
+        """The stage at the coarsest resolution, between encoder or decoder levels and the latent features."""
+        return cls(config, channels, channels, config.middle_blocks, config.middle_blocks - 1)
+
+    @classmethod
+    def levels(
+        cls, config: TokenizerConfig, widths: list[int], blocks: int, coarsest: int, resample: type[nn.Module]
+    ) -> nn.ModuleList:
+        """Stages of widths[1:], with attention at the coarsest level and a change of resolution between two levels."""
+        last = len(widths) - 2
+        return nn.ModuleList(
+            cls(
+                config,
+                before,
+                width,
+                blocks,
+                attentions=blocks if level == coarsest else 0,
+                resample=resample(width) if level < last else None,
+            )
+            for level, (before, width) in enumerate(pairwise(widths))
+        )
 
     def parts(self) -> Iterator[nn.Module]:
         """What a feature map goes through, one after the other."""
@@ -128,33 +153,15 @@ class Stage(nn.Module):
         return x_BCHW
 
 
-def _middle(config: TokenizerConfig, channels: int) -> Stage:
-    """The blocks between the levels; attention stands between two of them."""
-    attentions = config.middle_blocks - 1 if config.attention else 0
-    return Stage(channels, channels, config.middle_blocks, config.norm_groups, attentions)
-
-
 class Encoder(nn.Module):
     """Images to features, halving the resolution between levels."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
-        self.input_conv = _conv(3, config.base_channels)
-        self.levels = nn.ModuleList()
-        for level, width in enumerate(widths):
-            is_last = level == len(widths) - 1
-            self.levels.append(
-                Stage(
-                    in_channels=widths[level - 1] if level else config.base_channels,
-                    out_channels=width,
-                    blocks=config.encoder_blocks,
-                    norm_groups=config.norm_groups,
-                    num_attentions=config.encoder_blocks if is_last and config.attention else 0,
-                    resample=None if is_last else Downsample(width),
-                )
-            )
-        self.middle = _middle(config, widths[-1])
+        widths = [config.base_channels * multiplier for multiplier in (1, *config.channel_multipliers)]
+        self.input_conv = _conv(3, widths[0])
+        self.levels = Stage.levels(config, widths, config.encoder_blocks, len(widths) - 2, Downsample)
+        self.middle = Stage.middle(config, widths[-1])
         self.output_norm = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
         self.output_conv = _conv(widths[-1], config.latent_channels)
 
@@ -172,22 +179,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [config.base_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        multipliers = config.channel_multipliers[::-1]
+        widths = [config.base_channels * multiplier for multiplier in (multipliers[0], *multipliers)]
         self.input_conv = _conv(config.latent_channels, widths[0])
-        self.middle = _middle(config, widths[0])
-        self.levels = nn.ModuleList()
-        for level, width in enumerate(widths):
-            is_last = level == len(widths) - 1
-            self.levels.append(
-                Stage(
-                    in_channels=widths[level - 1] if level else widths[0],
-                    out_channels=width,
-                    blocks=config.decoder_blocks,
-                    norm_groups=config.norm_groups,
-                    num_attentions=config.decoder_blocks if level == 0 and config.attention else 0,
-                    resample=None if is_last else Upsample(width),
-                )
-            )
+        self.middle = Stage.middle(config, widths[0])
+        self.levels = Stage.levels(config, widths, config.decoder_blocks, 0, Upsample)
         self.output_norm = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
         self.output_conv = _conv(widths[-1], 3)
 
@@ -241,7 +237,7 @@ class VQVAE(nn.Module):
     """Modules that only `encode_features` needs."""
 
     def drop_encoder(self) -> VQVAE:
-        """Leave out what sampling has no use for; encoding is then an AttributeError."""
+        """Remove what sampling does not need; encoding is then an AttributeError."""
         for name in self.ENCODER_PARTS:
             delattr(self, name)
         return self

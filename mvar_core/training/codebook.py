@@ -19,13 +19,7 @@ _REFINEMENTS = 2  # rounds of k-means after the first one that has seen every sc
 
 
 def kmeans_centres(vectors_NZ: Float[Tensor, "N Z"], count: int, seed: int) -> Float[Tensor, "V Z"]:
-    """Centres of `count` clusters; where there are fewer distinct vectors, slightly moved copies fill up.
-
-    Args:
-        vectors_NZ: What is clustered.
-        count: Number of centres, V.
-        seed: Of k-means++ and of the copies.
-    """
+    """Centres of `count` clusters, V; where there are fewer distinct vectors, slightly moved copies fill up."""
     from sklearn.cluster import MiniBatchKMeans
 
     distinct_NZ = torch.unique(vectors_NZ, dim=0)
@@ -48,11 +42,6 @@ def start_codebook(quantizer: MultiScaleQuantizer, features: Float[Tensor, "B Z 
 
     What a scale quantizes is what the codes of the scales before it leave over, so the codebook grows with the scales:
     round s clusters the vectors of scales 1 … s. Scales weigh equally, or the few coarse vectors would get no codes.
-
-    Args:
-        quantizer: Its codebook is replaced.
-        features: Features of a number of images.
-        seed: Of the choice of vectors and of k-means.
     """
     codes, scales = quantizer.codebook.shape[0], quantizer.pyramid.num_scales
     for turn in range(scales + _REFINEMENTS):
@@ -75,8 +64,7 @@ def balanced_sample(
 
 def count_codes(tokens_BL: Int[Tensor, "B L"], pyramid: ScalePyramid, codes: int) -> Int[Tensor, "S V"]:
     """How often each scale uses each code."""
-    counts = [torch.bincount(tokens_BL[:, span].flatten(), minlength=codes) for span in pyramid.spans]
-    return torch.stack(counts)
+    return torch.stack([torch.bincount(tokens_BL[:, span].flatten(), minlength=codes) for span in pyramid.spans])
 
 
 def perplexity(counts_SV: Tensor) -> Float[Tensor, " S"]:
@@ -94,17 +82,9 @@ def revive_dead_codes(
     optimizer: torch.optim.Optimizer,
     source: torch.Generator,
 ) -> int:
-    """Move codes that nothing used onto vectors that are now quantized, and reset their optimizer state.
+    """Move codes that nothing used onto vectors of the current batch, and reset their optimizer state.
 
-    Args:
-        quantizer: Its codebook is changed in place.
-        features: Features of the current batch.
-        counts_V: Uses since the last call.
-        optimizer: Holds the codebook's state.
-        source: Chooses the vectors.
-
-    Returns:
-        How many codes were moved.
+    `counts_V` counts uses since the last call; `source` chooses the vectors. Returns how many codes were moved.
     """
     dead = (counts_V == 0).nonzero().flatten()
     if len(dead) == 0:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,10 @@ _EPSILON = 1e-4  # VQGAN's, in the denominator of the adaptive weight
 
 
 class PatchDiscriminator(nn.Module):
-    """A map of logits, each the judgement of one patch: is it real?
+    """A map of logits, one for each patch of an image: is it real?
 
-    Convolutions 4×4 of stride 2, then two of stride 1; GroupNorm, so that a judgement depends on its own image alone
-    and never on the batch, and LeakyReLU between them. With three layers a patch is 70×70 pixels.
+    Convolutions 4×4 of stride 2, then two of stride 1; GroupNorm, so that a logit depends on its own image alone and
+    never on the batch, and LeakyReLU between them. With three layers a patch is 70×70 pixels.
 
     Args:
         config: Width and number of layers.
@@ -80,33 +79,16 @@ def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor)
     return (real - mean_fake).square().mean() + (mean_real - fake).square().mean()
 
 
-class Balanced(NamedTuple):
-    """The reconstruction's and the adversarial loss, added up."""
-
-    loss: Tensor
-    """Its value is the sum's, its gradient with respect to the images is the sum's."""
-    weight: Tensor
-    """What the adversarial loss was multiplied by."""
-
-
 def balance(
-    reconstruction: Tensor,
-    adversarial: Tensor,
-    images_BCHW: Tensor,
-    last_layer: Tensor,
-    config: AdversarialConfig,
-) -> Balanced:
+    reconstruction: Tensor, adversarial: Tensor, images_BCHW: Tensor, last_layer: Tensor, config: AdversarialConfig
+) -> tuple[Tensor, Tensor]:
     """Reconstruction + λ·adversarial, with λ = weight · min(‖∂reconstruction/∂w‖ / (‖∂adversarial/∂w‖ + 1e-4), max).
 
-    Both losses must depend on parameters through the images alone. Their networks are passed backward once: the
-    gradients at the images serve the norms at the last layer w and the step itself.
+    Both losses, scalars, must depend on parameters through the images alone. Their networks are passed backward once:
+    the gradients at the images serve the norms at the decoder's last layer w and the step itself.
 
-    Args:
-        reconstruction: Scalar.
-        adversarial: Scalar.
-        images_BCHW: What the decoder made.
-        last_layer: The decoder's last weights, w.
-        config: `weight`, `adaptive` and `max_weight`.
+    Returns:
+        The sum, whose gradient with respect to the images is the sum's; and λ.
     """
     at_images = [torch.autograd.grad(loss, images_BCHW)[0] for loss in (reconstruction, adversarial)]
     weight = reconstruction.new_tensor(config.weight, dtype=torch.float32)
@@ -118,7 +100,7 @@ def balance(
         weight = weight * (norms[0] / (norms[1] + _EPSILON)).clamp(max=config.max_weight)
     value = (reconstruction + weight * adversarial).detach()
     carrier = (images_BCHW * (at_images[0] + weight * at_images[1])).sum()
-    return Balanced(value + (carrier - carrier.detach()), weight)
+    return value + (carrier - carrier.detach()), weight
 
 
 class Adversary:
@@ -154,12 +136,9 @@ class Adversary:
                 f" these have {image_shape[0]}×{image_shape[1]}.",
                 "Lower train_tokenizer.adversarial.layers.",
             )
-        self.config = config
-        self.total_steps = total_steps
-        self.batch_size = batch_size
-        self.device = device
-        self.dtype = dtype
-        with torch.random.fork_rng(devices=[]):  # building layers draws from the global generator
+        self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
+        self.device, self.dtype = device, dtype
+        with torch.random.fork_rng(devices=[]):  # building layers consumes random numbers of the global generator
             network = PatchDiscriminator(config, seed)
         self.network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.network, config.optimizer, device=device)
@@ -169,10 +148,10 @@ class Adversary:
         self._waiting_step = -1
 
     def active(self, step: int) -> bool:
-        """Whether the adversarial loss takes part in a step (steps done before it)."""
+        """Whether the adversarial loss is used in a step (steps done before it)."""
         return step >= self.config.start
 
-    def judge(self, images_BCHW: Tensor) -> Tensor:
+    def generator_loss(self, images_BCHW: Tensor) -> Tensor:
         """The generator's loss on images; the discriminator's parameters get no gradient from `balance`."""
         return hinge_generator_loss(self.network(images_BCHW).float())
 
@@ -183,14 +162,14 @@ class Adversary:
         self._waiting.append((real_BCHW, fake_BCHW.detach()))
 
     def step(self, step: int) -> None:
-        """One step of the discriminator on what was kept; left out where its gradient is not finite."""
-        parts, self._waiting = self._waiting, []
-        if not parts or step != self._waiting_step:
+        """One step of the discriminator on what was kept; skipped where its gradient is not finite."""
+        batches, self._waiting = self._waiting, []
+        if not batches or step != self._waiting_step:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        total = sum(len(real) for real, _ in parts)
+        total = sum(len(real) for real, _ in batches)
         means = torch.zeros(len(_MEANS), device=self.device)
-        for real_BCHW, fake_BCHW in parts:
+        for real_BCHW, fake_BCHW in batches:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
                 real, fake = self.network(torch.cat([real_BCHW, fake_BCHW])).float().chunk(2)
             loss = hinge_discriminator_loss(real, fake)
@@ -204,15 +183,11 @@ class Adversary:
             for parameter in self.network.parameters():
                 if parameter.grad is not None:
                     parameter.grad.copy_(job.all_reduce_sum(parameter.grad) / job.world_size)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.grad_clip or math.inf)
+        optimizer, start = self.config.optimizer, self.config.start
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), optimizer.grad_clip or math.inf)
         if not bool(norm.isfinite()):
             return
-        rate = learning_rate(
-            step - self.config.start,
-            max(1, self.total_steps - self.config.start),
-            self.batch_size,
-            self.config.optimizer,
-        )
+        rate = learning_rate(step - start, max(1, self.total_steps - start), self.batch_size, optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -227,25 +202,22 @@ class Adversary:
 
     def state(self) -> dict[str, Tensor]:
         """Network, optimizer and means, as tensors by name."""
-        moments = {
-            f"optimizer.{index}.{name}": value
-            for index, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
-        network = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        return {**network, **moments, "lecam_means": self.lecam_means, "window": self.window}
+        state = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        return {**state, "lecam_means": self.lecam_means, "window": self.window}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self.network.load_state_dict(
-            {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-        )
-        moments: dict[int, dict[str, Tensor]] = {}
+        network: dict[str, Tensor] = {}
+        optimizer: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.lecam_means = state["lecam_means"].to(self.device)
-        self.window = state["window"].to(self.device)
+            kind, _, rest = name.partition(".")
+            if kind == "network":
+                network[rest] = value
+            elif kind == "optimizer":
+                index, key = rest.split(".")
+                optimizer.setdefault(int(index), {})[key] = value
+        self.network.load_state_dict(network)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": optimizer})
+        self.lecam_means, self.window = state["lecam_means"].to(self.device), state["window"].to(self.device)

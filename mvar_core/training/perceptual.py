@@ -1,7 +1,7 @@
 """The perceptual loss of tokenizers: LPIPS with VGG16 (Zhang et al., arXiv 1801.03924), from local files of weights.
 
-The network is plain torch, for torch-fidelity's own class (which the tests compare with) fetches weights from the
-network when it is built.
+torch-fidelity's class, which the tests compare with, downloads weights when it is built, takes images in [0, 255] and
+has no gradient where all channels are zero.
 """
 
 # Shape suffixes: B batch, C channels, H W pixels.
@@ -9,10 +9,7 @@ network when it is built.
 from __future__ import annotations
 
 import logging
-import os
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,12 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mvar_core.errors import CheckpointError, DataError
+from mvar_core.errors import CheckpointError
 from mvar_core.io.files import sha256_of_file
+from mvar_core.io.weights import WeightsFile, load_torch_file, state_dict_in
 
-_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Positions of VGG16's convolutions in torchvision's `features`, by resolution; pooling stands between the stages."""
-_WIDTHS = (64, 128, 256, 512, 512)
+_STAGES = (((0, 2), 64), ((5, 7), 128), ((10, 12, 14), 256), ((17, 19, 21), 512), ((24, 26, 28), 512))
+"""Positions of VGG16's convolutions in torchvision's `features`, and their width, by resolution; pooling between."""
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 SMALLEST_SIDE = 16
@@ -34,38 +31,24 @@ SMALLEST_SIDE = 16
 logger = logging.getLogger("mvar")
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """A published file that the loss needs.
-
-    Attributes:
-        option: The command line's option that names it.
-        variable: The environment variable that names it.
-        names: Under which names it lies in torch's cache of downloads.
-        url: Where it is published.
-        sha256: Of the published file.
-    """
-
-    option: str
-    variable: str
-    names: tuple[str, ...]
-    url: str
-    sha256: str
-
-
+_WITHOUT = "or train without: --set train_tokenizer.perceptual.weight=0"
 VGG16 = WeightsFile(
+    what="VGG16's weights for the perceptual loss",
     option="--vgg-weights",
     variable="MVAR_VGG_WEIGHTS",
     names=("vgg16-397923af.pth",),
     url="https://download.pytorch.org/models/vgg16-397923af.pth",
     sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    otherwise=_WITHOUT,
 )
 LPIPS = WeightsFile(
+    what="LPIPS' weights for the perceptual loss",
     option="--lpips-weights",
     variable="MVAR_LPIPS_WEIGHTS",
     names=("weights-vgg16-lpips.pth", "vgg.pth"),
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
     sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    otherwise=_WITHOUT,
 )
 
 
@@ -80,13 +63,13 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList()
+        self.convolutions = nn.ModuleDict()
         channels = 3
-        for stage, width in zip(_STAGES, _WIDTHS, strict=True):
-            inputs = [channels] + [width] * (len(stage) - 1)
-            self.stages.append(nn.ModuleList(nn.Conv2d(count, width, 3, padding=1) for count in inputs))
-            channels = width
-        self.weights = nn.ParameterList(torch.ones(width) / width for width in _WIDTHS)
+        for positions, width in _STAGES:
+            for position in positions:
+                self.convolutions[str(position)] = nn.Conv2d(channels, width, 3, padding=1)
+                channels = width
+        self.weights = nn.ParameterList(torch.ones(width) / width for _, width in _STAGES)
         self.register_buffer("shift_11", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale_11", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -106,17 +89,17 @@ class PerceptualLoss(nn.Module):
     def features(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
         """Features at five resolutions of images in [-1, 1]."""
         x_BCHW = (images_BCHW - self.shift_11) / self.scale_11
-        found = []
-        for index, stage in enumerate(self.stages):
-            if index:
+        found: list[Tensor] = []
+        for positions, _ in _STAGES:
+            if found:
                 x_BCHW = F.max_pool2d(x_BCHW, 2)
-            for convolution in stage:  # type: ignore[attr-defined]
-                x_BCHW = F.relu(convolution(x_BCHW))
+            for position in positions:
+                x_BCHW = F.relu(self.convolutions[str(position)](x_BCHW))
             found.append(x_BCHW)
         return found
 
     def load_published(self, vgg: Mapping[str, Tensor], lpips: Mapping[str, Tensor]) -> None:
-        """Take weights by their published names.
+        """Load weights by their published names.
 
         Args:
             vgg: torchvision's VGG16; its classifier is left out.
@@ -125,108 +108,44 @@ class PerceptualLoss(nn.Module):
         Raises:
             CheckpointError: A tensor is missing or has another shape.
         """
-        sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
-        for index, stage in enumerate(_STAGES):
-            for number, position in enumerate(stage):
-                for kind in ("weight", "bias"):
-                    sources[f"stages.{index}.{number}.{kind}"] = (vgg, f"features.{position}.{kind}")
-            sources[f"weights.{index}"] = (lpips, f"lin{index}.model.1.weight")
         state = {}
         for name, expected in self.state_dict().items():
-            tensors, published = sources[name]
+            kind, _, rest = name.partition(".")
+            file, tensors, published = "VGG16", vgg, f"features.{rest}"
+            if kind == "weights":
+                file, tensors, published = "LPIPS", lpips, f"lin{rest}.model.1.weight"
             found = tensors.get(published)
             if found is None or found.numel() != expected.numel():
                 what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-                file, wanted = ("LPIPS", LPIPS.url) if tensors is lpips else ("VGG16", VGG16.url)
                 raise CheckpointError(
                     f"These are not the {file} weights: {published} {what}, expected {tuple(expected.shape)}.",
-                    f"The loss reads {wanted}",
+                    f"The loss reads {(LPIPS if tensors is lpips else VGG16).url}",
                 )
             state[name] = found.float().reshape(expected.shape)
         self.load_state_dict(state)
 
 
-def find_weights(file: WeightsFile, path: Path | str | None = None) -> Path:
-    """A file of weights on this machine: `path`, or the environment variable's, or one in torch's cache of downloads.
-
-    A file that the user names may hold other weights than the published ones, which is said; one in the cache may not.
-
-    Args:
-        file: Which file.
-        path: Where the user says it is.
-
-    Raises:
-        DataError: No such file, or a damaged one; says where to get it and where to put it.
-    """
-    named = str(path) if path is not None else os.environ.get(file.variable)
-    if named:
-        candidate = Path(named).expanduser()
-        if not candidate.is_file():
-            said = file.option if path is not None else f"${file.variable}"
-            raise DataError(f"{said}: {candidate} does not exist.", how_to_get(file))
-        return candidate
-    for name in file.names:
-        candidate = _download_cache() / name
-        if candidate.is_file():
-            found = sha256_of_file(candidate)
-            if found != file.sha256:
-                raise DataError(
-                    f"{candidate} is damaged: its SHA-256 is {found}, expected {file.sha256}.",
-                    f"Delete it. {how_to_get(file)}",
-                )
-            return candidate
-    raise DataError(f"The perceptual loss needs {file.names[0]}, which is not on this machine.", how_to_get(file))
-
-
 def load_perceptual_loss(
     vgg: Path | str | None = None, lpips: Path | str | None = None
 ) -> tuple[PerceptualLoss, dict[str, str]]:
-    """The loss with weights from files on this machine, and the SHA-256 of each file.
-
-    Args:
-        vgg: File of VGG16; None looks where `find_weights` looks.
-        lpips: File of LPIPS; likewise.
+    """The loss with weights from files that `WeightsFile.find` finds, and the SHA-256 of each file by its name.
 
     Raises:
         DataError: A file is absent or damaged.
         CheckpointError: A file cannot be read, or does not hold these weights.
     """
-    paths = [find_weights(VGG16, vgg), find_weights(LPIPS, lpips)]
-    hashes = {}
-    for file, path in zip((VGG16, LPIPS), paths, strict=True):
-        found = sha256_of_file(path)
-        hashes[path.name] = found
+    hashes, contents = {}, []
+    for file, path in ((VGG16, VGG16.find(vgg)), (LPIPS, LPIPS.find(lpips))):
+        found = hashes[path.name] = sha256_of_file(path)
         if found != file.sha256:
             logger.warning("%s is not the published %s: the loss is not the LPIPS of papers.", path, file.names[0])
+        contents.append(state_dict_in(load_torch_file(path), path))
     loss = PerceptualLoss()
-    loss.load_published(*(_read(path) for path in paths))
+    loss.load_published(*contents)
     return loss, hashes
-
-
-def how_to_get(file: WeightsFile) -> str:
-    """What to do about a missing file."""
-    return (
-        f"Download {file.url} (SHA-256 {file.sha256}) to {_download_cache() / file.names[0]}, or name the file with"
-        f" {file.option} or ${file.variable}; or train without: --set train_tokenizer.perceptual.weight=0"
-    )
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} cannot be read as weights: {reason[:300]}.") from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; expected a state dict.")
-    return content
 
 
 def _normalised(features_BCHW: Tensor) -> Tensor:
     # vector_norm, unlike the root of a sum of squares, has a gradient where all channels are zero.
     features_BCHW = features_BCHW.float()
     return features_BCHW / (torch.linalg.vector_norm(features_BCHW, dim=1, keepdim=True) + 1e-10)
-
-
-def _download_cache() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"

@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
-from mvar_core.config.training import TokenizerTrainConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
@@ -48,18 +47,24 @@ class ImageBatchSource(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenizerOutcome(Outcome):
-    """How the training of a tokenizer ended.
+class TokenizerMeasures:
+    """How well a tokenizer reconstructs, and how it uses its codes.
 
     Attributes:
-        psnr: In dB, on the validation images where there are any; nan where the run was interrupted, as the next two.
+        psnr: Mean over images, clamped, in dB.
         usage_per_scale: Fraction of the codebook that each scale uses.
+        perplexity_per_scale: How many codes each scale uses as if evenly.
         code_usage: Fraction of the codebook that some scale uses.
+        images: How many images were measured.
+        psnr_by_scales: Of what the first scale, the first two, … decode to; empty where not asked for.
     """
 
     psnr: float = math.nan
     usage_per_scale: tuple[float, ...] = ()
+    perplexity_per_scale: tuple[float, ...] = ()
     code_usage: float = math.nan
+    images: int = 0
+    psnr_by_scales: tuple[float, ...] = ()
 
 
 class TokenizerObjective(Objective):
@@ -74,30 +79,29 @@ class TokenizerObjective(Objective):
         vqvae: VQVAE,
         images: ImageBatchSource,
         validation: ImageBatchSource | None,
-        train: TokenizerTrainConfig,
+        config: RunConfig,
         *,
-        total_steps: int,
         device: torch.device,
         seed: int,
-        image_shape: tuple[int, int],
         dtype: torch.dtype = torch.float32,
         perceptual: PerceptualLoss | None = None,
         keep_codebook: bool = False,
         parallel: Parallel | None = None,
     ):
+        train = config.train_tokenizer
         self.vqvae, self.images, self.validation, self.train = vqvae, images, validation, train
         self.device, self.seed, self.keep_codebook = device, seed, keep_codebook
         self.parallel = parallel or Parallel()
         self._autocasts = dtype != torch.float32
-        self.revival_end = train.revive_until * total_steps if train.revive_every else 0
+        self.revival_end = train.revive_until * train.steps if train.revive_every else 0
         self.pyramid = vqvae.quantizer.pyramid
         self.perceptual = perceptual.to(device) if perceptual is not None and train.perceptual.weight else None
         self.adversary = None
         if train.adversarial.weight:
             self.adversary = Adversary(
                 train.adversarial,
-                image_shape=image_shape,
-                total_steps=total_steps,
+                image_shape=config.image_shape,
+                total_steps=train.steps,
                 batch_size=train.batch_size,
                 device=device,
                 dtype=dtype,
@@ -141,7 +145,7 @@ class TokenizerObjective(Objective):
                 parts.append(perceptual)
             if self.adversary is not None:
                 if self.adversary.active(step):
-                    adversarial = self.adversary.judge(output.images_BCHW)
+                    adversarial = self.adversary.generator_loss(output.images_BCHW)
                     last_layer = self.vqvae.decoder.output_conv.weight
                     loss, weight = balance(loss, adversarial, output.images_BCHW, last_layer, self.train.adversarial)
                     self.adversary.keep(images_BCHW, output.images_BCHW, step)
@@ -179,18 +183,20 @@ class TokenizerObjective(Objective):
         """Let the discriminator learn, and restart the codes that were not used since the last restart."""
         if self.adversary is not None:
             self.adversary.step(step)
-        self._revive(batch, step, optimizer)
-
-    @torch.no_grad()
-    def _revive(self, batch: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
         done = step + 1
         if not self.train.revive_every or done % self.train.revive_every or done > self.revival_end:
             return
-        features = self._all_rows(self.vqvae.encode_features(self._on_device(batch)))
-        counts_V = self.parallel.world.all_reduce_sum(self.revival_counts_V)
-        source = generator("revive", self.seed, step)
-        self.revived += revive_dead_codes(self.vqvae.quantizer, features, counts_V, optimizer, source)
-        self.parallel.world.broadcast_tensor(self.vqvae.quantizer.codebook)
+        world, quantizer = self.parallel.world, self.vqvae.quantizer
+        with torch.no_grad():
+            own = self.vqvae.encode_features(self._on_device(batch))
+            # The rows of all processes, whose shares of the batch need not be equal.
+            part = self.parallel.part(self.train.batch_size)
+            features = own.new_zeros(part.total, *own.shape[1:])
+            features[part.start : part.stop] = own
+            features, counts_V = world.all_reduce_sum(features), world.all_reduce_sum(self.revival_counts_V)
+            source = generator("revive", self.seed, step)
+            self.revived += revive_dead_codes(quantizer, features, counts_V, optimizer, source)
+            world.broadcast_tensor(quantizer.codebook)
         self.revival_counts_V.zero_()
 
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
@@ -222,12 +228,14 @@ class TokenizerObjective(Objective):
 
     def state(self) -> dict[str, Tensor]:
         """Counts since the last line and the last restart, and the discriminator with its optimizer."""
-        add_up = self.parallel.world.all_reduce_sum
-        own = {
-            "line": add_up(self.line_counts_SV), "revival": add_up(self.revival_counts_V), "revived": self.revived
-        }  # fmt: skip
-        others = self.adversary.state() if self.adversary else {}
-        return {**own, **{_ADVERSARY + name: value for name, value in others.items()}}
+        total = self.parallel.world.all_reduce_sum
+        adversary = self.adversary.state() if self.adversary else {}
+        return {
+            "line": total(self.line_counts_SV),
+            "revival": total(self.revival_counts_V),
+            "revived": self.revived,
+            **{_ADVERSARY + name: value for name, value in adversary.items()},
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
@@ -236,15 +244,9 @@ class TokenizerObjective(Objective):
         self.revival_counts_V = state["revival"].to(self.device) * own
         self.revived = state["revived"]
         if self.adversary is not None:
-            names = [name for name in state if name.startswith(_ADVERSARY)]
-            self.adversary.load_state({name.removeprefix(_ADVERSARY): state[name] for name in names})
-
-    def _all_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, of a batch of which `rows` are this one's; their shares need not be equal."""
-        part = self.parallel.part(self.train.batch_size)
-        every = rows.new_zeros(part.total, *rows.shape[1:])
-        every[part.start : part.stop] = rows
-        return self.parallel.world.all_reduce_sum(every)
+            self.adversary.load_state(
+                {name.removeprefix(_ADVERSARY): x for name, x in state.items() if name.startswith(_ADVERSARY)}
+            )
 
     def _on_device(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
@@ -266,18 +268,18 @@ def train_tokenizer(
     perceptual: PerceptualLoss | None = None,
     started_from: Mapping[str, Any] | None = None,
     keep_codebook: bool = False,
-) -> TokenizerOutcome:
+) -> tuple[Outcome, TokenizerMeasures]:
     """Train a tokenizer and leave a run directory that is also a model directory without a transformer.
 
     Running it again in the same `out` resumes from the last checkpoint; a finished run is only measured again.
     Processes that torch.distributed connects share every batch.
 
     The tokenizer is float32; it is moved to `device`, channels last, and left there in eval mode. Measures are of
-    `validation`, or else of training images. `perceptual` is needed where the configuration gives that loss a weight;
-    `started_from` tells the files apart that the run started from, on which a resumed run must agree; `keep_codebook`
-    keeps the codebook rather than start it by k-means. `device` and `seed` are by default those of the tokenizer and of
-    `config`; `dtype` is what autocast computes the convolutions in; without `resume` the checkpoints in `out` are
-    forgotten; `provenance` is for config.json.
+    `validation`, or else of training images; those of an interrupted run are nan. `perceptual` is needed where the
+    configuration gives that loss a weight; `started_from` identifies the files that the run started from, on which a
+    resumed run must agree; `keep_codebook` keeps the codebook rather than start it by k-means. `device` and `seed` are
+    by default those of the tokenizer and of `config`; `dtype` is what autocast computes the convolutions in; without
+    `resume` the checkpoints in `out` are ignored; `provenance` is for config.json.
 
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
@@ -294,36 +296,23 @@ def train_tokenizer(
     parallel = choose_parallel(device, dtype, train.batch_size, partial=True)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = TokenizerObjective(
-        vqvae,
-        images,
-        validation,
-        train,
-        total_steps=train.steps,
-        device=device,
-        seed=seed,
-        image_shape=config.image_shape,
-        dtype=dtype,
-        perceptual=perceptual,
-        keep_codebook=keep_codebook,
-        parallel=parallel,
-    )
+        vqvae, images, validation, config, device=device, seed=seed, dtype=dtype, perceptual=perceptual,
+        keep_codebook=keep_codebook, parallel=parallel,
+    )  # fmt: skip
     settings = comparable_settings(config, _COMPARED_SECTIONS, train)
     settings |= {"seed": seed, "rows": len(images), "started_from": dict(started_from or {})}
     plan = Plan(train.steps, train, device, dtype, seed, settings, resume)
     no_decay = {"quantizer.codebook"}
     trainer = Trainer(vqvae, objective, plan, out, parallel=parallel, no_decay=no_decay, on_step=on_step)
     outcome = trainer.run(config)
-    measures = None
+    measures = TokenizerMeasures()
     if not outcome.interrupted:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)
         facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": outcome.steps, "seed": seed}
         if parallel.world.is_rank_zero:
             save_model(out, config.model.model_copy(update={"provenance": facts}), tokenizer=vqvae.state_dict())
     parallel.world.barrier()
-    if measures is None:
-        return TokenizerOutcome(**vars(outcome))
-    return TokenizerOutcome(**vars(outcome), psnr=measures.psnr, usage_per_scale=measures.usage_per_scale,
-                            code_usage=measures.code_usage)  # fmt: skip
+    return outcome, measures
 
 
 def check_images(images: ImageBatchSource, config: RunConfig) -> None:
@@ -350,27 +339,6 @@ def check_losses(config: RunConfig, perceptual: PerceptualLoss | None) -> None:
             f" {'×'.join(map(str, config.image_shape))}.",
             "Set train_tokenizer.perceptual.weight=0.",
         )
-
-
-@dataclass(frozen=True)
-class TokenizerMeasures:
-    """How well a tokenizer reconstructs (mean PSNR in dB of clamped images), and how it uses its codes.
-
-    Attributes:
-        psnr: Mean over images.
-        usage_per_scale: Fraction of the codebook that each scale uses.
-        perplexity_per_scale: How many codes each scale uses as if evenly.
-        code_usage: Fraction of the codebook that some scale uses.
-        images: How many images were measured.
-        psnr_by_scales: Of what the first scale, the first two, … decode to; empty where not asked for.
-    """
-
-    psnr: float
-    usage_per_scale: tuple[float, ...]
-    perplexity_per_scale: tuple[float, ...]
-    code_usage: float
-    images: int
-    psnr_by_scales: tuple[float, ...] = ()
 
 
 def psnr(images: Float[Tensor, "B C H W"], others: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
@@ -418,10 +386,5 @@ def measure_tokenizer(
 
 def _psnr_by_scales(vqvae: VQVAE, tokens_BL: Tensor, images_BCHW: Tensor) -> Tensor:
     """(B, S): of images decoded from their first 1, 2, … S scales."""
-    quantizer = vqvae.quantizer
-    fhat_BZhw = quantizer.empty_features(len(tokens_BL))
-    ratios = []
-    for scale, span in enumerate(quantizer.pyramid.spans):
-        fhat_BZhw = fhat_BZhw + quantizer.increment(quantizer.embed(tokens_BL[:, span]), scale)
-        ratios.append(psnr(vqvae.decode_features(fhat_BZhw).clamp(-1, 1).float(), images_BCHW))
-    return torch.stack(ratios, dim=1)
+    decoded = (vqvae.decode_features(fhat_BZhw) for fhat_BZhw in vqvae.quantizer.partial_features(tokens_BL))
+    return torch.stack([psnr(made.clamp(-1, 1).float(), images_BCHW) for made in decoded], dim=1)

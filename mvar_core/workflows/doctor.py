@@ -23,7 +23,7 @@ from mvar_core.formatting import format_bytes
 from mvar_core.kernels import available_backends
 from mvar_core.results import Result
 from mvar_core.runtime import resolve_device, resolve_dtype
-from mvar_core.training.perceptual import LPIPS, VGG16, find_weights
+from mvar_core.training.perceptual import LPIPS, VGG16
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _torch_fidelity() -> Finding:
 
 
 def _perceptual() -> str:
-    return ", ".join(str(find_weights(file)) for file in (VGG16, LPIPS))
+    return ", ".join(str(file.find()) for file in (VGG16, LPIPS))
 
 
 def _weights(name: str, find: Callable[[], str], note: str = "") -> Finding:

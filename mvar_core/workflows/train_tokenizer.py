@@ -149,7 +149,7 @@ def train_on_images(
     perceptual = None
     if config.train_tokenizer.perceptual.weight:
         perceptual, origins["perceptual"] = load_perceptual_loss(vgg, lpips)
-    outcome = training.train_tokenizer(
+    outcome, measures = training.train_tokenizer(
         vqvae,
         training_images(source, config),
         config,
@@ -166,9 +166,9 @@ def train_on_images(
     )
     return TrainTokenizerResult(
         **ended(outcome, out, config.train_tokenizer.batch_size, device, world.world_size if world is not None else 1),
-        psnr=outcome.psnr,
-        code_usage=outcome.code_usage,
-        usage_per_scale=outcome.usage_per_scale,
+        psnr=measures.psnr,
+        code_usage=measures.code_usage,
+        usage_per_scale=measures.usage_per_scale,
     )
 
 

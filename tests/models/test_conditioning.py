@@ -12,7 +12,7 @@ from mvar_core.config.presets import load_config
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.conditioning import ClassConditioner, VectorConditioner
 from mvar_core.models.directory import read_model_config
-from mvar_core.models.official import transformer_names
+from mvar_core.models.official import transformer_to_official
 from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import generator
 
@@ -184,9 +184,9 @@ def test_half_precision_embeds_in_its_own_dtype() -> None:
 
 
 def test_published_files_know_no_vectors() -> None:
-    _, config = build()
+    model, config = build()
     with pytest.raises(CheckpointError, match="conditioned on vectors"):
-        transformer_names(config)
+        transformer_to_official(model.state_dict(), config)
 
 
 def test_configurations_written_before_are_of_classes(tmp_path) -> None:

@@ -105,16 +105,17 @@ def test_published_d16_keys_and_shapes() -> None:
     config = load_config("mvar-d16-256").model
     with torch.device("meta"):
         model, tokenizer = Transformer(config), VQVAE(config.tokenizer, config.pyramid)
-    names = {
-        "official-transformer-d16-keys.json": official.transformer_names(config),
-        "official-vqvae-keys.json": official.tokenizer_names(config.tokenizer),
+    named = {
+        "official-transformer-d16-keys.json": {
+            official.transformer_name(name): tensor for name, tensor in model.state_dict().items()
+        },
+        "official-vqvae-keys.json": {
+            official.tokenizer_name(name, config.tokenizer): tensor for name, tensor in tokenizer.state_dict().items()
+        },
     }
-    for file, module in (("official-transformer-d16-keys.json", model), ("official-vqvae-keys.json", tokenizer)):
+    for file, state in named.items():
         published = json.loads((FOLDER / file).read_text())
-        found = {
-            names[file][name]: [list(official.published_shape(names[file][name], tensor)), "float32"]
-            for name, tensor in module.state_dict().items()
-        }
+        found = {name: [list(official.published_shape(name, tensor)), "float32"] for name, tensor in state.items()}
         expected = {name: value for name, value in published.items() if not official.is_buffer(name)}
         assert found == expected
 

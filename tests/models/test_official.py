@@ -86,11 +86,8 @@ def test_what_does_not_belong_together(golden_mvar: GoldenCase, tmp_path: Path) 
 def test_published_shapes_tell_the_configuration(preset: str) -> None:
     config = load_config(preset).model
     with torch.device("meta"):
-        names = official.transformer_names(config)
-        state = {
-            names[name]: tensor.reshape(official.published_shape(names[name], tensor))
-            for name, tensor in Transformer(config).state_dict().items()
-        }
+        named = {official.transformer_name(name): x for name, x in Transformer(config).state_dict().items()}
+        state = {name: tensor.reshape(official.published_shape(name, tensor)) for name, tensor in named.items()}
         tokenizer_state = {
             "encoder.conv_in.weight": torch.empty(160, 3, 3, 3),
             "quantize.embedding.weight": torch.empty(4096, 32),

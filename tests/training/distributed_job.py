@@ -44,8 +44,8 @@ def run(task: dict[str, Any], world: World) -> None:
         shutil.copytree(task["start"], out)
     world.barrier()
     if task.get("tokenizer"):
-        trained = train_tokenizer(tokenizer, FakeImages(), config, out, on_step=on_step)
-        found = {"losses": losses, "steps": trained.steps, "score": trained.psnr}
+        trained, measures = train_tokenizer(tokenizer, FakeImages(), config, out, on_step=on_step)
+        found = {"losses": losses, "steps": trained.steps, "score": measures.psnr}
     else:
         tokens = FakeTokens if config.conditioning.dim is None else FakeVectorTokens
         validation = tokens(config, rows=9, seed=1)

@@ -98,10 +98,10 @@ def test_balance_is_the_plain_sum_with_the_weight_of_its_formula(changes):
     wanted = torch.autograd.grad(expected, list(decoder.parameters()))
 
     reconstruction, adversarial, made = losses()
-    found = balance(reconstruction, adversarial, made, last, config)
-    torch.testing.assert_close(found.weight, weight)
-    torch.testing.assert_close(found.loss, expected)
-    for one, other in zip(torch.autograd.grad(found.loss, list(decoder.parameters())), wanted, strict=True):
+    loss, found = balance(reconstruction, adversarial, made, last, config)
+    torch.testing.assert_close(found, weight)
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(torch.autograd.grad(loss, list(decoder.parameters())), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
@@ -138,7 +138,7 @@ def test_micro_batches_add_up_and_what_was_kept_of_a_skipped_step_is_forgotten()
     assert all(map(torch.equal, before, whole.network.parameters()))
 
 
-def test_state_and_load_state_go_on_bit_for_bit():
+def test_state_and_load_state_resume_bit_for_bit():
     straight = make_adversary(small(lecam=0.1))
     for step in range(3):
         straight.keep(images(step), images(10 + step), step)

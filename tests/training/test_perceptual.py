@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from mvar_core.errors import CheckpointError, DataError
-from mvar_core.training import perceptual as module
-from mvar_core.training.perceptual import LPIPS, VGG16, PerceptualLoss, find_weights, load_perceptual_loss
+from mvar_core.training.perceptual import LPIPS, VGG16, PerceptualLoss, load_perceptual_loss
 
 WIDTHS = (64, 128, 256, 512, 512)
 POSITIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -125,15 +125,15 @@ def test_files_are_read_and_other_weights_are_said(files, loss, caplog):
 def test_a_missing_file_says_where_to_get_it_and_where_to_put_it(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.delenv(VGG16.variable, raising=False)
-    with pytest.raises(DataError, match="needs vgg16-397923af.pth") as caught:
-        find_weights(VGG16)
+    with pytest.raises(DataError, match="vgg16-397923af.pth") as caught:
+        VGG16.find()
     for part in (VGG16.url, VGG16.sha256, "--vgg-weights", str(tmp_path / "checkpoints"), "perceptual.weight=0"):
         assert part in caught.value.hint
     with pytest.raises(DataError, match=r"--lpips-weights: .*nowhere does not exist"):
-        find_weights(LPIPS, tmp_path / "nowhere")
+        LPIPS.find(tmp_path / "nowhere")
     monkeypatch.setenv(LPIPS.variable, str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=rf"\${LPIPS.variable}: .*nowhere does not exist"):
-        find_weights(LPIPS)
+        LPIPS.find()
 
 
 def test_a_damaged_file_in_the_cache_is_refused_and_a_whole_one_found(monkeypatch, tmp_path):
@@ -142,10 +142,10 @@ def test_a_damaged_file_in_the_cache_is_refused_and_a_whole_one_found(monkeypatc
     path = tmp_path / "checkpoints" / "vgg.pth"
     path.parent.mkdir()
     path.write_bytes(b"half")
-    with pytest.raises(DataError, match="vgg.pth is damaged"):
-        find_weights(LPIPS)
-    monkeypatch.setattr(module, "sha256_of_file", lambda _path: LPIPS.sha256)
-    assert find_weights(LPIPS) == path
+    with pytest.raises(DataError, match="vgg.pth does not hold"):
+        LPIPS.find()
+    whole = replace(LPIPS, sha256=hashlib.sha256(b"half").hexdigest())
+    assert whole.find() == path
 
 
 def test_files_of_something_else_are_refused(files, tmp_path):
@@ -159,5 +159,5 @@ def test_files_of_something_else_are_refused(files, tmp_path):
     with pytest.raises(CheckpointError, match=r"not the LPIPS weights: lin\d.model.1.weight"):
         load_perceptual_loss(vgg, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not a file of tensors")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match="text.pth is not a whole torch checkpoint"):
         load_perceptual_loss(vgg, tmp_path / "text.pth")

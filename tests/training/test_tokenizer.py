@@ -39,16 +39,16 @@ def train(make_config, make_models, make_images):
 
 def test_reconstruction_improves_and_the_run_directory_is_a_tokenizer_directory(train, make_images, tmp_path):
     held_out = make_images(seed=1)
-    result, tokenizer = train(
+    (result, measures), tokenizer = train(
         tmp_path, "train_tokenizer.steps=60", "train_tokenizer.optimizer.lr=0.01", validation=held_out
     )
     lines = read_metrics(tmp_path / "metrics.jsonl")
     first, last = lines[0], [line for line in lines if "psnr" in line][-1]
     assert last["psnr"] > first["psnr"] + 2
     assert result.loss < first["loss"]
-    assert result.psnr == pytest.approx(lines[-1]["val_psnr"], rel=1e-4)
-    assert len(result.usage_per_scale) == 3
-    assert max(result.usage_per_scale) <= result.code_usage
+    assert measures.psnr == pytest.approx(lines[-1]["val_psnr"], rel=1e-4)
+    assert len(measures.usage_per_scale) == 3
+    assert max(measures.usage_per_scale) <= measures.code_usage
     config = read_model_config(tmp_path)
     assert config.transformer is None
     assert config.provenance["tokenizer_steps"] == 60
@@ -64,8 +64,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train, tmp_path, s
             raise KeyboardInterrupt
 
     _, whole = train(tmp_path / "whole")
-    result, _ = train(tmp_path / "parts", on_step=stop)
-    assert (result.steps, result.interrupted, result.usage_per_scale) == (step, True, ())
+    (result, measures), _ = train(tmp_path / "parts", on_step=stop)
+    assert (result.steps, result.interrupted, measures.usage_per_scale) == (step, True, ())
     assert not (tmp_path / "parts" / "tokenizer.safetensors").exists()
     _, parts = train(tmp_path / "parts")
     for name, value in whole.state_dict().items():
@@ -278,11 +278,9 @@ def test_gradients_reach_encoder_codebook_decoder_and_phi_and_leave_the_discrimi
         tokenizer,
         make_images(),
         None,
-        config.train_tokenizer,
-        total_steps=10,
+        config,
         device=torch.device("cpu"),
         seed=0,
-        image_shape=(16, 16),
         perceptual=Pixels(),
     )
     loss, _ = objective.loss(tokenizer, make_images().batch(np.arange(8)), 5, BatchPart(0, 8, 8))
@@ -318,10 +316,7 @@ def test_scale_dropout_decodes_the_first_scales_alone_and_leaves_loss_and_tokens
 def test_how_many_scales_are_shown_is_the_rows_own_and_the_steps(make_config, make_models, make_images):
     config = make_config("train_tokenizer.scale_dropout=0.5")
     tokenizer = make_models(config)[1]
-    objective = TokenizerObjective(
-        tokenizer, make_images(), None, config.train_tokenizer,
-        total_steps=10, device=torch.device("cpu"), seed=0, image_shape=(16, 16),
-    )  # fmt: skip
+    objective = TokenizerObjective(tokenizer, make_images(), None, config, device=torch.device("cpu"), seed=0)
     whole = objective.shown_scales(3, BatchPart(0, 600, 600))
     assert torch.equal(whole[100:200], objective.shown_scales(3, BatchPart(100, 200, 600)))
     assert not torch.equal(whole, objective.shown_scales(4, BatchPart(0, 600, 600)))
@@ -349,7 +344,7 @@ def test_validation_shows_what_fewer_scales_decode_to(train, make_images, tmp_pa
     assert line["val_psnr_by_scales"][-1] == pytest.approx(line["val_psnr"], rel=1e-4)
 
 
-def test_a_kept_codebook_is_not_started_anew(train, make_config, make_models, tmp_path):
+def test_a_kept_codebook_is_not_started_again(train, make_config, make_models, tmp_path):
     frozen = ("train_tokenizer.optimizer.lr=1e-12", "train_tokenizer.revive_every=0", "train_tokenizer.steps=1")
     before = make_models(make_config())[1].quantizer.codebook
     _, kept = train(tmp_path / "kept", *frozen, keep_codebook=True)

@@ -26,11 +26,10 @@ from mvar_core.workflows.runs import seeded
 from mvar_core.workflows.train_tokenizer import ImagesAlone, training_images
 
 PROMISES = {"psnr": ("at least", 24.0), "code_usage": ("at least", 0.60), "seconds": ("at most", 300)}
-PRESET = "tokenizer-64"
-DATA = "photographs"
-RESERVE = (
-    0.78  # of the time, for steps as fast as the trial's; k-means, restarts of codes and the checkpoint need the rest
-)
+PRESET, DATA = ("digits", "digits") if machine.SMOKE else ("tokenizer-64", "photographs")
+LOG = ["train_tokenizer.log_every=2"] if machine.SMOKE else []
+RESERVE = 0.78
+"""Of the time, for steps as fast as the trial's; k-means, restarts of codes and the checkpoint need the rest."""
 
 
 def build(config: RunConfig) -> VQVAE:
@@ -38,7 +37,7 @@ def build(config: RunConfig) -> VQVAE:
 
 
 def seconds_per_step(
-    config: RunConfig, dtype: torch.dtype, memory_format: torch.memory_format, steps: int = 7
+    config: RunConfig, dtype: torch.dtype, memory_format: torch.memory_format, steps: int = 1 if machine.SMOKE else 7
 ) -> float:
     """Median seconds of forward, backward and AdamW."""
     tokenizer = build(config).to(memory_format=memory_format)
@@ -76,11 +75,12 @@ def train(config: RunConfig, out: Path, dtype: torch.dtype, **options: Any) -> t
 
 def five_minutes(seconds: float, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     """As many steps as fit, measured on held-out crops afterwards."""
-    trial = load_config(PRESET, ["train_tokenizer.steps=40", "train_tokenizer.kmeans_batches=1"])
+    short = f"train_tokenizer.steps={4 if machine.SMOKE else 40}"
+    trial = load_config(PRESET, [short, "train_tokenizer.kmeans_batches=1", *LOG])
     _, found = train(trial, folder / "trial", dtype)
     speed = found["lines"][-1]["images_per_second"] / trial.train_tokenizer.batch_size
-    steps = int(RESERVE * seconds * speed)
-    config = load_config(PRESET, [f"train_tokenizer.steps={steps}", "train_tokenizer.checkpoint_every=1000000"])
+    steps = 4 if machine.SMOKE else int(RESERVE * seconds * speed)
+    config = load_config(PRESET, [f"train_tokenizer.steps={steps}", "train_tokenizer.checkpoint_every=1000000", *LOG])
     tokenizer, found = train(config, folder / "run", dtype)
     result: dict[str, Any] = {
         "seconds": found["seconds"],
@@ -136,7 +136,12 @@ def filled_perceptual_loss() -> PerceptualLoss:
 def other_losses(folder: Path, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """First and last means of ten steps: both losses with a learning discriminator, and against one that is fixed."""
     start = steps // 3  # by then there is an image to tell from a real one
-    common = [f"train_tokenizer.steps={steps}", "train_tokenizer.batch_size=4", "train_tokenizer.kmeans_batches=8"]
+    common = [
+        f"train_tokenizer.steps={steps}",
+        "train_tokenizer.batch_size=4",
+        "train_tokenizer.kmeans_batches=8",
+        *LOG,
+    ]
     common += ["train_tokenizer.adversarial.weight=0.5", "train_tokenizer.adversarial.channels=32"]
     common += [f"train_tokenizer.adversarial.start={start}"]
     learning = ["train_tokenizer.perceptual.weight=1", "train_tokenizer.adversarial.optimizer.lr=1e-3"]
@@ -159,12 +164,13 @@ def _first_and_last(lines: list[dict[str, Any]], name: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--steps-of-other-losses", type=int, default=90)
+    parser.add_argument("--steps-of-other-losses", type=int, default=6 if machine.SMOKE else 90)
     parser.add_argument("--dtype", choices=("fastest", "float32", "bfloat16"), default="fastest")
     parser.add_argument("--part", choices=("all", "run", "losses"), default="all", help="the rest stays as it is")
     arguments = parser.parse_args()
     path = machine.RESULTS / "tokenizer.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if arguments.part != "all" and path.is_file() else {}
+    keeps = arguments.part != "all" and path.is_file() and not machine.SMOKE
+    result: dict[str, Any] = json.loads(path.read_text()) if keeps else {}
     result.pop("machine", None)
     kept = result.get("kept", {})
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +188,7 @@ def main() -> None:
             for key in ("perceptual", "discriminator", "adversarial_against_a_fixed_discriminator"):
                 kept[f"{key} falls"] = falls[key][-1] < falls[key][0]
     machine.save("tokenizer", {**result, "kept": kept})
-    sys.exit(0 if all(kept.values()) else 1)
+    sys.exit(machine.exit_code(kept.values()))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ A tokenizer alone is the same directory without the transformer; a run directory
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,9 +23,6 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.untrusted import read_json
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 CONFIG_FILE = "config.json"
 TRANSFORMER_FILE = "transformer.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
@@ -40,30 +36,22 @@ def save_model(
     tokenizer: Mapping[str, Tensor],
     transformer: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model directory; each file is whole or absent, config.json comes last.
+    """Write a model directory from states under our names; each file is whole or absent, config.json comes last.
 
-    Args:
-        directory: Where to; made if missing. What else it holds stays.
-        config: The model; its transformer section is left out where there is no transformer.
-        tokenizer: State of the VQVAE, in our names.
-        transformer: State of the transformer, in our names.
+    What else the directory holds stays. Without a transformer the configuration's section of it is left out.
     """
-    save_tokenizer(directory, tokenizer)
+    save_tensors(directory / TOKENIZER_FILE, tokenizer)
     if transformer is None:
         config = config.model_copy(update={"transformer": None, "conditioning": ConditioningConfig()})
     else:
-        save_transformer(directory, transformer)
+        save_tensors(directory / TRANSFORMER_FILE, transformer)
     save_config(directory, config)
 
 
-def save_tokenizer(directory: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the tokenizer's file of a model directory."""
-    _save_tensors(directory / TOKENIZER_FILE, state)
-
-
-def save_transformer(directory: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the transformer's file of a model directory."""
-    _save_tensors(directory / TRANSFORMER_FILE, state)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of weights, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def save_config(directory: Path, config: ModelConfig) -> None:
@@ -128,12 +116,7 @@ def load_tokenizer(
 ) -> VQVAE:
     """The tokenizer of a model directory, in evaluation mode; the quantizer stays in float32.
 
-    Args:
-        directory: The model directory.
-        config: Its configuration.
-        device: Where to.
-        dtype: Of the convolutions.
-        encoder: Load the encoder too, which sampling has no use for.
+    Without `encoder` the encoder, which sampling does not need, is left out.
 
     Raises:
         CheckpointError: The file is missing, damaged, or does not fit the configuration.
@@ -152,25 +135,18 @@ def tokenizer_hash(directory: Path) -> str:
     """SHA-256 over names, shapes, types and values of a directory's tokenizer; the same after any copy or rewrite."""
     path = directory / TOKENIZER_FILE
     with _open(path) as file:
-        names = list(file.keys())
-
-    def read(name: str) -> Tensor:
-        with _open(path) as file:  # opened again for each tensor, as in _load
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    return _hash_of(names, read)
+        names = sorted(file.keys())
+    return _hash_of(_tensors(path, names))
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
     """The `tokenizer_hash` of a directory that this tokenizer, in our names, is written to."""
-    return _hash_of(state, lambda name: state[name].detach().cpu())
+    return _hash_of((name, state[name].detach().cpu()) for name in sorted(state))
 
 
-def _hash_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+def _hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = read(name)
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
     return digest.hexdigest()
@@ -226,14 +202,8 @@ def model_card(config: ModelConfig) -> str:
     return "\n".join([*lines, "", "```bash", f"mvar {command}", "```", ""])
 
 
-def _some(names: Iterable[str], count: int = 4) -> str:
-    names = list(names)
+def _some(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def _open(path: Path) -> safe_open:
@@ -245,8 +215,15 @@ def _open(path: Path) -> safe_open:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}.") from None
 
 
+def _tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        # Opened again for each tensor: what is converted would stay resident for as long as the file is mapped.
+        with _open(path) as file:
+            yield name, file.get_tensor(name)
+
+
 def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mapping[str, Tensor] | None = None) -> None:
-    """Fill a model that stands on the meta device, in the dtypes that it has there.
+    """Fill a model that is on the meta device, in the dtypes that it has there.
 
     On a CPU, tensors that are stored in the model's dtype stay mapped from the file: they are read when they are used,
     and the system may drop and read them again when memory is short. `whole` is what the file must hold, where the
@@ -256,9 +233,5 @@ def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mappi
     with _open(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     check_state(found, {name: tuple(tensor.shape) for name, tensor in (whole or expected).items()}, path)
-    state = {}
-    for name, target in expected.items():
-        # Opened again for each tensor: what is converted would stay resident for as long as the file is mapped.
-        with _open(path) as file:
-            state[name] = file.get_tensor(name).to(device=device, dtype=target.dtype)
+    state = {name: tensor.to(device, expected[name].dtype) for name, tensor in _tensors(path, expected)}
     model.load_state_dict(state, assign=True)

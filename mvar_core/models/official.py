@@ -193,11 +193,11 @@ def import_official(
     # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
     mapped = dtype == torch.float32
     state = tokenizer_from_official(read_official(tokenizer, mapped=mapped), config, tokenizer)
-    directory.save_tokenizer(out, _cast(state, dtype))
+    directory.save_tensors(out / directory.TOKENIZER_FILE, _cast(state, dtype))
     del state
     if model is not None:
         state = transformer_from_official(read_official(model, mapped=mapped), config, model)
-        directory.save_transformer(out, _cast(state, dtype))
+        directory.save_tensors(out / directory.TRANSFORMER_FILE, _cast(state, dtype))
     directory.save_config(out, config)
     return config
 
@@ -241,7 +241,7 @@ def infer_config(
     *,
     patch_sizes: Sequence[int | tuple[int, int]] | None = None,
     windows: Sequence[int] | int | str | None = None,
-    scale_prefixes: ScalePrefixes | None = None,
+    scale_prefixes: ScalePrefixes | str | None = None,
     name: str | None = None,
 ) -> ModelConfig:
     """Read a model's configuration off the shapes of its published tensors.
@@ -252,7 +252,7 @@ def infer_config(
         kind: Decides the attention where it is not specified: VAR sees all scales whole; MVAR sees its own scale alone,
             in windows of 7 on the last two scales and, in large pyramids, wherever else they pay.
         patch_sizes: The pyramid; None for a published one.
-        windows: One per scale, one number for the last two, or auto (auto:K) for the scales where it pays.
+        windows: One per scale, one number for the last two, or auto (auto:K) for those where it pays; also as text.
         scale_prefixes: How many scales a token sees.
         name: What the model is called.
 
@@ -281,10 +281,12 @@ def infer_config(
     pyramid = ScalePyramid.from_patch_sizes(patch_sizes or PUBLISHED_PYRAMIDS[256])
     if windows is None:
         windows = mvar_windows(pyramid) if kind == "mvar" else 0
+    if isinstance(windows, str):
+        numbers = re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", windows)
+        windows = [int(window) for window in windows.split(",")] if numbers else auto_windows(windows, pyramid)
+        windows = windows[0] if len(windows) == 1 else windows
     if isinstance(windows, int):
         windows = spread_window(windows, (0,) * pyramid.num_scales)
-    elif isinstance(windows, str):
-        windows = auto_windows(windows, pyramid)
     if scale_prefixes is None:
         scale_prefixes = 1 if kind == "mvar" else "all"
     height, width = (side * tokenizer_config.downsample for side in pyramid.latent_grid)

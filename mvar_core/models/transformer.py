@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         `inputs`: the input projection (the first scale has none). `projections`: q, k, v and attention's output
         projection. `attention`: the products q·k and the weighted sum of v. `mlp`. `head`.
         """
-        pattern, blocks = self.patterns[scale], self._layers
+        pattern, blocks = self.patterns[scale], self.blocks
         attentions, mlps = [block.attention for block in blocks], [block.mlp for block in blocks]
         return {
             "inputs": pattern.queries * self.input_projection.weight.numel() if scale else 0,
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
 
     def conditioning_macs(self) -> int:
         """Multiply-accumulates of `condition` for one image without guidance: a vector's projection and the AdaLN's."""
-        modules = [self.head_modulation, self.shared_modulation, *(block.modulation for block in self._layers)]
+        modules = [self.head_modulation, self.shared_modulation, *(block.modulation for block in self.blocks)]
         if not self.conditioner.tables:
             modules += [module for module in self.conditioner.modules() if isinstance(module, nn.Linear)]
         return sum(module.weight.numel() for module in modules if module is not None)

@@ -13,7 +13,7 @@ from mvar_core.errors import ConfigError
 from mvar_core.io.files import atomic_directory, require_new_directory
 from mvar_core.models import official
 from mvar_core.models.directory import read_model_config
-from mvar_core.pyramid import ScalePrefixes, read_sizes
+from mvar_core.pyramid import read_sizes
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import DTYPES
 
@@ -93,12 +93,13 @@ def convert(
                 "--to official writes a model directory as it is.", "Pass the directory as --model, and --out."
             )
         return _export(Path(model or ""), out, kind, overwrite, dry_run)
+    try:
+        sizes = None if pyramid is None else read_sizes(pyramid)
+    except ValueError as error:
+        raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
     overrides: dict[str, Any] = {
-        "kind": kind,
-        "patch_sizes": _sizes(pyramid),
-        "windows": _windows(windows),
-        "scale_prefixes": _prefixes(scale_prefixes),
-    }
+        "kind": kind, "patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes
+    }  # fmt: skip
     require_new_directory(out, overwrite)
     model_path = None if model is None else Path(model)
     tokenizer_path = official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer)
@@ -126,7 +127,7 @@ def _result(
 ) -> ConvertResult:
     cost = cost_of(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
-    DryRun(configuration=values, steps=steps, cost=cost, facts={"parameters": cost.parameters})
+    planned = DryRun(configuration=values, steps=steps, cost=cost, facts={"parameters": cost.parameters})
     return ConvertResult(
         model=model,
         outputs=outputs,
@@ -134,36 +135,5 @@ def _result(
         parameters=cost.parameters,
         configuration=values,
         config=config,
-        dry_run=DryRun(configuration=values, steps=steps, cost=cost, facts={"parameters": cost.parameters})
-        if steps
-        else None,
+        dry_run=planned if steps else None,
     )
-
-
-def _sizes(pyramid: str | Sequence[int | tuple[int, int]] | None) -> list[int | tuple[int, int]] | None:
-    try:
-        return None if pyramid is None else read_sizes(pyramid)
-    except ValueError as error:
-        raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
-
-
-def _windows(windows: str | int | Sequence[int] | None) -> str | int | Sequence[int] | None:
-    if not isinstance(windows, str) or windows.startswith("auto"):
-        return windows
-    values = [_integers(part, "windows") for part in windows.split(",")]
-    return values[0] if len(values) == 1 else values
-
-
-def _prefixes(scale_prefixes: str | int | None) -> ScalePrefixes | None:
-    if scale_prefixes is None or scale_prefixes == "all":
-        return cast("ScalePrefixes | None", scale_prefixes)
-    return _integers(scale_prefixes, "scale-prefixes")
-
-
-def _integers(text: str | int, name: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(
-            f"--{name} {text!r} is not made of whole numbers.", "Write for example 7 or 0,0,3,5."
-        ) from None

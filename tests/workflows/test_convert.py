@@ -64,11 +64,17 @@ def test_a_dry_run_writes_nothing(golden_mvar, tmp_path):
         {},
         {"to": "official", "tokenizer": "vae.pth"},
         {"to": "official", "model": "m", "windows": 7},
-        {"model": "a.pth", "windows": "x"},
-        {"model": "a.pth", "scale_prefixes": "x"},
         {"model": "a.pth", "pyramid": "1,b"},
     ],
 )
 def test_values_that_are_not_known(values, tmp_path):
     with pytest.raises(ConfigError):
         mvar.convert(out=tmp_path / "out", **values)
+
+
+@pytest.mark.parametrize("values", [{"windows": "x"}, {"windows": "3,"}, {"scale_prefixes": "x"}, {"windows": "4"}])
+def test_attention_that_cannot_be(values, golden_mvar, tmp_path):
+    files = {"model": golden_mvar.model, "tokenizer": golden_mvar.tokenizer}
+    with pytest.raises(ConfigError, match=next(iter(values.values())).strip(",")):
+        mvar.convert(out=tmp_path / "out", pyramid=golden_mvar.spec["patch_nums"], **files, **values)
+    assert not list(tmp_path.iterdir())

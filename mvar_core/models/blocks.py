@@ -30,10 +30,7 @@ class KeyValueCache:
     """Keys and values of earlier scales, for scales that are processed one after the other.
 
     Only scales that a later one may still see are kept: none for scale-Markov models, all for VAR. A scale's buffers
-    hold all rows of a batch; subsets of the batch fill and read theirs through `rows`.
-
-    Args:
-        num_rows: Rows of the whole batch, the unconditional ones included.
+    hold all `num_rows` of a batch, unconditional ones included; subsets of it fill and read theirs through `rows`.
     """
 
     def __init__(self, num_rows: int):
@@ -92,7 +89,7 @@ class AttentionContext:
         first_visible: For each scale the earliest scale it sees.
         scales: The consecutive scales that are processed together.
         backend: Attention backend, or "auto".
-        cache: Where keys of earlier scales come from and where new ones go, if scales run one after the other.
+        cache: Holds keys and values of earlier scales and receives new ones, if scales run one after the other.
         probe: Called before each scale's attention.
     """
 
@@ -187,9 +184,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a modulated norm of the stream and added to it through a gate γ.
 
-    Args:
-        config: Sizes.
-        layer: Index of the block; stochastic depth grows with it.
+    Stochastic depth grows with the index of the block, `layer`.
     """
 
     def __init__(self, config: TransformerConfig, layer: int):
@@ -208,9 +203,7 @@ class Block(nn.Module):
     def modulate(self, activated_BC: Float[Tensor, "B C"], shared_B6C: Tensor | None) -> Float[Tensor, "B 6 C"]:
         """The block's six AdaLN vectors (γ₁, γ₂, scale₁, scale₂, shift₁, shift₂).
 
-        Args:
-            activated_BC: SiLU of the class embedding.
-            shared_B6C: Output of the model's shared projection, where it has one.
+        They follow from SiLU of the condition's embedding, and from the model's shared projection where it has one.
         """
         if self.modulation is not None:
             return self.modulation(activated_BC).unflatten(1, (6, -1))
@@ -226,15 +219,10 @@ class Block(nn.Module):
         kept_2B: Bool[Tensor, "2 B"] | None = None,
         keep: Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, "B L C"]:
-        """Refine the stream.
+        """Refine the stream, modulated by what `modulate` returns.
 
-        Args:
-            x_BLC: The stream.
-            modulation_B6C: From `modulate`.
-            context: What attention sees.
-            kept_2B: Which samples keep their attention and their MLP branch; None keeps all, at their own scale.
-            keep: How often a branch is kept, by which those kept are scaled up. A tensor, since a different number in
-                each block would make torch compile each block again.
+        `kept_2B` says which samples keep their attention and their MLP branch, None that all do, and `keep` how often
+        one is kept, by which those kept are scaled up: a tensor, since torch would compile again for another number.
         """
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B6C.unsqueeze(2).unbind(1)
         kept_1, kept_2 = (None, None) if kept_2B is None else kept_2B

@@ -165,11 +165,7 @@ def convert(model: Path | None, tokenizer: Path, *, kind: Kind | None = None, **
 
 
 def tokenizer_next_to(model: Path) -> Path:
-    """The published tokenizer that lies next to a published transformer.
-
-    Raises:
-        CheckpointError: There is none, or more than one.
-    """
+    """The published tokenizer next to a published transformer; CheckpointError for none or more than one."""
     found = sorted(path for path in model.parent.glob("*.pth") if path.name.startswith(("vae", "vqvae")))
     if len(found) != 1:
         what = f"{len(found)} of them lie" if found else "none lies"
@@ -367,35 +363,24 @@ def _infer_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
 
 
 def transformer_from_official(state: Mapping[str, Tensor], config: ModelConfig, source: str | Path) -> State:
-    """Our transformer state from a published one; buffers are left out.
-
-    Raises:
-        CheckpointError: Names the missing, extra and misshaped keys.
-    """
+    """Our transformer state from a published one, without buffers; CheckpointError names keys that do not fit."""
     with meta_device():
         ours = Transformer(config).state_dict()
     return _from_official(state, ours, transformer_name, source)
 
 
 def tokenizer_from_official(state: Mapping[str, Tensor], config: ModelConfig, source: str | Path) -> State:
-    """Our VQVAE state from a published one; the usage counter is left out.
-
-    Raises:
-        CheckpointError: Names the missing, extra and misshaped keys.
-    """
+    """Our VQVAE state from a published one, likewise."""
     with meta_device():
         ours = VQVAE(config.tokenizer, config.pyramid).state_dict()
     return _from_official(state, ours, lambda name: tokenizer_name(name, config.tokenizer), source)
 
 
-def _from_official(
-    state: Mapping[str, Tensor], ours: Mapping[str, Tensor], published_name: Callable[[str], str], source: str | Path
-) -> State:
-    names = {name: published_name(name) for name in ours}
+def _from_official(state: Mapping[str, Tensor], ours: State, named: Callable[[str], str], source: str | Path) -> State:
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_buffer(name)}
-    expected = {names[name]: published_shape(names[name], tensor) for name, tensor in ours.items()}
+    expected = {named(name): published_shape(named(name), tensor) for name, tensor in ours.items()}
     directory.check_state(found, expected, source)
-    return {name: state[names[name]].reshape(tensor.shape) for name, tensor in ours.items()}
+    return {name: state[named(name)].reshape(tensor.shape) for name, tensor in ours.items()}
 
 
 def transformer_to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:
@@ -410,30 +395,29 @@ def transformer_to_official(state: Mapping[str, Tensor], config: ModelConfig) ->
             f"{config.name} is conditioned on vectors; published files know class labels alone.",
             "Keep it as a model directory, or train a model with conditioning.kind=class.",
         )
-    published = _to_official(state, transformer_name)
-    pyramid = config.pyramid
+    pyramid, prefixes = config.pyramid, config.attention.scale_prefixes
     scales_L = torch.tensor(pyramid.scale_of_token)
-    published["lvl_1L"] = scales_L[None]
-    first_L = torch.tensor(
-        [pyramid.first_visible_scale(scale, config.attention.scale_prefixes) for scale in pyramid.scale_of_token]
-    )
+    first_L = torch.tensor([pyramid.first_visible_scale(scale, prefixes) for scale in pyramid.scale_of_token])
     visible_LL = (scales_L[None, :] <= scales_L[:, None]) & (scales_L[None, :] >= first_L[:, None])
-    published["attn_bias_for_masking"] = torch.zeros(visible_LL.shape).masked_fill(~visible_LL, -torch.inf)[None, None]
-    for layer in range(config.transformer.depth):
-        published[f"blocks.{layer}.attn.zero_k_bias"] = torch.zeros(config.transformer.embed_dim)
-    return published
+    mask_LL = torch.zeros(visible_LL.shape).masked_fill(~visible_LL, -torch.inf)
+    zero_bias = {
+        f"blocks.{layer}.attn.zero_k_bias": torch.zeros(config.transformer.embed_dim)
+        for layer in range(config.transformer.depth)
+    }
+    published = _to_official(state, transformer_name)
+    return {**published, "lvl_1L": scales_L[None], "attn_bias_for_masking": mask_LL[None, None], **zero_bias}
 
 
 def tokenizer_to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:
     """The published VQVAE state, with an empty usage counter."""
     published = _to_official(state, lambda name: tokenizer_name(name, config.tokenizer))
-    published["quantize.ema_vocab_hit_SV"] = torch.zeros(config.pyramid.num_scales, config.tokenizer.codebook_size)
-    return published
+    counter = torch.zeros(config.pyramid.num_scales, config.tokenizer.codebook_size)
+    return {**published, "quantize.ema_vocab_hit_SV": counter}
 
 
-def _to_official(state: Mapping[str, Tensor], published_name: Callable[[str], str]) -> State:
-    named = ((published_name(name), tensor.detach().cpu()) for name, tensor in state.items())
-    return {name: tensor.reshape(published_shape(name, tensor)).contiguous() for name, tensor in named}
+def _to_official(state: Mapping[str, Tensor], named: Callable[[str], str]) -> State:
+    published = {named(name): tensor.detach().cpu() for name, tensor in state.items()}
+    return {name: tensor.reshape(published_shape(name, tensor)).contiguous() for name, tensor in published.items()}
 
 
 def save_official(state: State, path: Path, *, wrapper: str | None = None) -> None:

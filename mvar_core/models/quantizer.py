@@ -60,12 +60,7 @@ def upsample(x_BZyx: Float[Tensor, "B Z y x"], grid: Grid) -> Float[Tensor, "B Z
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Codebook, shared convolutions and the residual recursion over scales.
-
-    Args:
-        config: The tokenizer's configuration.
-        pyramid: The scales.
-    """
+    """Codebook, shared convolutions and the residual recursion over scales."""
 
     def __init__(self, config: TokenizerConfig, pyramid: ScalePyramid):
         super().__init__()

@@ -31,11 +31,7 @@ from mvar_core.runtime import RowDraws, draw_rows
 class Transformer(nn.Module):
     """Predicts the tokens of every scale from a condition, class or vector, and the features of the scales before.
 
-    Attributes:
-        recompute_blocks: In training, compute a block's activations again for its gradient instead of keeping them.
-
-    Args:
-        config: The model; `config.transformer` must be there.
+    With `recompute_blocks` training computes a block's activations again for its gradient instead of keeping them.
     """
 
     def __init__(self, config: ModelConfig):

@@ -219,10 +219,6 @@ class VQVAE(nn.Module):
     """The tokenizer: images in [-1, 1] to a pyramid of tokens and back.
 
     The convolutions may run in a half type; the quantizer and f̂ stay in float32 (see `to_compute_dtype`).
-
-    Args:
-        config: Sizes; the defaults are the published tokenizer's.
-        pyramid: The scales; the last is the latent grid.
     """
 
     def __init__(self, config: TokenizerConfig, pyramid: ScalePyramid):
@@ -291,12 +287,9 @@ class VQVAE(nn.Module):
         commitment: float = 0.25,
         shown_scales_B: Int[Tensor, " B"] | None = None,
     ) -> TokenizerOutput:
-        """Reconstruct for training; gradients pass the quantizer straight through.
+        """Reconstruct images in [-1, 1] for training; gradients pass the quantizer straight through.
 
-        Args:
-            images_BCHW: In [-1, 1].
-            commitment: Weight of the term of the quantizer's loss that pulls the features to the codebook.
-            shown_scales_B: From how many of its first scales each image is decoded; all by default.
+        `commitment` and `shown_scales_B`, from how many of its first scales each image is decoded, are the quantizer's.
         """
         features_BZhw = self.encode_features(images_BCHW)
         # Nearest neighbours and f̂ want float32 also where the convolutions run under autocast.

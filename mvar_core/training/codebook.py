@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,6 +66,15 @@ def balanced_sample(
 def count_codes(tokens_BL: Int[Tensor, "B L"], pyramid: ScalePyramid, codes: int) -> Int[Tensor, "S V"]:
     """How often each scale uses each code."""
     return torch.stack([torch.bincount(tokens_BL[:, span].flatten(), minlength=codes) for span in pyramid.spans])
+
+
+def code_usage(counts_SV: Int[Tensor, "S V"]) -> dict[str, Any]:
+    """Fraction of the codebook that each scale uses, the perplexity of its use, and the fraction that any scale uses."""
+    return {
+        "usage_per_scale": tuple((counts_SV > 0).double().mean(dim=1).tolist()),
+        "perplexity_per_scale": tuple(perplexity(counts_SV).tolist()),
+        "code_usage": float((counts_SV.sum(dim=0) > 0).double().mean()),
+    }
 
 
 def perplexity(counts_SV: Tensor) -> Float[Tensor, " S"]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mvar_core.config import RunConfig
 from mvar_core.config.training import AdversarialConfig
 from mvar_core.distributed import world
 from mvar_core.errors import ConfigError
@@ -32,10 +33,6 @@ class PatchDiscriminator(nn.Module):
 
     Convolutions 4×4 of stride 2, then two of stride 1; GroupNorm, so that a logit depends on its own image alone and
     never on the batch, and LeakyReLU between them. With three layers a patch is 70×70 pixels.
-
-    Args:
-        config: Width and number of layers.
-        seed: Of the first weights.
     """
 
     def __init__(self, config: AdversarialConfig, seed: int):
@@ -104,44 +101,28 @@ def balance(
 
 
 class Adversary:
-    """The discriminator, its optimizer, and what it carries from step to step.
+    """The discriminator of a tokenizer's run, its optimizer, and what it carries from step to step.
 
-    Args:
-        config: The adversarial loss.
-        image_shape: Height and width of the images.
-        total_steps: Of the tokenizer's run; the discriminator's schedule runs from `config.start` to there.
-        batch_size: Images per step.
-        device: Where to compute.
-        dtype: Type that autocast computes in.
-        seed: Of the first weights.
+    `dtype` is what autocast computes in; `seed` is that of the first weights.
 
     Raises:
         ConfigError: Images are too small for so many layers.
     """
 
-    def __init__(
-        self,
-        config: AdversarialConfig,
-        *,
-        image_shape: tuple[int, int],
-        total_steps: int,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-    ):
-        if min(image_shape) // 2**config.layers < 3:
+    def __init__(self, run: RunConfig, *, device: torch.device, dtype: torch.dtype, seed: int):
+        self.train, self.config = run.train_tokenizer, run.train_tokenizer.adversarial
+        self.device, self.dtype = device, dtype
+        smallest = 3 * 2**self.config.layers
+        if min(run.image_shape) < smallest:
             raise ConfigError(
-                f"A discriminator of {config.layers} layers needs images of {3 * 2**config.layers} pixels or more;"
-                f" these have {image_shape[0]}×{image_shape[1]}.",
+                f"A discriminator of {self.config.layers} layers needs images of {smallest} pixels or more;"
+                f" these have {run.image_shape[0]}×{run.image_shape[1]}.",
                 "Lower train_tokenizer.adversarial.layers.",
             )
-        self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
-        self.device, self.dtype = device, dtype
         with torch.random.fork_rng(devices=[]):  # building layers consumes random numbers of the global generator
-            network = PatchDiscriminator(config, seed)
+            network = PatchDiscriminator(self.config, seed)
         self.network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(self.network, config.optimizer, device=device)
+        self.optimizer = build_optimizer(self.network, self.config.optimizer, device=device)
         self.lecam_means = torch.zeros(2, device=device)
         self.window = torch.zeros(1 + len(_MEANS), device=device)
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -187,7 +168,8 @@ class Adversary:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), optimizer.grad_clip or math.inf)
         if not bool(norm.isfinite()):
             return
-        rate = learning_rate(step - start, max(1, self.total_steps - start), self.batch_size, optimizer)
+        # The schedule runs from the discriminator's first step to the tokenizer's last.
+        rate = learning_rate(step - start, max(1, self.train.steps - start), self.train.batch_size, optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

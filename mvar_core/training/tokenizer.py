@@ -21,7 +21,7 @@ from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
-from mvar_core.training.codebook import count_codes, perplexity, revive_dead_codes, start_codebook
+from mvar_core.training.codebook import code_usage, count_codes, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
 from mvar_core.training.objective import BatchPart, Objective, OnStep, Outcome, Plan, comparable_settings
 from mvar_core.training.order import batch_rows
@@ -70,8 +70,8 @@ class TokenizerMeasures:
 class TokenizerObjective(Objective):
     """What a tokenizer is trained on: its losses, a k-means start of the codebook and restarts of unused codes.
 
-    The loss is reconstruction + perceptual + adversarial + quantizer loss, each with its weight.
-    With `keep_codebook` the codebook is one that was trained before, and k-means does not touch it.
+    The loss is reconstruction + perceptual + adversarial + quantizer loss, each with its weight. With `keep_codebook`
+    the codebook is one that was trained before, and k-means does not touch it.
     """
 
     def __init__(
@@ -98,15 +98,7 @@ class TokenizerObjective(Objective):
         self.perceptual = perceptual.to(device) if perceptual is not None and train.perceptual.weight else None
         self.adversary = None
         if train.adversarial.weight:
-            self.adversary = Adversary(
-                train.adversarial,
-                image_shape=config.image_shape,
-                total_steps=train.steps,
-                batch_size=train.batch_size,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-            )
+            self.adversary = Adversary(config, device=device, dtype=dtype, seed=seed)
         self.metric_names: tuple[str, ...] = (
             *("reconstruction", "quantizer", "psnr"),
             *(("perceptual",) if self.perceptual else ()),
@@ -204,9 +196,7 @@ class TokenizerObjective(Objective):
         counts_SV = self.parallel.world.all_reduce_sum(self.line_counts_SV)
         line = {
             **{name: means[name] for name in self.metric_names},
-            "usage_per_scale": (counts_SV > 0).double().mean(dim=1).tolist(),
-            "perplexity_per_scale": perplexity(counts_SV).tolist(),
-            "code_usage": float((counts_SV.sum(dim=0) > 0).double().mean()),
+            **code_usage(counts_SV),
             "revived": int(self.revived),
             **(self.adversary.describe() if self.adversary else {}),
         }
@@ -290,8 +280,7 @@ def train_tokenizer(
     train = config.train_tokenizer
     device = device or next(vqvae.parameters()).device
     seed = config.seed if seed is None else seed
-    check_images(images, config)
-    check_losses(config, perceptual)
+    _check(images, config, perceptual)
     # A pyramid of few scales does not use all convolutions φ.
     parallel = choose_parallel(device, dtype, train.batch_size, partial=True)
     vqvae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -315,30 +304,25 @@ def train_tokenizer(
     return outcome, measures
 
 
-def check_images(images: ImageBatchSource, config: RunConfig) -> None:
-    """Refuse images that do not fit the model, judged by the first row (DataError)."""
+def _check(images: ImageBatchSource, config: RunConfig, perceptual: PerceptualLoss | None) -> None:
+    """Refuse images that do not fit the model, judged by the first row, and a perceptual loss that cannot be."""
     if len(images) == 0:
         raise DataError("There are no images to train on.", "Check --data.")
     found, wanted = tuple(images.batch(np.zeros(1, dtype=np.int64)).shape[1:]), (3, *config.image_shape)
     if found != wanted:
         raise DataError(
-            f"The images are {'×'.join(map(str, found))}; the model takes {'×'.join(map(str, wanted))}.",
+            f"The images are {'×'.join(map(str, found))}; the model expects {'×'.join(map(str, wanted))}.",
             "Set image_size (and patch_sizes) to fit.",
         )
-
-
-def check_losses(config: RunConfig, perceptual: PerceptualLoss | None) -> None:
-    """Refuse a perceptual loss without its network, or on images that are too small (ConfigError)."""
-    if not config.train_tokenizer.perceptual.weight:
-        return
-    if perceptual is None:
-        raise ConfigError("train_tokenizer.perceptual.weight is set, but the loss was not loaded.")
-    if min(config.image_shape) < SMALLEST_SIDE:
-        raise ConfigError(
-            f"The perceptual loss needs images of {SMALLEST_SIDE} pixels or more; these have"
-            f" {'×'.join(map(str, config.image_shape))}.",
-            "Set train_tokenizer.perceptual.weight=0.",
-        )
+    if config.train_tokenizer.perceptual.weight:
+        if perceptual is None:
+            raise ConfigError("train_tokenizer.perceptual.weight is set, but the loss was not loaded.")
+        if min(config.image_shape) < SMALLEST_SIDE:
+            raise ConfigError(
+                f"The perceptual loss needs images of {SMALLEST_SIDE} pixels or more; these have"
+                f" {'×'.join(map(str, config.image_shape))}.",
+                "Set train_tokenizer.perceptual.weight=0.",
+            )
 
 
 def psnr(images: Float[Tensor, "B C H W"], others: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
@@ -376,10 +360,8 @@ def measure_tokenizer(
             partial.append(_psnr_by_scales(vqvae, tokens_BL, images_BCHW))
     return TokenizerMeasures(
         psnr=float(torch.cat(ratios).mean()),
-        usage_per_scale=tuple((counts_SV > 0).double().mean(dim=1).tolist()),
-        perplexity_per_scale=tuple(perplexity(counts_SV).tolist()),
-        code_usage=float((counts_SV.sum(dim=0) > 0).double().mean()),
         images=len(rows),
+        **code_usage(counts_SV),
         psnr_by_scales=tuple(torch.cat(partial).mean(dim=0).tolist()) if by_scales else (),
     )
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from mvar_core.config.training import AdversarialConfig
+from mvar_core.config import RunConfig
+from mvar_core.config.training import AdversarialConfig, TokenizerTrainConfig
 from mvar_core.errors import ConfigError
 from mvar_core.training.discriminator import (
     Adversary,
@@ -22,15 +23,9 @@ def small(**changes: object) -> AdversarialConfig:
 
 
 def make_adversary(config: AdversarialConfig, steps: int = 20) -> Adversary:
-    return Adversary(
-        config,
-        image_shape=(16, 16),
-        total_steps=steps,
-        batch_size=4,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seed=0,
-    )
+    train = TokenizerTrainConfig(steps=steps, batch_size=4, adversarial=config)
+    run = RunConfig(image_size=16, patch_sizes=(1,), train_tokenizer=train)
+    return Adversary(run, device=torch.device("cpu"), dtype=torch.float32, seed=0)
 
 
 def images(seed: int, count: int = 4) -> torch.Tensor:

@@ -69,7 +69,7 @@ def count_codes(tokens_BL: Int[Tensor, "B L"], pyramid: ScalePyramid, codes: int
 
 
 def code_usage(counts_SV: Int[Tensor, "S V"]) -> dict[str, Any]:
-    """Fraction of the codebook that each scale uses, the perplexity of its use, and the fraction that any scale uses."""
+    """Fraction of the codebook that each scale uses, the perplexity of its use, and the fraction in any use."""
     return {
         "usage_per_scale": tuple((counts_SV > 0).double().mean(dim=1).tolist()),
         "perplexity_per_scale": tuple(perplexity(counts_SV).tolist()),

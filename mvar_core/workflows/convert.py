@@ -87,53 +87,44 @@ def convert(
             raise ConfigError(f"--{name} {value!r} is not known.", f"Use {', '.join(filter(None, known))}.")
     if model is None and (tokenizer is None or to == "official"):
         raise ConfigError("There is nothing to convert.", "Pass --model and --tokenizer, or --tokenizer alone.")
-    if to == "official":
-        if any(value is not None for value in (pyramid, windows, scale_prefixes, tokenizer)):
-            raise ConfigError(
-                "--to official writes a model directory as it is.", "Pass the directory as --model, and --out."
-            )
-        return _export(Path(model or ""), out, kind, overwrite, dry_run)
+    if to == "official" and any(value is not None for value in (pyramid, windows, scale_prefixes, tokenizer)):
+        raise ConfigError(
+            "--to official writes a model directory as it is.", "Pass the directory as --model, and --out."
+        )
     try:
         sizes = None if pyramid is None else read_sizes(pyramid)
     except ValueError as error:
         raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
-    overrides: dict[str, Any] = {
-        "kind": kind, "patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes
-    }  # fmt: skip
     require_new_directory(out, overwrite)
-    model_path = None if model is None else Path(model)
-    tokenizer_path = official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer)
-    if dry_run:
-        config = official.convert(model_path, tokenizer_path, **overrides).config
-        steps = (f"read {model_path or tokenizer_path}", f"write {out} in {dtype}")
-        return _result(config, out, (out,), kind, steps)
-    with atomic_directory(out) as temporary:
-        config = official.import_official(model_path, tokenizer_path, temporary, dtype=DTYPES[dtype], **overrides)
-    return _result(config, out, (out,), kind)
-
-
-def _export(model: Path, out: Path, kind: str | None, overwrite: bool, dry_run: bool) -> ConvertResult:
-    config = read_model_config(model)
-    require_new_directory(out, overwrite)
-    if dry_run:
-        return _result(config, model, (), kind, (f"write published files to {out}",))
-    with atomic_directory(out) as temporary:
-        written = official.export_official(model, temporary, kind=cast("official.Kind | None", kind))
-    return _result(config, model, tuple(out / path.name for path in written), kind)
-
-
-def _result(
-    config: ModelConfig, model: Path, outputs: tuple[Path, ...], kind: str | None, steps: tuple[str, ...] = ()
-) -> ConvertResult:
+    source = None if model is None else Path(model)
+    outputs: tuple[Path, ...] = ()
+    if to == "official":
+        assert source is not None
+        config, result, steps = read_model_config(source), source, [f"write published files to {out}"]
+        if not dry_run:
+            with atomic_directory(out) as temporary:
+                written = official.export_official(source, temporary, kind=cast("official.Kind | None", kind))
+            outputs = tuple(out / path.name for path in written)
+    else:
+        files = (source, official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer))
+        chosen: dict[str, Any] = {
+            "kind": kind, "patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes
+        }  # fmt: skip
+        result, outputs, steps = out, (out,), [f"read {source or tokenizer}", f"write {out} in {dtype}"]
+        if dry_run:
+            config = official.convert(*files, **chosen).config
+        else:
+            with atomic_directory(out) as temporary:
+                config = official.import_official(*files, temporary, dtype=DTYPES[dtype], **chosen)
     cost = cost_of(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
-    planned = DryRun(configuration=values, steps=steps, cost=cost, facts={"parameters": cost.parameters})
+    planned = DryRun(configuration=values, steps=tuple(steps), cost=cost, facts={"parameters": cost.parameters})
     return ConvertResult(
-        model=model,
+        model=result,
         outputs=outputs,
         kind=kind or ("var" if config.attention.scale_prefixes == "all" else "mvar"),
         parameters=cost.parameters,
         configuration=values,
         config=config,
-        dry_run=planned if steps else None,
+        dry_run=planned if dry_run else None,
     )

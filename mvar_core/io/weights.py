@@ -1,24 +1,61 @@
-"""Weights that come from outside, as files of tensors: read without running anything that is in them."""
+"""Weights that come from outside, as files of tensors: the one place that opens them.
+
+Nothing in a file is run, memory is bounded by the file's size, and what is no weight of a network (whole numbers,
+complex or infinite values, sparse or quantized tensors) is refused by its name.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
-from collections.abc import Mapping
+import pickletools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, BinaryIO
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.io.files import sha256_of_file
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of weights, by their names in safetensors files."""
+
+_EXPANDING = {"builtins bytearray", "_codecs encode", "collections Counter"}
+"""What torch's restricted unpickler would call although the result can be far larger than the file."""
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    MemoryError,
+    BadZipFile,
+)
+
+
+def read_weights(path: Path, buffers: Callable[[str], bool] = lambda _: False) -> dict[str, Tensor]:
+    """The tensors of a file that holds nothing but tensors by name: .safetensors, or .pth, new or legacy.
+
+    Raises:
+        CheckpointError: As `load_torch_file` and `state_dict_in`, or values that are not finite.
+    """
+    if is_safetensors(path):
+        return dict(tensors_of(path, shapes_of(path)))
+    state = state_dict_in(load_torch_file(path), path, buffers)
+    return {name: value if buffers(name) else check_finite(value, name, path) for name, value in state.items()}
+
 
 def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
-    """The content of a .pth file: tensors in containers, nothing that would run code.
+    """The content of a .pth file, new or legacy: tensors in containers, nothing that would run code.
 
     Args:
         path: The file.
@@ -27,28 +64,144 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
     Raises:
         CheckpointError: The file is missing, damaged, or holds code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a .pth file of tensors.")
+    check_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            called = _called_in_zip(file, path) if is_zip else _called(file, pickles=5)
+        if not called & _EXPANDING:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
     except pickle.UnpicklingError:
+        pass
+    except _DAMAGED as error:
         raise CheckpointError(
-            f"{path} is refused: it holds Python objects that would run code when loaded; expected tensors alone.",
-            "If you trust its source, save its state dict again with torch.save(state_dict, path).",
+            f"{path} is not a whole torch checkpoint: {one_line(error)[:200]}.", "Download or copy it again."
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole torch checkpoint: {one_line(error)[:200]}.") from None
+    raise CheckpointError(
+        f"{path} is refused: it holds Python objects that would run code when loaded; expected tensors alone.",
+        "If you trust its source, save its state dict again with torch.save(state_dict, path).",
+    )
 
 
-def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """What a file holds, if that is tensors by name.
+def _called_in_zip(file: BinaryIO, path: Path) -> set[str]:
+    """What the pickle of a new file calls; its records must be as large as they are in the file, not compressed."""
+    with ZipFile(file) as archive:
+        records = archive.infolist()
+        stored = sum(record.file_size for record in records if record.compress_type == ZIP_STORED)
+        if stored > path.stat().st_size or any(record.compress_type != ZIP_STORED for record in records):
+            raise ValueError("its records are compressed")
+        (content,) = (record for record in records if record.filename.endswith("/data.pkl"))
+        return _called(archive.open(content), pickles=1)
+
+
+def _called(file: Any, pickles: int) -> set[str]:
+    """Names of the functions and classes that some pickles call, one after the other, without calling them."""
+    operations = (operation for _ in range(pickles) for operation in pickletools.genops(file))
+    return {str(argument) for opcode, argument, _ in operations if opcode.name == "GLOBAL"}
+
+
+def state_dict_in(content: Any, path: Path, buffers: Callable[[str], bool] = lambda _: False) -> dict[str, Tensor]:
+    """What a file holds, if that is weights by name; `buffers` says which names are not weights and may be anything.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: It is something else, or a tensor is not made of real floating-point numbers that are in the
+            file. Whether they are finite is left to `check_finite`, which reads them.
     """
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no state dict; expected tensors by name.")
-    return {str(name): tensor for name, tensor in content.items()}
+    state = {str(name): tensor for name, tensor in content.items()}
+    weights = {name: tensor for name, tensor in state.items() if not buffers(name)}
+    for name, tensor in weights.items():
+        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, "without values": tensor.is_meta}
+            found = next((kind for kind, is_so in kinds.items() if is_so), str(tensor.layout).removeprefix("torch."))
+            raise CheckpointError(f"{path}: {name} is {found}; expected a dense tensor.", _SAVE_AS_FLOATS)
+        if tensor.dtype not in DTYPES.values():
+            raise _wrong_dtype(path, name, tensor.dtype)
+    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} has tensors of more values than the file holds.", "Save a contiguous copy of each tensor."
+        )
+    return state
+
+
+def check_finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor; CheckpointError where it holds a value that is nan or infinite."""
+    if tensor.numel() and not all(math.isfinite(value) for value in tensor.aminmax()):
+        count = int((~tensor.isfinite()).sum())
+        raise CheckpointError(
+            f"{path}: {name} holds {count} values that are not finite (nan or inf).",
+            "The training that wrote it may have diverged: use an earlier checkpoint.",
+        )
+    return tensor
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do: the length of a JSON object, and its brace."""
+    check_file(path)
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no regular file that can be read (CheckpointError)."""
+    if not path.is_file():
+        found = "is not a regular file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {found}; expected a file of weights.", "Check the path.")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path} cannot be read: permission denied.", "Check its permissions.")
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, mapped into memory.
+
+    Raises:
+        CheckpointError: It is missing, cut short, or not such a file.
+    """
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {one_line(error)[:200]}.", "Download or copy it again."
+        ) from None
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by name, read from its header alone.
+
+    Raises:
+        CheckpointError: As `open_safetensors`, or a tensor that is not of real floating-point numbers.
+    """
+    shapes = {}
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            header = file.get_slice(name)
+            if header.get_dtype() not in DTYPES:
+                raise _wrong_dtype(path, name, header.get_dtype())
+            shapes[name] = tuple(header.get_shape())
+    return shapes
+
+
+def tensors_of(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a safetensors file, mapped into memory, each checked by `check_finite`."""
+    for name in names:
+        # Opened again for each tensor: what is converted would stay resident for as long as the file is mapped.
+        with open_safetensors(path) as file:
+            yield name, check_finite(file.get_tensor(name), name, path)
+
+
+_SAVE_AS_FLOATS = "Weights are dense real numbers: save them as float32."
+
+
+def _wrong_dtype(path: Path, name: str, found: object) -> CheckpointError:
+    known = "float32, float64, float16 or bfloat16"
+    return CheckpointError(
+        f"{path}: {name} holds {str(found).removeprefix('torch.')} values; expected {known}.", _SAVE_AS_FLOATS
+    )
 
 
 @dataclass(frozen=True)

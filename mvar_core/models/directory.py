@@ -6,11 +6,10 @@ A tokenizer alone is the same directory without the transformer; a run directory
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from mvar_core.config import ConditioningConfig, ModelConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import CheckpointError, ConfigError, nearest
 from mvar_core.io.files import atomic_path, write_json, write_text
+from mvar_core.io.weights import shapes_of, tensors_of
 from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
@@ -134,9 +134,7 @@ def load_tokenizer(
 def tokenizer_hash(directory: Path) -> str:
     """SHA-256 over names, shapes, types and values of a directory's tokenizer; the same after any copy or rewrite."""
     path = directory / TOKENIZER_FILE
-    with _open(path) as file:
-        names = sorted(file.keys())
-    return _hash_of(_tensors(path, names))
+    return _hash_of(tensors_of(path, sorted(shapes_of(path))))
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -206,22 +204,6 @@ def _some(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _open(path: Path) -> safe_open:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.", "Is this a model directory?")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}.") from None
-
-
-def _tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        # Opened again for each tensor: what is converted would stay resident for as long as the file is mapped.
-        with _open(path) as file:
-            yield name, file.get_tensor(name)
-
-
 def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mapping[str, Tensor] | None = None) -> None:
     """Fill a model that is on the meta device, in the dtypes that it has there.
 
@@ -230,8 +212,6 @@ def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mappi
     model lacks some of it.
     """
     expected = model.state_dict()
-    with _open(path) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    check_state(found, {name: tuple(tensor.shape) for name, tensor in (whole or expected).items()}, path)
-    state = {name: tensor.to(device, expected[name].dtype) for name, tensor in _tensors(path, expected)}
+    check_state(shapes_of(path), {name: tuple(tensor.shape) for name, tensor in (whole or expected).items()}, path)
+    state = {name: tensor.to(device, expected[name].dtype) for name, tensor in tensors_of(path, expected)}
     model.load_state_dict(state, assign=True)

@@ -18,7 +18,7 @@ from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, Token
 from mvar_core.config.presets import presets_directory
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.io.files import atomic_path
-from mvar_core.io.weights import load_torch_file, state_dict_in
+from mvar_core.io.weights import check_finite, is_safetensors, load_torch_file, read_weights, state_dict_in
 from mvar_core.models import directory
 from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
@@ -109,23 +109,26 @@ def is_buffer(name: str) -> bool:
 
 
 def read_official(path: Path, *, mapped: bool = True) -> State:
-    """The tensors of a .pth file, which is by default mapped into memory rather than read.
+    """The tensors of a file, .pth or .safetensors, which is by default mapped into memory rather than read.
 
     Raises:
-        CheckpointError: The file is missing, damaged, holds no tensors, or holds code.
+        CheckpointError: The file is missing or damaged, holds code, or what it holds is no weights.
     """
-    content = load_torch_file(path, mapped=mapped)
-    for wrapper in ("trainer", "mvar_wo_ddp", "var_wo_ddp", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    state = state_dict_in(content, path)
+    if is_safetensors(path):
+        state = read_weights(path)
+    else:
+        content = load_torch_file(path, mapped=mapped)
+        for wrapper in ("trainer", "mvar_wo_ddp", "var_wo_ddp", "state_dict", "model"):
+            if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+                content = content[wrapper]
+        state = state_dict_in(content, path, is_buffer)
     # Wrappers for compiling and distribution put prefixes before a name.
     return {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state.items()}
 
 
 def kind_of_file(path: Path) -> Kind:
     """Which system wrote a transformer's file: MVAR files name themselves, bare ones are VAR's."""
-    content = load_torch_file(path)
+    content = {} if is_safetensors(path) else load_torch_file(path)
     inner = content.get("trainer", content) if isinstance(content, Mapping) else {}
     return "mvar" if isinstance(inner, Mapping) and "mvar_wo_ddp" in inner else "var"
 
@@ -138,30 +141,35 @@ class Converted(NamedTuple):
     transformer: State | None
 
 
-def convert(model: Path | None, tokenizer: Path, *, kind: Kind | None = None, **overrides: Any) -> Converted:
-    """Read published files.
+def convert(model: Path | None, tokenizer: Path, **overrides: Any) -> Converted:
+    """Read published files; arguments as of `read_config`.
+
+    Raises:
+        CheckpointError: A file cannot be read or does not fit.
+        ConfigError: A pyramid, windows or prefixes that do not fit.
+    """
+    config = read_config(model, tokenizer, **overrides)
+    return Converted(
+        config,
+        tokenizer_from_official(read_official(tokenizer), config, tokenizer),
+        transformer_from_official(read_official(model), config, model) if model else None,
+    )
+
+
+def read_config(model: Path | None, tokenizer: Path, *, kind: Kind | None = None, **overrides: Any) -> ModelConfig:
+    """The configuration of published files, of whose tensors nothing but the shapes is read.
 
     Args:
         model: Published transformer, or None for a tokenizer alone.
         tokenizer: Published VQVAE.
         kind: None as the file says.
         **overrides: patch_sizes, windows and scale_prefixes of `infer_config`.
-
-    Raises:
-        CheckpointError: A file cannot be read or does not fit.
-        ConfigError: A pyramid, windows or prefixes that do not fit.
     """
-    tokenizer_state = read_official(tokenizer)
-    model_state = read_official(model) if model else None
     kind = kind or (kind_of_file(model) if model else "var")
-    config = infer_config(model_state, tokenizer_state, kind, name=(model or tokenizer).stem, **overrides)
+    states = (read_official(model) if model else None, read_official(tokenizer))
+    config = infer_config(*states, kind, name=(model or tokenizer).stem, **overrides)
     provenance = {"source": (model or tokenizer).name, "source_tokenizer": tokenizer.name}
-    config = config.model_copy(update={"provenance": provenance})
-    return Converted(
-        config,
-        tokenizer_from_official(tokenizer_state, config, tokenizer),
-        transformer_from_official(model_state, config, model) if model and model_state else None,
-    )
+    return config.model_copy(update={"provenance": provenance})
 
 
 def tokenizer_next_to(model: Path) -> Path:
@@ -184,8 +192,7 @@ def import_official(
     Tokenizer and transformer are converted one after the other, so that the peak of memory is one of them. Quantizer
     and head stay in float32 whatever the dtype.
     """
-    # Maps the files and reads nothing of their tensors but the shapes.
-    config = convert(model, tokenizer, **overrides).config
+    config = read_config(model, tokenizer, **overrides)
     # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
     mapped = dtype == torch.float32
     state = tokenizer_from_official(read_official(tokenizer, mapped=mapped), config, tokenizer)
@@ -380,7 +387,10 @@ def _from_official(state: Mapping[str, Tensor], ours: State, named: Callable[[st
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_buffer(name)}
     expected = {named(name): published_shape(named(name), tensor) for name, tensor in ours.items()}
     directory.check_state(found, expected, source)
-    return {name: state[named(name)].reshape(tensor.shape) for name, tensor in ours.items()}
+    return {
+        name: check_finite(state[named(name)], named(name), Path(source)).reshape(tensor.shape)
+        for name, tensor in ours.items()
+    }
 
 
 def transformer_to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:

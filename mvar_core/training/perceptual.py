@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mvar_core.errors import CheckpointError
 from mvar_core.io.files import sha256_of_file
-from mvar_core.io.weights import WeightsFile, load_torch_file, state_dict_in
+from mvar_core.io.weights import WeightsFile, read_weights
 
 _STAGES = (((0, 2), 64), ((5, 7), 128), ((10, 12, 14), 256), ((17, 19, 21), 512), ((24, 26, 28), 512))
 """Positions of VGG16's convolutions in torchvision's `features`, and their width, by resolution; pooling between."""
@@ -139,7 +139,7 @@ def load_perceptual_loss(
         found = hashes[path.name] = sha256_of_file(path)
         if found != file.sha256:
             logger.warning("%s is not the published %s: the loss is not the LPIPS of papers.", path, file.names[0])
-        contents.append(state_dict_in(load_torch_file(path), path))
+        contents.append(read_weights(path))
     loss = PerceptualLoss()
     loss.load_published(*contents)
     return loss, hashes

@@ -267,7 +267,7 @@ def _planned(
     checkpoint: Path, tokenizer: Path | None, source: str, num: int, out: Path, preset: Path | None
 ) -> AttentionResult:
     if checkpoint.is_file():
-        config = official.convert(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
+        config = official.read_config(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint))
     else:
         config = read_model_config(checkpoint)
     steps = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]

@@ -112,7 +112,7 @@ def convert(
         }  # fmt: skip
         result, outputs, steps = out, (out,), [f"read {source or tokenizer}", f"write {out} in {dtype}"]
         if dry_run:
-            config = official.convert(*files, **chosen).config
+            config = official.read_config(*files, **chosen)
         else:
             with atomic_directory(out) as temporary:
                 config = official.import_official(*files, temporary, dtype=DTYPES[dtype], **chosen)

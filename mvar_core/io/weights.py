@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.io.files import sha256_of_file
+from mvar_core.untrusted import open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Of weights, by their names in safetensors files."""
@@ -64,9 +65,8 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
     Raises:
         CheckpointError: The file is missing, damaged, or holds code.
     """
-    check_file(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path, CheckpointError) as file:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             called = _called_in_zip(file, path) if is_zip else _called(file, pickles=5)
@@ -84,7 +84,7 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
     )
 
 
-def _called_in_zip(file: BinaryIO, path: Path) -> set[str]:
+def _called_in_zip(file: IO[bytes], path: Path) -> set[str]:
     """What the pickle of a new file calls; its records must be as large as they are in the file, not compressed."""
     with ZipFile(file) as archive:
         records = archive.infolist()
@@ -139,18 +139,8 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors files do: the length of a JSON object, and its brace."""
-    check_file(path)
-    with path.open("rb") as file:
+    with open_regular(path, CheckpointError) as file:
         return file.read(9)[8:] == b"{"
-
-
-def check_file(path: Path) -> None:
-    """Refuse what is no regular file that can be read (CheckpointError)."""
-    if not path.is_file():
-        found = "is not a regular file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {found}; expected a file of weights.", "Check the path.")
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"{path} cannot be read: permission denied.", "Check its permissions.")
 
 
 @contextmanager
@@ -160,7 +150,7 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
     Raises:
         CheckpointError: It is missing, cut short, or not such a file.
     """
-    check_file(path)
+    open_regular(path, CheckpointError).close()
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -298,13 +298,13 @@ def infer_config(
     class_names = None
     if transformer_config and transformer_config.num_classes == 1000:  # published models of 1000 classes know ImageNet
         class_names = (presets_directory() / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
-    return ModelConfig.of(
+    return ModelConfig(
         name=name or f"{kind}-d{depth}-{height}",
         image_size=(height, width),
         patch_sizes=pyramid.patch_sizes,
         tokenizer=tokenizer_config,
         transformer=transformer_config,
-        attention=AttentionConfig.of(scale_prefixes=scale_prefixes, windows=tuple(windows)),
+        attention=AttentionConfig(scale_prefixes=scale_prefixes, windows=tuple(windows)),
         sampling=sampling.model_copy(update={"top_k": min(sampling.top_k, tokenizer_config.codebook_size)}),
         class_names=class_names,
     )
@@ -325,7 +325,7 @@ def _infer_transformer(state: Mapping[str, Tensor], kind: Kind) -> TransformerCo
     width = _shape(state, "word_embed.weight")[0]
     depth = _count(state, "blocks.")
     scale_name = "blocks.0.attn.scale_mul_1H11"
-    return TransformerConfig.of(
+    return TransformerConfig(
         depth=depth,
         embed_dim=width,
         num_heads=_shape(state, scale_name)[1] if scale_name in state else max(1, width // 64),
@@ -355,7 +355,7 @@ def _infer_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
     groups = 32
     while base % groups:
         groups //= 2
-    return TokenizerConfig.of(
+    return TokenizerConfig(
         codebook_size=codebook_size,
         latent_channels=latent,
         base_channels=base,

@@ -28,7 +28,7 @@ from mvar_core.untrusted import open_regular
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Of weights, by their names in safetensors files."""
 
-_EXPANDING = {"builtins bytearray", "_codecs encode", "collections Counter"}
+_EXPANDING = {"bytearray", "encode", "Counter"}
 """What torch's restricted unpickler would call although the result can be far larger than the file."""
 _DAMAGED = (
     RuntimeError,
@@ -96,9 +96,9 @@ def _called_in_zip(file: IO[bytes], path: Path) -> set[str]:
 
 
 def _called(file: Any, pickles: int) -> set[str]:
-    """Names of the functions and classes that some pickles call, one after the other, without calling them."""
+    """Names, without modules, of what some pickles call, one after the other; nothing is called."""
     operations = (operation for _ in range(pickles) for operation in pickletools.genops(file))
-    return {str(argument) for opcode, argument, _ in operations if opcode.name == "GLOBAL"}
+    return {str(argument).split()[-1] for opcode, argument, _ in operations if opcode.name == "GLOBAL"}
 
 
 def state_dict_in(content: Any, path: Path, buffers: Callable[[str], bool] = lambda _: False) -> dict[str, Tensor]:

@@ -121,7 +121,6 @@ def test_what_is_no_file_of_weights(tmp_path):
         with pytest.raises(CheckpointError) as refused:
             read_weights(path)
         assert str(path) in str(refused.value)
-        assert refused.value.hint or "expected" in refused.value.message, refused.value
 
 
 def test_flipped_bits_end_in_values_or_in_a_message(tmp_path):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,17 +30,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 _EXPANDING = {"bytearray", "encode", "Counter"}
 """What torch's restricted unpickler would call although the result can be far larger than the file."""
-_DAMAGED = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OSError,
-    MemoryError,
-    BadZipFile,
-)
 
 
 def read_weights(path: Path, buffers: Callable[[str], bool] = lambda _: False) -> dict[str, Tensor]:
@@ -72,9 +61,11 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
             called = _called_in_zip(file, path) if is_zip else _called(file, pickles=5)
         if not called & _EXPANDING:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError:
         pass
-    except _DAMAGED as error:
+    except Exception as error:  # of any kind: torch reads damaged files without checking them
         raise CheckpointError(
             f"{path} is not a whole torch checkpoint: {one_line(error)[:200]}.", "Download or copy it again."
         ) from None

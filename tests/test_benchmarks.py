@@ -14,9 +14,11 @@ SLOW = (
     "attention_report",
     "distributed",
     "evaluation",
+    "published_size",
     "quickstart",
     "sampling",
     "startup",
+    "tokenizer",
     "training_step",
 )
 

@@ -1,0 +1,365 @@
+"""Fuzzers of everything that parses bytes from outside; `make fuzz` runs each for ten minutes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fuzzing import damaged_bytes, damaged_tree, fuzz
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+from tiny import TINY
+
+from mvar_core.config import ModelConfig, RunConfig
+from mvar_core.config.presets import load_config
+from mvar_core.data.decoding import check_image, read_rgb
+from mvar_core.data.evaluation_images import open_evaluation_images
+from mvar_core.data.images import open_images
+from mvar_core.data.masks import read_mask
+from mvar_core.data.tokens import MANIFEST, TokenCache
+from mvar_core.data.vectors import read_vectors
+from mvar_core.evaluation.references import load_reference, read_features
+from mvar_core.models import official
+from mvar_core.models.directory import load_tokenizer, load_transformer, read_model_config
+from mvar_core.pipeline import Pipeline
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+
+
+def text_of(tree: Any) -> str:
+    return json.dumps(tree, allow_nan=True)
+
+
+def files_like(valid: bytes, *others: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    return st.one_of(damaged_bytes(valid), *others)
+
+
+def json_like(tree: Any) -> st.SearchStrategy[bytes]:
+    damaged = damaged_tree(tree).map(lambda value: text_of(value).encode())
+    return st.one_of(damaged, damaged, damaged_bytes(text_of(tree).encode()))
+
+
+def encoded(kind: str, mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def read_all(source: Any) -> None:
+    for index in range(min(len(source), 4)):
+        source.read(index, (8, 8))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[str], Callable[[bytes], Path]]:
+    """Writes bytes to a file of this name."""
+
+    def named(name: str) -> Callable[[bytes], Path]:
+        def write(content: bytes) -> Path:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            return path
+
+        return write
+
+    return named
+
+
+@pytest.fixture
+def model_copy(model: Path, tmp_path: Path) -> Path:
+    """A model directory that may be damaged."""
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+def test_fuzz_config_json(model_copy: Path) -> None:
+    path = model_copy / "config.json"
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        config = read_model_config(model_copy)
+        load_transformer(model_copy, config)
+        load_tokenizer(model_copy, config)
+
+    fuzz(check, json_like(json.loads(path.read_text())))
+
+
+def test_fuzz_preset(written: Any) -> None:
+    write = written("preset.yaml")
+    tree = load_config("digits").model_dump(mode="json", exclude_none=True)
+    damaged = st.one_of(damaged_tree(TINY), damaged_tree(tree))
+    as_yaml = damaged.map(lambda value: yaml.safe_dump(value, allow_unicode=True).encode(errors="surrogatepass"))
+    plain = damaged_bytes(yaml.safe_dump(TINY).encode())
+    fuzz(lambda content: load_config(str(write(content))), st.one_of(as_yaml, as_yaml, plain))
+
+
+def test_fuzz_settings() -> None:
+    keys = st.sampled_from([f"{section}.{key}" for section, values in TINY.items() if isinstance(values, dict)
+                            for key in values] + ["patch_sizes", "image_size", "train", "x"])  # fmt: skip
+    values = damaged_tree([1]).map(text_of) | st.text(max_size=12)
+    fuzz(lambda pair: load_config("digits", [f"{pair[0]}={pair[1]}"]), st.tuples(keys, values))
+
+
+def test_fuzz_safetensors(model_copy: Path) -> None:
+    config = read_model_config(model_copy)
+    for name, load in (("transformer", load_transformer), ("tokenizer", load_tokenizer)):
+        path = model_copy / f"{name}.safetensors"
+        valid = path.read_bytes()
+        size = int.from_bytes(valid[:8], "little")
+        header = json.loads(valid[8 : 8 + size])
+
+        def with_header(tree: Any, rest: bytes = valid[8 + size :]) -> bytes:
+            text = text_of(tree).encode()
+            return len(text).to_bytes(8, "little") + text + rest
+
+        def check(content: bytes, path: Path = path, load: Any = load) -> None:
+            path.write_bytes(content)
+            for value in load(model_copy, config).state_dict().values():
+                assert value.isfinite().all()
+
+        fuzz(check, files_like(valid, damaged_tree(header).map(with_header)))
+        path.write_bytes(valid)
+
+
+TENSORS: tuple[Callable[[], Any], ...] = (
+    lambda: torch.full((16, 4), torch.nan),
+    lambda: torch.full((16, 4), torch.inf),
+    lambda: torch.zeros(16, 4, dtype=torch.complex64),
+    lambda: torch.zeros(16, 4, dtype=torch.int64),
+    lambda: torch.zeros(16, 4, dtype=torch.bool),
+    lambda: torch.zeros(16, 4).to_sparse(),
+    lambda: torch.empty(16, 4, device="meta"),
+    lambda: torch.zeros(0, 4),
+    lambda: torch.zeros(()),
+    lambda: torch.zeros(1).expand(10**9),
+    lambda: torch.zeros(16, 4).double(),
+    lambda: "text",
+    lambda: None,
+    lambda: [torch.zeros(16, 4)],
+)
+
+
+def test_fuzz_pth(model: Path, written: Any) -> None:
+    """Published files: damaged archives, and whole ones with tensors that cannot be weights."""
+    names = official.export_official(model, written("out/x")(b"").parent)
+    state = official.read_official(names[1])
+    write, tokenizer = written("model.pth"), names[0]
+
+    @st.composite
+    def states(draw: st.DrawFn) -> bytes:
+        damaged: dict[Any, Any] = dict(state)
+        key = draw(st.sampled_from(sorted(state)))
+        damaged[key] = draw(st.sampled_from(TENSORS))()
+        file = io.BytesIO()
+        torch.save(draw(st.sampled_from((damaged, {"mvar_wo_ddp": damaged}, {"x": {"model": damaged}}))), file)
+        return file.getvalue()
+
+    def check(content: bytes) -> None:
+        path = write(content)
+        converted = official.convert(path, tokenizer, patch_sizes=(1, 2, 4), windows=(0, 0, 3))
+        assert converted.transformer is not None
+        assert all(value.isfinite().all() for value in converted.transformer.values())
+
+    fuzz(check, files_like(names[1].read_bytes(), states()))
+
+
+def test_fuzz_images(written: Any) -> None:
+    write = written("picture.png")
+    kinds = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "TGA", "PCX", "SGI", "ICO", "JPEG2000")
+    valid = [encoded(kind) for kind in kinds] + [encoded("PNG", mode) for mode in ("L", "LA", "P", "RGBA", "I;16", "1")]
+
+    def check(content: bytes) -> None:
+        path = write(content)
+        read_rgb(path)
+        read_mask(path)
+        check_image(path)
+
+    fuzz(check, st.sampled_from(valid).flatmap(damaged_bytes), 60)
+
+
+def test_fuzz_tar(written: Any) -> None:
+    write, image = written("shards/train-0.tar"), encoded("PNG")
+
+    def packed(labels: list[tuple[str, bytes]]) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for number, (kind, label) in enumerate(labels):
+                for name, content in ((f"{number}.png", image), (f"{number}.{kind}", label)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        return file.getvalue()
+
+    labels = st.tuples(st.sampled_from(("cls", "json")), damaged_tree({"label": 1}).map(lambda v: text_of(v).encode()))
+    valid = packed([("cls", b"0"), ("json", b'{"label": 1, "class_name": "x"}'), ("cls", b"1")])
+    fuzz(lambda content: read_all(open_images(str(write(content)))),
+         files_like(valid, st.lists(labels, min_size=1, max_size=3).map(packed)))  # fmt: skip
+
+
+def test_fuzz_class_lists(written: Any, tmp_path: Path) -> None:
+    """classes.json and classes.txt next to tar files."""
+    written("shards/train-0.tar")(b"")
+    with tarfile.open(tmp_path / "shards" / "train-0.tar", "w") as archive:
+        for name, content in (("0.png", encoded("PNG")), ("0.cls", b"1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    for name, files in (
+        (
+            "classes.json",
+            st.one_of(json_like(["a", "b"]), json_like({"0": "a", "1": "b"}), json_like({"a": 0, "b": 1})),
+        ),
+        ("classes.txt", damaged_bytes("a\nb\nçé\n".encode())),
+    ):
+        write = written(f"shards/{name}")
+
+        def check(content: bytes, write: Any = write) -> None:
+            write(content)
+            source = open_images(str(tmp_path / "shards"))
+            assert all(isinstance(name, str) for name in source.class_names)
+
+        fuzz(check, files)
+        (tmp_path / "shards" / name).unlink()
+
+
+def test_fuzz_parquet(written: Any) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    image = encoded("PNG")
+
+    def packed(metadata: Any, labels: list[Any]) -> bytes:
+        table = pyarrow.table({"image": [{"bytes": image, "path": "a.png"}] * len(labels), "label": labels})
+        text = metadata if isinstance(metadata, str) else text_of(metadata)
+        file = io.BytesIO()
+        parquet.write_table(table.replace_schema_metadata({"huggingface": text}), file)
+        return file.getvalue()
+
+    features = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["a", "b"]}}}}
+    labels = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 3), min_size=1, max_size=3)
+    write = written("data/train-0.parquet")
+    damaged = st.builds(packed, damaged_tree(features), labels)
+    fuzz(lambda content: read_all(open_images(str(write(content)))), files_like(packed(features, [0, 1, 1]), damaged))
+
+
+def saved(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+DTYPES = st.sampled_from(
+    (np.uint8, np.float16, np.float32, np.float64, np.int64, np.bool_, np.complex64, "U3", "M8[s]")
+)
+SHAPES = st.lists(st.integers(0, 4), max_size=5).map(tuple)
+
+
+@st.composite
+def odd_arrays(draw: st.DrawFn, *names: str) -> bytes:
+    """An npz of arrays of any dtype and shape, some of them missing."""
+    chosen = draw(st.lists(st.sampled_from(names), unique=True))
+    return saved(**{name: np.zeros(draw(SHAPES), draw(DTYPES)) for name in chosen})
+
+
+def test_fuzz_npz_images(written: Any) -> None:
+    write = written("images.npz")
+
+    def check(content: bytes) -> None:
+        for batch in open_evaluation_images(str(write(content))).batches(2):
+            assert batch.isfinite().all()
+
+    valid = saved(arr_0=np.stack([PIXELS] * 3), labels=np.arange(3))
+    fuzz(check, files_like(valid, odd_arrays("arr_0", "images", "labels", "arr_1")))
+
+
+def test_fuzz_npz_references(written: Any) -> None:
+    write = written("reference.npz")
+    record = {"format": "mvar-reference", "set": {"extractor": "demo", "weights_hash": "x", "count": 3},
+              "description": {"kind": "mvar-reference"}}  # fmt: skip
+
+    def check(content: bytes) -> None:
+        path = write(content)
+        read_features(path)
+        load_reference(path)
+
+    def described(tree: Any) -> bytes:
+        return saved(mu=np.zeros(4), sigma=np.eye(4), features=np.zeros((3, 4), np.float32), record=text_of(tree))
+
+    arrays = odd_arrays("mu", "sigma", "mu_s", "sigma_s", "record", "features", "labels")
+    fuzz(check, files_like(described(record), damaged_tree(record).map(described), arrays))
+
+
+def test_fuzz_vectors(written: Any) -> None:
+    array = io.BytesIO()
+    np.save(array, np.ones((3, 4), np.float32))
+    packed = saved(vectors=np.ones((3, 2, 4), np.float32), mask=np.ones((3, 2), np.bool_), encoder="me")
+    for name, files in (
+        ("v.npy", damaged_bytes(array.getvalue())),
+        ("v.npz", files_like(packed, odd_arrays("vectors", "mask", "encoder"))),
+        ("v.safetensors", damaged_bytes(save({"vectors": torch.ones(3, 4)}, {"encoder": "me"}))),
+    ):
+        write = written(name)
+
+        def check(content: bytes, write: Any = write) -> None:
+            vectors, _ = read_vectors(write(content))
+            assert np.isfinite(vectors).all()
+
+        fuzz(check, files)
+
+
+def test_fuzz_token_cache(tokens: Path, tmp_path: Path) -> None:
+    """The manifest, and each kind of file next to it."""
+    cache = shutil.copytree(tokens, tmp_path / "cache")
+    manifest = json.loads((cache / MANIFEST).read_text())
+
+    def check_file(path: Path) -> Callable[[bytes], None]:
+        def check(content: bytes) -> None:
+            path.write_bytes(content)
+            opened = TokenCache.open(cache)
+            rows = np.arange(min(len(opened), 8))
+            found, labels = opened.batch(rows)
+            assert int(found.max()) < opened.manifest.codebook_size
+            assert 0 <= int(labels.min()) <= int(labels.max()) < len(opened.class_names)
+            opened.item_name(0)
+
+        return check
+
+    kinds = {path.suffix + path.name.split("-")[0]: path for path in sorted(cache.rglob("*")) if path.is_file()}
+    for path in kinds.values():
+        valid = path.read_bytes()
+        fuzz(check_file(path), json_like(manifest) if path.name == MANIFEST else damaged_bytes(valid), 15)
+        path.write_bytes(valid)
+
+
+def test_fuzz_arguments(model: Path) -> None:
+    """What Python callers pass to a loaded model."""
+    pipeline = Pipeline.from_pretrained(model, device="cpu")
+    odd = st.one_of(st.sampled_from((None, -1, 0, 1.5, True, 2**64, 10**400, "a", "0", [], [None], [[0]], {}, (), b"")),
+                    st.floats(), st.integers(-3, 5))  # fmt: skip
+    names = st.sampled_from(("seed", "batch_size", "cfg", "top_k", "top_p", "min_p", "indices", "memory"))
+    labels = st.one_of(st.just([0]), odd, st.lists(odd, max_size=2))
+    fuzz(
+        lambda given: pipeline.sample(given[0], **given[1]),
+        st.tuples(labels, st.dictionaries(names, odd, max_size=2)),
+    )
+
+
+def test_fuzz_records() -> None:
+    """Configurations that arrive as values."""
+    fuzz(
+        lambda tree: ModelConfig.of(**tree),
+        damaged_tree({k: v for k, v in TINY.items() if k in ModelConfig.model_fields}).filter(
+            lambda v: isinstance(v, dict)
+        ),
+    )
+    fuzz(lambda tree: RunConfig.of(**tree), damaged_tree(TINY).filter(lambda v: isinstance(v, dict)))

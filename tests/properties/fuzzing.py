@@ -35,7 +35,7 @@ def nested(depth: int) -> Any:
 
 
 hostile_values = st.one_of(
-    st.sampled_from(HOSTILE),
+    st.sampled_from(HOSTILE).map(copy.deepcopy),
     st.sampled_from((10, 200)).map(nested),
     st.integers(),
     st.floats(),

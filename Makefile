@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint mutation faults format docs clean
+.PHONY: help install quickstart test test-slow lint mutation faults properties fuzz audit format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,15 @@ mutation: $(STAMP)  ## faults put into the code, and whether the tests notice; A
 
 faults: $(STAMP)  ## bad inputs, kills and full disks, and how every command ends; ARGS="--only kills"
 	$(BIN)/python benchmarks/faults.py $(ARGS)
+
+properties: $(STAMP)  ## 2,000 examples of every property; ARGS="-k backends"
+	OMP_NUM_THREADS=1 MVAR_EXAMPLES=2000 $(BIN)/python -m pytest tests/properties/test_models.py -n auto $(ARGS)
+
+fuzz: $(STAMP)  ## ten minutes of every fuzzer; ARGS="-k tar"
+	OMP_NUM_THREADS=1 MVAR_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/properties/test_fuzz.py -n auto $(ARGS)
+
+audit: $(STAMP)  ## installed packages with known vulnerabilities; asks a network service
+	$(BIN)/python -m pip_audit --skip-editable $(ARGS)
 
 format: $(STAMP)  ## bring the code into shape
 	$(BIN)/ruff check --fix .

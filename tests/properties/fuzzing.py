@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mvar_core.errors import MvarError
 
 SECONDS = float(os.environ.get("MVAR_FUZZ_SECONDS", "0"))
-"""How long each fuzzer goes on; 0 is one short round that is always the same."""
+"""How long each fuzzer runs; 0 is one short round that is always the same."""
 
 EXAMPLES = 25
 SLOWEST = 10.0
@@ -98,8 +98,17 @@ def damaged_tree(draw: st.DrawFn, valid: Any) -> Any:
     return tree
 
 
-def fuzz(check: Callable[[Any], None], files: st.SearchStrategy[Any], examples: int = EXAMPLES) -> None:
-    """Try variants of a file: each is read, or refused by an MvarError of one clear line, within ten seconds."""
+def fuzz(
+    check: Callable[[Any], None], files: st.SearchStrategy[Any], examples: int = EXAMPLES, share: float = 1.0
+) -> None:
+    """Try variants of a file: each is read, or refused by an MvarError of one clear line, within ten seconds.
+
+    Args:
+        check: Reads one.
+        files: The variants.
+        examples: How many in a round.
+        share: Of the time that the fuzzer has.
+    """
 
     def attempt(file: Any) -> None:
         start, message = time.monotonic(), "read"
@@ -112,7 +121,7 @@ def fuzz(check: Callable[[Any], None], files: st.SearchStrategy[Any], examples: 
         assert len(message) < 2000
         assert time.monotonic() - start < SLOWEST, "slow"
 
-    end, number = time.monotonic() + SECONDS, 0
+    end, number = time.monotonic() + share * SECONDS, 0
     while number == 0 or time.monotonic() < end:
         profile = settings(max_examples=examples, derandomize=False, report_multiple_bugs=False)
         seed(number)(profile(given(files)(attempt)))()

@@ -128,7 +128,7 @@ def test_fuzz_safetensors(model_copy: Path) -> None:
             for value in load(model_copy, config).state_dict().values():
                 assert value.isfinite().all()
 
-        fuzz(check, files_like(valid, damaged_tree(header).map(with_header)))
+        fuzz(check, files_like(valid, damaged_tree(header).map(with_header)), 15, share=1 / 2)
         path.write_bytes(valid)
 
 
@@ -229,7 +229,7 @@ def test_fuzz_class_lists(written: Any, tmp_path: Path) -> None:
             source = open_images(str(tmp_path / "shards"))
             assert all(isinstance(name, str) for name in source.class_names)
 
-        fuzz(check, files)
+        fuzz(check, files, share=1 / 2)
         (tmp_path / "shards" / name).unlink()
 
 
@@ -315,7 +315,7 @@ def test_fuzz_vectors(written: Any) -> None:
             vectors, _ = read_vectors(write(content))
             assert np.isfinite(vectors).all()
 
-        fuzz(check, files)
+        fuzz(check, files, share=1 / 3)
 
 
 def test_fuzz_token_cache(tokens: Path, tmp_path: Path) -> None:
@@ -338,7 +338,12 @@ def test_fuzz_token_cache(tokens: Path, tmp_path: Path) -> None:
     kinds = {path.suffix + path.name.split("-")[0]: path for path in sorted(cache.rglob("*")) if path.is_file()}
     for path in kinds.values():
         valid = path.read_bytes()
-        fuzz(check_file(path), json_like(manifest) if path.name == MANIFEST else damaged_bytes(valid), 15)
+        fuzz(
+            check_file(path),
+            json_like(manifest) if path.name == MANIFEST else damaged_bytes(valid),
+            15,
+            share=1 / len(kinds),
+        )
         path.write_bytes(valid)
 
 
@@ -347,4 +352,4 @@ def test_fuzz_records() -> None:
     model = {key: value for key, value in TINY.items() if key in ModelConfig.model_fields}
     for section, values in ((ModelConfig, model), (RunConfig, TINY)):
         trees = damaged_tree(values).filter(lambda tree: isinstance(tree, dict))
-        fuzz(lambda tree, section=section: validate(section, tree, "a record"), trees)
+        fuzz(lambda tree, section=section: validate(section, tree, "a record"), trees, share=1 / 2)

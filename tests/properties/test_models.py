@@ -6,7 +6,6 @@
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -88,8 +87,8 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert error <= tolerance, f"{error:.1e}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(
+    backend=st.sampled_from(BACKENDS),
     pattern=patterns(),
     batch=st.integers(1, 3),
     heads=st.integers(1, 4),

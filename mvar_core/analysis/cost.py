@@ -144,8 +144,7 @@ def cost_of(
     setting = Setting(dtype.itemsize, sampling, device)
     tokenizer, transformer = _tokenizer(config.tokenizer, config.pyramid, dtype), None
     if config.transformer is not None:
-        with meta_device():
-            transformer = Transformer(config).to_compute_dtype(dtype)
+        transformer = _transformer(config.model_dump_json(include=_SECTIONS), dtype)
     decoder = (tokenizer.quantizer, tokenizer.decoder_conv, tokenizer.decoder)
     weights = weight_bytes(*decoder, *([transformer] if transformer else []))
 
@@ -225,6 +224,16 @@ def cost_of(
 
 
 PARTS = ("inputs", "projections", "attention", "mlp", "head", "conditioning", "quantizer", "decoder")
+
+
+_SECTIONS = {"image_size", "patch_sizes", "tokenizer", "transformer", "attention", "conditioning"}
+
+
+@lru_cache(maxsize=16)
+def _transformer(sections: str, dtype: torch.dtype) -> Transformer:
+    """On the meta device; shared by the plans of one model."""
+    with meta_device():
+        return Transformer(ModelConfig.model_validate_json(sections)).to_compute_dtype(dtype)
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mvar_core.config import ModelConfig, SamplingConfig
+from mvar_core.config.section import validate
 from mvar_core.kernels import attend, available_backends
 from mvar_core.models import official
 from mvar_core.models.blocks import KeyValueCache
@@ -41,10 +42,10 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     heights, widths = (sorted(draw(st.lists(st.integers(1, 7), min_size=scales, max_size=scales))) for _ in range(2))
     sizes = list(dict.fromkeys(zip(heights, widths, strict=True)))
     heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from((2, 4, 8)))
-    return ModelConfig.of(
-        image_size=[2 * sizes[-1][0], 2 * sizes[-1][1]],
-        patch_sizes=[list(size) for size in sizes],
-        tokenizer={
+    values = {
+        "image_size": [2 * sizes[-1][0], 2 * sizes[-1][1]],
+        "patch_sizes": [list(size) for size in sizes],
+        "tokenizer": {
             "codebook_size": draw(st.integers(2, 40)),
             "latent_channels": draw(st.integers(1, 6)),
             "base_channels": 4,
@@ -55,7 +56,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
             "residual_convs": draw(st.integers(1, 4)),
             "norm_groups": 2,
         },
-        transformer={
+        "transformer": {
             "depth": draw(st.integers(1, 3)),
             "embed_dim": heads * head_dim,
             "num_heads": heads,
@@ -64,11 +65,13 @@ def configs(draw: st.DrawFn) -> ModelConfig:
             "shared_adaln": draw(st.booleans()),
             "l2_attention": draw(st.booleans()),
         },
-        attention={
+        "attention": {
             "scale_prefixes": draw(st.sampled_from(("all", *range(1, len(sizes) + 1)))),
             "windows": [draw(windows) for _ in sizes],
         },
-    )
+    }
+    config: ModelConfig = validate(ModelConfig, values, "a property")
+    return config
 
 
 def build(config: ModelConfig, seed: int) -> tuple[Transformer, VQVAE]:

@@ -1,4 +1,4 @@
-"""The attention report: figures, tables, and the page that shows them."""
+"""The page of an attention report and its tables, from the content of report.json."""
 
 from __future__ import annotations
 
@@ -6,55 +6,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvar_core.analysis.attention import AttentionReport
-from mvar_core.analysis.findings import neighbourhood
+import numpy as np
+
 from mvar_core.formatting import format_bytes
 from mvar_core.reports.pages import TableRows, svg_figure, write_page
 
 
-def write_attention_page(path: Path, report: AttentionReport, values: Mapping[str, Any]) -> None:
-    """Write the page.
-
-    Args:
-        path: The file.
-        report: What was measured.
-        values: The content of report.json; the figures that it names exist.
-    """
+def write_attention_page(path: Path, values: Mapping[str, Any]) -> None:
+    """Write the page from the content of report.json; the figures that it names exist."""
     write_page(
         path,
         "attention.html.j2",
-        name=values["model"],
-        source=values["source"],
-        report=report,
-        sentences=values["reading"]["sentences"],
-        scales=scale_rows(report),
+        **values,
+        names=scale_names(values),
+        scales=scale_rows(values),
         svg=lambda name, caption: svg_figure(Path(values["plots_svg"][name]), caption),
-        recommendation=recommendation_sentence(report),
-        savings=saving_rows(values["savings"]),
-        preset=values["preset"],
+        recommendation=recommendation_sentence(values),
+        saved=saving_rows(values["savings"]),
     )
 
 
-def scale_rows(report: AttentionReport) -> TableRows:
+def scale_names(values: Mapping[str, Any]) -> list[str]:
+    """Each scale as its side, or height×width."""
+    return ["×".join(map(str, size)) if isinstance(size, list) else str(size) for size in values["patch_sizes"]]
+
+
+def scale_rows(values: Mapping[str, Any]) -> TableRows:
     """Each scale's attention to itself and to the scale before, compared with an even spread, and within windows."""
-    near = neighbourhood(report)
-    mass, even = report.scale_mass, report.even.scale_mass
-    shares, even_shares = report.window_share, report.even.window_share[near]
-    shown = [k for k in (3, 7, 15) if k < max(report.pyramid.latent_grid)]
+    near, mass, even = values["reading"]["window"], values["scale_mass"], values["even_scale_mass"]
+    inside, even_inside = (values[f"{kind}window_mass_by_scale"][str(near)] for kind in ("", "even_"))
+    shown = [k for k in (3, 7, 15) if k < max(np.ravel(values["patch_sizes"][-1]))]
     rows = [["scale", "own", "before", "both", "even", *(f"in {k}×{k} of own" for k in shown), f"even {near}×{near}",
              f"in {near}×{near} of all"]]  # fmt: skip
-    for scale, name in enumerate(report.scale_names):
-        before, even_before = (values[scale, scale - 1] if scale else 0.0 for values in (mass, even))
-        values = [
-            mass[scale, scale],
+    for scale, name in enumerate(scale_names(values)):
+        before, even_before = (masses[scale][scale - 1] if scale else 0.0 for masses in (mass, even))
+        cells = [
+            mass[scale][scale],
             before if scale else None,
-            mass[scale, scale] + before,
-            even[scale, scale] + even_before,
-            *(shares[k][scale] for k in shown),
-            even_shares[scale],
-            report.window_mass_by_scale[near][scale].sum(),
+            mass[scale][scale] + before,
+            even[scale][scale] + even_before,
+            *(values["window_share"][str(k)][scale] for k in shown),
+            even_inside[scale][scale] / even[scale][scale],
+            sum(inside[scale]),
         ]
-        rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in cells)])
     return rows
 
 
@@ -74,11 +69,11 @@ def saving_rows(savings: Mapping[str, Any]) -> TableRows:
     return rows
 
 
-def recommendation_sentence(report: AttentionReport) -> str:
+def recommendation_sentence(values: Mapping[str, Any]) -> str:
     """The recommended settings in a line."""
-    best = report.recommended
-    windows = ",".join(map(str, best.windows))
+    best = values["recommended"]
+    windows = ",".join(map(str, best["windows"]))
     return (
-        f"To keep {best.keep:g} of the attention: scale_prefixes {best.scale_prefixes}, windows {windows} (0 is a whole"
-        f" scale); together they keep {best.kept:.4f}."
+        f"To keep {best['keep']:g} of the attention: scale_prefixes {best['scale_prefixes']}, windows {windows}"
+        f" (0 is a whole scale); together they keep {best['kept']:.4f}."
     )

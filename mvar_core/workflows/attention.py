@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from mvar_core.analysis.attention import images_at_once, measure_attention
+from mvar_core.analysis.attention import AttentionReport, images_at_once, measure_attention
 from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.findings import find
 from mvar_core.analysis.recommendation import check_keep, preset_values, savings
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config, read_preset
 from mvar_core.data.images import ImageRows, open_images
-from mvar_core.data.tokens import TokenCache
-from mvar_core.errors import ConfigError
-from mvar_core.io.files import require_new_directory, write_json, write_text
+from mvar_core.data.tokens import MANIFEST, TokenCache
+from mvar_core.errors import ConfigError, DataError, one_line
+from mvar_core.io.files import fingerprint, remove_leftovers, require_new_directory, write_json, write_text
+from mvar_core.io.resumable import DirectoryLock, Resumable
 from mvar_core.models import official
 from mvar_core.models.directory import read_model_config
 from mvar_core.models.micro_batches import DECODED_AT_ONCE
@@ -36,11 +37,12 @@ from mvar_core.reports import attention_page as page
 from mvar_core.reports.attention_figures import plot_attention_report
 from mvar_core.reports.pages import TableRows
 from mvar_core.results import DryRun, Result
-from mvar_core.runtime import peak_memory_bytes
+from mvar_core.runtime import peak_memory_bytes, resolve_device
 from mvar_core.sampling.conditions import without_conditions
 from mvar_core.sampling.sampler import sample_tokens
+from mvar_core.untrusted import read_json
 
-PAGE = "report.html"
+PAGE, REPORT = "report.html", "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def analyze_attention(
 ) -> AttentionResult:
     """Measure a model's attention per scale and neighbourhood, and which prefixes and windows keep most of it.
 
-    Writes report.html, report.json, and the figures as PNG and SVG.
+    Writes report.html, report.json, and the figures as PNG and SVG; where they are finished, the same call reads them.
 
         found = mvar.analyze_attention("runs/mvar", "attention", data="digits:test")
         print(found.recommended["scale_prefixes"], found.recommended["windows"])
@@ -144,25 +146,83 @@ def analyze_attention(
     checkpoint, out = Path(checkpoint), Path(out)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     preset = None if write_preset is None else Path(write_preset)
-    progress = progress or silent
     if tokens is not None and data is not None:
         raise ConfigError(
             "Attention is measured on tokens or on images.",
             "Use --tokens or --data, or neither for the model's own samples.",
         )
     check_keep(keep)
-    require_new_directory(out, overwrite)
-    if preset is not None:
-        if preset.suffix not in (".yaml", ".yml"):
-            raise ConfigError(f"--write-preset {preset} does not end in .yaml.", "Presets are YAML files.")
-        if preset.exists() and not overwrite:
+    if preset is not None and preset.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--write-preset {preset} does not end in .yaml.", "Presets are YAML files.")
+    files = [checkpoint, checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors")), tokenizer]
+    files += [None if tokens is None else Path(tokens) / MANIFEST]
+    record = {
+        "inputs": fingerprint(path for path in files if path is not None and path.is_file()),
+        "tokens": None if tokens is None else str(tokens),
+        "data": None if data is None else str(data),
+        "num": num,
+        "keep": keep,
+        "seed": seed,
+        "device": machine.device,
+        "dtype": machine.dtype,
+        "attention": machine.attention,
+        "write_preset": None if preset is None else str(preset),
+    }
+    job = Resumable(out, record, 1, piece_name=REPORT)
+    if overwrite or not job.begun:
+        require_new_directory(out, overwrite)
+        if preset is not None and preset.exists() and not overwrite:
             raise ConfigError(f"{preset} exists.", "Choose another name, or add --overwrite to replace it.")
+    elif difference := job.difference():
+        raise DataError(
+            f"{out} holds a report that was made with other settings: {difference}.",
+            "Choose another --out, or add --overwrite to replace it.",
+        )
     if dry_run:
         return _planned(checkpoint, tokenizer, str(tokens or data or "its own samples"), num, out, preset)
-    recorded = checkpoint / "config.yaml"
-    run = read_preset(str(recorded)) if preset is not None and recorded.is_file() else None
-    if run is not None:
-        load_config(None, base=run)
+    with DirectoryLock(out):
+        if job.done() and not overwrite:
+            logging.getLogger("mvar").info("%s is finished: nothing is left to do.", out)
+            values = read_json(job.piece(0), finite=False)
+        else:
+            run = checkpoint / "config.yaml"
+            training = read_preset(str(run)) if preset is not None and run.is_file() else None
+            if training is not None:
+                load_config(None, base=training)
+            pipeline, source, report = _measured(
+                checkpoint, tokens, data, tokenizer, num, keep, seed, batch_size, machine, progress or silent
+            )
+            remove_leftovers(out)
+            job.piece(0).unlink(missing_ok=True)
+            write_json(job.record_path, job.record)
+            if preset is not None:
+                _write_preset(preset, preset_values(pipeline.config, report.recommended, training))
+            values = _write_report(out, pipeline, source, report, preset)
+    try:
+        return AttentionResult(
+            **values,
+            seconds=time.monotonic() - start,
+            peak_memory_bytes=peak_memory_bytes(resolve_device(machine.device)),
+            sentences=[*values["reading"]["sentences"], *values["notes"], page.recommendation_sentence(values)],
+            tables={"scales": page.scale_rows(values), "savings": page.saving_rows(values["savings"])},
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # a file that somebody has changed
+        raise DataError(f"{job.piece(0)} is damaged: {one_line(error)}.", "Add --overwrite to measure again.") from None
+
+
+def _measured(
+    checkpoint: Path,
+    tokens: Path | str | None,
+    data: Path | str | None,
+    tokenizer: Path | None,
+    num: int,
+    keep: float,
+    seed: int,
+    batch_size: int | None,
+    machine: Machine,
+    progress: Progress,
+) -> tuple[Pipeline, str, AttentionReport]:
+    """The model, what it was measured on, and its attention there."""
     pipeline = Pipeline.from_pretrained(
         checkpoint, tokenizer=tokenizer, device=machine.device, dtype=machine.dtype, attention=machine.attention
     )
@@ -196,11 +256,19 @@ def analyze_attention(
         attention=pipeline.attention,
         progress=layers_done,
     )
-    if preset is not None:
-        values = preset_values(pipeline.config, report.recommended, run)
-        load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit
-        head = f"# mvar train --preset {preset.name} …, or mvar finetune-from-var --preset {preset.name} …\n"
-        write_text(preset, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
+    return pipeline, source, report
+
+
+def _write_preset(path: Path, values: dict[str, Any]) -> None:
+    load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit together
+    head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
+    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
+
+
+def _write_report(
+    out: Path, pipeline: Pipeline, source: str, report: AttentionReport, preset: Path | None
+) -> dict[str, Any]:
+    """Write the figures, the page and report.json, whose content is returned."""
     plots = plot_attention_report(report, out)
     dtype_bytes = pipeline.transformer.input_projection.weight.element_size()
     values = {
@@ -214,15 +282,9 @@ def analyze_attention(
         "report": str(out / PAGE),
         "preset": None if preset is None else str(preset),
     }
-    page.write_attention_page(out / PAGE, report, values)
-    write_json(out / "report.json", values)
-    return AttentionResult(
-        **values,
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_memory_bytes(pipeline.device),
-        sentences=[*values["reading"]["sentences"], *report.notes, page.recommendation_sentence(report)],
-        tables={"scales": page.scale_rows(report), "savings": page.saving_rows(values["savings"])},
-    )
+    page.write_attention_page(out / PAGE, values)
+    write_json(out / REPORT, values)
+    return values
 
 
 def _encode(pipeline: Pipeline, images: ImageRows, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

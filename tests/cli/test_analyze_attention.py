@@ -20,7 +20,7 @@ from mvar_core.config.presets import load_config
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import open_images
 from mvar_core.data.token_writer import write_token_cache
-from mvar_core.errors import ConfigError, MvarError
+from mvar_core.errors import ConfigError, DataError, MvarError
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, read_model_config, save_model, state_hash, tokenizer_hash
 from mvar_core.models.transformer import Transformer
@@ -62,12 +62,33 @@ def test_the_command_writes_a_report_of_tokens_or_images(mvar, model, tokens, im
     written = json.loads((out / "report.json").read_text())
     assert written == {key: value for key, value in report.items() if key not in ("seconds", "peak_memory_bytes")}
     pictures = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
-    assert {path.name for path in out.iterdir()} == {"report.json", "report.html", *pictures}
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "report.json", "report.html", *pictures}
     check_page((out / "report.html").read_text(), report)
     shown = mvar("analyze-attention", *options, "--overwrite")
     assert shown.code == 0
     assert "scale_prefixes 1" in shown.out
     assert len(shown.out.splitlines()) < 50
+
+
+def test_a_finished_report_is_read_and_an_unfinished_one_made_again(model, tokens, tmp_path):
+    out = tmp_path / "out"
+    first = analyze(model, out, tokens=tokens, num=3)
+    report = out / "report.json"
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = analyze(model, out, tokens=tokens, num=3)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert (again.scale_mass, again.sentences, again.tables) == (first.scale_mass, first.sentences, first.tables)
+    with pytest.raises(DataError, match="num is 3 there, 4 asked"):
+        analyze(model, out, tokens=tokens, num=4)
+    content = report.read_bytes()
+    report.write_text("{}")
+    with pytest.raises(DataError, match=r"report\.json is damaged"):
+        analyze(model, out, tokens=tokens, num=3)
+    report.unlink()  # as if it had been killed before its last file
+    (out / ".report.json.x.tmp").write_text("half")
+    analyze(model, out, tokens=tokens, num=3)
+    assert report.read_bytes() == content
+    assert before.keys() == set(out.iterdir())
 
 
 def check_page(page, report):

@@ -127,6 +127,7 @@ class TrainOptions(Group):
     settings: Settings = None
     seed: OptionalSeed = None
     validation: Validation = None
+    verify: Annotated[bool, option("--verify/--no-verify", None, "Compare the hashes of token shards.")] = True
     resume: Resume = True
     overwrite: Overwrite = False
     fsdp: Fsdp = False

@@ -121,6 +121,7 @@ def train(
             settings: Changes to single keys, as "attention.scale_prefixes=2".
             seed: Of everything random.
             validation: Token cache of held-out images to measure on.
+            verify: Compare the hashes of token shards (the default), while the training runs.
             resume: Whether to resume what is in `out` (the default); otherwise a run there is refused.
             overwrite: Start over where a run is in `out`.
             fsdp: Shard the model over the processes.
@@ -207,6 +208,7 @@ def _train(
     settings: Sequence[str] = (),
     seed: int | None = None,
     validation: Path | str | None = None,
+    verify: bool = True,
     resume: bool = True,
     overwrite: bool = False,
     fsdp: bool = False,
@@ -216,7 +218,7 @@ def _train(
     """Merge the configuration, tokenize where images were given, and train; every process does this."""
     if (tokens is None) == (data is None):
         raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
-    cache = TokenCache.open(Path(tokens)) if tokens is not None else None
+    cache = TokenCache.open(Path(tokens), None if verify else False) if tokens is not None else None
     directory = _tokenizer_of(cache, tokenizer)
     made_by = read_model_config(directory)
     if start is not None:
@@ -268,7 +270,7 @@ def _train(
                 machine=machine,
                 resume=resume,
                 fsdp=fsdp,
-                validation=TokenCache.open(Path(validation)) if validation is not None else None,
+                validation=TokenCache.open(Path(validation), None if verify else False) if validation else None,
                 start=start,
                 progress=progress,
             )
@@ -334,7 +336,7 @@ def train_on_tokens(
     if start is not None:
         _load_start(transformer, config, start, out)
         facts["started_from"] = start.origin
-    return train_transformer(
+    outcome = train_transformer(
         transformer,
         vqvae,
         tokens.conditioned(config.conditioning),
@@ -350,6 +352,10 @@ def train_on_tokens(
         on_step=step_progress(progress, stage),
         on_sample=_sample_pictures(config, vqvae, transformer, out) if config.train.sample_every else None,
     )
+    for cache in (tokens, validation):
+        if cache is not None and not outcome.interrupted:
+            cache.verify()  # a short training ends before all hashes are compared
+    return outcome
 
 
 def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[str, ...]) -> RunConfig:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
-from typing import Any, TypeVar, get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, validate_call
 
@@ -97,7 +99,15 @@ def checked(function: Function) -> Function:
         except ValidationError as report:
             if report.title != function.__name__:  # raised by what the function did
                 raise
-            raise _reported(report, function.__name__, lambda path: names) from None
+            kinds = [kind for hint in get_type_hints(function).values() for kind in get_args(hint)]
+            keys = [key for kind in kinds for key in getattr(kind, "__optional_keys__", ())]
+            raise _reported(report, function.__name__, lambda path: [*names, *keys]) from None
+        except (OSError, ValueError) as error:  # paths that no system has
+            if getattr(error, "errno", None) != errno.ENAMETOOLONG and "null byte" not in str(error):
+                raise
+            paths = {name: str(value) for name, value in named.items() if isinstance(value, (str, bytes, Path))}
+            name = max(paths, key=lambda name: ("\0" in paths[name] or "\\x00" in paths[name], len(paths[name])))
+            raise ConfigError(f"{function.__name__}: {name} is no path: {shown(paths[name])}.") from None
 
     return call  # type: ignore[return-value]
 

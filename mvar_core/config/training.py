@@ -69,8 +69,8 @@ class LoopConfig(Optimized):
 class TrainConfig(LoopConfig):
     """Training of the transformer on a token cache."""
 
-    epochs: float | None = Field(300, gt=0, description="passes over the tokens; ignored where steps is given")
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    epochs: float | None = Field(300, gt=0, le=1e9, description="passes over the tokens; ignored where steps is given")
+    steps: int | None = Field(None, ge=1, le=10**12, description="optimizer steps")
     curriculum: Literal["joint", "interleaved"] = Field(
         "joint",
         description="joint: all scales in one packed pass; interleaved: the published turns of first and last scales",

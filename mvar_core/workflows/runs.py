@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from mvar_core.analysis.cost import cost_of
@@ -83,6 +84,7 @@ def planned(
     return kind(steps=total, loss=float("nan"), model=out, seconds=0.0, dry_run=dry_run)
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainTokenizerOptions(TypedDict, total=False):
     """What all training functions accept; the last five are keys of the training section, by default the preset's."""
 
@@ -99,6 +101,7 @@ class TrainTokenizerOptions(TypedDict, total=False):
     checkpoint_every: int | None
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainOptions(TrainTokenizerOptions, total=False):
     """What `train` and `finetune_from_var` both accept, as `train` explains it."""
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import mvar_core as mvar
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import read_model_config
 
 SMALL = {"depth": 1, "steps": 3, "batch_size": 4}
@@ -78,3 +78,36 @@ def test_a_tokenizer_from_python(images, preset, tmp_path):
     assert read_model_config(result.model).transformer is None
     longer = mvar.train_tokenizer(**settings, steps=3)
     assert longer.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "found"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        ({"step": 1}, "Did you mean steps"),
+        ({"steps": 1.5}, "steps.*1.5"),
+        ({"steps": 0}, "steps.*0"),
+        ({"epochs": float("nan")}, "epochs.*nan"),
+        ({"epochs": 1e308}, r"epochs.*1e\+308"),
+        ({"out": "a\0b"}, "out.*no path"),
+        ({"out": "1" * 5000}, "out.*no path"),
+        ({"validation": "1" * 5000}, "validation.*no path"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(cache, tmp_path, argument, found):
+    given = {"tokens": cache, "out": tmp_path / "run", **(SMALL if "epochs" not in argument else {}), **argument}
+    with pytest.raises(ConfigError, match=found):
+        mvar.train(**given)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_changed_token_shard_ends_the_training(cache, tmp_path):
+    changed = tmp_path / "tokens"
+    shutil.copytree(cache, changed)
+    shard = next(path for path in changed.iterdir() if path.name.startswith("tokens"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{shard.name}.*mvar tokenize"):
+        mvar.train(tokens=changed, out=tmp_path / "run", **SMALL)
+    assert mvar.train(tokens=changed, verify=False, out=tmp_path / "other", **SMALL).steps == 3

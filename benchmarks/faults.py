@@ -949,6 +949,14 @@ HELD_BY = {
 }
 
 
+def tried(rows: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """How many cases of each kind ended in what."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        found[row["kind"]][row["problem"] or f"exit code {row['code']}"] += 1
+    return found
+
+
 def write_page(rows: Sequence[dict[str, Any]]) -> None:
     """Put the table into docs/reliability.md."""
     lines = [
@@ -998,10 +1006,12 @@ def run_all() -> None:
         print(f"{row['problem']}: {row['kind']}: {row['label']}\n    {row['command']}\n    {row['message'][-300:]}",
               file=sys.stderr)  # fmt: skip
     counts = Counter(row["problem"] for row in failed)
-    machine.save(
-        "faults", {"cases": len(rows), "failed": dict(counts), "rows": rows if not machine.SMOKE else rows[:3]}
-    )
-    if not machine.SMOKE and not asked.match and asked.only is None and asked.every == 1:
+    result = {"cases": len(rows), "failed": dict(counts), "problems": failed, "rows": tried(rows)}
+    if machine.SMOKE or not (asked.match or asked.only):
+        machine.save("faults", result)
+    else:
+        print(json.dumps(result, indent=2))
+    if not machine.SMOKE and not (asked.match or asked.only):
         write_page(rows)
     sys.exit(machine.exit_code([not failed]))
 

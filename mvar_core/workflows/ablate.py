@@ -11,6 +11,7 @@ import gc
 import itertools
 import logging
 import math
+import os
 import shutil
 import statistics
 import time
@@ -74,6 +75,7 @@ EXPERIMENT, SCORING, ROW = "experiment.json", "scoring.json", "row.json"
 OUTPUTS = {"json": "ablation.json", "markdown": "ablation.md", "plot": "ablation.png"}
 HELD_OUT = 0.1
 """Fraction of the images that is held out where no others are."""
+MOST_SEEDS = 1000
 BENCH_BATCH, ROUNDS, REPEATS, PICTURED = 8, 3, 3, 80
 FREE_SETTINGS = {
     "accumulate", "micro_batch", "max_skipped", "log_every", "checkpoint_every", "keep", "sample_every", "tensorboard",
@@ -210,9 +212,15 @@ def ablate(
     train = {"steps": steps, "batch_size": batch_size, "compile": machine.compile or None}
     config = load_config(preset, settings, {"image_size": image_size, "train": train})
     tables = plan_ablations(config, prefixes, windows)
-    chosen = tuple(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ConfigError(f"--seeds {seeds}: expected at least one seed, and none twice.", "Use for example 3, or 0,7.")
+    count = min(seeds, MOST_SEEDS + 1) if isinstance(seeds, int) else 0
+    chosen = tuple(range(config.seed, config.seed + count)) if isinstance(seeds, int) else tuple(seeds)
+    if not 0 < len(chosen) <= MOST_SEEDS or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise ConfigError(
+            f"--seeds {seeds}: expected 1 … {MOST_SEEDS} seeds, none twice and none below 0.",
+            "Use for example 3, or 0,7.",
+        )
+    if num < 1:
+        raise ConfigError(f"--num {num}: expected at least one sample of each class.", "Use for example 100.")
     if (tokens is None) == (data is None):
         raise ConfigError("An ablation needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
     if tokens is not None and tokenizer is None:
@@ -224,7 +232,7 @@ def ablate(
             "An ablation samples classes, whose vectors are not known here.",
             f"Only with conditioning.encoder={ENCODER} do they follow from the classes' names.",
         )
-    if tokenizer is not None and out.resolve() == tokenizer.resolve():
+    if tokenizer is not None and os.path.realpath(out) == os.path.realpath(tokenizer):
         raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
     if data is not None:
         open_images(data)

@@ -152,6 +152,9 @@ def analyze_attention(
             "Use --tokens or --data, or neither for the model's own samples.",
         )
     check_keep(keep)
+    for name, value in (("num", num), ("batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected at least 1.", f"Leave out --{name}, or use a larger number.")
     if preset is not None and preset.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--write-preset {preset} does not end in .yaml.", "Presets are YAML files.")
     files = [checkpoint, checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors")), tokenizer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -237,7 +238,7 @@ def _train(
         "transformer": _sized(depth) if depth is not None else None,
     }
     config = load_config(preset, settings, flags, base=base)
-    if out.resolve() == directory.resolve():
+    if os.path.realpath(out) == os.path.realpath(directory):
         raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
     if start is not None:
         fitted = config.model_copy(update={"tokenizer": made_by.tokenizer})

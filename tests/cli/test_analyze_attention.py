@@ -274,6 +274,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_measured(model, token
         ({"write_preset": tmp_path / "there.yaml"}, "there.yaml"),
         ({"data": images}, "--data"),
         ({"keep": 1.5}, "1.5"),
+        ({"keep": float("nan")}, "keep"),
+        ({"num": -1}, "num -1"),
+        ({"batch_size": 0}, "batch-size 0"),
     ):
         with pytest.raises(MvarError, match=found):
             analyze(run, tmp_path / "out", tokens=tokens, **given)

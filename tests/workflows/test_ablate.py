@@ -291,6 +291,9 @@ def test_a_share_of_a_cache_is_read_as_a_whole_one(tokens):
         ({"prefixes": (9,)}, ConfigError, "9"),
         ({"seeds": (1, 1)}, ConfigError, "twice"),
         ({"seeds": 0}, ConfigError, "--seeds 0"),
+        ({"seeds": 10**12}, ConfigError, "--seeds 10"),
+        ({"seeds": (-1,)}, ConfigError, "--seeds"),
+        ({"num": 0}, ConfigError, "--num 0"),
         ({"machine": Machine(device="cpu", attention="nonsense")}, MvarError, "nonsense"),
         ({"tokenizer": os.devnull}, MvarError, os.devnull),
         ({"validation": "/nowhere"}, DataError, "/nowhere"),
@@ -301,6 +304,12 @@ def test_wrong_requests_are_refused_before_a_row_is_trained(arguments, tmp_path,
     with pytest.raises(kind, match=found):
         mvar.ablate(**{**arguments, **changes}, out=tmp_path / "out")
     assert not list(tmp_path.rglob("rows"))
+
+
+def test_a_loop_of_links_is_no_output(arguments, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="loop"):
+        mvar.ablate(**arguments, out=tmp_path / "loop" / "out")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

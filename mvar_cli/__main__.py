@@ -1,6 +1,7 @@
 """The `mvar` entry point, also `python -m mvar_cli`."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -16,13 +17,16 @@ def main() -> None:
 
 
 def open_standard_streams() -> None:
-    """Make /dev/null of each standard stream that is closed: the next file would get its number, and its output."""
+    """Make /dev/null of each closed stream, whose number the next file would get; print what is no text escaped."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

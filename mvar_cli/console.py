@@ -105,7 +105,7 @@ def note(text: str) -> None:
 def show_json(values: Mapping[str, Any]) -> None:
     """The one JSON object on stdout, where it is asked for."""
     if output.as_json and not output.silent:
-        write(json.dumps(values, ensure_ascii=False, allow_nan=False), sys.stdout)
+        write(json.dumps(values, allow_nan=False), sys.stdout)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

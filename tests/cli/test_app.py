@@ -164,6 +164,17 @@ def test_standard_streams_that_are_closed_or_full():
     assert "Traceback" not in failed.stderr
 
 
+def test_text_that_a_stream_cannot_encode():
+    listed = run(
+        "plan", stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (listed.returncode, listed.stderr) == (0, "")
+    unknown = run("plan", "--json", "--preset", os.fsdecode(b"\xff"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert unknown.returncode == 1
+    assert "udcff" in json.loads(unknown.stdout)["error"]
+    assert "Traceback" not in unknown.stderr
+
+
 def test_an_interruption_while_modules_are_imported(monkeypatch, capsys):
     def interrupted(name):
         raise KeyboardInterrupt

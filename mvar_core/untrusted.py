@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import stat
-from collections.abc import Hashable
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from mvar_core.errors import ConfigError, DataError, MvarError, one_line
+from mvar_core.errors import DataError, MvarError, one_line
 
 LARGEST_JSON = 64 * 2**20
 """Bytes; the manifest of the largest token cache, which has tens of thousands of shards, is smaller."""
@@ -107,6 +107,20 @@ def read_yaml(path: Path, error: type[MvarError] = DataError) -> Any:
     return parse_yaml(read_text(path, LARGEST_YAML, error), str(path), error)
 
 
+class _Loader(yaml.SafeLoader):
+    """Stops at what is nested too deep, before it is read to its end."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 def parse_yaml(text: str, where: str, error: type[MvarError] = DataError) -> Any:
     """The value of a YAML text of plain texts, numbers, booleans, lists and mappings; aliases may be used sparingly.
 
@@ -115,7 +129,7 @@ def parse_yaml(text: str, where: str, error: type[MvarError] = DataError) -> Any
             many values, or holds a number that is not finite or too large.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -129,53 +143,46 @@ def parse_yaml(text: str, where: str, error: type[MvarError] = DataError) -> Any
     return value
 
 
-def _check_nodes(root: yaml.Node, where: str, error: type[MvarError]) -> None:
-    """Before values are made of them: a merge of merges would take longer than there is time."""
+def _bounded(
+    root: Any, children: Callable[[Any], Iterable[Any]], where: str, error: type[MvarError], most: int
+) -> Iterator[Any]:
+    """Everything in a tree, aliases as often as they are used, up to a number and a depth."""
     waiting, count = [(root, 0)], 0
-    while waiting:
-        node, depth = waiting.pop()
-        count += 1
-        if depth > DEEPEST or count > MOST_VALUES:
-            raise error(f"{where} holds too much: more than {MOST_VALUES:,} values, or {DEEPEST} levels of them.")
-        if node.tag not in _YAML_TAGS:
-            line, tag = node.start_mark.line + 1, node.tag.removeprefix("tag:yaml.org,2002:")
-            raise error(f"{where}, line {line}: a value of the kind {tag!r:.80} is not read.", "Put text in quotes.")
-        if isinstance(node, yaml.MappingNode):
-            keys: set[Hashable] = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode) or key.value in keys:
-                    found = f"the key {key.value!r:.80} twice" if isinstance(key, yaml.ScalarNode) else "a list as key"
-                    raise error(f"{where}, line {key.start_mark.line + 1}: {found}.", "Write every key once, as text.")
-                keys.add(key.value)
-            waiting += [(child, depth + 1) for pair in node.value for child in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += [(child, depth + 1) for child in node.value]
-
-
-def _check(value: Any, where: str, error: type[MvarError], finite: bool, most: int) -> None:
-    """Depth, number and size of values."""
-    waiting, count = [(value, 0)], 0
     while waiting:
         found, depth = waiting.pop()
         count += 1
         if depth > DEEPEST or count > most:
             raise error(f"{where} holds too much: more than {most:,} values, or {DEEPEST} levels of them.")
-        if isinstance(found, dict):
-            waiting += [(child, depth + 1) for child in found.values()]
-        elif isinstance(found, list):
-            waiting += [(child, depth + 1) for child in found]
-        elif isinstance(found, int) and abs(found) > LARGEST_INTEGER:
+        yield found
+        waiting += [(child, depth + 1) for child in children(found)]
+
+
+def _check_nodes(root: yaml.Node, where: str, error: type[MvarError]) -> None:
+    """Before values are made of them: a merge of merges would take longer than there is time."""
+
+    def inside(node: yaml.Node) -> Iterable[yaml.Node]:
+        if isinstance(node, yaml.ScalarNode):
+            return ()
+        return itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+
+    for node in _bounded(root, inside, where, error, MOST_VALUES):
+        if node.tag not in _YAML_TAGS:
+            line, tag = node.start_mark.line + 1, node.tag.removeprefix("tag:yaml.org,2002:")
+            raise error(f"{where}, line {line}: a value of the kind {tag!r:.80} is not read.", "Put text in quotes.")
+        keys: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.value in keys:
+                found = f"the key {key.value!r:.80} twice" if isinstance(key, yaml.ScalarNode) else "a list as key"
+                raise error(f"{where}, line {key.start_mark.line + 1}: {found}.", "Write every key once, as text.")
+            keys.add(key.value)
+
+
+def _check(value: Any, where: str, error: type[MvarError], finite: bool, most: int) -> None:
+    def inside(found: Any) -> Iterable[Any]:
+        return found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+
+    for found in _bounded(value, inside, where, error, most):
+        if isinstance(found, int) and abs(found) > LARGEST_INTEGER:
             raise error(f"{where} holds an integer of {found.bit_length()} bits, which is too large.")
-        elif isinstance(found, float) and finite and not math.isfinite(found):
+        if isinstance(found, float) and finite and not math.isfinite(found):
             raise error(f"{where} holds {found}, which is not a finite number.")
-
-
-def check_whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
-    """A whole number that a user gave, as an int.
-
-    Raises:
-        ConfigError: It is of another kind, or out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
-        raise ConfigError(f"{name} is {value!r:.80}; expected a whole number from {least} to {most}.")
-    return int(value)

@@ -45,7 +45,7 @@ def test_hostile_yaml(text):
     start = time.monotonic()
     with pytest.raises(ConfigError, match="preset") as failure:
         parse_yaml(text, "preset", ConfigError)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
     assert len(str(failure.value)) < 600
 
 

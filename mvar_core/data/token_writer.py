@@ -42,8 +42,8 @@ from mvar_core.data.tokens import (
 )
 from mvar_core.data.transforms import Views
 from mvar_core.data.vectors import Vectors
-from mvar_core.errors import DataError, one_line
-from mvar_core.io.files import atomic_path, require_new_directory, write_json
+from mvar_core.errors import DataError
+from mvar_core.io.files import atomic_path, naming, require_new_directory, write_json
 from mvar_core.io.pixels import from_uint8
 from mvar_core.io.resumable import Resumable
 from mvar_core.progress import Progress, stage
@@ -355,15 +355,11 @@ def write_token_cache(
     world = distributed.world()
     writer = CacheWriter(out, source, encode, rank=world.rank, world_size=world.world_size, **options)
     try:
-        writer.accept(*world.run_on_rank_zero(lambda: writer.prepare(overwrite)))
-        writer.check(stage(progress, "checking images"))
-        writer.write(stage(progress, "tokenizing"))
-        return writer.finish()
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be written: {error.strerror or one_line(error)}.",
-            "Finished shards are kept. Make room, then run the same command again to resume.",
-        ) from error
+        with naming(out):
+            writer.accept(*world.run_on_rank_zero(lambda: writer.prepare(overwrite)))
+            writer.check(stage(progress, "checking images"))
+            writer.write(stage(progress, "tokenizing"))
+            return writer.finish()
     finally:
         writer.release()
 

@@ -24,7 +24,7 @@ from mvar_core.errors import ConfigError, DataError, one_line
 from mvar_core.io.files import sha256_of_file
 from mvar_core.io.resumable import differences
 from mvar_core.pyramid import PatchSize, ScalePyramid
-from mvar_core.untrusted import read_json, read_text
+from mvar_core.untrusted import read_json
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
@@ -34,7 +34,6 @@ RECEIPT = "shard-{:05d}.json"
 RECEIPTS = "shard-*.json"
 VECTORS = "vectors.npy"
 """Vectors of classes; those of images are in the shards."""
-LARGEST_NAMES = 2**30
 SMALL_CACHE = 64 * 2**20
 """Bytes that are compared with their hashes while a first batch waits for it."""
 VERSION, VERSION_WITH_VECTORS = 2, 3
@@ -243,7 +242,6 @@ class TokenCache:
         self.labels: NDArray[np.int64] = every_label if images is None else every_label[images]
         self.images = images
         self.num_images = len(self.labels)
-        self._names: tuple[str, list[str]] | None = None
         self._gives_vectors = False
 
     @classmethod
@@ -362,16 +360,6 @@ class TokenCache:
         with_vectors = copy.copy(self)
         with_vectors._gives_vectors = True
         return with_vectors
-
-    def item_name(self, row: int) -> str:
-        """Path or id of the image that a row was made from; reads the names of its shard."""
-        image = int(self._stored(np.array([row // self.num_views]))[0])
-        number = int(np.searchsorted(self._starts, image, side="right")) - 1
-        names, start = self.manifest.shards[number].names, int(self._starts[number])
-        file, line = (ITEMS, image) if names is None else (names.file, image - start)
-        if self._names is None or self._names[0] != file:
-            self._names = (file, read_text(self.path / file, LARGEST_NAMES).split("\n"))
-        return self._names[1][line] if line < len(self._names[1]) else f"image {image}"
 
     def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
         """Refuse a cache whose tokens mean something else to a model with this tokenizer (SHA-256) and pyramid.

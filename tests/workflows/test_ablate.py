@@ -274,7 +274,6 @@ def test_a_share_of_a_cache_is_read_as_a_whole_one(tokens):
         expected, expected_labels = cache.batch(share.images[rows // views] * views + rows % views)
         assert torch.equal(found, expected)
         assert torch.equal(labels, expected_labels)
-        assert share.item_name(0) == cache.item_name(int(share.images[0]) * views)
         with pytest.raises(IndexError):
             share.batch(np.array([len(share)]))
     assert np.array_equal(split_off(cache, 0.25, seed=0)[1].images, held.images)

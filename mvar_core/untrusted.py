@@ -8,12 +8,13 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from mvar_core.errors import DataError, MvarError, one_line
+from mvar_core.errors import ConfigError, DataError, MvarError, one_line
 
 LARGEST_JSON = 64 * 2**20
 """Bytes; the manifest of the largest token cache, which has tens of thousands of shards, is smaller."""
@@ -186,3 +187,14 @@ def _check(value: Any, where: str, error: type[MvarError], finite: bool, most: i
             raise error(f"{where} holds an integer of {found.bit_length()} bits, which is too large.")
         if isinstance(found, float) and finite and not math.isfinite(found):
             raise error(f"{where} holds {found}, which is not a finite number.")
+
+
+def check_whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+    """A whole number that a user gave, as an int.
+
+    Raises:
+        ConfigError: It is of another kind, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise ConfigError(f"{name} is {value!r:.80}; expected a whole number from {least} to {most}.")
+    return int(value)

@@ -19,7 +19,7 @@ from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, Views, open_images
 from mvar_core.data.token_writer import CacheSummary, CacheWriter, default_shard, write_token_cache
 from mvar_core.data.tokens import TokenCache, split_off
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, WriteError
 from mvar_core.io.pixels import from_uint8
 from mvar_core.pyramid import ScalePyramid
 
@@ -583,7 +583,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, source, monkeypatch):
         save(file, array)
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(DataError, match=r"cut.* cannot be written: No space left.*again"):
+    with pytest.raises(WriteError, match=r"cut.* cannot be written: No space left.*again"):
         write_cache(tmp_path / "cut", source)
     assert sorted(path.name for path in (tmp_path / "cut").iterdir() if path.name.startswith(".")) == []
     monkeypatch.setattr(np, "save", save)

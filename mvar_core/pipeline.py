@@ -6,22 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Float64, Int
+from pydantic import Field
 from torch import Tensor
 
 from mvar_core.analysis.likelihood import log_likelihoods, read_candidates
+from mvar_core.arguments import tensor_argument
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
+from mvar_core.config.section import checked
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.io.pixels import to_uint8
 from mvar_core.kernels import check_backend
 from mvar_core.models import directory as model_directory
 from mvar_core.models import official
 from mvar_core.models.compilation import check_compiler, compile_for_sampling
-from mvar_core.models.conditioning import Conditions
 from mvar_core.models.footprint import Setting
 from mvar_core.models.meta import meta_device
 from mvar_core.models.micro_batches import DECODED_AT_ONCE, PROCESS_BYTES, MicroBatches, choose
@@ -38,6 +39,12 @@ from mvar_core.sampling.sampler import resolve_settings
 
 SHARE_OF_FREE_MEMORY = 0.5
 """What sampling may use of what the device has free, where no budget is given."""
+LARGEST_VALUE = 2.0
+"""Of an image in [-1, 1]: what is beyond is bytes, or was normalized in another way."""
+
+Positive = Annotated[int, Field(ge=1)]
+TensorLike = Any
+"""A tensor, an array or nested lists; what it must hold is checked by `tensor_argument`."""
 
 
 class Pipeline:
@@ -63,18 +70,22 @@ class Pipeline:
         self.device = tokenizer.quantizer.codebook.device
         self.attention = attention
         self.memory = memory
+        if self.device.type == "meta":
+            raise CheckpointError(f"The tokenizer of {config.name} has no weights: it is on the meta device.",
+                                  "Load it with Pipeline.from_pretrained.")  # fmt: skip
         if transformer is not None:
             dtype = transformer.input_projection.weight.dtype
             check_backend(attention, config.patterns, self.device, dtype)
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         path: str | Path,
         *,
         tokenizer: str | Path | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         attention: str = "auto",
         compile: bool = False,  # noqa: A002
         machine: Machine | None = None,
@@ -156,6 +167,7 @@ class Pipeline:
             )
         return self._transformer
 
+    @checked
     def save_pretrained(self, path: str | Path) -> None:
         """Write a model directory that `from_pretrained` reads."""
         transformer = self._transformer.state_dict() if self._transformer is not None else None
@@ -164,32 +176,36 @@ class Pipeline:
         )
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
-        """Tokens of images in [-1, 1]; DataError where they have another size than the model's."""
-        if tuple(images.shape[-2:]) != self.config.image_shape:
-            raise DataError(
-                f"images are {images.shape[-2]}×{images.shape[-1]} pixels; {self.config.name} expects"
-                f" {self.config.image_shape[0]}×{self.config.image_shape[1]}."
-            )
-        return self.tokenizer.encode(images.to(self.device))
+    def encode(self, images: TensorLike) -> Int[Tensor, "B L"]:
+        """Tokens of images (B, 3, H, W) in [-1, 1]; DataError where they are not, or have another size."""
+        images_BCHW = self._checked_images(images)
+        if not len(images_BCHW):
+            return torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long, device=self.device)
+        return self.tokenizer.encode(images_BCHW.to(self.device))
 
     @torch.no_grad()
-    def decode(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B 3 H W"]:
-        """Images in [-1, 1] of tokens."""
-        return self._tokenizer.decode(self._checked(tokens))
+    def decode(self, tokens: TensorLike) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] of tokens (B, L)."""
+        tokens_BL = self._checked(tokens)
+        if not len(tokens_BL):
+            return torch.empty(0, 3, *self.config.image_shape, device=self.device)
+        return self._tokenizer.decode(tokens_BL)
 
     @torch.no_grad()
-    def logits(self, tokens: Int[Tensor, "B L"], labels: Conditions) -> Float[Tensor, "B L V"]:
+    def logits(self, tokens: TensorLike, labels: TensorLike) -> Float[Tensor, "B L V"]:
         """Teacher-forced logits (float32) of every token given the condition and the true tokens of earlier scales.
 
         No condition is dropped. `labels` holds one class label per image, or vectors (B, X) where the model is
         conditioned on them. ConfigError or DataError where conditions or tokens are not the model's.
         """
-        inputs_BLZ = self._tokenizer.quantizer.teacher_forcing_inputs(self._checked(tokens))
-        conditions = self.transformer.conditioner.read(labels).to(self.device)
-        return self.transformer(conditions, inputs_BLZ, attention=self.attention)
+        tokens_BL, conditions = self._checked(tokens), self.transformer.conditioner.read(labels)
+        _require_count(conditions, len(tokens_BL), "labels", "images of tokens")
+        if not len(tokens_BL):
+            return torch.empty(*tokens_BL.shape, self.config.tokenizer.codebook_size, device=self.device)
+        inputs_BLZ = self._tokenizer.quantizer.teacher_forcing_inputs(tokens_BL)
+        return self.transformer(conditions.to(self.device), inputs_BLZ, attention=self.attention)
 
-    def log_likelihoods(self, tokens: Int[Tensor, "B L"], labels: Conditions) -> Float64[Tensor, "B *K S"]:
+    def log_likelihoods(self, tokens: TensorLike, labels: TensorLike) -> Float64[Tensor, "B *K S"]:
         """Ln p(tokens of each scale | earlier scales, condition), in nats: teacher-forced, without guidance or filters.
 
         `labels` holds one condition per image, as of `logits`, or K of them, (B, K): then each image is scored under
@@ -210,13 +226,14 @@ class Pipeline:
         """The settings that `sample` uses for the same arguments: what is not set is as the model recommends."""
         return resolve_settings(self.config, settings, **shorthand)
 
+    @checked
     def micro_batches(
         self,
-        images: int,
+        images: Annotated[int, Field(ge=0)],
         settings: SamplingConfig,
         *,
-        batch_size: int | None = None,
-        memory: int | None = None,
+        batch_size: Positive | None = None,
+        memory: Positive | None = None,
         stages: bool = False,
     ) -> MicroBatches:
         """How many images run together when `images` are sampled; the arguments are those of `stream`.
@@ -240,7 +257,7 @@ class Pipeline:
         )
         return choose(self.config, images, setting, budget=budget, batch_size=batch_size)
 
-    def sample(self, labels: Conditions | None = None, **options: Any) -> Samples:
+    def sample(self, labels: TensorLike | None = None, **options: Any) -> Samples:
         """Images of classes, or of vectors where the model is conditioned on them.
 
         A sample depends on (seed, its global index, condition, settings, weights) alone.
@@ -259,17 +276,18 @@ class Pipeline:
             labels=(),
         )
 
+    @checked
     def stream(
         self,
-        labels: Conditions | None = None,
+        labels: TensorLike | None = None,
         *,
-        conditions: Conditions | None = None,
+        conditions: TensorLike | None = None,
         settings: SamplingConfig | None = None,
         seed: int = 0,
-        indices: Sequence[int] | None = None,
-        kept: KeptTokens | None = None,
-        batch_size: int | None = None,
-        memory: int | None = None,
+        indices: TensorLike | None = None,
+        kept: Any = None,
+        batch_size: Positive | None = None,
+        memory: Positive | None = None,
         stages: bool = False,
         progress: Callable[[int, int], None] | None = None,
         **shorthand: Any,
@@ -301,32 +319,42 @@ class Pipeline:
         if asked is None:
             raise ConfigError("sample needs labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
         read = conditioner.read(asked)
-        marks = conditioner.labels(read)
-        if conditions is not None and labels is not None:
-            marks = torch.as_tensor(labels).long().tolist()
-        indices = range(len(read)) if indices is None else indices
+        marks, count = conditioner.labels(read), len(read)
         noun = "labels" if read.ndim == 1 else "vectors"
-        for what, count in (("labels", len(marks)), ("indices", len(indices))):
-            if count != len(read):
-                raise ConfigError(f"there are {len(read)} {noun} but {count} {what}.")
+        if conditions is not None and labels is not None:
+            marks = tensor_argument(labels, f"labels are whole numbers, {count} for {count} {noun}", "whole", (count,),
+                                    error=ConfigError).tolist()  # fmt: skip
+        if indices is None or isinstance(indices, range):
+            numbers: Sequence[int] = range(count) if indices is None else indices
+            _require_count(numbers, count, "indices", noun)
+        else:
+            numbers = tensor_argument(indices, f"indices are whole numbers, {count} for {count} {noun}", "whole",
+                                      (count,), error=ConfigError).tolist()  # fmt: skip
+        if min(numbers, default=0) < 0:
+            raise ConfigError(f"indices hold {min(numbers)}.", "Count samples from 0.")
         if kept is not None:
-            if len(kept) != len(read):
-                raise ConfigError(f"there are {len(read)} {noun} but kept tokens of {len(kept)} images.")
-            kept = KeptTokens(self._checked(kept.tokens_NL), kept.kept_NL)
+            if not isinstance(kept, KeptTokens):
+                raise ConfigError(f"kept is of type {type(kept).__name__}.", "Pass what Pipeline.kept_tokens returns.")
+            tokens_NL = self._checked(kept.tokens_NL)
+            _require_count(tokens_NL, count, "images of kept tokens", noun)
+            shape = (count, self.config.pyramid.num_tokens)
+            kept_NL = tensor_argument(kept.kept_NL, f"kept_NL is bool of {shape}", "bool", shape)
+            kept = KeptTokens(tokens_NL, kept_NL)
         sizes = self.micro_batches(len(read), settings, batch_size=batch_size, memory=memory, stages=stages)
         return sample_images(
-            self.transformer, self._tokenizer, read, indices, seed, settings, sizes, labels=marks, kept=kept,
+            self.transformer, self._tokenizer, read, numbers, seed, settings, sizes, labels=marks, kept=kept,
             attention=self.attention, stages=stages, progress=progress,
         )  # fmt: skip
 
+    @checked
     def edit(
         self,
-        images: Float[Tensor, "N 3 H W"],
-        mask: Tensor | np.ndarray,
+        images: TensorLike,
+        mask: TensorLike,
         *,
-        labels: Conditions | None = None,
+        labels: TensorLike | None = None,
         keep: Literal["inside", "outside"] = "outside",
-        num: int = 1,
+        num: Positive = 1,
         coverage: float = 0.5,
         paste: bool = False,
         **options: Any,
@@ -351,10 +379,14 @@ class Pipeline:
             DataError: Images or a mask of another size than the model's.
             ConfigError: As `sample`; another `keep`; a coverage out of range.
         """
+        images = self._checked_images(images)
         pixels = kept_pixels(checked_mask(mask, len(images), self.config.image_shape), keep)
-        conditions = torch.as_tensor(labels) if labels is not None else self.null_conditions(len(images))
         if labels is None:
+            conditions = self.null_conditions(len(images))
             options.update(UNGUIDED)
+        else:
+            conditions = self.transformer.conditioner.read(labels)
+            _require_count(conditions, len(images), "labels", "images")
         rows = torch.arange(len(images)).repeat_interleave(num)
         samples = self.sample(conditions[rows], kept=self.kept_tokens(images, pixels, coverage).rows(rows), **options)
         if not paste:
@@ -362,13 +394,14 @@ class Pipeline:
         stays = pixels.expand(len(images), -1, -1)[rows]
         return replace(samples, images=pasted(samples.images, to_uint8(images.cpu())[rows], stays))
 
-    def kept_tokens(
-        self, images: Float[Tensor, "N 3 H W"], pixels: Bool[Tensor, "*M h w"], coverage: float = 0.5
-    ) -> KeptTokens:
+    @checked
+    def kept_tokens(self, images: TensorLike, pixels: TensorLike, coverage: float = 0.5) -> KeptTokens:
         """Tokens of given images, and which of them stay where these pixels do; what `sample` accepts as `kept`.
 
         The pixels are for all images or for each; images and coverage are as of `edit`.
         """
+        images = self._checked_images(images)
+        pixels = checked_mask(pixels, len(images), self.config.image_shape)
         stays = kept_tokens(pixels, self.config.pyramid, coverage).expand(len(images), -1)
         # A few at a time, as they are decoded: on a CPU one, so that an image's tokens never depend on the others.
         at_once = DECODED_AT_ONCE.get(self.device.type, 1)
@@ -376,7 +409,8 @@ class Pipeline:
         parts = images.split(at_once) if len(images) else ()
         return KeptTokens(torch.cat([none, *(self.encode(part).cpu() for part in parts)]), stays)
 
-    def null_conditions(self, count: int) -> Tensor:
+    @checked
+    def null_conditions(self, count: Annotated[int, Field(ge=0)]) -> Tensor:
         """`count` conditions that stand for none, on the CPU."""
         return self.transformer.conditioner.null(count)
 
@@ -384,12 +418,27 @@ class Pipeline:
         """What images of these classes are conditioned on: labels, or vectors of their names; on the CPU."""
         return self.transformer.conditioner.read(by_labels(self.config, labels).get("conditions", labels))
 
-    def _checked(self, tokens: Tensor) -> Tensor:
-        """Tokens on the model's device, refused where they cannot be the model's."""
-        expected = self.config.pyramid.num_tokens
-        if tokens.ndim != 2 or tokens.shape[1] != expected:
-            raise DataError(f"tokens have shape {tuple(tokens.shape)}; {self.config.name} expects (B, {expected}).")
-        size = self.config.tokenizer.codebook_size
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
-            raise DataError(f"tokens range over {int(tokens.min())} … {int(tokens.max())}; the codebook has {size}.")
-        return tokens.to(device=self.device, dtype=torch.long)
+    def _checked(self, tokens: TensorLike) -> Int[Tensor, "B L"]:
+        """Tokens on the model's device; DataError where they cannot be the model's."""
+        length, size = self.config.pyramid.num_tokens, self.config.tokenizer.codebook_size
+        expected = f"tokens of {self.config.name} are whole numbers (B, {length})"
+        tokens_BL = tensor_argument(tokens, expected, "whole", (None, length))
+        if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < size:
+            found = f"{int(tokens_BL.min())} … {int(tokens_BL.max())}"
+            raise DataError(f"tokens range over {found}; the codebook has {size}.")
+        return tokens_BL.to(self.device)
+
+    def _checked_images(self, images: TensorLike) -> Float[Tensor, "B 3 H W"]:
+        """Images as float32; DataError where they cannot be the model's."""
+        shape = (None, 3, *self.config.image_shape)
+        expected = f"images of {self.config.name} are real numbers in [-1, 1] of shape (B, 3, {shape[2]}, {shape[3]})"
+        images_BCHW = tensor_argument(images, expected, "real", shape).float()
+        if images_BCHW.numel() and not (largest := float(images_BCHW.abs().max())) <= LARGEST_VALUE:
+            raise DataError(f"{expected}; found {largest:g}.", "mvar_core.io.pixels.from_uint8 converts bytes.")
+        return images_BCHW
+
+
+def _require_count(values: Sequence[Any] | Tensor, count: int, what: str, noun: str) -> None:
+    """Refuse another number of one thing than of another."""
+    if len(values) != count:
+        raise ConfigError(f"there are {count} {noun} but {len(values)} {what}.")

@@ -34,7 +34,7 @@ def resolve_device(name: str = "auto") -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    if kind not in ("cpu", "cuda", "mps") or name.startswith("cpu:"):
         raise ConfigError(
             f"--device {name!r} is not a device. {nearest(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}"
         )

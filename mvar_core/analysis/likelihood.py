@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
+from mvar_core.arguments import tensor_argument
 from mvar_core.config import ModelConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.models.conditioning import Conditioner, Conditions, VectorConditioner
@@ -103,8 +104,10 @@ def read_candidates(conditioner: Conditioner, given: Conditions, images: int) ->
     Raises:
         ConfigError: They are not what the model is conditioned on, or do not fit the images.
     """
-    rows = torch.as_tensor(given)
-    several = rows.ndim == (3 if isinstance(conditioner, VectorConditioner) else 2)
+    vectors = isinstance(conditioner, VectorConditioner)
+    expected = f"Conditions of {images} images, or several for each, are {'vectors' if vectors else 'class labels'}"
+    rows = tensor_argument(given, expected, "real" if vectors else "whole", error=ConfigError)
+    several = rows.ndim == (3 if vectors else 2)
     read = conditioner.read(rows.flatten(0, 1) if several else rows)
     if len(rows) != images or (images and len(read) % images):
         raise ConfigError(f"there are tokens of {images} images but conditions of {len(rows)}.")

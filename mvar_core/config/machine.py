@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mvar_core.config.section import LARGEST, Section
 from mvar_core.errors import ConfigError, shown
@@ -22,6 +22,12 @@ class Machine(Section):
     memory: Annotated[int, Field(ge=0)] | str | None = Field(
         None, description='bytes that sampling may use, also as text such as "2GB"; None is half of what is free'
     )
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _read_torch(cls, value: Any) -> Any:
+        """Also torch.device and torch.dtype, by their names."""
+        return str(value).removeprefix("torch.") if type(value).__module__.partition(".")[0] == "torch" else value
 
     @property
     def memory_bytes(self) -> int | None:

@@ -11,6 +11,8 @@ from mvar_core.config.section import Section
 
 GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
 
+LARGEST_GUIDANCE = 1e6
+"""Far beyond any use; above it, guided logits overflow."""
 FIRST_SETTINGS = {"cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales", "more_smooth"}
 """Settings that every record of unfinished work holds. Those added later have a default that changes nothing."""
 
@@ -21,7 +23,7 @@ class SamplingConfig(Section):
     In the latter, fields that are not set are as the model recommends (`over`).
     """
 
-    cfg: float = Field(1.5, ge=0, description="guidance at the last scale; 0 is unguided")
+    cfg: float = Field(1.5, ge=0, le=LARGEST_GUIDANCE, description="guidance at the last scale; 0 is unguided")
     top_k: int = Field(900, ge=0, description="keep the k most likely codes; 0 keeps all")
     top_p: float = Field(
         0.96, ge=0, le=1, description="keep the most likely codes of this total probability; 0 or 1 keep all"
@@ -60,8 +62,9 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _check_guidance(self) -> SamplingConfig:
-        if not isinstance(self.cfg_schedule, str) and any(strength < 0 for strength in self.cfg_schedule):
-            raise ValueError(f"cfg_schedule {self.cfg_schedule} holds a negative number")
+        numbers = () if isinstance(self.cfg_schedule, str) else self.cfg_schedule
+        if not all(0 <= strength <= LARGEST_GUIDANCE for strength in numbers):
+            raise ValueError(f"cfg_schedule {numbers} holds a number that is negative or above {LARGEST_GUIDANCE:g}")
         if self.cfg_scales is not None and not 0 <= self.cfg_scales[0] <= self.cfg_scales[1]:
             raise ValueError(f"cfg_scales {self.cfg_scales} is not a first and a last scale, counted from 0")
         return self

@@ -97,7 +97,7 @@ def checked(function: Function) -> Function:
         try:
             return checking()(*arguments, **named)
         except ValidationError as report:
-            if report.title != function.__name__:  # raised by what the function did
+            if report.title != function.__qualname__:  # raised by what the function did
                 raise
             kinds = [kind for hint in get_type_hints(function).values() for kind in get_args(hint)]
             keys = [key for kind in kinds for key in getattr(kind, "__optional_keys__", ())]

@@ -137,7 +137,7 @@ def require_new_directory(path: Path, overwrite: bool) -> None:
     Raises:
         DataError: `path` is a file, or a directory that is not empty.
     """
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file; expected a directory to write to.", "Choose another --out.")
     leftovers = {path / LOCK_FILE, *path.glob(".*.tmp")}  # of writers that were killed
     if not overwrite and path.is_dir() and not leftovers.issuperset(path.iterdir()):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mvar_core.arguments import tensor_argument
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.linear import RowStableLinear
@@ -82,12 +83,8 @@ class ClassConditioner(nn.Embedding):
 
     def read(self, conditions: Conditions) -> Int[Tensor, " B"]:
         """Labels as a tensor on the CPU; ConfigError where they are not what the model is conditioned on."""
-        labels_B = torch.as_tensor(conditions)
-        if labels_B.ndim != 1 or (labels_B.numel() and labels_B.is_floating_point()):
-            raise ConfigError(
-                f"The model is conditioned on classes and expects one label per image; found {_described(labels_B)}."
-            )
-        labels_B = labels_B.cpu().long()
+        expected = "The model is conditioned on classes and expects one label per image, a whole number"
+        labels_B = tensor_argument(conditions, expected, "whole", (None,), error=ConfigError).cpu()
         if labels_B.numel() and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.num_classes:
             wrong = next(label for label in labels_B.tolist() if not 0 <= label <= self.num_classes)
             raise ConfigError(f"class {wrong} does not exist; the model has classes 0 … {self.num_classes - 1}.")
@@ -167,16 +164,12 @@ class VectorConditioner(nn.Module):
         return torch.where(absent_B1, self.no_vector, embedding_BC)
 
     def read(self, conditions: Conditions) -> Float[Tensor, "B X"]:
-        """Vectors on the CPU in float32."""
-        vectors_BX = torch.as_tensor(conditions)
-        if vectors_BX.numel() == 0:
-            return torch.empty(0, self.dim)
-        if vectors_BX.ndim != 2 or vectors_BX.shape[1] != self.dim or not vectors_BX.is_floating_point():
-            raise ConfigError(
-                f"The model is conditioned on vectors (images, {self.dim}); found {_described(vectors_BX)}.",
-                "Pool sequences with mvar_core.models.vectors.pool_sequence." if vectors_BX.ndim == 3 else None,
-            )
-        vectors_BX = vectors_BX.detach().cpu().float()
+        """Vectors on the CPU in float32; a row of nan stands for none."""
+        expected = f"The model is conditioned on vectors (images, {self.dim})"
+        if getattr(conditions, "ndim", 2) == 3:
+            expected += " (mvar_core.models.vectors.pool_sequence makes them of sequences)"
+        vectors_BX = tensor_argument(conditions, expected, "real", (None, self.dim), (0,), error=ConfigError)
+        vectors_BX = vectors_BX.cpu().float().view(-1, self.dim)
         usable_B = vectors_BX.isfinite().all(1) | vectors_BX.isnan().all(1)
         if not usable_B.all():
             raise ConfigError(f"Vector {int(usable_B.int().argmin())} holds values that are not finite.")

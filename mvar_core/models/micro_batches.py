@@ -44,6 +44,11 @@ class MicroBatches:
     decoder: int
     peak_bytes: int
 
+    def halved(self, images: int) -> MicroBatches:
+        """Half of what runs together, at least one image, where `images` were too many."""
+        scales = tuple(max(1, min(count, images) // 2) for count in self.scales)
+        return MicroBatches(max(1, images // 2), scales, max(1, self.decoder // 2), self.peak_bytes // 2)
+
 
 def choose(
     config: ModelConfig, images: int, setting: Setting, *, budget: int | None = None, batch_size: int | None = None

@@ -18,11 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
+from mvar_core.arguments import tensor_argument
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.pyramid import Grid, ScalePyramid
 
@@ -49,15 +49,10 @@ class KeptTokens:
         return KeptTokens(self.tokens_NL.to(device), self.kept_NL.to(device))
 
 
-def checked_mask(mask: Tensor | np.ndarray, images: int, shape: tuple[int, int]) -> Bool[Tensor, "*N H W"]:
+def checked_mask(mask: Any, images: int, shape: tuple[int, int]) -> Bool[Tensor, "*N H W"]:
     """A boolean mask on the CPU, one for all images of a height and width, or one for each; otherwise DataError."""
-    mask = torch.as_tensor(mask).cpu()
-    if mask.dtype != torch.bool or tuple(mask.shape) not in (shape, (images, *shape)):
-        raise DataError(
-            f"the mask is {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}; expected bool of"
-            f" {shape} or {(images, *shape)}."
-        )
-    return mask
+    shapes = (shape, (images, *shape))
+    return tensor_argument(mask, f"a mask is bool of {shapes[0]} or {shapes[1]}", "bool", *shapes).cpu()
 
 
 def kept_pixels(mask: Bool[Tensor, "*N H W"], keep: str) -> Bool[Tensor, "*N H W"]:

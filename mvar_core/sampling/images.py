@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mvar_core.config import SamplingConfig
+from mvar_core.errors import CheckpointError, ConfigError, one_line
 from mvar_core.io.pixels import to_uint8
 from mvar_core.models.compilation import is_compiled, room_for_shapes
 from mvar_core.models.micro_batches import MicroBatches
@@ -22,6 +24,8 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.sampler import sample_tokens
+
+log = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,9 @@ def sample_images(
             reported = done
             progress(done, total)
 
-    for start in range(0, total, sizes.images):
-        batch = slice(start, min(start + sizes.images, total))
-        given = kept.rows(batch) if kept is not None else None
+    def sampled(batch: slice, given: KeptTokens | None) -> Samples:
         with room_for_shapes(transformer):
-            sampled = sample_tokens(
+            found = sample_tokens(
                 transformer,
                 tokenizer.quantizer,
                 conditions[batch],
@@ -114,14 +116,43 @@ def sample_images(
                 on_tokens=lambda count: add(count / transformer.pyramid.num_tokens, total - 1),
             )
         # The last image of a batch is only done when the batch is.
-        images_NHWC = _decode(tokenizer, sampled.fhat_NZhw, sizes.decoder, lambda count: add(count, total - 1))
+        images_NHWC = _decode(tokenizer, found.fhat_NZhw, sizes.decoder, lambda count: add(count, total - 1))
         strips = None
-        if sampled.stages_NSZhw is not None:
-            shape = sampled.stages_NSZhw.shape[:2]
-            strips = _decode(tokenizer, sampled.stages_NSZhw.flatten(0, 1), sizes.decoder).unflatten(0, shape)
-        add(2 * batch.stop - halves, total)
+        if found.stages_NSZhw is not None:
+            shape = found.stages_NSZhw.shape[:2]
+            strips = _decode(tokenizer, found.stages_NSZhw.flatten(0, 1), sizes.decoder).unflatten(0, shape)
         stays = given.kept_NL.cpu() if given is not None else None
-        yield Samples(images_NHWC, sampled.tokens_NL.cpu(), tuple(labels[batch]), strips, stays)
+        return Samples(images_NHWC, found.tokens_NL.cpu(), tuple(labels[batch]), strips, stays)
+
+    start = 0
+    while start < total:
+        batch, samples = slice(start, min(start + sizes.images, total)), None
+        try:
+            samples = sampled(batch, kept.rows(batch) if kept is not None else None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = one_line(error)
+        if samples is None:  # out here the error is gone, and with it what its frames held
+            sizes, before = sizes.halved(batch.stop - start), sizes
+            if sizes == before:
+                raise ConfigError(f"There is too little memory to sample one image: {problem}",
+                                  "Free some, or use --dtype bfloat16.")  # fmt: skip
+            if transformer.input_projection.weight.device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("Out of memory: at most %d images are sampled together from here on.", sizes.images)
+            halves = 2.0 * start
+            continue
+        start = batch.stop
+        add(2 * start - halves, total)
+        yield samples
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    text = str(error).lower()
+    signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in signs)
 
 
 @torch.no_grad()
@@ -135,7 +166,13 @@ def _decode(
     on_gpu = fhat_NZhw.device.type == "cuda"
     pixels_NHWC = None
     for start in range(0, len(fhat_NZhw), at_once):
-        decoded = to_uint8(tokenizer.decode_features(fhat_NZhw[start : start + at_once]))
+        decoded = tokenizer.decode_features(fhat_NZhw[start : start + at_once])
+        if not decoded.isfinite().all():
+            raise CheckpointError(
+                "The tokenizer's decoder returns values that are not finite numbers.",
+                "Its weights hold nan or inf, or overflow: use --dtype float32, or other weights.",
+            )
+        decoded = to_uint8(decoded)
         if pixels_NHWC is None:
             shape = (len(fhat_NZhw), *decoded.shape[1:])
             pixels_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)

@@ -56,6 +56,8 @@ def resolve_settings(config: ModelConfig, settings: SamplingConfig | None = None
         ConfigError: No such setting, a value out of range, a top-k above the codebook, or guidance of scales that the
             model does not have.
     """
+    if settings is not None and not isinstance(settings, SamplingConfig):
+        raise ConfigError(f"settings is of type {type(settings).__name__}.", "Pass a SamplingConfig.")
     resolved = SamplingConfig(**{name: value for name, value in shorthand.items() if value is not None})
     for below in (settings, config.sampling):
         resolved = resolved if below is None else resolved.over(below)

@@ -104,10 +104,12 @@ class SampleOutput:
     def mark(self) -> str | None:
         """What a finished output is marked with; None where there is none, or other files."""
         try:
+            path = min(self.target.glob("*.png")) if self.format == "png" else self.target
+            if not path.is_file():  # a pipe would be waited for
+                return None
             if self.format == "npz":
-                with zipfile.ZipFile(self.target) as archive:
+                with zipfile.ZipFile(path) as archive:
                     return archive.comment.decode("ascii") or None
-            path = self.target if self.format == "grid" else min(self.target.glob("*.png"))
             with Image.open(path, formats=("PNG",)) as image:
                 return image.info.get(MARK)
         except (OSError, ValueError, zipfile.BadZipFile):

@@ -18,7 +18,7 @@ from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.folders import find_images
 from mvar_core.data.masks import Mask, box_mask, crop_kept, read_mask
 from mvar_core.data.transforms import resize_and_crop
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import ConfigError, DataError, shown
 from mvar_core.io.files import fingerprint
 from mvar_core.io.pixels import Pixels, from_uint8
 from mvar_core.pipeline import Pipeline
@@ -293,7 +293,7 @@ def parse_box(text: str) -> Box:
         x0, y0, x1, y1 = (int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"--box {text!r} is not four whole numbers.", "Use x0,y0,x1,y1, as in 64,64,192,192."
+            f"--box {shown(text)} is not four whole numbers.", "Use x0,y0,x1,y1, as in 64,64,192,192."
         ) from None
     return x0, y0, x1, y1
 

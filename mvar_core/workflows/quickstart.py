@@ -16,7 +16,7 @@ import torch
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import ConfigError
 from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
 from mvar_core.evaluation.demo_scores import DemoScores, score_samples
 from mvar_core.formatting import format_count
@@ -28,6 +28,7 @@ from mvar_core.progress import Progress
 from mvar_core.reports.pages import TableRows
 from mvar_core.reports.quickstart_page import metric_rows, time_rows, write_quickstart_page
 from mvar_core.results import DryRun, Result
+from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.workflows.attention import analyze_attention
 from mvar_core.workflows.sample import sample_to
 from mvar_core.workflows.tokenize import tokenize
@@ -39,6 +40,7 @@ PRESET_MINUTES = 2.0
 """The steps of the preset fill this time on two CPU cores."""
 FIXED_MINUTES = 0.25
 """The share of it that is not training: classifier, samples, metrics, report."""
+LARGEST_MINUTES = 365 * 24 * 60
 SHOWN = 16
 """Samples of each class in the picture."""
 
@@ -116,6 +118,7 @@ def quickstart(
     config = load_config(PRESET, settings, {"seed": seed})
     page, grid, model, samples = out / "index.html", out / "grid.png", out / "mvar", out / "samples.npz"
     names: dict[str, Any] = {"model": str(model), "report": str(page), "grid": str(grid)}
+    resolve_dtype(machine.dtype, resolve_device(machine.device))
     if dry_run:
         steps = (
             "train a classifier on the bundled digits",
@@ -129,10 +132,9 @@ def quickstart(
         return QuickstartResult(
             **names, dry_run=DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
         )
-    if out.is_file():
-        raise DataError(f"{out} is a file; expected a directory.", "Choose another --out.")
     if not (out / CLASSIFIER_FILE).is_file():
         require_new_directory(out, overwrite)
+    out.mkdir(parents=True, exist_ok=True)  # fails before anything slow where nothing can be written
     if machine.dtype == "auto":
         machine = machine.model_copy(update={"dtype": "float32"})
     computing: dict[str, Any] = {"machine": machine, "progress": progress}
@@ -228,8 +230,8 @@ mvar sample --checkpoint var-d16 --class 207 --num 4 --out retriever.png"""
 
 def _scaled_steps(minutes: float) -> list[str]:
     """Settings that scale the preset's steps to the time."""
-    if not 0 < minutes < float("inf"):
-        raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0, for example 2.")
+    if not 0 < minutes <= LARGEST_MINUTES:
+        raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0 and below a year, for example 2.")
     preset = load_config(PRESET)
     scale = max(0.02, (minutes - FIXED_MINUTES) / (PRESET_MINUTES - FIXED_MINUTES))
     steps = {"train": preset.train.steps or 1, "train_tokenizer": preset.train_tokenizer.steps}

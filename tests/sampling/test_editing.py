@@ -231,15 +231,15 @@ def test_a_stream_of_edits(pipeline: Pipeline) -> None:
 
 def test_what_cannot_be_edited(pipeline: Pipeline) -> None:
     images, mask = pictures(2), box((64, 64), 0, 0, 32, 64)
-    with pytest.raises(DataError, match=r"bool of shape \(32, 64\); expected bool of \(64, 64\) or \(2, 64, 64\)"):
+    with pytest.raises(DataError, match=r"mask is bool of \(64, 64\) or \(2, 64, 64\); found bool of shape \(32, 64\)"):
         pipeline.edit(images, mask[:32])
-    with pytest.raises(DataError, match="the mask is float64"):
+    with pytest.raises(DataError, match="mask .* found float64"):
         pipeline.edit(images, mask.astype(float))
-    with pytest.raises(DataError, match="32×32 pixels"):
+    with pytest.raises(DataError, match=r"images .* found float32 of shape .2, 3, 32, 32"):
         pipeline.edit(images[:, :, :32, :32], mask)
     with pytest.raises(ConfigError, match="coverage is 0"):
         pipeline.edit(images, mask, coverage=0)
-    with pytest.raises(ConfigError, match="2 labels but kept tokens of 1 images"):
+    with pytest.raises(ConfigError, match="2 labels but 1 images of kept tokens"):
         pipeline.sample([1, 2], kept=pipeline.kept_tokens(images[:1], torch.from_numpy(mask)))
     with pytest.raises(DataError, match="the codebook has 64"):
         kept = KeptTokens(torch.full((1, 30), 64), torch.ones(1, 30, dtype=torch.bool))

@@ -88,7 +88,7 @@ class ShardSource(StoredSource):
         indices = list(in_threads(self.index, shards.files))
         names = [name for index in indices for name in index.names]
         if not names:
-            raise DataError(f"{shards.name} holds no images ({' '.join(EXTENSIONS)}).", self.hint())
+            raise DataError(f"{shards.name} holds no images ({' '.join(EXTENSIONS)}).")
         self._starts = np.cumsum([0, *(len(index.names) for index in indices)])
         class_names, labels = self._classes(shards, indices, names)
         super().__init__(shards.name, shards.split, class_names, labels, names)
@@ -103,10 +103,6 @@ class ShardSource(StoredSource):
 
     def listed_names(self) -> Sequence[str] | None:
         """Names of all classes, if they are listed somewhere."""
-        return None
-
-    def hint(self) -> str | None:
-        """What to do with files that hold no images."""
         return None
 
     def place(self, index: int) -> tuple[int, int]:

@@ -44,6 +44,7 @@ class TarSource(ShardSource):
         """Read the headers of a shard's members, and the labels; images are skipped."""
         index = ShardIndex()
         spans: list[tuple[int, int]] = []
+        nested = None
         try:
             with open_regular(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
                 size = file.seek(0, 2)
@@ -51,6 +52,7 @@ class TarSource(ShardSource):
                 for members in _samples(archive):
                     image = next((members[ext] for ext in (e[1:] for e in EXTENSIONS) if ext in members), None)
                     if image is None:
+                        nested = nested or (members["tar"].name if "tar" in members else None)
                         continue
                     if image.offset_data + image.size > size:
                         raise tarfile.ReadError(f"it ends within {image.name}")
@@ -62,6 +64,11 @@ class TarSource(ShardSource):
         except Exception as error:  # whatever a damaged header makes of the reader
             problem = f"{path} is not a whole tar file: {one_line(error)[:300]}."
             raise DataError(problem, "Write or download it again.") from None
+        if not spans and nested:
+            raise DataError(
+                f"{path} holds no images ({' '.join(EXTENSIONS)}).",
+                f"It holds further tar files ({nested}, …): unpack them, one folder for each.",
+            )
         self._spans[path] = spans
         return index
 
@@ -78,14 +85,6 @@ class TarSource(ShardSource):
     def item_bytes(self, index: int) -> int:
         """Size of the member."""
         return int(self._sizes[index])
-
-    def hint(self) -> str | None:
-        """That tar files within tar files must be unpacked."""
-        with open_regular(self.files[0]) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
-            first = archive.next()
-        if first is not None and first.name.lower().endswith(".tar"):
-            return f"It holds further tar files ({first.name}, …): unpack them, one folder for each."
-        return None
 
     def listed_names(self) -> list[str] | None:
         """Names of classes from a file next to the shards."""

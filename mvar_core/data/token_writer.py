@@ -66,17 +66,6 @@ SHARDS_WANTED = 64
 SECONDS_BETWEEN_LOOKS = 5.0
 
 
-@dataclass(frozen=True)
-class CacheSummary:
-    """What writing a cache leaves behind, as `mvar_core.workflows.tokenize.TokenizeResult` explains it."""
-
-    images: int
-    views: int
-    bytes: int
-    encoded: int
-    skipped: tuple[str, ...] = ()
-
-
 @dataclass(eq=False)
 class CacheWriter(Resumable):
     """Encodes all views of all images into a token cache, alone or as one of several processes.
@@ -250,8 +239,11 @@ class CacheWriter(Resumable):
             kept = [image for image in images if image not in bad]
             self._write_shard(number, tokens[:filled].reshape(len(kept), views, tokens.shape[1]), kept, images)
 
-    def finish(self) -> CacheSummary:
+    def finish(self) -> tuple[Manifest, int]:
         """Wait for the shards of all processes; rank 0 completes the cache with its manifest.
+
+        Returns:
+            The manifest, and how many images were encoded; the others were there already.
 
         Raises:
             DataError: No image could be read.
@@ -262,10 +254,7 @@ class CacheWriter(Resumable):
                 self._complete()
             else:
                 time.sleep(0.2)
-        there = Manifest.read(path)
-        size = sum(shard.tokens.bytes + shard.labels.bytes for shard in there.shards)
-        skipped = tuple(name for shard in there.shards for name in shard.skipped)
-        return CacheSummary(there.images, there.views, size, self._images(self.pending), skipped)
+        return Manifest.read(path), self._images(self.pending)
 
     def _complete(self) -> None:
         shards = tuple(filter(None, map(Shard.read, map(self.piece, self.pieces))))
@@ -343,11 +332,11 @@ def write_token_cache(
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> CacheSummary:
+) -> tuple[Manifest, int]:
     """Encode all views of all images into a token cache; the processes that are connected share the work.
 
     Finished shards are kept: the same call again resumes where it was interrupted, and leaves a complete cache of the
-    same settings as it is. `options` are those of `CacheWriter`.
+    same settings as it is. `options` are those of `CacheWriter`; for what is returned see its `finish`.
 
     Raises:
         DataError: `out` holds something else, or an image cannot be read.

@@ -164,7 +164,7 @@ def write_tokens(
         device = resolve_device(world.device(machine.device))
         dtype = resolve_dtype("float32" if machine.dtype == "auto" else machine.dtype, device)
         model = load_tokenizer(tokenizer, config, device, dtype)
-        summary = write_token_cache(
+        made, encoded = write_token_cache(
             out,
             source,
             lambda images: model.encode(images.to(device)),
@@ -180,12 +180,12 @@ def write_tokens(
             vectors=_vectors(source, config, vectors, encoder),
         )
     return TokenizeResult(
-        images=summary.images,
-        views=summary.views,
-        bytes=summary.bytes,
+        images=made.images,
+        views=made.views,
+        bytes=sum(shard.tokens.bytes + shard.labels.bytes for shard in made.shards),
         seconds=time.monotonic() - start,
-        encoded=summary.encoded,
-        skipped=summary.skipped,
+        encoded=encoded,
+        skipped=tuple(name for shard in made.shards for name in shard.skipped),
         path=out,
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mvar_core.data.decoding import LARGEST_IMAGE
 from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, Report, StoredSource
 from mvar_core.errors import DataError, one_line
@@ -54,6 +56,8 @@ class EvaluationImages:
         self.labels: NDArray[np.int64] | None = source.labels if has_classes else None
         self.class_names = source.class_names or None if has_classes else None
         self.num_lossy = sum(item.lower().endswith(LOSSY_EXTENSIONS) for item in source.item_names)
+        if image_shape is not None:
+            check_shape(image_shape, name)
         shapes = source.stored_shapes()
         if shapes is None and image_shape is None:
             raise DataError(f"{name} has no image size of its own.", "Specify a size to measure at.")
@@ -120,10 +124,13 @@ class NpzSource(StoredSource):
                     raise DataError(f"{text} holds no images: expected an array arr_0 or images, found {found}.", hint)
                 with archive.open(f"{array}.npy") as file:
                     count, self.shape = _images_header(file, f"{text}, array {array}")
+                    promised = file.tell() + count * math.prod(self.shape) * 3
                 size = archive.getinfo(f"{array}.npy").file_size
-                if count > MOST_IMAGES or size > LARGEST_EXPANSION * path.stat().st_size:
-                    raise DataError(f"{text} claims to hold {count:,} images.", "Write or download it again.")
-                labels = next((_labels(archive, name, count) for name in LABEL_ARRAYS if name in arrays), None)
+                if count > MOST_IMAGES or size != promised or size > LARGEST_EXPANSION * path.stat().st_size:
+                    raise DataError(
+                        f"{text} claims to hold {count:,} images, which are not there.", "Write or download it again."
+                    )
+                labels = next((_labels(archive, name, count, text) for name in LABEL_ARRAYS if name in arrays), None)
         except DataError:
             raise
         except Exception as error:  # whatever a damaged archive makes the readers raise
@@ -187,16 +194,29 @@ def _images_header(file: IO[bytes], where: str) -> tuple[int, ImageShape]:
         raise DataError(
             f"{where} is {dtype} {shape}{order}; expected uint8 images (N, height, width, 3), at least one."
         )
+    check_shape(shape[1:3], where)
     return shape[0], (shape[1], shape[2])
 
 
-def _labels(archive: zipfile.ZipFile, name: str, count: int) -> NDArray[np.int64] | None:
-    """An array of labels, if it is one: `count` integers."""
+def check_shape(shape: Sequence[int], where: str) -> None:
+    """Raise DataError for a height and width that no image has."""
+    if min(shape) < 1 or math.prod(shape) > LARGEST_IMAGE:
+        raise DataError(f"{where}: images of {shape[0]}×{shape[1]} pixels; expected 1 to {LARGEST_IMAGE:,} pixels.")
+
+
+def _labels(archive: zipfile.ZipFile, name: str, count: int, text: str) -> NDArray[np.int64] | None:
+    """An array of labels, if it is one: `count` integers. An array that is called labels must be one."""
     with archive.open(f"{name}.npy") as file:
         try:
             shape, _, dtype = read_npz_header(file)
-        except ValueError:
-            return None
-        if shape != (count,) or not np.issubdtype(dtype, np.integer):
-            return None
-        return np.frombuffer(file.read(), dtype).astype(np.int64)
+            found = f"{dtype} {shape}"
+            if shape == (count,) and dtype.kind in "iu":
+                labels = np.frombuffer(file.read(count * dtype.itemsize), dtype).astype(np.int64)
+                if len(labels) == count and labels.min() >= 0:
+                    return labels
+                found = "cut short, or has negative ones"
+        except ValueError as error:
+            found = one_line(error)
+    if name == "labels":
+        raise DataError(f"{text}: the array labels is {found}; expected {count} whole numbers from 0.")
+    return None

@@ -14,20 +14,20 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvar_core.data.evaluation_images import open_evaluation_images, shape_text
-from mvar_core.errors import CheckpointError, DataError, one_line
+from mvar_core.errors import CheckpointError, ConfigError, DataError, one_line
 from mvar_core.evaluation.features import Features, check_images
 from mvar_core.io.files import atomic_path
+from mvar_core.io.weights import open_safetensors, read_weights
 from mvar_core.runtime import generator
+from mvar_core.untrusted import check_whole, parse_json
 
 FORMAT = "mvar-demo-classifier-1"
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -131,27 +131,24 @@ class DemoClassifier(nn.Module):
             CheckpointError: No such file, another kind of file, or weights that are not those that were saved.
         """
         again = "Delete it to have it trained again."
-        if not path.is_file():
-            raise CheckpointError(f"There is no demo classifier at {path}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}.", again) from None
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} is not a demo classifier of this version: its format is {metadata.get('format')!r},"
                 f" expected {FORMAT!r}.",
                 again,
             )
+        tensors = read_weights(path)
+        description = parse_json(metadata.get("description", ""), f"{path}, description", CheckpointError)
         try:
-            description: dict[str, Any] = json.loads(metadata["description"])
-            shape = tuple(description["image_shape"])
-            classifier = cls(description["num_classes"], shape, description["accuracy"])
+            height, width = (check_whole("image_shape", side, 1, 2**16) for side in description["image_shape"])
+            classes = check_whole("num_classes", description["num_classes"], 1, tensors["head.bias"].numel())
+            accuracy = description["accuracy"]
+            classifier = cls(classes, (height, width), None if accuracy is None else float(accuracy))
             classifier.load_state_dict(tensors)
             intact = classifier.weights_hash == description["weights_hash"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged: {one_line(error)[:200]}.", again) from None
         if not intact:
             raise CheckpointError(f"{path} is damaged: its weights are not those that were saved.", again)

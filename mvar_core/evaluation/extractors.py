@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,8 +43,14 @@ class ExtractorChoice:
     ):
         self._extractor = None if isinstance(network, (str, Path)) else network
         self._file: Path | None = None
-        self.name = str(network) if self._extractor is None else self._extractor.name
+        self.name = str(network) if self._extractor is None else getattr(network, "name", "")
         if self._extractor is not None:
+            about: list[Any] = [getattr(self._extractor, name, None) for name in ("name", "weights_hash", "dim")]
+            if [type(value) for value in about] != [str, str, int] or about[2] < 1:
+                raise ConfigError(
+                    f"features={type(network).__name__} has name, weights_hash and dim {about!r:.80};"
+                    " expected two texts and a whole number."
+                )
             return
         if self.name == "auto":
             self.name = "demo" if split_name(reference)[0] == "digits" else "inception"

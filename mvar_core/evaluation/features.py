@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import io
 import os
-import pickle
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.io.files import atomic_path, sha256_of_file
+from mvar_core.io.weights import read_weights
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -86,10 +86,12 @@ def check_images(images: Tensor) -> None:
 
 def check_features(found: Any, extractor: FeatureExtractor, images: int) -> None:
     """Raise DataError for what is not `Features` of that many images."""
-    kinds: list[Any] = list(found) if isinstance(found, Features) else [found]
-    for index, values in enumerate(kinds):
-        fits = isinstance(values, Tensor) and values.is_floating_point() and values.ndim == 2 and len(values) == images
-        if not (fits and (index or values.shape[1] == extractor.dim)) and (index == 0 or values is not None):
+    for index, values in enumerate(found if isinstance(found, Features) else [found]):
+        fits = isinstance(values, Tensor) and values.ndim == 2 and len(values) == images and values.is_floating_point()
+        fits = fits and values.layout == torch.strided and not values.is_meta
+        if index == 0:
+            fits = fits and isinstance(found, Features) and values.shape[1] == extractor.dim
+        if not fits and (index == 0 or values is not None):
             shape = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise DataError(
                 f"The network {extractor.name} returns {shape} for {images} images; expected Features whose pool is"
@@ -237,10 +239,7 @@ def load_inception(path: Path | str | None = None, device: torch.device | str = 
         CheckpointError: The file cannot be read.
     """
     file = find_inception_weights(path)
-    try:
-        state_dict = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read as weights: {one_line(error)[:300]}.") from error
+    state_dict = read_weights(file, buffers=lambda name: name.endswith("num_batches_tracked"))
     return InceptionExtractor(state_dict, INCEPTION_SHA256, device)
 
 

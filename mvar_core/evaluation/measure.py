@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from mvar_core.config.presets import load_config
 from mvar_core.data.evaluation_images import EvaluationImages, ImageShape, open_evaluation_images
 from mvar_core.data.images import split_name
 from mvar_core.distributed import world
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, MvarError
 from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.references import FORMAT, ReferenceRecord, load_reference, read_features, write_features
 from mvar_core.evaluation.statistics import FeatureSet, collect, merge_statistics
@@ -89,7 +90,10 @@ class Measurer:
         )
         found = merge_features(local, images.count)
         if self.cache is not None and key is not None and world().is_rank_zero:
-            write_features(Path(self.cache) / f"{key}.npz", found, {"key": key})
+            try:
+                write_features(Path(self.cache) / f"{key}.npz", found, {"key": key})
+            except (MvarError, OSError) as error:  # what was measured is worth more than the cache
+                logger.warning("The features are not cached: %s", error)
         return replace(found, labels=images.labels)
 
     def _cached(self, images: ImageSet) -> tuple[str | None, FeatureSet | None]:
@@ -100,7 +104,7 @@ class Measurer:
         parts = [FORMAT, self.extractor.name, self.extractor.weights_hash, content, images.count]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = Path(self.cache) / f"{key}.npz"
-        if not path.exists():
+        if not os.path.lexists(path):
             return key, None
         try:
             found, description = read_features(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from mvar_core import __version__
 from mvar_core.data.evaluation_images import EvaluationImages
 from mvar_core.errors import DataError, one_line
+from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.statistics import FeatureSet, Statistics
 from mvar_core.io.files import atomic_path
 from mvar_core.io.npz import read_npz
@@ -42,6 +43,7 @@ class ReferenceRecord:
         image_shape: Height and width at which they were measured, in pixels.
         resized: Whether some were resized or cropped to that size.
         source: What the images were called.
+        content: Their fingerprint; None in references of older versions.
     """
 
     extractor: str
@@ -52,6 +54,21 @@ class ReferenceRecord:
     source: str
     mvar_version: str
     class_names: tuple[str, ...] | None = None
+    content: str | None = None
+
+
+def _record(network: str, weights_hash: str, images: EvaluationImages) -> ReferenceRecord:
+    return ReferenceRecord(
+        extractor=network,
+        weights_hash=weights_hash,
+        count=images.count,
+        image_shape=images.image_shape,
+        resized=images.stored_shape is not None,
+        source=images.name,
+        mvar_version=__version__,
+        class_names=images.class_names,
+        content=images.fingerprint(),
+    )
 
 
 def save_reference(path: Path, features: FeatureSet, images: EvaluationImages) -> None:
@@ -62,17 +79,24 @@ def save_reference(path: Path, features: FeatureSet, images: EvaluationImages) -
     """
     if features.statistics is None or features.weights_hash is None:
         raise DataError(f"A reference needs at least 2 images, found {features.num_images}.")
-    record = ReferenceRecord(
-        extractor=features.extractor,
-        weights_hash=features.weights_hash,
-        count=images.count,
-        image_shape=images.image_shape,
-        resized=images.stored_shape is not None,
-        source=images.name,
-        mvar_version=__version__,
-        class_names=images.class_names,
-    )
+    record = _record(features.extractor, features.weights_hash, images)
     write_features(path, features, {"kind": FORMAT, **asdict(record)})
+
+
+def is_reference(path: Path, extractor: FeatureExtractor, images: EvaluationImages) -> bool:
+    """Whether a file is the reference of these images; False where nothing is there.
+
+    Raises:
+        DataError: Another file is there.
+    """
+    if not path.exists():
+        return False
+    expected = _record(extractor.name, extractor.weights_hash, images)
+    with suppress(DataError):
+        found = load_reference(path)[1]
+        if found and replace(found, source=images.name, mvar_version=__version__) == expected:
+            return True
+    raise DataError(f"{path} is already there, with other content.", "Choose another --out, or add --overwrite.")
 
 
 def load_reference(path: Path) -> tuple[FeatureSet | None, ReferenceRecord | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_values, open_measured_images
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
-from mvar_core.evaluation.references import save_reference
+from mvar_core.evaluation.references import is_reference, save_reference
 from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.pipeline import Pipeline
@@ -31,6 +32,8 @@ from mvar_core.pyramid import read_size
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import resolve_device
 from mvar_core.sampling.conditions import by_labels
+
+logger = logging.getLogger("mvar")
 
 SAMPLES_FOR_INCEPTION = 50_000
 SAMPLES_FOR_OTHERS = 1_000
@@ -255,7 +258,7 @@ def make_reference(
 ) -> ReferenceFile:
     """Measure a reference once: features, statistics and labels of images, and a record of how they were measured.
 
-        mvar.make_reference("digits.npz", data="digits")
+        mvar.make_reference("digits.npz", data="digits")      # calling it again changes nothing
         mvar.evaluate(samples="out", reference="digits.npz", features="demo")
 
     Args:
@@ -271,14 +274,12 @@ def make_reference(
         progress: Called as images are measured.
 
     Raises:
-        DataError: Images or weights that cannot be used, or a file that is already there.
+        DataError: Images or weights that cannot be used, or another file that is already there.
     """
     machine, out, start = machine or Machine(), Path(out), time.monotonic()
     check_values(None, batch_size=batch_size)
     if out.suffix.lower() != ".npz":
         raise DataError(f"--out {out} does not end in .npz.")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise DataError(f"{out} is already there.", "Choose another --out, or add --overwrite to replace it.")
     try:
         size = read_size(image_size) if isinstance(image_size, str) else image_size
     except ValueError as error:
@@ -290,9 +291,12 @@ def make_reference(
         )
         images = open_measured_images(str(data), None, image_shape)
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
-        measurer = Measurer(extractor, batch_size=batch_size, progress=progress)
-        found = measurer.measure(images, "reference")
-        here.run_on_rank_zero(lambda: save_reference(out, found, images))
+        if overwrite or not here.run_on_rank_zero(lambda: is_reference(out, extractor, images)):
+            measurer = Measurer(extractor, batch_size=batch_size, progress=progress)
+            found = measurer.measure(images, "reference")
+            here.run_on_rank_zero(lambda: save_reference(out, found, images))
+        else:
+            logger.info("%s is finished: nothing is left to do.", out)
         return ReferenceFile(
             reference=out,
             num_reference=images.count,

@@ -39,8 +39,25 @@ def test_an_npz_is_read_in_batches(tmp_path, images, save, array, labels):
 
 
 def test_an_npz_without_labels_has_none(tmp_path, images):
-    np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.zeros((7, 3)), labels=np.arange(6))
+    np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.zeros((7, 3)))
     assert open_evaluation_images(str(tmp_path / "a.npz")).labels is None
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.arange(6), np.zeros((7, 1), int), np.zeros(7), np.arange(7) - 1, np.array([None] * 7), np.full(7, 2**64 - 1)],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, images, labels):
+    np.savez(tmp_path / "a.npz", arr_0=images, labels=labels)
+    with pytest.raises(DataError, match=r"a\.npz.*labels"):
+        open_evaluation_images(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (10**6, 10**6), (-1, 8)])
+def test_a_size_that_no_image_has_is_refused(tmp_path, images, shape):
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    with pytest.raises(DataError, match=r"a\.npz"):
+        open_evaluation_images(str(tmp_path / "a.npz"), shape)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -97,15 +114,14 @@ def test_a_missing_a_false_and_a_cut_npz_are_refused(tmp_path, images):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_an_array_that_ends_early_is_noticed(tmp_path, images, compression):
+@pytest.mark.parametrize("bytes_of_it", [slice(0, -400), slice(0, None), slice(0, 0)])
+def test_an_array_of_another_length_than_it_promises_is_refused(tmp_path, images, compression, bytes_of_it):
     np.save(tmp_path / "whole.npy", images)
-    content = (tmp_path / "whole.npy").read_bytes()
+    content = (tmp_path / "whole.npy").read_bytes()[bytes_of_it]
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
-        archive.writestr("arr_0.npy", content[:-400])
-    batches = open_evaluation_images(str(tmp_path / "a.npz")).batches(3)
-    next(batches)
-    with pytest.raises(DataError, match=r"a\.npz, arr_0\[5\] cannot be read"):
-        list(batches)
+        archive.writestr("arr_0.npy", content + bytes(1 if bytes_of_it.stop is None else 0))
+    with pytest.raises(DataError, match=r"a\.npz"):
+        open_evaluation_images(str(tmp_path / "a.npz"))
 
 
 def test_changed_bytes_are_noticed(tmp_path, images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +108,23 @@ def test_the_cache_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="--cache"):
         check_values(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "loop"])
+def test_what_is_not_a_file_in_the_cache_costs_nothing_but_time(tmp_path: Path, kind: str) -> None:
+    measure(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    if kind == "directory":
+        (path / "inner").mkdir(parents=True)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path)
+    assert measure(tmp_path)[1] == 6
+
+
+def test_a_cache_that_cannot_be_written_keeps_the_result(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert measure(tmp_path / "file" / "cache")[1] == 6
+    assert "not cached" in caplog.text

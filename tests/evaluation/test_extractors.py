@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,3 +27,12 @@ def test_a_demo_classifier_that_is_not_there_is_named() -> None:
     assert choice.name == "demo"
     with pytest.raises(CheckpointError, match="/nowhere/a.safetensors"):
         choice.load((16, 16), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"name": None}, {"name": 3}, {"weights_hash": b"x"}, {"dim": 0}, {"dim": "4"}, {"dim": None}]
+)
+def test_an_extractor_that_does_not_describe_itself_is_refused(changed: dict[str, object]) -> None:
+    about: Any = SimpleNamespace(**{"name": "mine", "weights_hash": "abc", "dim": 4, **changed})
+    with pytest.raises(ConfigError, match="name, weights_hash and dim"):
+        ExtractorChoice(about, "digits")

@@ -202,12 +202,12 @@ def test_a_verified_file_that_is_not_weights_of_the_network_is_one_clear_error(
 ) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(pretend)
-    with pytest.raises(CheckpointError, match="do not fit the Inception network"):
+    with pytest.raises(CheckpointError, match="weight"):
         load_inception(path)
     path.write_bytes(b"x" * 20)
     monkeypatch.setattr(module, "INCEPTION_BYTES", 20)
     monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(b"x" * 20).hexdigest())
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match=str(path)):
         load_inception(path)
 
 

@@ -30,9 +30,14 @@ def measured(count: int = 9, dim: int = 5) -> FeatureSet:
 
 
 IMAGES: Any = SimpleNamespace(
-    name="photos/", count=9, image_shape=(32, 48), stored_shape=(64, 48), class_names=("cat", "dog", "owl")
+    name="photos/",
+    count=9,
+    image_shape=(32, 48),
+    stored_shape=(64, 48),
+    class_names=("cat", "dog", "owl"),
+    fingerprint=lambda: "content",
 )
-RECORD = ReferenceRecord("tiny", "abc", 9, (32, 48), True, "photos/", __version__, ("cat", "dog", "owl"))
+RECORD = ReferenceRecord("tiny", "abc", 9, (32, 48), True, "photos/", __version__, ("cat", "dog", "owl"), "content")
 
 
 def same(first: FeatureSet, second: FeatureSet) -> bool:

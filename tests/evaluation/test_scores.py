@@ -13,12 +13,14 @@ from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.evaluation.scores import (
     METRICS,
+    check_metrics,
     evaluate_features,
     frechet_distance,
     inception_score,
     kernel_distance,
     kid_subsets,
     precision_recall,
+    unbiased_kernel_distance,
 )
 from mvar_core.evaluation.statistics import FeatureSet, Statistics, StreamingStatistics
 
@@ -316,3 +318,36 @@ def test_equals_torch_fidelity_from_images_to_scores() -> None:
     }
     for name, published in pairs.items():
         assert ours[name] == pytest.approx(theirs[published], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("samples", "reference"),
+    [
+        (torch.rand(9, 4), torch.rand(9, 5)),
+        (torch.rand(9), torch.rand(9)),
+        (torch.rand(9, 4), torch.rand(0, 4)),
+        (torch.full((9, 4), torch.nan), torch.rand(9, 4)),
+        (torch.rand(9, 4), torch.rand(9, 4) / 0),
+        (torch.ones(9, 4, dtype=torch.int64), torch.rand(9, 4)),
+        (np.ones((9, 4)), torch.rand(9, 4)),
+    ],
+)
+def test_features_that_cannot_be_compared_are_refused(samples: Any, reference: Any) -> None:
+    for measure in (precision_recall, kernel_distance, unbiased_kernel_distance):
+        with pytest.raises(DataError):
+            measure(samples, reference)
+
+
+def test_values_that_mean_nothing_are_refused() -> None:
+    for names in ([], "", "fid,,", [3], None, 3, {"fid": 1}):
+        with pytest.raises(ConfigError):
+            check_metrics(names)  # type: ignore[arg-type]
+    for splits in (0, -1, 1.5, True):
+        with pytest.raises(ConfigError, match="splits"):
+            inception_score(torch.rand(9, 4), splits=splits)  # type: ignore[arg-type]
+    nan = gaussian([0, float("nan")], np.eye(2))
+    with pytest.raises(DataError, match="not finite"):
+        frechet_distance(nan, gaussian([0, 0], np.eye(2)))
+    rows = torch.rand(20, 4)
+    assert inception_score(rows, seed=2**40 + 3) == inception_score(rows, seed=2**40 + 3)
+    assert kernel_distance(rows, rows + 1, seed=2**63)[0] > 0

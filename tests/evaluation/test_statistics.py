@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,3 +183,40 @@ def test_content_keys_follow_the_image_and_hardly_its_last_levels() -> None:
     nearly = images.flatten(1).clone()
     nearly[torch.arange(200), torch.arange(200) % 192] += 1
     assert (content_keys(nearly.view_as(images)).argsort() == keys.argsort()).float().mean() > 0.8
+
+
+POOL = torch.rand(4, 6)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        POOL,
+        Features(POOL[:3]),
+        Features(POOL[:, :5]),
+        Features(POOL.long()),
+        Features(POOL.numpy()),
+        Features(POOL.to("meta")),
+        Features(POOL.to_sparse()),
+        Features(POOL, torch.rand(3)),
+        Features(POOL, None, torch.rand(4, 2, 2)),
+    ],
+)
+def test_what_is_not_features_of_the_images_is_refused(found: Any) -> None:
+    class Wrong(PixelExtractor):
+        def __call__(self, images: Tensor) -> Features:
+            return found
+
+    with pytest.raises(DataError, match="network pixels returns"):
+        collect(Wrong(), [images(4)], 4)
+
+
+def test_features_that_change_their_width_are_refused() -> None:
+    class Changing(PixelExtractor):
+        def __call__(self, images: Tensor) -> Features:
+            found = super().__call__(images)
+            return found if len(images) == 4 else Features(found.pool)
+
+    with pytest.raises(DataError, match="other widths"):
+        collect(Changing(), images(7).split(4), 7)

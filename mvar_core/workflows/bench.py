@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvar_core.analysis.attention_sweep import sweep
+from mvar_core.analysis.cost import MAX_BATCH
 from mvar_core.config import AttentionConfig, Machine, RunConfig, SamplingConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import BackendError, ConfigError, nearest
@@ -23,6 +24,8 @@ from mvar_core.workflows.bench_row import Request, measure_alone
 from mvar_core.workflows.plan import resolve
 
 WHAT = ("sample", "train", "attention")
+LONGEST_SIDE = 1024
+"""Of a scale whose attention is measured, in tokens: 16,384 pixels as tokenizers are published."""
 NO_FIGURES = {"seconds": None, "images_per_second": None, "peak_memory_bytes": None, "kv_cache_bytes": None}
 
 
@@ -101,8 +104,8 @@ def bench(
     if picture is not None and picture.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--plot {picture} must end in .png or .svg.")
     batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-    if min(batches, default=0) < 1:
-        raise ConfigError(f"--batch-size {','.join(map(str, batches))!r}: a batch has at least one image.")
+    if not batches or not all(isinstance(batch, int) and 1 <= batch <= MAX_BATCH for batch in batches):
+        raise ConfigError(f"--batch-size {','.join(map(str, batches))!r}: a batch has 1 … {MAX_BATCH:,} images.")
     if preset is None and checkpoint is None:
         raise ConfigError(
             "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."
@@ -186,13 +189,15 @@ def _attention(
     dtype = resolve_dtype(machine.dtype, device)
     assert config.transformer is not None
     for window in windows:
-        if window < 0 or (window and window % 2 == 0):
+        if not isinstance(window, int) or not 0 <= window <= LONGEST_SIDE or (window and window % 2 == 0):
             raise ConfigError(f"--windows holds {window}; a window is odd, and 0 is the whole scale.")
-    if isinstance(sides, str):
-        try:
-            sides = read_sizes(sides)
-        except ValueError as error:
-            raise ConfigError(f"--sides {sides!r}: {error}.") from None
+    try:
+        sides = read_sizes(sides or ())
+    except ValueError as error:
+        raise ConfigError(f"--sides {sides!r}: {error}.") from None
+    for size in sides:
+        if not all(1 <= side <= LONGEST_SIDE for side in ((size,) if isinstance(size, int) else size)):
+            raise ConfigError(f"--sides holds {size}; a scale has sides of 1 … {LONGEST_SIDE} tokens.")
     if not sides:
         patches = config.pyramid.patch_sizes
         sides = [size for size, grid in zip(patches, config.pyramid, strict=True) if min(grid) >= 8] or [patches[-1]]

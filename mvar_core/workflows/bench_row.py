@@ -196,13 +196,13 @@ def measure_alone(request: Request) -> dict[str, Any]:
         capture_output=True,
         text=True,
     )
-    lines = process.stdout.strip().splitlines()
     if process.returncode in (-9, 137):
         return {"reason": KILLED}
-    if process.returncode or not lines:
+    try:
+        answer: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
         last = [line for line in process.stderr.strip().splitlines() if line] or ["no message"]
-        raise MvarError(f"A measurement ended with exit code {process.returncode}: {last[-1]}")
-    answer: dict[str, Any] = json.loads(lines[-1])
+        raise MvarError(f"A measurement ended with exit code {process.returncode}: {last[-1][:500]}") from None
     if "error" in answer:
         raise MvarError(answer["error"])
     return answer

@@ -161,7 +161,7 @@ def _weights(name: str, find: Callable[[], str], note: str = "") -> Finding:
 def _cache() -> Finding:
     directory = default_demo_path().parent
     existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding("cache", False, f"{directory} cannot be written", "export MVAR_CACHE=/a/folder/you/own")
     return Finding("cache", True, f"{directory}, {format_bytes(shutil.disk_usage(existing).free)} free on its disk")
 

@@ -13,6 +13,14 @@ def test_it_examines_the_machine():
     assert "dense" in findings["attention"].found
 
 
+def test_a_cache_that_cannot_be_made_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MVAR_CACHE", str(tmp_path / "file" / "cache"))
+    finding = next(finding for finding in mvar.doctor().findings if finding.name == "cache")
+    assert not finding.ok
+    assert str(tmp_path) in finding.found
+
+
 def test_missing_files_are_named_with_a_fix(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.delenv("MVAR_VGG_WEIGHTS", raising=False)

@@ -65,7 +65,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 SLOW_SECONDS = 10.0
 MEMORY = 6 << 30
 """Address space that a case may have; what asks for more must say so."""
-KILL_POINTS = 2 if machine.SMOKE else 14
+KILL_POINTS = 2 if machine.SMOKE else 18
 DISK_POINTS = 1 if machine.SMOKE else 6
 DISK_SIZES = ("1m",) if machine.SMOKE else ("16k", "64k", "256k", "1m", "8m")
 

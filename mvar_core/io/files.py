@@ -6,12 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from mvar_core.errors import DataError, WriteError
@@ -19,6 +21,7 @@ from mvar_core.errors import DataError, WriteError
 LOCK_FILE = ".lock"
 """What a process holds while it writes in a directory; one that was killed leaves it there."""
 SCARCE_BYTES = 1 << 24
+_making, _live, _tidied = Lock(), set[Path](), set[Path]()
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
@@ -29,10 +32,7 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     With `durable` the bytes are on the disk before they get their name: losing power leaves no empty file there.
     """
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _temporary(path, lambda **name: _close(tempfile.mkstemp(**name)))
         try:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
@@ -41,6 +41,7 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
                     os.fsync(file.fileno())
             temporary.replace(path)
         finally:
+            _live.discard(temporary)
             temporary.unlink(missing_ok=True)
 
 
@@ -48,8 +49,7 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A temporary directory next to `path` that takes its name when the block ends well, replacing what was there."""
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = _temporary(path, tempfile.mkdtemp)
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
@@ -57,7 +57,42 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 shutil.rmtree(path)
             temporary.replace(path)
         finally:
+            _live.discard(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path, make: Callable[..., str]) -> Path:
+    """A new temporary path next to `path`, whose name says which process it belongs to.
+
+    With its first in a directory, a process removes what those that were killed have left there.
+    """
+    directory, host = path.parent, hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    directory.mkdir(parents=True, exist_ok=True)
+    with _making:
+        if directory not in _tidied:
+            _tidied.add(directory)
+            for left in directory.glob(f".*.{host}-*.tmp"):
+                number = int(found[1]) if (found := re.search(rf"\.{host}-(\d+)\.\w+\.tmp$", left.name)) else 0
+                if number and left not in _live and (number == os.getpid() or not _runs(number)):
+                    remove(left)
+        temporary = Path(make(prefix=f".{path.name}.{host}-{os.getpid()}.", suffix=".tmp", dir=directory))
+        _live.add(temporary)
+    return temporary
+
+
+def _close(made: tuple[int, str]) -> str:
+    os.close(made[0])
+    return made[1]
+
+
+def _runs(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

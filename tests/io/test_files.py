@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,24 @@ def test_refusals(tmp_path: Path) -> None:
         require_new_directory(tmp_path / "x", overwrite=True)
     require_new_directory(tmp_path, overwrite=True)
     require_new_directory(tmp_path / "new", overwrite=False)
+
+
+KILLED_WRITER = """
+import os, pathlib, signal, sys
+from mvar_core.io.files import atomic_directory, atomic_path
+with atomic_directory(pathlib.Path(sys.argv[1]) / "directory"), atomic_path(pathlib.Path(sys.argv[1]) / "file"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_leaves_goes_with_the_next_write(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_path(tmp_path / "other") as first, atomic_path(tmp_path / "file") as second:
+        assert set(tmp_path.iterdir()) == {first, second}
+        # Nobody removes what a writer that runs is at.
+        with_another = (
+            "import pathlib, sys; from mvar_core.io.files import *; write_text(pathlib.Path(sys.argv[1]), 'x')"
+        )
+        subprocess.run([sys.executable, "-c", with_another, str(tmp_path / "third")], check=True)
+        assert set(tmp_path.iterdir()) == {first, second, tmp_path / "third"}

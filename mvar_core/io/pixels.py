@@ -1,13 +1,18 @@
-"""Images as bytes and as the values that models read, and the one rule that converts them."""
+"""Images as bytes, as the values that models read (with the one rule that converts them), and as PNG."""
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+
+from mvar_core.io.files import atomic_path
 
 Pixels = NDArray[np.uint8]
 """An image as bytes (H, W, 3)."""
@@ -40,3 +45,22 @@ def _levels() -> Tensor:
         if not lost.any():
             return values
         values = torch.where(lost, torch.nextafter(values, torch.ones(())), values)
+
+
+def make_grid(images: Pixels | Tensor, columns: int, gap: int = 2) -> Pixels:
+    """Lay images out in rows of `columns`, `gap` pixels apart, on white: uint8 (N, H, W, 3) → (height, width, 3)."""
+    pixels = images.cpu().numpy() if isinstance(images, Tensor) else images
+    count, height, width, _ = pixels.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for number, image in enumerate(pixels):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_png(image: Pixels, path: Path) -> None:
+    """Write one image as PNG, whole or not at all; missing folders are made."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mvar_core.evaluation.demo_scores import DemoScores
 from mvar_core.formatting import format_number, format_seconds
-from mvar_core.io.pictures import make_grid
-from mvar_core.io.pixels import Pixels
+from mvar_core.io.pixels import Pixels, make_grid
 from mvar_core.reports.figures import plot_metrics
 from mvar_core.reports.pages import TableRows, picture, svg_figure, write_page
 

@@ -33,7 +33,7 @@ from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes
 from mvar_core.io.files import atomic_path, remove, require_new_directory
 from mvar_core.io.npz import npz_member
-from mvar_core.io.pictures import make_grid
+from mvar_core.io.pixels import make_grid
 from mvar_core.io.resumable import Resumable
 from mvar_core.sampling.images import Samples, join_samples
 

@@ -49,7 +49,7 @@ from mvar_core.evaluation.scores import METRICS, evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 from mvar_core.formatting import format_number, format_seconds
 from mvar_core.io.files import sha256_of_file, write_json
-from mvar_core.io.pictures import save_grid
+from mvar_core.io.pixels import make_grid, save_png
 from mvar_core.io.resumable import Resumable, differences
 from mvar_core.kernels import check_backend
 from mvar_core.models.directory import read_model_config, tokenizer_hash
@@ -578,7 +578,7 @@ class Scorer:
         batches = images.batches(DEFAULT_BATCH, 0, images.count)
         kept = list(itertools.islice(batches, math.ceil(PICTURED / DEFAULT_BATCH)))
         first = torch.cat(kept)[:PICTURED].permute(0, 2, 3, 1).contiguous()
-        save_grid(first, figure, images.num_classes if 2 <= images.num_classes <= 16 else 8)
+        save_png(make_grid(first, images.num_classes if 2 <= images.num_classes <= 16 else 8), figure)
         if self.why_not is not None:
             reasons = dict.fromkeys(METRICS, self.why_not)
             return {**dict.fromkeys(METRICS), "classifier_accuracy": None, "reasons": reasons}

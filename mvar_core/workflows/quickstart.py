@@ -21,8 +21,7 @@ from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digi
 from mvar_core.evaluation.demo_scores import DemoScores, score_samples
 from mvar_core.formatting import format_count
 from mvar_core.io.files import require_new_directory
-from mvar_core.io.pictures import make_grid, save_png
-from mvar_core.io.pixels import from_uint8, to_uint8
+from mvar_core.io.pixels import from_uint8, make_grid, save_png, to_uint8
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
 from mvar_core.reports.pages import TableRows

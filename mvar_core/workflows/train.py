@@ -23,7 +23,7 @@ from mvar_core.data.tokens import TokenCache
 from mvar_core.distributed import connect, world
 from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
 from mvar_core.io.files import atomic_directory, remove, write_json
-from mvar_core.io.pictures import make_grid, save_png
+from mvar_core.io.pixels import make_grid, save_png
 from mvar_core.kernels import check_backend
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, load_transformer, read_model_config, tokenizer_hash

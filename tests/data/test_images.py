@@ -21,8 +21,7 @@ from mvar_core.data.images import (
     split_name,
 )
 from mvar_core.errors import DataError
-from mvar_core.io.pictures import make_grid, save_grid, save_png
-from mvar_core.io.pixels import from_uint8, to_uint8
+from mvar_core.io.pixels import from_uint8, make_grid, save_png, to_uint8
 
 
 def test_pixels_are_truncated_as_published():
@@ -132,7 +131,8 @@ def test_a_grid_is_laid_out_row_by_row(tmp_path):
     assert grid[0, 5, 0] == 20
     assert grid[4, 0, 0] == 40
     assert grid[3, 0, 0] == grid[0, 4, 0] == grid[4, 10, 0] == 255
-    save_grid(torch.from_numpy(images), tmp_path / "new/grid.png", columns=3, gap=1)
+    assert np.array_equal(make_grid(torch.from_numpy(images), columns=3, gap=1), grid)
+    save_png(grid, tmp_path / "new/grid.png")
     with Image.open(tmp_path / "new/grid.png") as written:
         assert np.array_equal(np.asarray(written), grid)
 

@@ -273,12 +273,7 @@ def _largest_sample_batch(config: ModelConfig, setting: Setting, budget: int | N
 
 
 def largest_batch(peak_bytes: Callable[[int], int], device_memory: int) -> int:
-    """The largest batch whose predicted peak fits, 0 where not even one image does.
-
-    Args:
-        peak_bytes: Predicted peak for a batch size; must not fall as the batch grows.
-        device_memory: Bytes that there are.
-    """
+    """The largest batch whose predicted peak, which never falls as the batch grows, fits; 0 where no image does."""
     fits, too_large = 0, 1
     while too_large <= MAX_BATCH and peak_bytes(too_large) <= device_memory:
         fits, too_large = too_large, 2 * too_large

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,12 @@ from mvar_core.runtime import synchronize
 OTHER = "other"
 
 
+@dataclass
 class AllocationPeak:
-    """Filled in when the block of `allocation_peak` ends.
+    """Filled in when the block of `allocation_peak` ends: the peak beyond what was held before, and their number."""
 
-    Attributes:
-        peak_bytes: Most memory allocated at once within the block, beyond what was held before it.
-        allocations: How many allocations were seen.
-    """
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self.allocations = 0
+    peak_bytes: int = 0
+    allocations: int = 0
 
 
 @contextmanager
@@ -38,9 +34,6 @@ def allocation_peak(device: torch.device | str = "cpu") -> Iterator[AllocationPe
     torch's profiler: all tensors and the scratch space that kernels get from torch's allocator, to the byte; not what
     libraries get from the system by themselves. Recording costs time, so nothing should be timed within. What was
     allocated before the block does not count, nor does its release.
-
-    Args:
-        device: Whose memory.
     """
     place = torch.device(device)
     result = AllocationPeak()
@@ -73,14 +66,7 @@ def allocation_peak(device: torch.device | str = "cpu") -> Iterator[AllocationPe
 def median_seconds(
     run: Callable[[], object], device: torch.device, *, repeats: int = 3, warmup: Callable[[], object] | None = None
 ) -> tuple[float, list[float]]:
-    """Seconds of `run`: the median of some repetitions, and each of them.
-
-    Args:
-        run: What to measure.
-        device: Where it computes.
-        repeats: How often.
-        warmup: Run once before, not measured; by default `run`.
-    """
+    """Seconds of `run` after a `warmup` (by default `run` itself): the median of some repetitions, and each of them."""
     (warmup or run)()
     seconds = [seconds_of(run, device) for _ in range(repeats)]
     return statistics.median(seconds), seconds
@@ -106,9 +92,6 @@ class StageClock:
     """Charges time to stages while chosen methods of chosen objects run.
 
     At every boundary the device is waited for, so that the whole is a little slower than without the clock.
-
-    Args:
-        device: Where the methods compute.
     """
 
     def __init__(self, device: torch.device):

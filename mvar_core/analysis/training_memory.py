@@ -22,13 +22,9 @@ def count_parameters(*modules: nn.Module) -> int:
 
 
 def train_peak_bytes(transformer: Transformer, train: TrainConfig, dtype_bytes: int, device: str = "cpu") -> int:
-    """Most memory allocated at once in a training step on one device.
+    """Most memory allocated at once in a training step on one device, of a model that may be on the meta device.
 
-    Args:
-        transformer: The model; it may be on the meta device.
-        train: Batch size, micro-batches, EMA, activation checkpointing.
-        dtype_bytes: Bytes per value of the compute dtype; weights, gradients and optimizer state are float32.
-        device: cpu, cuda or mps.
+    `dtype_bytes` are those of the compute dtype; weights, gradients and optimizer state are in float32.
     """
     sizes, pyramid = transformer.config, transformer.pyramid
     width, depth, length = sizes.embed_dim, sizes.depth, pyramid.num_tokens

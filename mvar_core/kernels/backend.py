@@ -19,14 +19,7 @@ from mvar_core.pyramid import AttentionPattern, window_start
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Everything about a call of `attend` that may decide which backend can run it; not the values.
-
-    Attributes:
-        pattern: Who attends to whom.
-        device: Where the tensors are.
-        dtype: The dtype of queries, keys and values.
-        needs_grad: Whether gradients will be asked for.
-    """
+    """Everything about a call of `attend` that may decide which backend can run it; not the values."""
 
     pattern: AttentionPattern
     device: torch.device

@@ -318,13 +318,7 @@ def is_faster_than_dense(pattern: AttentionPattern, dtype: torch.dtype, needs_gr
 
 @dataclass(frozen=True)
 class Strip:
-    """Some columns of the map, one tile wide.
-
-    Attributes:
-        columns: The columns of its queries.
-        key_columns: The columns of their keys.
-        starts: For each column of queries, where its window starts, counted from the first column of the keys.
-    """
+    """Columns of the map, one tile wide; their keys' columns; where each column's window starts, counted from those."""
 
     columns: slice
     key_columns: slice
@@ -340,16 +334,8 @@ class Strip:
 class Tiling:
     """A cut of the map into strips, and of each strip into tiles of equal height.
 
-    The tiles' halos have the same height, and each lies one tile below that of the tile above. So the first and the
-    last may reach beyond the map, as may the queries of the last.
-
-    Attributes:
-        pattern: What is cut.
-        tile_rows: Rows of queries of a tile.
-        halo_rows: Rows of keys of a tile.
-        first_key_row: First row of the first tile's keys, 0 or negative.
-        tiles: Number of tiles of a strip.
-        strips: From left to right.
+    A tile has `tile_rows` rows of queries and `halo_rows` rows of keys, one tile below those of the tile above. So the
+    first and the last halo may reach beyond the map (`first_key_row` is 0 or negative), as may the last queries.
     """
 
     pattern: AttentionPattern
@@ -421,12 +407,7 @@ def tile_mask(
 
 @lru_cache(maxsize=256)
 def plan_tiling(pattern: AttentionPattern, heads: int = TYPICAL_HEADS) -> Tiling:
-    """The cut of least predicted cost; never a function of the batch, which would change a sample's rounding.
-
-    Args:
-        pattern: Who sees whom.
-        heads: Attention heads.
-    """
+    """The cut of least predicted cost; never a function of the batch, which would change a sample's rounding."""
     height, width = pattern.grid
     # An axis that its window covers may stay whole: all of its queries share its keys.
     heights = {*range(1, min(height, LARGEST_TILE_SIDE) + 1), height}

@@ -52,13 +52,8 @@ class Setting:
 
 
 def image_bytes(config: ModelConfig, keep_stages: bool = False) -> int:
-    """Bytes of one image that live from scale to scale: f̂, its tokens and its random numbers; without keys and values.
-
-    Args:
-        config: The model.
-        keep_stages: f̂ is also kept after every scale, and at the end once more, in one tensor.
-    """
-    pyramid = config.pyramid
+    """Bytes of one image that live from scale to scale: f̂, tokens and random numbers; without keys and values."""
+    pyramid = config.pyramid  # stages are kept after every scale, and at the end once more, in one tensor
     return fhat_bytes(config) * (1 + keep_stages * 2 * pyramid.num_scales) + pyramid.num_tokens * (INT64 + FLOAT64)
 
 
@@ -110,14 +105,9 @@ def classes_bytes(config: ModelConfig, images: int, setting: Setting) -> int:
 
 
 def scale_bytes(config: ModelConfig, scale: int, setting: Setting, images: int = 1, *, whole: bool = False) -> int:
-    """Bytes of the activations of a micro-batch at the widest moment of a scale.
+    """Bytes of the activations of a micro-batch of `images` at the widest moment of a scale.
 
-    Args:
-        config: The model.
-        scale: Which scale.
-        setting: What else they depend on.
-        images: Images of the micro-batch.
-        whole: All images run in one pass, so that cached keys are read where they lie.
+    Where all images run in one pass (`whole`), cached keys are read where they lie.
     """
     sizes = config.transformer
     if sizes is None:

@@ -30,13 +30,9 @@ PROCESS_BYTES = 350_000_000
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Images that run together.
+    """How many images advance from scale to scale together, run in one pass of each scale, and are decoded together.
 
-    Attributes:
-        images: Images that advance from scale to scale together.
-        scales: One number per scale: images in one pass of the transformer.
-        decoder: Images that are decoded together.
-        peak_bytes: Predicted peak of what sampling holds besides the weights.
+    `peak_bytes` is the predicted peak of what sampling holds besides the weights.
     """
 
     images: int

@@ -28,14 +28,7 @@ from mvar_core.training.perceptual import LPIPS, VGG16
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact about the machine.
-
-    Attributes:
-        name: What it is about.
-        ok: Whether mvar can use it.
-        found: What was found.
-        fix: What to do about it, usually a command.
-    """
+    """One fact about the machine: whether mvar can use what was `found`, and what to do if not, usually a command."""
 
     name: str
     ok: bool
@@ -45,11 +38,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorResult(Result):
-    """What `doctor` found.
-
-    Attributes:
-        findings: In the order in which they are of interest.
-    """
+    """What `doctor` found."""
 
     findings: tuple[Finding, ...]
 

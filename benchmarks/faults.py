@@ -1,6 +1,6 @@
 """Bad inputs, kills and full disks: whether every command ends in one clear line, and loses nothing.
 
-    python benchmarks/faults.py [--only inputs|kills|disks] [--match TEXT] [--jobs N] [--timeout SECONDS]
+    python benchmarks/faults.py [--only inputs|kills|disks] [--match TEXT] [--every N] [--jobs N]
 
 Inputs: absurd values of every option, files of the wrong kind in the place of every file, and wrong arguments of public
 functions. Each must be refused by a message that names it, or be harmless; nothing may hang, run code of the input or
@@ -60,7 +60,8 @@ from mvar_core.workflows import ablate as ablate_workflow  # noqa: E402
 from mvar_core.workflows import bench as bench_workflow  # noqa: E402
 from mvar_core.workflows.bench_row import MEASUREMENTS  # noqa: E402
 
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE, RESULT = ROOT / "docs" / "reliability.md", machine.RESULTS / "faults.json"
+PARTS = ("inputs", "kills", "disks")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 SLOW_SECONDS = 10.0
 MEMORY = 6 << 30
@@ -949,70 +950,64 @@ HELD_BY = {
 }
 
 
-def tried(rows: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """How many cases of each kind ended in what."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many cases of each kind ended in what, and those that failed."""
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        found[row["kind"]][row["problem"] or f"exit code {row['code']}"] += 1
-    return found
+        kinds[row["kind"]]["failed" if row["problem"] else "works" if row["code"] == 0 else "refused"] += 1
+    return {"cases": len(rows), "kinds": kinds, "failed": [row for row in rows if row["problem"]]}
 
 
-def write_page(rows: Sequence[dict[str, Any]]) -> None:
+def write_page(parts: Iterable[dict[str, Any]]) -> None:
     """Put the table into docs/reliability.md."""
     lines = [
-        "| kind | cases | refused, by name | harmless | resumed to the same bytes | failed | held by |",
-        "|---|" + "---|" * 6,
+        "| kind | cases | refused by name | harmless | same bytes in the end | failed | held by |",
+        "|---" * 7 + "|",
     ]
-    by_kind = defaultdict(list)
-    for row in rows:
-        by_kind[row["kind"]].append(row)
-    for kind, own in by_kind.items():
-        failed = sum(bool(row["problem"]) for row in own)
-        good = [row for row in own if not row["problem"]]
-        refused = sum(row["code"] != 0 for row in good)
-        resumes = kind in ("kills", "full disks")
-        cells = ["", "", len(good)] if resumes else [refused, len(good) - refused, ""]
-        lines.append(f"| {kind} | {len(own)} | {' | '.join(map(str, cells))} | {failed} | {HELD_BY[kind]} |")
+    for kind, counts in (item for part in parts for item in part["kinds"].items()):
+        refused, works, failed = (counts.get(name, 0) for name in ("refused", "works", "failed"))
+        good = ["", "", refused + works] if kind in ("kills", "full disks") else [refused, works, ""]
+        cells = [kind, refused + works + failed, *good, failed, HELD_BY[kind]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
 
 
 def run_all() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("inputs", "kills", "disks"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--match", default="", help="only cases whose kind and label hold this text")
     parser.add_argument("--every", type=int, default=150 if machine.SMOKE else 1, help="only every so many inputs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=60.0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS if asked.only in (None, part)}
     with tempfile.TemporaryDirectory() as name:
         world = World(Path(name))
-        if asked.only in (None, "inputs"):
-            makers: Iterable[Iterable[Case]] = (
-                option_cases(world), file_cases(world), output_cases(world), call_cases(world)
-            )  # fmt: skip
+        if "inputs" in rows:
+            makers = (option_cases(world), file_cases(world), output_cases(world), call_cases(world))
             cases = [case for made in makers for case in made if asked.match in f"{case.kind} {case.label}"]
-            rows += try_inputs(world, cases[:: asked.every], asked.jobs, asked.timeout)
-        for command in LONG if asked.only != "inputs" else ():
+            rows["inputs"] = try_inputs(world, cases[:: asked.every], asked.jobs, asked.timeout)
+        for command in LONG if rows.keys() - {"inputs"} else ():
             if asked.match in command and (not machine.SMOKE or command in ("sample", "convert")):
                 expected = Expected(world, command)
-                rows += try_kills(expected) if asked.only != "disks" else []
-                rows += try_disks(expected) if asked.only != "kills" else []
+                for part, attempts in (("kills", try_kills), ("disks", try_disks)):
+                    if part in rows:
+                        rows[part] += attempts(expected)
                 print(f"{command}: {expected.operations} operations", file=sys.stderr, flush=True)
-    failed = [row for row in rows if row["problem"]]
+    found = {part: summary(own) for part, own in rows.items()}
+    failed = [row for part in found.values() for row in part["failed"]]
     for row in failed:
         print(f"{row['problem']}: {row['kind']}: {row['label']}\n    {row['command']}\n    {row['message'][-300:]}",
               file=sys.stderr)  # fmt: skip
-    counts = Counter(row["problem"] for row in failed)
-    result = {"cases": len(rows), "failed": dict(counts), "problems": failed, "rows": tried(rows)}
-    if machine.SMOKE or not (asked.match or asked.only):
-        machine.save("faults", result)
-    else:
-        print(json.dumps(result, indent=2))
-    if not machine.SMOKE and not (asked.match or asked.only):
-        write_page(rows)
+    if machine.SMOKE or asked.match:
+        print(json.dumps(found, indent=2))
+    else:  # a part keeps what others have found before
+        known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        parts = {part: found.get(part, known.get(part)) for part in PARTS if part in found or part in known}
+        machine.save("faults", parts)
+        write_page(parts.values())
     sys.exit(machine.exit_code([not failed]))
 
 

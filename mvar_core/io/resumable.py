@@ -48,8 +48,8 @@ class DirectoryLock:
         if self._lock is not None:
             return
         lock = FileLock(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             self._lock = lock
             self.path.write_text(f"Process {os.getpid()} on {platform.node()}, since {time.ctime()},", encoding="utf-8")

@@ -8,6 +8,9 @@ import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 2000
+"""Letters of a message: a value or a name from a file can have any length."""
+
 
 class MvarError(Exception):
     """A problem that the user can fix; the command line prints it as one line and exits with 1.
@@ -20,6 +23,8 @@ class MvarError(Exception):
     def __init__(self, message: str, hint: str | None = None):
         # Names of files can hold anything, and a message is one line on a terminal.
         message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 4 :]}"
         super().__init__(message if hint is None else f"{message} {hint}")
         self.message = message
         self.hint = hint

@@ -104,8 +104,10 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
         raise DataError(f"{path} does not exist; expected a file of vectors.", _FILES)
     found, mask, encoder = _arrays(path)
     if mask is not None:
-        if found.ndim != 3 or mask.shape != found.shape[:2]:
-            raise DataError(f"{path}: a mask of shape {mask.shape} does not fit vectors of shape {found.shape}.")
+        if found.ndim != 3 or mask.shape != found.shape[:2] or {mask.dtype.kind, found.dtype.kind} - set("biuf"):
+            raise DataError(
+                f"{path}: a mask {mask.dtype} {mask.shape} does not fit vectors {found.dtype} {found.shape}."
+            )
         if not np.isin(mask, (0, 1)).all():
             raise DataError(f"{path} has a mask that holds other values than 0 and 1.")
         found = pool_sequence(torch.from_numpy(found.astype(np.float32)), torch.from_numpy(mask)).numpy()

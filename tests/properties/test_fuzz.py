@@ -29,6 +29,7 @@ from mvar_core.data.images import open_images
 from mvar_core.data.masks import read_mask
 from mvar_core.data.tokens import MANIFEST, TokenCache
 from mvar_core.data.vectors import read_vectors
+from mvar_core.errors import LONGEST, DataError, MvarError
 from mvar_core.evaluation.references import load_reference, read_features
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, load_transformer, read_model_config
@@ -352,3 +353,18 @@ def test_fuzz_records() -> None:
     for section, values in ((ModelConfig, model), (RunConfig, TINY)):
         trees = damaged_tree(values).filter(lambda tree: isinstance(tree, dict))
         fuzz(lambda tree, section=section: validate(section, tree, "a record"), trees, share=1 / 2)
+
+
+def test_a_value_of_any_length_makes_a_short_message() -> None:
+    """Found by `test_fuzz_records`: a size of five thousand letters was quoted whole."""
+    with pytest.raises(MvarError) as refused:
+        validate(ModelConfig, {"image_size": "a" * 5000}, "a record")
+    assert len(refused.value.message) < LONGEST
+    assert len(str(DataError("x" * 10**6))) < LONGEST
+
+
+def test_a_mask_of_complex_numbers_is_refused(written: Any) -> None:
+    """Found by `test_fuzz_vectors`."""
+    path = written("v.npz")(saved(vectors=np.zeros((1, 3, 2), np.float32), mask=np.zeros((1, 3), np.complex64)))
+    with pytest.raises(DataError, match="complex64"):
+        read_vectors(path)

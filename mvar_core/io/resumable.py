@@ -9,6 +9,7 @@ Token caches, samples, ablations and training checkpoints all resume by this pro
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -48,8 +49,8 @@ class DirectoryLock:
         if self._lock is not None:
             return
         lock = FileLock(self.path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             self._lock = lock
             self.path.write_text(f"Process {os.getpid()} on {platform.node()}, since {time.ctime()},", encoding="utf-8")
@@ -62,7 +63,9 @@ class DirectoryLock:
                 f"{holder} is at work in {self.path.parent}.",
                 "Wait for it, or choose another --out; several processes share the work under --nproc or torchrun.",
             ) from None
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise  # what needs the lock could not write either, and would say so less clearly
             return
 
     def release(self) -> None:

@@ -1,8 +1,10 @@
 """One process writes in a directory at a time, and what it held does not stay behind."""
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +48,12 @@ def test_nothing_stays_behind(tmp_path):
     (tmp_path / "file").write_text("x")
     with DirectoryLock(tmp_path / "file/below"):  # cannot be: the writer's own error will say so
         pass
+
+
+def test_a_full_disk_is_not_taken_for_one_without_locks(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left"):
+        DirectoryLock(tmp_path / "out").acquire()

@@ -149,9 +149,12 @@ class DataConfig(Section):
     )
     flip: bool = Field(False, description="a horizontally flipped view of every image")
     crops: int = Field(
-        1, ge=1, description="crops of every picture in a token cache: its centre, then random ones (see crop_scale)"
+        1,
+        ge=1,
+        le=1000,
+        description="crops of every picture in a token cache: its centre, then random ones (see crop_scale)",
     )
-    augmented_views: int = Field(0, ge=0, description="further views with small shifts, rotations and zooms")
-    shift: float = Field(0.03, ge=0, description="largest shift of an augmented view, as a fraction of the side")
-    rotate: float = Field(5.0, ge=0, description="largest rotation of an augmented view, in degrees")
-    zoom: float = Field(0.04, ge=0, lt=1, description="largest zoom of an augmented view, as a fraction of the side")
+    augmented_views: int = Field(0, ge=0, le=1000, description="further views with small shifts, rotations and zooms")
+    shift: float = Field(0.03, ge=0, le=1, description="largest shift of an augmented view, as a fraction of the side")
+    rotate: float = Field(5.0, ge=0, le=180, description="largest rotation of an augmented view, in degrees")
+    zoom: float = Field(0.04, ge=0, le=0.9, description="largest zoom of an augmented view, as a fraction of the side")

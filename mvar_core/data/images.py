@@ -46,6 +46,8 @@ def open_images(source: str, split: str = "train") -> ImageSource:
     Raises:
         DataError: No such data or split, or a folder without images.
     """
+    if not source:
+        raise DataError("The name of the data is empty.", "Use `digits`, or a folder of images.")
     try:
         name, split = split_name(source, split)
         if name == "digits":

@@ -47,6 +47,7 @@ from mvar_core.io.files import atomic_path, naming, require_new_directory, write
 from mvar_core.io.pixels import from_uint8
 from mvar_core.io.resumable import Resumable
 from mvar_core.progress import Progress, stage
+from mvar_core.untrusted import check_whole
 
 logger = logging.getLogger("mvar")
 
@@ -95,6 +96,7 @@ class CacheWriter(Resumable):
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        check_whole("batch_size", self.batch_size, 1, 2**20)
         config, source = self.config, self.source
         self.views = Views(self.data, self.seed)
         self.dtype = smallest_unsigned(config.tokenizer.codebook_size - 1)

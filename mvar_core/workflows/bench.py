@@ -106,6 +106,8 @@ def bench(
     batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
     if not batches or not all(isinstance(batch, int) and 1 <= batch <= MAX_BATCH for batch in batches):
         raise ConfigError(f"--batch-size {','.join(map(str, batches))!r}: a batch has 1 … {MAX_BATCH:,} images.")
+    if repeats < 1 or not windows:
+        raise ConfigError(f"--repeats {repeats}, --windows {list(windows)}: at least one of each is measured.")
     if preset is None and checkpoint is None:
         raise ConfigError(
             "There is nothing to measure.", "Give --preset NAME (`mvar plan` lists them) or --checkpoint."

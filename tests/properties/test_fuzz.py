@@ -234,24 +234,39 @@ def test_fuzz_class_lists(written: Any, tmp_path: Path) -> None:
         (tmp_path / "shards" / name).unlink()
 
 
-def test_fuzz_parquet(written: Any) -> None:
+def test_fuzz_parquet_and_arrow(written: Any) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
     image = encoded("PNG")
 
-    def packed(metadata: Any, labels: list[Any]) -> bytes:
+    def packed(kind: str, metadata: Any, labels: list[Any]) -> bytes:
         table = pyarrow.table({"image": [{"bytes": image, "path": "a.png"}] * len(labels), "label": labels})
-        text = metadata if isinstance(metadata, str) else text_of(metadata)
+        table = table.replace_schema_metadata({"huggingface": text_of(metadata)})
         file = io.BytesIO()
-        parquet.write_table(table.replace_schema_metadata({"huggingface": text}), file)
+        if kind == "parquet":
+            parquet.write_table(table, file)
+        else:
+            with pyarrow.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
         return file.getvalue()
 
     features = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["a", "b"]}}}}
     labels = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 3), min_size=1, max_size=3)
-    write = written("data/train-0.parquet")
-    damaged = st.builds(packed, damaged_tree(features), labels)
-    fuzz(lambda content: read_all(open_images(str(write(content)))), files_like(packed(features, [0, 1, 1]), damaged))
+    for kind in ("parquet", "arrow"):
+        write = written(f"{kind}/train-0.{kind}")
+        damaged = st.builds(packed, st.just(kind), damaged_tree(features), labels)
+        files = files_like(packed(kind, features, [0, 1, 1]), damaged)
+        fuzz(lambda content, write=write: read_all(open_images(str(write(content)))), files, 20, share=1 / 2)
+
+
+def test_fuzz_names_of_shards(written: Any) -> None:
+    """Ranges in braces, and names that no file can have."""
+    folder = written("shards/a.tar")(b"").parent
+    ends = st.one_of(st.integers(-5, 10**12).map(str), st.text("0129.-", max_size=12))
+    braces = st.builds("{{{}..{}}}".format, ends, ends)
+    names = st.lists(st.one_of(braces, st.text(max_size=5)), min_size=1, max_size=3).map("".join)
+    fuzz(lambda name: open_images(f"{folder}/{name}.tar"), names)
 
 
 def saved(**arrays: Any) -> bytes:

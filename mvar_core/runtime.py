@@ -17,57 +17,43 @@ import torch
 from torch import Tensor
 
 from mvar_core import __version__
-from mvar_core.errors import BackendError, ConfigError, nearest
+from mvar_core.errors import BackendError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device that `name` stands for: auto, cpu, cuda, cuda:N or mps.
+    """The device that `Machine.device` stands for.
 
     Raises:
-        ConfigError: Not the name of a device.
         BackendError: A device that this machine or this build of torch does not have.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or name.startswith("cpu:"):
-        raise ConfigError(
-            f"--device {name!r} is not a device. {nearest(name, ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}"
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device.", "Use cpu, cuda, cuda:N or mps.") from None
-    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(
             f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
             "Run `mvar doctor` to see why, or use --device cpu.",
         )
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError(f"--device {name}: this machine has no MPS device.", "Use --device cpu.")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` stands for; auto is bfloat16 on GPUs that compute in it, float16 on older ones.
+    """The dtype that `Machine.dtype` stands for; auto is bfloat16 on GPUs that compute in it, float16 on older ones.
 
     Elsewhere auto is float32, in which a CPU repeats a run to the bit.
-
-    Raises:
-        ConfigError: Not auto, float32, bfloat16 or float16.
     """
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        old = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8
-        return torch.float16 if old else torch.bfloat16  # cards before Ampere (8.x) only imitate bfloat16
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r} is not known. {nearest(name, ['auto', *DTYPES])}")
-    return DTYPES[name]
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8
+    return torch.float16 if old else torch.bfloat16  # cards before Ampere (8.x) only imitate bfloat16
 
 
 def has_bfloat16_unit() -> bool:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mvar_core.config import Machine
 from mvar_core.errors import BackendError, ConfigError
 from mvar_core.runtime import (
     generator,
@@ -41,10 +42,12 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)):
             patch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
             assert resolve_dtype("auto", torch.device("cuda")) == expected
-    with pytest.raises(ConfigError, match="Did you mean"):
-        resolve_device("gpu:cpu")
-    with pytest.raises(ConfigError, match="float32"):
-        resolve_dtype("float23", torch.device("cpu"))
+    assert Machine(device=torch.device("cuda", 1), dtype=torch.bfloat16) == Machine(device="cuda:1", dtype="bfloat16")
+    for device in ("gpu:cpu", "cuda:x", "cuda:-1", "cpu:0", "", "\0", 3):
+        with pytest.raises(ConfigError, match="device"):
+            Machine(device=device)
+    with pytest.raises(ConfigError, match="Did you mean float32"):
+        Machine(dtype="float23")
     with pytest.raises(BackendError, match="CUDA devices"):
         resolve_device("cuda:99")
     assert peak_memory_bytes(torch.device("cpu")) > 10_000_000

@@ -21,11 +21,11 @@ from torch import nn
 from mvar_core.analysis.training_memory import count_parameters, train_peak_bytes
 from mvar_core.config import Machine, ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.config.training import TrainConfig
-from mvar_core.errors import ConfigError, nearest
+from mvar_core.errors import ConfigError
 from mvar_core.models import footprint
 from mvar_core.models.footprint import Setting
 from mvar_core.models.meta import meta_device
-from mvar_core.models.micro_batches import PROCESS_BYTES, TOKENS_AT_ONCE, choose
+from mvar_core.models.micro_batches import PROCESS_BYTES, choose
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import ScalePyramid
@@ -121,14 +121,10 @@ def cost_of(
         device_memory: Bytes of a device, to find the largest batches.
 
     Raises:
-        ConfigError: A device, dtype, batch or memory that makes no sense, or a memory in which not one image fits.
+        ConfigError: A batch or memory that makes no sense, or a memory in which not one image fits.
     """
-    if machine.dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype {machine.dtype!r} is not known. {nearest(machine.dtype, ['auto', *DTYPES])}")
     # Not resolved: predictions are also for devices that this machine does not have.
     device = resolve_device().type if machine.device == "auto" else machine.device.split(":")[0]
-    if device not in TOKENS_AT_ONCE:
-        raise ConfigError(f"--device {machine.device!r} is not a device. {nearest(device, TOKENS_AT_ONCE)}")
     memory = machine.memory_bytes
     for name, value in (("batch_size", batch_size), ("device_memory", device_memory), ("memory", memory)):
         if value is not None and value < 1:

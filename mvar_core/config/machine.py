@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from mvar_core.config.section import LARGEST, Section
-from mvar_core.errors import ConfigError, shown
+from mvar_core.errors import ConfigError, nearest, shown
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Machine(Section):
@@ -25,9 +28,23 @@ class Machine(Section):
 
     @field_validator("device", "dtype", mode="before")
     @classmethod
-    def _read_torch(cls, value: Any) -> Any:
-        """Also torch.device and torch.dtype, by their names."""
-        return str(value).removeprefix("torch.") if type(value).__module__.partition(".")[0] == "torch" else value
+    def _as_text(cls, value: Any) -> Any:
+        """Torch's own objects are welcome too; torch is not loaded for that."""
+        return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, name: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name, re.ASCII):
+            raise ValueError(f"not a device. {nearest(name[:40], ['auto', 'cpu', 'cuda', 'cuda:0', 'mps'])}")
+        return name
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_dtype(cls, name: str) -> str:
+        if name not in DTYPES:
+            raise ValueError(f"not a dtype. {nearest(name[:40], DTYPES)}")
+        return name
 
     @property
     def memory_bytes(self) -> int | None:

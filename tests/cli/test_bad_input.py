@@ -108,7 +108,7 @@ def test_windows_that_do_not_fit(mvar, preset, windows, message):
     assert message in mvar("plan", "--preset", preset, "--set", f"attention.windows={windows}").error
 
 
-@pytest.mark.parametrize(("windows", "message"), [("4", "odd"), ("3,3", "scales"), ("x", "whole numbers")])
+@pytest.mark.parametrize(("windows", "message"), [("4", "odd"), ("3,3", "scales"), ("x", "'x'")])
 def test_windows_that_do_not_fit_a_published_file(mvar, golden_mvar, tmp_path, windows, message):
     sides = ",".join(map(str, golden_mvar.spec["patch_nums"]))
     given = ["--model", golden_mvar.model, "--tokenizer", golden_mvar.tokenizer, "--pyramid", sides]

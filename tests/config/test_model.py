@@ -90,12 +90,12 @@ def test_presets_that_are_no_configuration(tmp_path: Path) -> None:
         path.write_bytes(content)
     (tmp_path / "directory.yaml").mkdir()
     os.mkfifo(tmp_path / "pipe.yaml")
-    began = time.monotonic()
+    began = time.process_time()
     for path in paths:
         with pytest.raises(ConfigError, match=re.escape(str(path))) as error:
             load_config(str(path))
         assert len(str(error.value)) < 1000
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(

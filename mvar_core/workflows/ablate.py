@@ -48,7 +48,7 @@ from mvar_core.evaluation.measure import DEFAULT_BATCH, Measurer, Reference
 from mvar_core.evaluation.scores import METRICS, evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 from mvar_core.formatting import format_number, format_seconds
-from mvar_core.io.files import sha256_of_file, write_json
+from mvar_core.io.files import require_new_directory, sha256_of_file, write_json
 from mvar_core.io.pixels import make_grid, save_png
 from mvar_core.io.resumable import Resumable, differences
 from mvar_core.kernels import check_backend
@@ -273,13 +273,14 @@ def ablate(
     for row in rows:
         patterns, dtype = row.setting.apply(config, 0).patterns, resolve_dtype(machine.dtype, device)
         check_backend(machine.attention, patterns, device, dtype, needs_grad=True)
-    if not job.begun and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise DataError(f"{out} is not empty, and holds no ablation.", "Choose another --out.")
-    if overwrite and job.begun:
-        job.record_path.unlink()  # so that `begin` removes the rest
-    job.require_same("Use those settings to resume it, choose another --out, or add --overwrite to start over.")
-    done = job.begin()
+    if not job.begun:
+        require_new_directory(out, overwrite=False)  # only another ablation may be overwritten
+    job.acquire()
     try:
+        if overwrite:
+            job.record_path.unlink(missing_ok=True)  # so that `begin_locked` removes the rest
+        job.require_same("Use those settings to resume it, choose another --out, or add --overwrite to start over.")
+        done = job.begin_locked()
         if tokenizer is None:
             tokenizer = out / "tokenizer"
             if not (tokenizer / "config.json").is_file():

@@ -17,6 +17,7 @@ import mvar_core as mvar
 from mvar_core.config import Machine
 from mvar_core.data.tokens import TokenCache, split_off
 from mvar_core.errors import CheckpointError, ConfigError, DataError, MvarError
+from mvar_core.io.resumable import DirectoryLock
 from mvar_core.workflows import ablate as workflow
 from mvar_core.workflows.bench_row import MEASUREMENTS, measure_alone
 
@@ -309,6 +310,14 @@ def test_a_loop_of_links_is_no_output(arguments, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OSError, match="loop"):
         mvar.ablate(**arguments, out=tmp_path / "loop" / "out")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_ablation_in_a_directory_is_told(arguments, tmp_path, overwrite):
+    (tmp_path / "experiment.json").write_text("{}")
+    with DirectoryLock(tmp_path), pytest.raises(DataError, match="at work"):
+        mvar.ablate(**arguments, out=tmp_path, overwrite=overwrite)
+    assert (tmp_path / "experiment.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -70,6 +70,14 @@ class DemoClassifier(nn.Module):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
+    def check_shape(self, image_shape: tuple[int, ...]) -> None:
+        """Raise DataError for images of another size than the classifier's."""
+        if image_shape != self.image_shape:
+            raise DataError(
+                f"The demo classifier is for {shape_text(self.image_shape)} images, found {shape_text(image_shape)}.",
+                "Train one on images of this size, or use --features inception.",
+            )
+
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """The hidden layer's outputs.
 
@@ -77,12 +85,7 @@ class DemoClassifier(nn.Module):
             DataError: Not uint8 images of the classifier's size.
         """
         check_images(images)
-        if tuple(images.shape[2:]) != self.image_shape:
-            raise DataError(
-                f"The demo classifier is for {shape_text(self.image_shape)} images, found"
-                f" {shape_text(tuple(images.shape[2:]))}.",
-                "Train one on images of this size, or use --features inception.",
-            )
+        self.check_shape(tuple(images.shape[2:]))
         x = images.to(self.head.weight.dtype) / 127.5 - 1
         for convolution in self.convolutions:
             x = F.relu(convolution(x))

@@ -84,7 +84,10 @@ class ExtractorChoice:
         if self.name == "inception":
             return load_inception(self._file, torch.device("cpu") if device.type == "mps" else device)  # needs float64
         if self._file is not None:
-            return DemoExtractor(DemoClassifier.load(self._file))
-        # Rank 0 alone trains the classifier that is not there yet.
-        world().run_on_rank_zero(lambda: find_classifier(nearby, image_shape) is None)
-        return DemoExtractor(find_classifier(nearby, image_shape))
+            classifier = DemoClassifier.load(self._file)
+        else:
+            # Rank 0 alone trains the classifier that is not there yet.
+            world().run_on_rank_zero(lambda: find_classifier(nearby, image_shape) is None)
+            classifier = find_classifier(nearby, image_shape)
+        classifier.check_shape(image_shape)
+        return DemoExtractor(classifier)

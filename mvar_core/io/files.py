@@ -103,8 +103,8 @@ def naming(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        name = path.name if error.filename is None else Path(os.fsdecode(error.filename)).name
-        if error.errno is None or not name.removeprefix(".").startswith(path.name):
+        wrong = path if error.filename is None else Path(os.fsdecode(error.filename))
+        if error.errno is None or not (wrong.name.removeprefix(".").startswith(path.name) or wrong in path.parents):
             raise
         raise WriteError(path, error.errno) from error
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvar_core.errors import CheckpointError, ConfigError
+from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.evaluation.extractors import ExtractorChoice
 
 
@@ -36,3 +36,10 @@ def test_an_extractor_that_does_not_describe_itself_is_refused(changed: dict[str
     about: Any = SimpleNamespace(**{"name": "mine", "weights_hash": "abc", "dim": 4, **changed})
     with pytest.raises(ConfigError, match="name, weights_hash and dim"):
         ExtractorChoice(about, "digits")
+
+
+def test_a_classifier_of_another_size_is_refused_before_images_are_read(classifier: Path) -> None:
+    choice = ExtractorChoice(classifier, "digits")
+    assert choice.load((16, 16), torch.device("cpu")).name == "demo"
+    with pytest.raises(DataError, match="16×16 images, found 16×32"):
+        choice.load((16, 32), torch.device("cpu"))

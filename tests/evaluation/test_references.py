@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from mvar_core import __version__
-from mvar_core.errors import DataError
+from mvar_core.errors import DataError, MvarError
 from mvar_core.evaluation.measure import Measurer, Reference
 from mvar_core.evaluation.references import ReferenceRecord, load_reference, save_reference, write_features
 from mvar_core.evaluation.statistics import FeatureSet, StreamingStatistics
@@ -218,3 +220,20 @@ def test_a_reference_of_another_network_is_refused() -> None:
         with pytest.raises(DataError, match="5 features, but tiny features are 6"):
             reference.check(SimpleNamespace(**{**vars(tiny), "dim": 6}))
     assert made.measure(Measurer(tiny)) is made.known
+
+
+def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any, **_: Any) -> None:
+        file.write(b"PK")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(MvarError, match=r"ref\.npz.*No space left"):
+        save_reference(tmp_path / "ref.npz", measured(), IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MvarError, match=r"ref\.npz"):
+        save_reference(tmp_path / "file" / "ref.npz", measured(), IMAGES)

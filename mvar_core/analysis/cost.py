@@ -11,6 +11,7 @@ the decoder.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -67,7 +68,8 @@ class Plan(Result):
         train_batch_size: Images per training step, where training was asked about.
         train_peak_bytes: Predicted peak of a training step on one device.
         device_memory: Bytes of the device, where specified.
-        largest_batch: The most images that advance together on the device.
+        largest_batch: The most images that advance together on the device, bounded by what an image keeps from scale
+            to scale: a scale itself fits into any memory.
         largest_train_batch: The most images per training step on the device.
         scales: One row per scale: side (or [height, width]), tokens, window (0 = whole), keys_per_query,
             attention_gmacs, total_gmacs (transformer without guidance), parts_gmacs (of them), kv_cache_bytes (kept
@@ -186,6 +188,11 @@ def cost_of(
         assert transformer is not None
         return train_peak_bytes(transformer, train.model_copy(update={"batch_size": count}), dtype.itemsize, device)
 
+    largest = None if device_memory is None else 0  # where not even one image fits
+    if device_memory is not None:
+        with suppress(ConfigError):
+            budget = beside_weights(device_memory)
+            largest = choose(config, MAX_BATCH, setting, budget=budget, batch_size=MAX_BATCH).images
     return Plan(
         name=config.name,
         parameters=count_parameters(transformer) if transformer else 0,
@@ -213,7 +220,7 @@ def cost_of(
         train_batch_size=train.batch_size if transformer else None,
         train_peak_bytes=train_peak(train.batch_size) if transformer else None,
         device_memory=device_memory,
-        largest_batch=_largest_sample_batch(config, setting, beside_weights(device_memory)),
+        largest_batch=largest,
         largest_train_batch=largest_batch(train_peak, device_memory) if device_memory and transformer else None,
         scales=scales,
     )
@@ -252,20 +259,6 @@ def cached_tokens(config: ModelConfig, scale: int) -> int:
     prefixes = config.attention.scale_prefixes
     first = 0 if prefixes == "all" else max(0, scale - prefixes + 2)
     return sum(grid.tokens for grid in config.pyramid.grids[first : scale + 1])
-
-
-def _largest_sample_batch(config: ModelConfig, setting: Setting, budget: int | None) -> int | None:
-    """The most images that the sampler lets advance together, 0 where not even one fits.
-
-    With micro-batches a scale fits into any memory, so the number is bounded by what an image needs from scale to
-    scale: f̂, tokens, keys and values where a later scale sees them, pixels on a CPU.
-    """
-    if budget is None:
-        return None
-    try:
-        return choose(config, MAX_BATCH, setting, budget=budget, batch_size=MAX_BATCH).images
-    except ConfigError:
-        return 0
 
 
 def largest_batch(peak_bytes: Callable[[int], int], device_memory: int) -> int:

@@ -85,23 +85,16 @@ def reuses_keys(config: ModelConfig) -> bool:
     return any(pattern.prefix_tokens for pattern in config.patterns)
 
 
-def class_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of the AdaLN vectors and the embedding of one class."""
+def classes_bytes(config: ModelConfig, images: int, setting: Setting) -> int:
+    """Bytes of AdaLN vectors and embeddings of all conditions, where images have as many as there can be."""
     sizes = config.transformer
     if sizes is None:
-        return 0
-    return sizes.embed_dim * ((6 * sizes.depth + 1) * dtype_bytes + 2 * FLOAT32)
-
-
-def classes_bytes(config: ModelConfig, images: int, setting: Setting) -> int:
-    """Bytes of the AdaLN vectors of all conditions, where images have as many different ones as there can be."""
-    if config.transformer is None:
         return 0
     most = config.most_conditions
     classes = (images if most is None else min(images, most)) + setting.guided
     if setting.device == "cpu":
         classes = max(classes, SMALLEST_ROWS)
-    return classes * class_bytes(config, setting.dtype_bytes)
+    return classes * sizes.embed_dim * ((6 * sizes.depth + 1) * setting.dtype_bytes + 2 * FLOAT32)
 
 
 def scale_bytes(config: ModelConfig, scale: int, setting: Setting, images: int = 1, *, whole: bool = False) -> int:

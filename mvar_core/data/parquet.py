@@ -64,6 +64,8 @@ class ParquetSource(ShardSource):
             column = next((name for name in LABEL_COLUMNS if name in table.schema.names), None)
             if column is not None:
                 found = [label for group in range(len(table.groups)) for label in table.read(group, column).to_pylist()]
+                if len(found) != rows:
+                    raise ValueError(f"{len(found)} labels of {rows} rows")
                 labels = [label if label is None or isinstance(label, int) else str(label) for label in found]
         except DataError:
             raise

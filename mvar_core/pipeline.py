@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mvar_core.analysis.likelihood import log_likelihoods, read_candidates
@@ -42,7 +42,6 @@ SHARE_OF_FREE_MEMORY = 0.5
 LARGEST_VALUE = 2.0
 """Of an image in [-1, 1]: what is beyond is bytes, or was normalized in another way."""
 
-Positive = Annotated[int, Field(ge=1)]
 TensorLike = Any
 """A tensor, an array or nested lists; what it must hold is checked by `tensor_argument`."""
 
@@ -229,11 +228,11 @@ class Pipeline:
     @checked
     def micro_batches(
         self,
-        images: Annotated[int, Field(ge=0)],
+        images: NonNegativeInt,
         settings: SamplingConfig,
         *,
-        batch_size: Positive | None = None,
-        memory: Positive | None = None,
+        batch_size: PositiveInt | None = None,
+        memory: PositiveInt | None = None,
         stages: bool = False,
     ) -> MicroBatches:
         """How many images run together when `images` are sampled; the arguments are those of `stream`.
@@ -286,8 +285,8 @@ class Pipeline:
         seed: int = 0,
         indices: TensorLike | None = None,
         kept: Any = None,
-        batch_size: Positive | None = None,
-        memory: Positive | None = None,
+        batch_size: PositiveInt | None = None,
+        memory: PositiveInt | None = None,
         stages: bool = False,
         progress: Callable[[int, int], None] | None = None,
         **shorthand: Any,
@@ -354,7 +353,7 @@ class Pipeline:
         *,
         labels: TensorLike | None = None,
         keep: Literal["inside", "outside"] = "outside",
-        num: Positive = 1,
+        num: PositiveInt = 1,
         coverage: float = 0.5,
         paste: bool = False,
         **options: Any,
@@ -410,7 +409,7 @@ class Pipeline:
         return KeptTokens(torch.cat([none, *(self.encode(part).cpu() for part in parts)]), stays)
 
     @checked
-    def null_conditions(self, count: Annotated[int, Field(ge=0)]) -> Tensor:
+    def null_conditions(self, count: NonNegativeInt) -> Tensor:
         """`count` conditions that stand for none, on the CPU."""
         return self.transformer.conditioner.null(count)
 

@@ -115,7 +115,7 @@ def checked(function: Function) -> Function:
 def _reported(report: ValidationError, source: str, known: Callable[[tuple[str, ...]], Iterable[str]]) -> ConfigError:
     """Pydantic's report as one line, about the first thing that does not fit."""
     first = report.errors()[0]
-    kinds = ("int", "str", "constrained-int", "literal['all']", "lax-or-strict")
+    kinds = ("int", "str", "constrained-int", "literal[", "lax-or-strict", "json-or-python", "tuple[", "is-instance")
     location = tuple(str(part) for part in first["loc"] if not str(part).startswith(kinds))
     key = ".".join(location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -29,6 +29,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mvar_core.config import recorded
+from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes
 from mvar_core.io.files import atomic_path, remove, require_new_directory
@@ -71,7 +72,7 @@ class SampleOutput:
             raise DataError(f"--format {form!r} is not known.", f"Use {', '.join(FORMATS)}.")
         output, suffix = cls(out, form), {"png": "", "npz": ".npz", "grid": ".png"}[form]
         if form == "png":
-            if out.suffix.lower() in (".png", ".npz"):
+            if out.suffix.lower() in (*EXTENSIONS, ".gif", ".npz"):
                 raise DataError(f"--out {out} names a file, but --format png writes a directory of them.",
                                 "Use a directory, or --format grid or npz.")  # fmt: skip
             if out.is_mount() or not out.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
 from mvar_core.data.decoding import check_image, read_rgb
@@ -58,12 +60,12 @@ def edit(
     keep: str = "outside",
     classes: Sequence[str | int] | str = (),
     words: Sequence[str] = (),
-    num: int = 1,
+    num: PositiveInt = 1,
     paste: bool = False,
     coverage: float = 0.5,
     settings: SamplingConfig | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
+    batch_size: PositiveInt | None = None,
     format: str | None = None,  # noqa: A002
     save_tokens: bool = False,
     stages: bool = False,
@@ -114,7 +116,7 @@ def edit(
         spec = EditSpec(
             **vars(chosen),
             **job.facts(resolved),
-            images=tuple(image.path.stem for image in given),
+            images=tuple(_text(Path(image.path.stem)) for image in given),
             inputs=fingerprint([*(image.path for image in given), *([mask] if mask is not None else [])]),
             box=region,
             keep=keep,
@@ -205,7 +207,7 @@ class GivenImage:
     def summary(self, config: ModelConfig) -> dict[str, Any]:
         """Its file, and how many tokens stay of how many at each scale."""
         return {
-            "image": str(self.path),
+            "image": _text(self.path),
             "kept_by_scale": [int(self.stays[span].sum()) for span in config.pyramid.spans],
             "tokens_by_scale": [grid.tokens for grid in config.pyramid.grids],
         }
@@ -224,6 +226,8 @@ def read_given(
     for given in [images] if isinstance(images, (str, Path)) else images:
         path = Path(given)
         paths += [path / name for name in find_images(path)[1]] if path.is_dir() else [path]
+    if not paths:
+        raise DataError("--image names no image.", "Use an image file, or a folder of them.")
     inside = read_mask(mask) if mask is not None else None
     stays: dict[tuple[int, int], tuple[Mask, torch.Tensor]] = {}  # images of one size share what stays
     found = []
@@ -296,6 +300,11 @@ def parse_box(text: str) -> Box:
             f"--box {shown(text)} is not four whole numbers.", "Use x0,y0,x1,y1, as in 64,64,192,192."
         ) from None
     return x0, y0, x1, y1
+
+
+def _text(path: Path) -> str:
+    """A path as text that every file can hold: what is not UTF-8 in it is replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine
@@ -82,7 +83,7 @@ def quickstart(
     out: Path | str = "runs/quickstart",
     *,
     minutes: float = PRESET_MINUTES,
-    num: int = 100,
+    num: Annotated[int, Field(ge=2)] = 100,
     seed: int = 0,
     settings: Sequence[str] = (),
     overwrite: bool = False,

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from pydantic import PositiveInt
+
 from mvar_core import __version__
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
@@ -76,10 +78,10 @@ def sample_to(
     classes: Sequence[str | int] | str = (),
     words: Sequence[str] = (),
     vectors: str | Path | None = None,
-    num: int = 1,
+    num: PositiveInt = 1,
     settings: SamplingConfig | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
+    batch_size: PositiveInt | None = None,
     format: str | None = None,  # noqa: A002
     save_tokens: bool = False,
     stages: bool = False,
@@ -200,7 +202,8 @@ class SampleJob:
     def config(self) -> ModelConfig:
         """The model's configuration, without its weights where it has a file of its own."""
         path = Path(self.checkpoint)
-        return self.pipeline.config if path.is_file() else directory.read_model_config(path)
+        alone = path.is_file() or self.tokenizer is not None  # a tokenizer that does not belong there is refused
+        return self.pipeline.config if alone else directory.read_model_config(path)
 
     def options(self, settings: SamplingConfig) -> dict[str, Any]:
         """Arguments of `Pipeline.stream`."""

@@ -253,7 +253,13 @@ def test_a_directory_that_is_replaced_moves_away_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("out", "form", "message"),
-    [("x", "gif", "gif"), ("x.png", "png", "directory"), ("x.png", "npz", "npz"), ("x.npz", "grid", "png")],
+    [
+        ("x", "gif", "gif"),
+        ("x.png", "png", "directory"),
+        ("x.jpg", None, "directory"),
+        ("x.png", "npz", "npz"),
+        ("x.npz", "grid", "png"),
+    ],
 )
 def test_outputs_that_contradict_their_format(tmp_path, out, form, message):
     with pytest.raises(DataError, match=message):

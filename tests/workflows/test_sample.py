@@ -1,6 +1,9 @@
 """Sampling and editing to files from Python; how interruptions resume is tested on the command line."""
 
 import errno
+import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import mvar_core as mvar
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.shards import SampleShards
+from mvar_core.workflows.edit import EditResult
 
 CPU = mvar.Machine(device="cpu", dtype="float32")
 
@@ -93,3 +97,39 @@ def test_a_finished_output_is_done_and_other_settings_are_refused(
     if form == "png":
         with pytest.raises(DataError, match="--overwrite"):
             sample(stages=True, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num", 0), ("num", -1), ("num", 1.5), ("num", 10**30), ("seed", -1), ("seed", 1.5), ("seed", 2**64),
+     ("batch_size", 0), ("batch_size", -1), ("batch_size", 1.5), ("classes", 99), ("classes", [-1]), ("classes", [""]),
+     ("settings", {"cfg": math.inf}), ("machine", {"memory": math.inf}), ("format", "gif"), ("tokenizer", "/nowhere"),
+     ("out", ""), ("out", "/dev/null"), ("out", "x.jpg"), ("checkpoint", "/dev/zero"), ("words", "x")],
+)  # fmt: skip
+def test_wrong_values_are_refused_and_leave_nothing(model: Path, tmp_path: Path, name: str, value: object) -> None:
+    arguments = {"out": tmp_path / "x", "checkpoint": model, "classes": "all", "machine": CPU, name: value}
+    with pytest.raises(mvar.MvarError):
+        mvar.sample_to(**arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_to_edit_with_odd_names_and_of_odd_kinds(model: Path, tmp_path: Path) -> None:
+    def edit(*images: object, **further: object) -> EditResult:
+        options = {"checkpoint": model, "box": (0, 0, 8, 16), "machine": CPU, **further}
+        return mvar.edit(images, tmp_path / "out", overwrite=True, **options)
+
+    for name in (b"\xff\xfe.png", b"two\nlines.png", "ünï.png".encode()):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        with path.open("wb") as file:
+            Image.new("RGB", (16, 16)).save(file, format="PNG")
+        result = edit(path)
+        assert result.images == 1
+        json.dumps(result.to_dict(), ensure_ascii=False).encode()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for images in ((), (tmp_path / "pipe.png",), (tmp_path / "eps.png",), (tmp_path / "loop.png",), ("/dev/zero",)):
+        with pytest.raises(mvar.MvarError, match=str(images[0]) if images else "no image"):
+            edit(*images)
+        with pytest.raises(mvar.MvarError):
+            edit(path, box=None, mask=images[0] if images else "")

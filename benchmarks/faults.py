@@ -411,7 +411,7 @@ REPLACES = {
     ("bench", "--checkpoint"): ("--preset",),
     ("evaluate", "--samples"): ("--checkpoint",),
     ("edit", "--mask"): ("--box",),
-    ("sample", "--vectors"): ("--class", "--checkpoint"),
+    ("sample", "--vectors"): ("--class",),
 }
 """What an option is used in the place of."""
 
@@ -546,7 +546,7 @@ def model_cases(world: World) -> Iterator[Case]:
     for label, changes in BAD_VALUES.items():
         model = copied(world.model, world.folder / "bad" / "models" / f"value-{len(models)}")
         (model / "config.json").write_text(json.dumps(replaced(good, changes)))
-        models.append((f"config.json: {label}", model, True))
+        models.append((f"config.json: {label}", model, label != "10⁶ class names"))
     for file in ("transformer.safetensors", "tokenizer.safetensors"):
         state = load_file(world.model / file)
         first = next(name for name, value in state.items() if value.ndim > 1)

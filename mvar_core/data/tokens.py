@@ -445,7 +445,7 @@ def map_array(path: Path) -> NDArray[Any]:
         DataError: It is not one, or not of plain numbers.
     """
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it reads nothing but .npy
     except Exception:  # a header may be anything
         raise DataError(f"{path} is not a whole .npy file of numbers.", "Write or download it again.") from None
 

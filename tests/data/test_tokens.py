@@ -19,7 +19,7 @@ from mvar_core.config import ModelConfig, TokenizerConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import ImageSource, Views, open_images
 from mvar_core.data.token_writer import CacheWriter, default_shard, write_token_cache
-from mvar_core.data.tokens import TokenCache, split_off
+from mvar_core.data.tokens import TokenCache, map_array, split_off
 from mvar_core.errors import DataError, WriteError
 from mvar_core.io.pixels import from_uint8
 from mvar_core.pyramid import ScalePyramid
@@ -595,3 +595,10 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, source, monkeypatch):
     monkeypatch.setattr(np, "save", save)
     assert write_cache(tmp_path / "cut", source).encoded == 4
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_an_npz_is_no_array(tmp_path):
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.savez(file, a=np.zeros(3))
+    with pytest.raises(DataError, match=r"x\.npy"):
+        map_array(tmp_path / "x.npy")

@@ -104,9 +104,10 @@ def naming(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         wrong = path if error.filename is None else Path(os.fsdecode(error.filename))
-        if error.errno is None or not (wrong.name.removeprefix(".").startswith(path.name) or wrong in path.parents):
+        number = error.errno or (errno.ENOSPC if " requested and " in str(error) else None)  # numpy does not say why
+        if number is None or not (wrong.name.removeprefix(".").startswith(path.name) or wrong in path.parents):
             raise
-        raise WriteError(path, error.errno) from error
+        raise WriteError(path, number) from error
     except Exception as error:
         if found := re.search(r"(?:os error|Errno) (\d+)", str(error)):  # safetensors, and torch's sharded writer
             raise WriteError(path, int(found[1])) from error

@@ -14,19 +14,23 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mvar_core.distributed import World
-from mvar_core.errors import CheckpointError, one_line
-from mvar_core.io.files import atomic_path, naming, remove_leftovers, sync_directory
+from mvar_core.distributed import World, world
+from mvar_core.errors import CheckpointError, MvarError, one_line
+from mvar_core.io.files import atomic_path, naming, remove_leftovers, sha256_of_file, sync_directory
 from mvar_core.io.resumable import differences
+from mvar_core.io.weights import load_torch_file
+from mvar_core.untrusted import open_regular
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,7 +68,7 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
     )
 
 
-@dataclass
+@dataclass(config=ConfigDict(arbitrary_types_allowed=True, strict=True))
 class TrainingState:
     """Everything that a resumed run needs and that does not follow from (seed, step).
 
@@ -80,7 +84,7 @@ class TrainingState:
         best_score: Of the best validation so far, which `best_step` had; lower is better.
     """
 
-    step: int
+    step: Annotated[int, Field(ge=0, le=10**12)]
     settings: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -161,18 +165,25 @@ def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint of any kind to the CPU; what is missing, damaged, or holds code raises CheckpointError."""
     if path.is_dir():
         return state_of_content(path, load_shards(path))
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist.")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums of all tensors, and does not check them
+        return state_of_content(path, _load_checked(path))
+    except (*UNREADABLE, TypeError) as error:
+        raise damaged(path, error) from None
+
+
+def _load_checked(path: Path) -> Any:
+    """What torch saved, after comparing the checksums that it writes, and does not check itself."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its entries are compressed, as torch never writes them")
             if damage := archive.testzip():
                 raise ValueError(f"the checksum of {damage} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except UNREADABLE as error:
-        raise damaged(path, error) from None
-    return state_of_content(path, content)
+        return load_torch_file(path, mapped=False)
+    except MvarError as error:
+        raise ValueError(error.message) from None
 
 
 def state_of_content(path: Path, content: Any) -> TrainingState:
@@ -187,7 +198,11 @@ def state_of_content(path: Path, content: Any) -> TrainingState:
         )
     values = {name: content[name] for name in fields if name in content}
     values["settings"] = json.loads(content["settings"])
-    return TrainingState(**values)
+    try:
+        return TrainingState(**values)
+    except ValidationError as report:
+        first = report.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -226,9 +241,11 @@ def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
     world.barrier()
     with naming(path):
         save(sharded, storage_writer=FileSystemWriter(temporary))  # returns when all have written
+    own = {file.name: sha256_of_file(file) for file in temporary.glob(f"__{world.rank}_*")}
+    hashes = dict(item for part in world.all_gather_object(own) for item in part.items())
     if world.is_rank_zero:
         with atomic_path(temporary / _REST, durable=True) as file:
-            torch.save({"rest": rest, "places": places}, file)
+            torch.save({"rest": rest, "places": places, "hashes": hashes}, file)
         sync_directory(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
@@ -245,8 +262,13 @@ def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        kept = torch.load(path / _REST, map_location="cpu", weights_only=True)
+        kept = _load_checked(path / _REST)
         content, places = kept["rest"], kept["places"]
+        hashes = kept.get("hashes", {})
+        here = World() if mesh is None else world()
+        wrong = [name for name in here.share(sorted(hashes)) if sha256_of_file(path / name) != hashes[name]]
+        if here.any_rank(bool(wrong)):
+            raise ValueError(f"{', '.join(wrong) or 'a file'} has changed since it was written")
         reader = _reader(path)
         described = reader.read_metadata().state_dict_metadata
         tensors = {key: _empty(described[key].size, described[key].properties.dtype, mesh) for key in places}
@@ -302,6 +324,8 @@ def _reader(path: Path) -> Any:
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             with (path / _METADATA).open("rb") as file:
                 metadata = IndexUnpickler(file).load()
+            if any("/" in entry.relative_path for entry in metadata.storage_data.values()):
+                raise ValueError("its index names files elsewhere")
             metadata.storage_meta.load_id = self.load_id
             return metadata
 

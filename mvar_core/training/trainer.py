@@ -26,8 +26,10 @@ from mvar_core.models.compilation import uncompiled
 from mvar_core.training.checkpoints import (
     BEST,
     CHECKPOINTS,
+    UNREADABLE,
     TrainingState,
     check_settings,
+    damaged,
     latest_checkpoint,
     random_state,
     remove_checkpoints,
@@ -132,6 +134,13 @@ class Trainer:
             logger.warning(
                 "%s has already run %d steps, more than the %d asked for.", path, state.step, self.plan.total_steps
             )
+        try:
+            self.apply(state)
+        except (*UNREADABLE, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise damaged(path, error) from None
+
+    def apply(self, state: TrainingState) -> None:
+        """Continue from what a checkpoint holds."""
         self.module.load_state_dict(state.model)
         load_optimizer_state(self.optimizer, self.module, state.optimizer)
         if self.scaler.is_enabled():
@@ -140,7 +149,7 @@ class Trainer:
             self.ema.load_state(state.average)
         self.objective.load_state(state.objective)
         if state.window is not None:
-            self.recorder.window = state.window.to(self.plan.device)
+            self.recorder.window = state.window.to(self.plan.device).view_as(self.recorder.window)
         self.step, self.best_step, self.best_score = state.step, state.best_step, state.best_score
         self.skipped, self.skipped_in_a_row = state.skipped, state.skipped_in_a_row
         self.recorder.loss, self.recorder.earlier_seconds = state.loss, state.seconds

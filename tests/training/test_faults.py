@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,3 +134,49 @@ def test_a_finished_run_says_so(train, tmp_path, caplog):
     result, _ = train(tmp_path, "train.steps=2")
     assert result.steps == 2
     assert f"{tmp_path} has finished its 2 steps already" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": "4"},
+        {"step": 10**30},
+        {"settings": "[]"},
+        {"settings": "{"},
+        {"settings": 3},
+        {"model": {}},
+        {"model": 5},
+        {"model": {"head.weight": torch.zeros(3)}},
+        {"optimizer": {"head.weight": {"exp_avg": "text"}}},
+        {"optimizer": {"nobody": {"step": torch.zeros(())}}},
+        {"optimizer": []},
+        {"average": {"head.weight": 1}},
+        {"window": "text"},
+        {"window": torch.zeros(7)},
+        {"skipped": "many"},
+        {"seconds": None},
+        {"random": {"torch": "text"}},
+        {"random": {"torch": torch.zeros(3, dtype=torch.uint8), "numpy": (), "python": ()}},
+        {"objective": {"val_loss": "low"}},
+        {"best_score": "good"},
+        {"format": 99},
+    ],
+    ids=lambda changes: ",".join(f"{name}={value!r:.20}" for name, value in changes.items()),
+)
+def test_a_checkpoint_of_anything_else_is_refused_by_name(train, tmp_path, changes):
+    train(tmp_path, "train.steps=4", "train.ema=0.9")
+    path = latest_checkpoint(tmp_path)
+    torch.save({**torch.load(path), **changes}, path)
+    try:
+        with pytest.raises(CheckpointError, match=path.name):
+            train(tmp_path, "train.steps=5", "train.ema=0.9")
+    finally:
+        assert [found.name for found in checkpoints(tmp_path)] == [path.name]
+
+
+def test_a_pipe_instead_of_a_checkpoint_is_refused_at_once(train, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints" / "step-00000004.pt")
+    with pytest.raises(CheckpointError, match=r"step-00000004\.pt.*regular file"):
+        train(tmp_path)

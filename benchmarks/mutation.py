@@ -70,13 +70,10 @@ FAULTS = (
         "top = (query // width - window_height // 2).clamp(0)",
     ),
     Fault(
-        "halo_rows=max(stop for _, stop in bounds) - first_key_row,",
-        "halo_rows=max(stop for _, stop in bounds) - first_key_row - 1,",
+        "halo_rows = max(ends) + window_height - first_key_row",
+        "halo_rows = max(ends) + window_height - first_key_row - 1",
     ),
-    Fault(
-        "start is None or start <= row < start + window.height",
-        "start is None or start <= row <= start + window.height",
-    ),
+    Fault("(y >= rows) & (y < rows + window.height)", "(y >= rows) & (y <= rows + window.height)"),
     Fault("MAX_LOG_HEAD_SCALE = math.log(100)", "MAX_LOG_HEAD_SCALE = math.log(10)"),
     Fault(
         "self.softmax_scale = 0.25 / math.sqrt(config.head_dim)", "self.softmax_scale = 1 / math.sqrt(config.head_dim)"

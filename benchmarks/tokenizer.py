@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from mvar_core.workflows.train_tokenizer import ImagesAlone, training_images
 
 PROMISES = {"psnr": ("at least", 24.0), "code_usage": ("at least", 0.60), "seconds": ("at most", 300)}
 PRESET, DATA = ("digits", "digits") if machine.SMOKE else ("tokenizer-64", "photographs")
-LOG = ["train_tokenizer.log_every=2"] if machine.SMOKE else []
+LOG = ["train_tokenizer.log_every=1", "train_tokenizer.batch_size=4"] if machine.SMOKE else []
+HALF = torch.float32 if machine.SMOKE else torch.bfloat16
 RESERVE = 0.78
 """Of the time, for steps as fast as the trial's; k-means, restarts of codes and the checkpoint need the rest."""
 
@@ -60,15 +62,31 @@ def seconds_per_step(
 def formats(config: RunConfig) -> dict[str, float]:
     return {
         f"{name} {layout}": seconds_per_step(config, dtype, memory_format)
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        for name, dtype in (("float32", torch.float32), ("bfloat16", HALF))
         for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last))
     }
+
+
+class _Some:
+    """Some rows of a set of images."""
+
+    def __init__(self, images: Any, rows: Sequence[int]):
+        self.images = images
+        self.rows = torch.tensor(rows).numpy()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Any, step: int = 0) -> torch.Tensor:
+        return self.images.batch(self.rows[rows], step)
 
 
 def train(config: RunConfig, out: Path, dtype: torch.dtype, **options: Any) -> tuple[VQVAE, dict[str, Any]]:
     tokenizer = build(config)
     start = time.perf_counter()
-    train_tokenizer(tokenizer, training_images(open_images(DATA), config), config, out, dtype=dtype, **options)
+    images = training_images(open_images(DATA), config)
+    images = _Some(images, range(24)) if machine.SMOKE else images
+    train_tokenizer(tokenizer, images, config, out, dtype=dtype, **options)
     lines = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
     return tokenizer, {"seconds": time.perf_counter() - start, "lines": lines}
 
@@ -92,7 +110,8 @@ def five_minutes(seconds: float, dtype: torch.dtype, folder: Path) -> dict[str, 
         "training_psnr": found["lines"][-1]["psnr"],
     }
     images = open_images(f"{DATA}:test")
-    measures = measure_tokenizer(tokenizer, ImagesAlone(ImageRows(images, config.image_shape)))
+    most = 8 if machine.SMOKE else 2048
+    measures = measure_tokenizer(tokenizer, ImagesAlone(ImageRows(images, config.image_shape)), limit=most)
     result.update(
         psnr=measures.psnr,
         code_usage=measures.code_usage,
@@ -103,22 +122,8 @@ def five_minutes(seconds: float, dtype: torch.dtype, folder: Path) -> dict[str, 
     for label, name in enumerate(images.class_names):
         rows = ImagesAlone(ImageRows(images, config.image_shape))
         chosen = [index for index, found_label in enumerate(images.labels) if found_label == label]
-        result[f"psnr_{name}"] = measure_tokenizer(tokenizer, _Some(rows, chosen)).psnr
+        result[f"psnr_{name}"] = measure_tokenizer(tokenizer, _Some(rows, chosen), limit=most).psnr
     return result
-
-
-class _Some:
-    """Some rows of a set of images."""
-
-    def __init__(self, images: ImagesAlone, rows: list[int]):
-        self.images = images
-        self.rows = torch.tensor(rows).numpy()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, rows: Any, step: int = 0) -> torch.Tensor:
-        return self.images.batch(self.rows[rows], step)
 
 
 def filled_perceptual_loss() -> PerceptualLoss:
@@ -164,7 +169,7 @@ def _first_and_last(lines: list[dict[str, Any]], name: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--steps-of-other-losses", type=int, default=6 if machine.SMOKE else 90)
+    parser.add_argument("--steps-of-other-losses", type=int, default=3 if machine.SMOKE else 90)
     parser.add_argument("--dtype", choices=("fastest", "float32", "bfloat16"), default="fastest")
     parser.add_argument("--part", choices=("all", "run", "losses"), default="all", help="the rest stays as it is")
     arguments = parser.parse_args()
@@ -178,12 +183,12 @@ def main() -> None:
             speeds = formats(load_config(PRESET))
             layouts = {name: speeds[f"{name} channels last"] for name in ("float32", "bfloat16")}
             name = min(layouts, key=layouts.__getitem__) if arguments.dtype == "fastest" else arguments.dtype
-            run = five_minutes(60 * arguments.minutes, getattr(torch, name), Path(folder))
+            run = five_minutes(60 * arguments.minutes, HALF if name == "bfloat16" else torch.float32, Path(folder))
             result.update(promises=PROMISES, seconds_per_step=speeds, dtype=name, run=run)
             for key, (side, bound) in PROMISES.items():
                 kept[key] = run[key] <= bound if side == "at most" else run[key] >= bound
         if arguments.part in ("all", "losses"):
-            result["other_losses"] = other_losses(Path(folder), torch.bfloat16, arguments.steps_of_other_losses)
+            result["other_losses"] = other_losses(Path(folder), HALF, arguments.steps_of_other_losses)
             falls = result["other_losses"]["first_and_last"]
             for key in ("perceptual", "discriminator", "adversarial_against_a_fixed_discriminator"):
                 kept[f"{key} falls"] = falls[key][-1] < falls[key][0]

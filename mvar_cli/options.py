@@ -90,6 +90,10 @@ DryRun = Annotated[bool, option("--dry-run", None, "Print configuration, cost an
 Fsdp = Annotated[
     bool, option("--fsdp", None, "Shard the model over the processes, for one too large for a GPU.", MACHINE)
 ]
+Verify = Annotated[
+    bool,
+    option("--verify/--no-verify", None, "Compare weights with the hashes that were saved with them.", MACHINE),
+]
 NumProcesses = Annotated[int, option("--nproc", "N", "Processes on this machine, one per GPU.", MACHINE, min=1)]
 
 
@@ -106,6 +110,7 @@ class MachineOptions(Group):
                MACHINE),
     ] = "auto"  # fmt: skip
     compile: Annotated[bool, option("--compile", None, "Compile the blocks first: for long runs.", MACHINE)] = False
+    verify: Verify = True
     memory: Annotated[
         str | None,
         option("--memory", "SIZE", "Memory that sampling may use, as in 2GB. Default: half of what is free. Changes no"
@@ -208,10 +213,10 @@ if TYPE_CHECKING:
     Train = mvar.TrainOptions
     TrainTokenizer = mvar.TrainTokenizerOptions
 else:
-    Device = MachineOptions.only("device", "dtype")
-    MemoryDevice = MachineOptions.only("device", "dtype", "memory")
-    AttentionDevice = MachineOptions.only("device", "dtype", "attention")
-    Machine = MachineOptions.only("device", "dtype", "attention", "compile")
+    Device = MachineOptions.only("device", "dtype", "verify")
+    MemoryDevice = MachineOptions.only("device", "dtype", "memory", "verify")
+    AttentionDevice = MachineOptions.only("device", "dtype", "attention", "verify")
+    Machine = MachineOptions.only("device", "dtype", "attention", "compile", "verify")
     SamplingMachine = MachineOptions
     BasicSampling = SamplingOptions.only("cfg", "top_k", "top_p")
     GuidedSampling = SamplingOptions.only("cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales")

@@ -87,6 +87,7 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
         compile: bool = False,  # noqa: A002
+        verify: bool = True,
         machine: Machine | None = None,
     ) -> Pipeline:
         """Load a model directory, a run directory, or a published .pth file with its tokenizer.
@@ -99,14 +100,17 @@ class Pipeline:
                 float32 in any case.
             attention: Attention backend.
             compile: Compile the transformer's blocks for sampling: the first images wait for it, later ones do not.
-            machine: These four, and the memory that sampling may use, in place of the keywords.
+            verify: Compare a directory's weights with the hashes that were recorded when they were saved.
+            machine: These five, and the memory that sampling may use, in place of the keywords.
 
         Raises:
             CheckpointError: Nothing there that can be loaded.
             BackendError: An attention backend or device that is not available.
         """
         path = Path(path)
-        machine = machine or Machine(device=device, dtype=dtype, attention=attention, compile=compile)
+        machine = machine or Machine(
+            device=cast("str", device), dtype=cast("str", dtype), attention=attention, compile=compile, verify=verify
+        )
         target = resolve_device(machine.device)
         kind = resolve_dtype(machine.dtype, target)
         options: dict[str, Any] = {"attention": machine.attention, "memory": machine.memory_bytes}
@@ -130,9 +134,9 @@ class Pipeline:
             )
         else:
             config = model_directory.read_model_config(path)
-            load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind)
+            load_tokenizer = partial(model_directory.load_tokenizer, path, config, target, kind, verify=machine.verify)
             if config.transformer is not None:
-                transformer = model_directory.load_transformer(path, config, target, kind)
+                transformer = model_directory.load_transformer(path, config, target, kind, verify=machine.verify)
             vqvae = load_tokenizer(encoder=transformer is None)
         pipeline = cls(config, vqvae, transformer, **options)
         pipeline._load_tokenizer = load_tokenizer

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, shown
 
 ScalePrefixes = int | Literal["all"]
 PatchSize = int | tuple[int, int]
@@ -39,6 +39,11 @@ WINDOW = 7
 
 WINDOW_PAYS = 3
 """A window pays where a scale has at least this many times its keys; of the published scales, 13×13 and 16×16 do."""
+
+
+MOST_SCALES, LARGEST_SIDE, MOST_TOKENS = 64, 1024, 2**20
+"""Of a pyramid. The largest published one has 14 scales, sides of 64 and 9451 tokens; attention over more tokens than
+this is beyond any machine, and a mistyped or hostile size must end in a message rather than in tables without end."""
 
 
 class Grid(NamedTuple):
@@ -161,6 +166,15 @@ class ScalePyramid:
     """
 
     grids: tuple[Grid, ...]
+
+    def __post_init__(self) -> None:
+        largest = max(max(grid) for grid in self.grids)
+        if len(self.grids) > MOST_SCALES or largest > LARGEST_SIDE or self.num_tokens > MOST_TOKENS:
+            found = f"{len(self.grids)} scales, {shown(self.num_tokens)} tokens and a side of {shown(largest)}"
+            raise ConfigError(
+                f"patch_sizes: {found}; at most {MOST_SCALES} scales, {MOST_TOKENS:,} tokens and sides of"
+                f" {LARGEST_SIDE} are supported."
+            )
 
     @classmethod
     def from_patch_sizes(cls, patch_sizes: Sequence[int | Sequence[int]]) -> ScalePyramid:

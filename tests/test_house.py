@@ -27,6 +27,7 @@ MACHINE_OPTIONS = {
     "as_json",
     "dry_run",
     "machine",
+    "verify",
     "micro_batch",
     "activation_checkpointing",
 }

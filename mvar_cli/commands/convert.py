@@ -28,6 +28,7 @@ def convert(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="NAME", help="Of the weights: float32, bfloat16 or float16.")
     ] = "float32",
+    verify: options.Verify = True,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -46,6 +47,7 @@ def convert(
         scale_prefixes=scale_prefixes,
         to=to,
         dtype=dtype,
+        verify=verify,
         overwrite=overwrite,
         dry_run=dry_run,
     )

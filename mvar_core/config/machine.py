@@ -26,6 +26,8 @@ class Machine(Section):
         None, description='bytes that sampling may use, also as text such as "2GB"; None is half of what is free'
     )
 
+    verify: bool = Field(True, description="compare weights with the hashes that were recorded when they were saved")
+
     @field_validator("device", "dtype", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:

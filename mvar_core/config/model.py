@@ -7,7 +7,7 @@ flags become a configuration is mvar_core.config.presets. Nothing here loads tor
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,20 +25,36 @@ from mvar_core.pyramid import (
     write_size,
 )
 
+# Limits: far above every published model, and low enough that checks, tables and modules without values are built at
+# once, whatever a file from outside asks for. What fits a machine is another question, which `mvar plan` answers.
+Depth = Annotated[int, Field(ge=1, le=512)]
+"""Of a transformer; the deepest published one has 36 blocks."""
+Blocks = Annotated[int, Field(ge=1, le=64)]
+"""Of a tokenizer's level, and its convolutions φ; the published one has 3 and 4."""
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""Channels, heads, values of a vector; the widest published transformer has 2304 channels."""
+Entries = Annotated[int, Field(ge=1, le=2**24)]
+"""Rows of a table: codes or classes; published codebooks have 4096, ImageNet-21k has 21,841 classes."""
+Multiplier = Annotated[int, Field(ge=1, le=64)]
+"""Of the tokenizer's channels; 4 at most in the published one, which has 5 levels."""
+MOST_LEVELS = 10
+
 
 class TokenizerConfig(Section):
     """The multi-scale residual VQVAE. The defaults are the published tokenizer's (108.95 M parameters)."""
 
-    codebook_size: int = Field(4096, ge=2, description="entries in the codebook, V")
-    latent_channels: int = Field(32, ge=1, description="channels of the latent features, Z")
-    base_channels: int = Field(160, ge=1, description="channels at full resolution")
-    channel_multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), description="times base_channels, one per level")
-    encoder_blocks: int = Field(2, ge=1, description="residual blocks per encoder level")
-    decoder_blocks: int = Field(3, ge=1, description="residual blocks per decoder level")
-    middle_blocks: int = Field(2, ge=1, description="residual blocks at the coarsest resolution, between the levels")
+    codebook_size: Entries = Field(4096, ge=2, description="entries in the codebook, V")
+    latent_channels: Width = Field(32, description="channels of the latent features, Z")
+    base_channels: Width = Field(160, description="channels at full resolution")
+    channel_multipliers: tuple[Multiplier, ...] = Field(
+        (1, 1, 2, 2, 4), min_length=1, max_length=MOST_LEVELS, description="times base_channels, one per level"
+    )
+    encoder_blocks: Blocks = Field(2, description="residual blocks per encoder level")
+    decoder_blocks: Blocks = Field(3, description="residual blocks per decoder level")
+    middle_blocks: Blocks = Field(2, description="residual blocks at the coarsest resolution, between the levels")
     attention: bool = Field(True, description="self-attention at the coarsest level and in the middle")
-    norm_groups: int = Field(32, ge=1, description="groups of GroupNorm")
-    residual_convs: int = Field(4, ge=1, description="convolutions φ shared by the scales, K")
+    norm_groups: Width = Field(32, description="groups of GroupNorm")
+    residual_convs: Blocks = Field(4, description="convolutions φ shared by the scales, K")
     residual_ratio: float = Field(0.5, ge=0, le=1, description="φ(x) = (1 - ratio)·x + ratio·conv(x)")
 
     @model_validator(mode="after")
@@ -59,11 +75,11 @@ class TokenizerConfig(Section):
 class TransformerConfig(Section):
     """The next-scale transformer. Published models have embed_dim 64·depth and num_heads = depth."""
 
-    depth: int = Field(16, ge=1, description="number of blocks")
-    embed_dim: int = Field(1024, ge=1, description="width of the residual stream, C")
-    num_heads: int = Field(16, ge=1, description="attention heads, H")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over embed_dim")
-    num_classes: int = Field(1000, ge=1, description="class labels, without the null label; for vectors only of scores")
+    depth: Depth = Field(16, description="number of blocks")
+    embed_dim: Width = Field(1024, description="width of the residual stream, C")
+    num_heads: Width = Field(16, description="attention heads, H")
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="hidden width of the MLP over embed_dim")
+    num_classes: Entries = Field(1000, description="class labels, without the null label; for vectors only of scores")
     shared_adaln: bool = Field(False, description="one AdaLN projection for all blocks plus an offset per block")
     l2_attention: bool = Field(True, description="normalise queries and keys, with a learned scale per head")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block; grows linearly")
@@ -74,6 +90,8 @@ class TransformerConfig(Section):
     def _check_heads(self) -> TransformerConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
+        if self.hidden_dim < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden channel")
         return self
 
     @property
@@ -91,7 +109,7 @@ class ConditioningConfig(Section):
     """What tells the model which image is wanted; see mvar_core.models.conditioning."""
 
     kind: Literal["class", "vector"] = Field("class", description="class labels, or vectors that you compute")
-    dim: int | None = Field(None, ge=1, description="length of a vector; required by kind vector")
+    dim: Width | None = Field(None, description="length of a vector; required by kind vector")
     encoder: str | None = Field(None, description='what makes vectors: "hashed-words", or a name of your choice')
 
     @model_validator(mode="after")

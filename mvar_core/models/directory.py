@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mvar_core.config import ConditioningConfig, ModelConfig
 from mvar_core.config.section import validate
-from mvar_core.errors import CheckpointError, ConfigError, nearest
-from mvar_core.io.files import atomic_path, write_json, write_text
+from mvar_core.errors import CheckpointError, ConfigError, nearest, shown
+from mvar_core.io.files import atomic_path, sha256_of_file, write_json, write_text
 from mvar_core.io.weights import shapes_of, tensors_of
 from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
@@ -27,6 +27,8 @@ CONFIG_FILE = "config.json"
 TRANSFORMER_FILE = "transformer.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 CARD_FILE = "README.md"
+HASHES = "sha256"
+"""In the provenance of config.json: the SHA-256 of each file of weights, by its name."""
 
 
 def save_model(
@@ -55,8 +57,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_config(directory: Path, config: ModelConfig) -> None:
-    """Write config.json, with the hash of the tokenizer that lies there, and the model card."""
-    provenance = {**config.provenance, "tokenizer_hash": tokenizer_hash(directory)}
+    """Write config.json, with the hashes of the weights that are there, and the model card."""
+    names = (TOKENIZER_FILE, *((TRANSFORMER_FILE,) if config.transformer is not None else ()))
+    hashes = {name: sha256_of_file(directory / name) for name in names}
+    provenance = {**config.provenance, "tokenizer_hash": tokenizer_hash(directory), HASHES: hashes}
     config = config.model_copy(update={"provenance": provenance})
     values = config.model_dump(mode="json")
     values["attention"]["windows"] = list(config.windows)
@@ -89,8 +93,12 @@ def load_transformer(
     config: ModelConfig,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    verify: bool = True,
 ) -> Transformer:
     """The transformer of a model directory, in evaluation mode; the head stays in float32.
+
+    With `verify` the file is compared with the hash that config.json recorded when it was saved, where it has one.
 
     Raises:
         CheckpointError: The file is missing, damaged, or does not fit the configuration.
@@ -102,7 +110,7 @@ def load_transformer(
         )
     with meta_device():
         model = Transformer(config).to_compute_dtype(dtype)
-    _load(model, directory / TRANSFORMER_FILE, device)
+    _load(model, directory / TRANSFORMER_FILE, device, verify=verify)
     return model.eval().requires_grad_(False)
 
 
@@ -113,10 +121,11 @@ def load_tokenizer(
     dtype: torch.dtype = torch.float32,
     *,
     encoder: bool = True,
+    verify: bool = True,
 ) -> VQVAE:
     """The tokenizer of a model directory, in evaluation mode; the quantizer stays in float32.
 
-    Without `encoder` the encoder, which sampling does not need, is left out.
+    Without `encoder` the encoder, which sampling does not need, is left out; `verify` as in `load_transformer`.
 
     Raises:
         CheckpointError: The file is missing, damaged, or does not fit the configuration.
@@ -126,7 +135,7 @@ def load_tokenizer(
         whole = model.state_dict()
         if not encoder:
             model.drop_encoder()
-    _load(model, directory / TOKENIZER_FILE, device, whole)
+    _load(model, directory / TOKENIZER_FILE, device, whole, verify=verify)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)
 
@@ -194,7 +203,7 @@ def model_card(config: ModelConfig) -> str:
         ]
     codebook = f"{config.tokenizer.codebook_size} × {config.tokenizer.latent_channels}"
     facts.append(f"token maps: {config.pyramid} ({config.pyramid.num_tokens} tokens); codebook of {codebook}")
-    facts += [f"{key.replace('_', ' ')}: {value}" for key, value in config.provenance.items()]
+    facts += [f"{key.replace('_', ' ')}: {value}" for key, value in config.provenance.items() if key != HASHES]
     height, width = config.image_shape
     lines = [f"# {config.name}", "", f"A {what} for {height}×{width} images.", "", *(f"- {fact}" for fact in facts)]
     return "\n".join([*lines, "", "```bash", f"mvar {command}", "```", ""])
@@ -204,7 +213,25 @@ def _some(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mapping[str, Tensor] | None = None) -> None:
+def _check_hash(path: Path) -> None:
+    values = read_json(path.parent / CONFIG_FILE, CheckpointError)
+    for key in ("provenance", HASHES, path.name):
+        values = values.get(key) if isinstance(values, dict) else None
+    if (expected := values) is not None and (found := sha256_of_file(path)) != expected:
+        raise CheckpointError(
+            f"{path} is not what was saved: its SHA-256 is {found}, {CONFIG_FILE} records {shown(expected)}.",
+            "Copy or convert the model again; if you changed the file on purpose, add --no-verify (verify=False).",
+        )
+
+
+def _load(
+    model: nn.Module,
+    path: Path,
+    device: torch.device | str,
+    whole: Mapping[str, Tensor] | None = None,
+    *,
+    verify: bool,
+) -> None:
     """Fill a model that is on the meta device, in the dtypes that it has there.
 
     On a CPU, tensors that are stored in the model's dtype stay mapped from the file: they are read when they are used,
@@ -212,6 +239,8 @@ def _load(model: nn.Module, path: Path, device: torch.device | str, whole: Mappi
     model lacks some of it.
     """
     expected = model.state_dict()
+    if verify and path.is_file() and (path.parent / CONFIG_FILE).is_file():
+        _check_hash(path)
     check_state(shapes_of(path), {name: tuple(tensor.shape) for name, tensor in (whole or expected).items()}, path)
     state = {name: tensor.to(device, expected[name].dtype) for name, tensor in tensors_of(path, expected)}
     model.load_state_dict(state, assign=True)

@@ -167,7 +167,10 @@ def read_config(model: Path | None, tokenizer: Path, *, kind: Kind | None = None
     """
     kind = kind or (kind_of_file(model) if model else "var")
     states = (read_official(model) if model else None, read_official(tokenizer))
-    config = infer_config(*states, kind, name=(model or tokenizer).stem, **overrides)
+    try:
+        config = infer_config(*states, kind, name=(model or tokenizer).stem, **overrides)
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"{model or tokenizer}: {error.message}", error.hint) from None
     provenance = {"source": (model or tokenizer).name, "source_tokenizer": tokenizer.name}
     return config.model_copy(update={"provenance": provenance})
 
@@ -214,20 +217,30 @@ def _cast(state: State, dtype: torch.dtype) -> State:
     return cast
 
 
-def export_official(source: Path, out: Path, *, kind: Kind | None = None) -> list[Path]:
-    """Write the published files of a model directory: vae.pth and, with a transformer, KIND_dNN.pth.
+def kind_of(config: ModelConfig) -> Kind:
+    """The kind that a model is exported as by default, which follows from the scale prefixes."""
+    return "var" if config.attention.scale_prefixes == "all" else "mvar"
 
-    MVAR's files nest the state as published; the default kind follows from the scale prefixes.
+
+def published_names(config: ModelConfig, kind: Kind | None = None) -> list[str]:
+    """Names of a model's published files: vae.pth and, with a transformer, KIND_dNN.pth."""
+    transformer = config.transformer
+    return ["vae.pth", *([f"{kind or kind_of(config)}_d{transformer.depth}.pth"] if transformer else [])]
+
+
+def export_official(source: Path, out: Path, *, kind: Kind | None = None, verify: bool = True) -> None:
+    """Write the published files of a model directory; MVAR's nest the state as published.
+
+    `verify` as in `load_transformer`. Equal models have equal bytes.
     """
     config = directory.read_model_config(source)
-    written = [out / "vae.pth"]
-    save_official(tokenizer_to_official(directory.load_tokenizer(source, config).state_dict(), config), written[0])
+    paths = [out / name for name in published_names(config, kind)]
+    state = directory.load_tokenizer(source, config, verify=verify).state_dict()
+    save_official(tokenizer_to_official(state, config), paths[0])
     if config.transformer is not None:
-        kind = kind or ("var" if config.attention.scale_prefixes == "all" else "mvar")
-        written.append(out / f"{kind}_d{config.transformer.depth}.pth")
-        state = transformer_to_official(directory.load_transformer(source, config).state_dict(), config)
-        save_official(state, written[1], wrapper="mvar_wo_ddp" if kind == "mvar" else None)
-    return written
+        state = directory.load_transformer(source, config, verify=verify).state_dict()
+        wrapper = "mvar_wo_ddp" if (kind or kind_of(config)) == "mvar" else None
+        save_official(transformer_to_official(state, config), paths[1], wrapper=wrapper)
 
 
 def tokenizer_hash_of(checkpoint: Path, tokenizer: Path | None = None) -> str:
@@ -267,7 +280,7 @@ def infer_config(
     transformer_config = None
     if transformer is not None:
         transformer_config = _infer_transformer(transformer, kind)
-        found = (_shape(transformer, "lvl_embed.weight")[0], _shape(transformer, "pos_1LC")[1])
+        found = (_shape(transformer, "lvl_embed.weight", 2)[0], _shape(transformer, "pos_1LC", 3)[1])
         patch_sizes = patch_sizes or _published_pyramid(*found)
         pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
         if (pyramid.num_scales, pyramid.num_tokens) != found:
@@ -275,7 +288,7 @@ def infer_config(
                 f"--pyramid {pyramid.spelled} has {pyramid.num_scales} scales and {pyramid.num_tokens} tokens, but the"
                 f" file was trained with {found[0]} scales and {found[1]} tokens."
             )
-        vocabulary, latent = _shape(transformer, "head.weight")[0], _shape(transformer, "word_embed.weight")[1]
+        vocabulary, latent = _shape(transformer, "head.weight", 2)[0], _shape(transformer, "word_embed.weight", 2)[1]
         if (vocabulary, latent) != (tokenizer_config.codebook_size, tokenizer_config.latent_channels):
             raise CheckpointError(
                 f"the transformer was trained with a codebook of {vocabulary} × {latent}, but the tokenizer's is"
@@ -310,10 +323,13 @@ def infer_config(
     )
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
     if name not in state:
         raise CheckpointError(f"{name} is missing from the file; expected a published VAR, MVAR or VQVAE state.")
-    return tuple(state[name].shape)
+    shape = tuple(state[name].shape)
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(f"{name} has shape {shape}; expected {axes} axes, none of them empty.")
+    return shape
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -322,15 +338,15 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _infer_transformer(state: Mapping[str, Tensor], kind: Kind) -> TransformerConfig:
-    width = _shape(state, "word_embed.weight")[0]
+    width = _shape(state, "word_embed.weight", 2)[0]
     depth = _count(state, "blocks.")
     scale_name = "blocks.0.attn.scale_mul_1H11"
     return TransformerConfig(
         depth=depth,
         embed_dim=width,
-        num_heads=_shape(state, scale_name)[1] if scale_name in state else max(1, width // 64),
-        mlp_ratio=_shape(state, "blocks.0.ffn.fc1.weight")[0] / width,
-        num_classes=_shape(state, "class_emb.weight")[0] - 1,
+        num_heads=_shape(state, scale_name, 4)[1] if scale_name in state else max(1, width // 64),
+        mlp_ratio=_shape(state, "blocks.0.ffn.fc1.weight", 2)[0] / width,
+        num_classes=_shape(state, "class_emb.weight", 2)[0] - 1,
         shared_adaln="shared_ada_lin.1.weight" in state,
         l2_attention=scale_name in state,
         drop_path=min(0.1 * depth / 24, 0.9),
@@ -349,9 +365,9 @@ def _published_pyramid(scales: int, tokens: int) -> tuple[int, ...]:
 
 
 def _infer_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
-    base = _shape(state, "encoder.conv_in.weight")[0]
+    base = _shape(state, "encoder.conv_in.weight", 4)[0]
     levels = range(_count(state, "encoder.down."))
-    codebook_size, latent = _shape(state, "quantize.embedding.weight")
+    codebook_size, latent = _shape(state, "quantize.embedding.weight", 2)
     groups = 32
     while base % groups:
         groups //= 2
@@ -359,7 +375,7 @@ def _infer_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
         codebook_size=codebook_size,
         latent_channels=latent,
         base_channels=base,
-        channel_multipliers=[_shape(state, f"encoder.down.{i}.block.0.conv1.weight")[0] // base for i in levels],
+        channel_multipliers=[_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] // base for i in levels],
         encoder_blocks=_count(state, "encoder.down.0.block."),
         decoder_blocks=_count(state, "decoder.up.0.block."),
         middle_blocks=_count(state, "encoder.mid.block_"),
@@ -432,5 +448,6 @@ def _to_official(state: Mapping[str, Tensor], named: Callable[[str], str]) -> St
 
 def save_official(state: State, path: Path, *, wrapper: str | None = None) -> None:
     """Write a published file, whole or not at all; `wrapper` is the key that MVAR's files nest the state under."""
-    with atomic_path(path) as temporary:
-        torch.save({wrapper: state} if wrapper else state, temporary)
+    # Into an open file: given a path, torch would write its name, here a random one, into the file.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save({wrapper: state} if wrapper else state, file)

@@ -73,7 +73,7 @@ class Request(BaseModel):
         """The transformer, of random weights or from its file."""
         if self.checkpoint is None:
             return random_transformer(self.config, self.device, dtype, self.seed)
-        return load_transformer(self.checkpoint, self.config, self.device, dtype)
+        return load_transformer(self.checkpoint, self.config, self.device, dtype, verify=self.machine.verify)
 
     def sampling(self) -> tuple[Transformer, VQVAE, Callable[[int], object]]:
         """The models, and a function that samples so many images, as `mvar sample` or as the published code does it."""
@@ -82,7 +82,9 @@ class Request(BaseModel):
         if self.checkpoint is None:
             vqvae = random_tokenizer(self.config, self.device, dtype, self.seed, encoder=False)
         else:
-            vqvae = load_tokenizer(self.checkpoint, self.config, self.device, dtype, encoder=False)
+            vqvae = load_tokenizer(
+                self.checkpoint, self.config, self.device, dtype, encoder=False, verify=self.machine.verify
+            )
         conditions = transformer.conditioner.examples(self.batch_size)
         if self.published_style:
             vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +12,18 @@ from typing import Any, cast
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError
-from mvar_core.io.files import atomic_directory, require_new_directory
+from mvar_core.io.files import LOCK_FILE, fingerprint, naming, remove, require_new_directory, write_json
+from mvar_core.io.resumable import DirectoryLock, as_json
 from mvar_core.models import official
-from mvar_core.models.directory import read_model_config
+from mvar_core.models.directory import CONFIG_FILE, TOKENIZER_FILE, TRANSFORMER_FILE, read_model_config
 from mvar_core.pyramid import read_sizes
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import DTYPES
+from mvar_core.untrusted import read_json
+
+RECORD_FILE = ".convert.json"
+
+logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,7 @@ def convert(
     scale_prefixes: str | int | None = None,
     to: str = "directory",
     dtype: str = "float32",
+    verify: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertResult:
@@ -70,7 +79,8 @@ def convert(
         scale_prefixes: Scales that a token sees, its own included, or all.
         to: What to write.
         dtype: Of the weights in the directory: float32, bfloat16 or float16. Quantizer and head stay in float32.
-        overwrite: Replace an `out` that exists.
+        verify: With `to="official"`: compare the directory's weights with the hashes recorded when they were saved.
+        overwrite: Replace an `out` that exists; an `out` that this very call has written is left as it is.
         dry_run: Only report what would be written.
 
     Raises:
@@ -95,36 +105,73 @@ def convert(
         sizes = None if pyramid is None else read_sizes(pyramid)
     except ValueError as error:
         raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
-    require_new_directory(out, overwrite)
     source = None if model is None else Path(model)
-    outputs: tuple[Path, ...] = ()
     if to == "official":
         assert source is not None
         config, result, steps = read_model_config(source), source, [f"write published files to {out}"]
-        if not dry_run:
-            with atomic_directory(out) as temporary:
-                written = official.export_official(source, temporary, kind=cast("official.Kind | None", kind))
-            outputs = tuple(out / path.name for path in written)
+        sources = [
+            source / name for name in (CONFIG_FILE, TOKENIZER_FILE, TRANSFORMER_FILE) if (source / name).exists()
+        ]
+        outputs = tuple(out / name for name in official.published_names(config, cast("official.Kind | None", kind)))
     else:
         files = (source, official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer))
+        sources = [file for file in files if file is not None]
+        result, outputs, steps = out, (out,), [f"read {source or tokenizer}", f"write {out} in {dtype}"]
         chosen: dict[str, Any] = {
             "kind": kind, "patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes
         }  # fmt: skip
-        result, outputs, steps = out, (out,), [f"read {source or tokenizer}", f"write {out} in {dtype}"]
-        if dry_run:
-            config = official.read_config(*files, **chosen)
-        else:
-            with atomic_directory(out) as temporary:
-                config = official.import_official(*files, temporary, dtype=DTYPES[dtype], **chosen)
+        config = official.read_config(*files, **chosen)
+    if dry_run:
+        require_new_directory(out, overwrite)
+    else:
+        record = {"to": to, "dtype": dtype, "sources": fingerprint(sources), "config": config.model_dump(mode="json")}
+        with _output(out, {**record, "kind": kind}, sources, overwrite) as temporary:
+            if temporary is not None and to == "official":
+                official.export_official(result, temporary, kind=cast("official.Kind | None", kind), verify=verify)
+            elif temporary is not None:
+                official.import_official(*files, temporary, dtype=DTYPES[dtype], **chosen)
     cost = cost_of(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
     planned = DryRun(configuration=values, steps=tuple(steps), cost=cost, facts={"parameters": cost.parameters})
     return ConvertResult(
         model=result,
-        outputs=outputs,
-        kind=kind or ("var" if config.attention.scale_prefixes == "all" else "mvar"),
+        outputs=outputs if not dry_run or to == "directory" else (),
+        kind=kind or official.kind_of(config),
         parameters=cost.parameters,
         configuration=values,
         config=config,
         dry_run=planned if dry_run else None,
     )
+
+
+@contextmanager
+def _output(out: Path, record: Mapping[str, Any], sources: Sequence[Path], overwrite: bool) -> Iterator[Path | None]:
+    """A folder whose files become those of `out` when the block ends well; None where they are there already.
+
+    Until then `out` holds nothing but that folder (with `overwrite`, what it held before), which the next run removes
+    if this one is killed. The record, which comes last, says that the output is whole, and what it was made from.
+    """
+    if any(out.resolve() in source.resolve().parents for source in sources):
+        raise ConfigError(f"--out {out} holds a file that is converted.", "Choose another --out.")
+    with DirectoryLock(out):
+        folder, path = out / ".convert.tmp", out / RECORD_FILE
+        if path.is_file() and not overwrite and read_json(path) == as_json(record):
+            logger.info("%s is finished: nothing is left to do.", out)
+            yield None
+            return
+        require_new_directory(out, overwrite or folder.exists())
+        remove(folder)
+        with naming(out):
+            folder.mkdir()
+            try:
+                yield folder
+                write_json(folder / path.name, record)
+            except BaseException:
+                remove(folder)
+                raise
+            for old in out.iterdir():
+                if old.name not in (folder.name, LOCK_FILE):
+                    remove(old)
+            for new in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                new.rename(out / new.name)
+            folder.rmdir()

@@ -163,7 +163,7 @@ def write_tokens(
         source = open_images(data)
         device = resolve_device(world.device(machine.device))
         dtype = resolve_dtype("float32" if machine.dtype == "auto" else machine.dtype, device)
-        model = load_tokenizer(tokenizer, config, device, dtype)
+        model = load_tokenizer(tokenizer, config, device, dtype, verify=machine.verify)
         made, encoded = write_token_cache(
             out,
             source,

@@ -331,11 +331,11 @@ def train_on_tokens(
         if cache is not None:
             cache.check(digest, config.pyramid)
     device = resolve_device(machine.device)
-    vqvae = load_tokenizer(tokenizer, config.model, device)
+    vqvae = load_tokenizer(tokenizer, config.model, device, verify=machine.verify)
     transformer: Transformer = seeded(lambda: Transformer(config.model), "transformer", config.seed)
     facts = {"data": tokens.manifest.source, "images": tokens.num_images, **(provenance or {})}
     if start is not None:
-        _load_start(transformer, config, start, out)
+        _load_start(transformer, config, start, out, machine.verify)
         facts["started_from"] = start.origin
     outcome = train_transformer(
         transformer,
@@ -487,12 +487,12 @@ def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequ
         )
 
 
-def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out: Path) -> None:
+def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out: Path, verify: bool) -> None:
     """Load the first weights; what became of each is logged, and written to a file of the run."""
     source = read_model_config(start.directory)
     reports = load_pretrained(
         transformer,
-        load_transformer(start.directory, source).state_dict(),
+        load_transformer(start.directory, source, verify=verify).state_dict(),
         source.pyramid,
         classes=cast("Classes", start.classes),
         source_names=source.class_names,

@@ -144,7 +144,7 @@ def train_on_images(
     provenance: dict[str, Any] = {"data": data, "images": len(source)}
     if start is not None:
         provenance["start"] = str(start)
-        digest = load_start(vqvae, config, start, new_codebook)
+        digest = load_start(vqvae, config, start, new_codebook, machine.verify)
         origins["start"] = {"tokenizer": digest, "new_codebook": new_codebook}
     perceptual = None
     if config.train_tokenizer.perceptual.weight:
@@ -193,7 +193,7 @@ def training_images(source: ImageSource, config: RunConfig) -> training.ImageBat
     return ImagesAlone(ImageRows(source, config.image_shape, Views(config.data, config.seed)))
 
 
-def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool) -> str:
+def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool, verify: bool = True) -> str:
     """Load the weights of another tokenizer, which may have another pyramid and image size; returns their SHA-256.
 
     ConfigError where the networks differ, or the codebooks without `new_codebook`.
@@ -203,7 +203,7 @@ def load_start(vqvae: VQVAE, config: RunConfig, start: Path, new_codebook: bool)
         source, state = converted.config, dict(converted.tokenizer)
     else:
         source = read_model_config(start)
-        state = dict(load_tokenizer(start, source).state_dict())
+        state = dict(load_tokenizer(start, source, verify=verify).state_dict())
     theirs, ours = source.tokenizer.model_dump(), config.tokenizer.model_dump()
     differing = [name for name in ours if ours[name] != theirs[name] and name != "codebook_size"]
     if differing:

@@ -1,4 +1,6 @@
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvar_core import Pipeline
-from mvar_core.errors import CheckpointError
+from mvar_core.config import Machine
+from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.models.directory import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -80,7 +83,7 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, change: object, message: 
     change(state)  # type: ignore[operator]
     save_file(state, copy / TRANSFORMER_FILE)
     with pytest.raises(CheckpointError, match=message) as error:
-        Pipeline.from_pretrained(copy, device="cpu")
+        Pipeline.from_pretrained(copy, device="cpu", verify=False)
     assert str(copy / TRANSFORMER_FILE) in str(error.value)
 
 
@@ -93,7 +96,7 @@ def test_damaged_directories(copy: Path, tmp_path: Path) -> None:
     whole = (copy / TOKENIZER_FILE).read_bytes()
     (copy / TOKENIZER_FILE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        load_tokenizer(copy, read_model_config(copy))
+        load_tokenizer(copy, read_model_config(copy), verify=False)
     config = json.loads((copy / CONFIG_FILE).read_text())
     (copy / CONFIG_FILE).write_text(json.dumps({**config, "patch_size": [1]}))
     with pytest.raises(CheckpointError, match="Did you mean patch_sizes"):
@@ -111,3 +114,62 @@ def test_a_tokenizer_alone(copy: Path) -> None:
         pipeline.sample([0])
     with pytest.raises(CheckpointError, match="holds a tokenizer but no transformer"):
         load_transformer(copy, pipeline.config)
+
+
+def test_weights_are_compared_with_what_was_saved(copy: Path) -> None:
+    path = copy / TRANSFORMER_FILE
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="--no-verify") as error:
+        Pipeline.from_pretrained(copy, device="cpu")
+    assert str(path) in str(error.value)
+    assert Pipeline.from_pretrained(copy, device="cpu", verify=False).transformer is not None
+    config = json.loads((copy / CONFIG_FILE).read_text())
+    del config["provenance"]["sha256"]  # as directories were that older versions wrote
+    (copy / CONFIG_FILE).write_text(json.dumps(config))
+    assert Pipeline.from_pretrained(copy, device="cpu").transformer is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transformer": {"depth": 100_000}},
+        {"transformer": {"embed_dim": 10**12, "num_heads": 1}},
+        {"transformer": {"num_classes": 10**10}},
+        {"transformer": {"mlp_ratio": 1e300}},
+        {"transformer": {"mlp_ratio": 1e-9}},
+        {"tokenizer": {"codebook_size": 2**40}},
+        {"tokenizer": {"channel_multipliers": [1] * 60}},
+        {"tokenizer": {"channel_multipliers": []}},
+        {"tokenizer": {"encoder_blocks": 10**6}},
+        {"tokenizer": {"residual_convs": 10**9}},
+        {"patch_sizes": [1, 10**9]},
+        {"patch_sizes": [1, 2**70]},
+        {"patch_sizes": list(range(1, 17)) * 1000 + [16]},
+        {"patch_sizes": [[1, 1], [1, 10**6]]},
+        {"image_size": 10**9},
+        {"image_size": [10**300, 8]},
+        {"conditioning": {"kind": "vector", "dim": 10**9}},
+        {"attention": {"windows": [10**400, 3, 3, 3]}},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_sizes_that_cannot_exist_are_refused_at_once(copy: Path, change: dict[str, object]) -> None:
+    values = json.loads((copy / CONFIG_FILE).read_text())
+    for section, value in change.items():
+        values[section] = {**values[section], **value} if isinstance(value, dict) else value
+    (copy / CONFIG_FILE).write_text(json.dumps(values))
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=re.escape(str(copy))) as error:
+        Pipeline.from_pretrained(copy)
+    assert time.monotonic() - start < 5
+    assert len(str(error.value)) < 1000
+
+
+def test_devices_and_dtypes_of_torch_are_accepted(copy: Path) -> None:
+    pipeline = Pipeline.from_pretrained(copy, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert pipeline.transformer.blocks[0].mlp.up.weight.dtype == torch.bfloat16
+    assert Machine(device=torch.device("cuda", 1), dtype=torch.float16) == Machine(device="cuda:1", dtype="float16")
+    with pytest.raises(ConfigError, match="int8"):
+        Pipeline.from_pretrained(copy, device="cpu", dtype=torch.int8)

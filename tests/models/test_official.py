@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,37 @@ def test_export_and_back(golden: GoldenCase, tmp_path: Path) -> None:
     for first, second in ((converted.transformer, again.transformer), (converted.tokenizer, again.tokenizer)):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("encoder.conv_in.weight", (0, 3, 3, 3)),
+        ("encoder.conv_in.weight", (3,)),
+        ("encoder.conv_in.weight", (10**6, 1, 1, 1)),
+        ("encoder.down.0.block.0.conv1.weight", ()),
+        ("encoder.down.0.block.0.conv1.weight", (1, 1, 1, 1)),
+        ("quantize.embedding.weight", (64,)),
+        ("quantize.embedding.weight", (1, 32)),
+        ("word_embed.weight", (0, 0)),
+        ("word_embed.weight", (1, 32)),
+        ("blocks.0.ffn.fc1.weight", (1, 1)),
+        ("blocks.0.attn.scale_mul_1H11", (2,)),
+        ("class_emb.weight", (1, 64)),
+        ("pos_1LC", (30,)),
+        ("lvl_embed.weight", (4,)),
+        ("blocks.100000.attn.q_bias", (64,)),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_with_the_files_name(
+    name: str, shape: tuple[int, ...], golden_mvar: GoldenCase, tmp_path: Path
+) -> None:
+    files = {"model.pth": golden_mvar.model, "vae.pth": golden_mvar.tokenizer}
+    for file, source in files.items():
+        state = official.read_official(source)
+        if name in state or (name.startswith("blocks") and file == "model.pth"):
+            state[name] = torch.zeros(shape)
+        torch.save(state, tmp_path / file)
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(str(tmp_path))) as error:
+        official.convert(tmp_path / "model.pth", tmp_path / "vae.pth", **golden_mvar.options)
+    assert len(str(error.value)) < 1000

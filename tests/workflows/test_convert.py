@@ -1,11 +1,14 @@
 """Published files become a model directory and back; what was published is reproduced by the directory."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
 
 import mvar_core as mvar
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, DataError
+from mvar_core.io.resumable import DirectoryLock
 
 
 def test_there_and_back(golden_mvar, tmp_path):
@@ -78,3 +81,64 @@ def test_attention_that_cannot_be(values, golden_mvar, tmp_path):
     with pytest.raises(ConfigError, match=next(iter(values.values())).strip(",")):
         mvar.convert(out=tmp_path / "out", pyramid=golden_mvar.spec["patch_nums"], **files, **values)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def published(golden_mvar):
+    return {"model": golden_mvar.model, "tokenizer": golden_mvar.tokenizer, "pyramid": golden_mvar.spec["patch_nums"]}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_call_again_is_done_and_an_export_has_the_same_bytes(published, tmp_path):
+    for out in ("a", "b"):
+        mvar.convert(out=tmp_path / out, **published)
+        mvar.convert(model=tmp_path / out, to="official", out=tmp_path / f"{out}.pth")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a.pth").keys() == {"vae.pth", "mvar_d2.pth", ".convert.json"}
+    assert contents(tmp_path / "a.pth") == contents(tmp_path / "b.pth")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    mvar.convert(out=tmp_path / "a", **published)
+    again = mvar.convert(model=tmp_path / "a", to="official", out=tmp_path / "a.pth")
+    assert all(path.is_file() for path in again.outputs)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file()
+    }
+    with pytest.raises(DataError, match="not empty"):
+        mvar.convert(out=tmp_path / "a", dtype="bfloat16", **published)
+
+
+def test_what_a_killed_convert_leaves_is_removed_by_the_next(published, tmp_path):
+    mvar.convert(out=tmp_path / "whole", **published)
+    out = tmp_path / "killed"
+    (out / ".convert.tmp").mkdir(parents=True)
+    (out / ".convert.tmp" / "tokenizer.safetensors").write_bytes(b"half")
+    (out / "transformer.safetensors").write_bytes(b"moved already")
+    mvar.convert(out=out, **published)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_one_writer_at_a_time_and_nothing_stays_of_one_that_fails(published, tmp_path, monkeypatch):
+    with DirectoryLock(tmp_path / "out"), pytest.raises(DataError, match="is at work"):
+        mvar.convert(out=tmp_path / "out", **published)
+
+    def full(path, *_arguments, **_named):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("mvar_core.models.official.save_official", full)
+    mvar.convert(out=tmp_path / "whole", **published)
+    before = contents(tmp_path / "whole")
+    with pytest.raises((DataError, OSError), match="[Nn]o space"):
+        mvar.convert(model=tmp_path / "whole", to="official", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "whole") == before
+
+
+def test_what_is_converted_is_not_overwritten(published, tmp_path):
+    mvar.convert(out=tmp_path / "model", **published)
+    for out in ("model", "."):
+        with pytest.raises(ConfigError, match="--out"):
+            mvar.convert(model=tmp_path / "model", to="official", out=tmp_path / out, overwrite=True)
+    assert len(contents(tmp_path / "model")) == 5

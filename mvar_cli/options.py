@@ -92,7 +92,7 @@ Fsdp = Annotated[
 ]
 Verify = Annotated[
     bool,
-    option("--verify/--no-verify", None, "Compare weights with the hashes that were saved with them.", MACHINE),
+    option("--verify/--no-verify", None, "Compare weights and token shards with the hashes saved with them.", MACHINE),
 ]
 NumProcesses = Annotated[int, option("--nproc", "N", "Processes on this machine, one per GPU.", MACHINE, min=1)]
 
@@ -132,7 +132,6 @@ class TrainOptions(Group):
     settings: Settings = None
     seed: OptionalSeed = None
     validation: Validation = None
-    verify: Annotated[bool, option("--verify/--no-verify", None, "Compare the hashes of token shards.")] = True
     resume: Resume = True
     overwrite: Overwrite = False
     fsdp: Fsdp = False

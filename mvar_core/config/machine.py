@@ -26,7 +26,7 @@ class Machine(Section):
         None, description='bytes that sampling may use, also as text such as "2GB"; None is half of what is free'
     )
 
-    verify: bool = Field(True, description="compare weights with the hashes that were recorded when they were saved")
+    verify: bool = Field(True, description="compare weights and token shards with the hashes that were saved with them")
 
     @field_validator("device", "dtype", mode="before")
     @classmethod

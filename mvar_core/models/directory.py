@@ -82,9 +82,10 @@ def read_model_config(directory: Path) -> ModelConfig:
             "Make one with `mvar train`, `mvar train-tokenizer` or `mvar convert`.",
         )
     try:
-        config: ModelConfig = validate(ModelConfig, read_json(path), str(path))
+        config: ModelConfig = validate(ModelConfig, read_json(path, CheckpointError), str(path))
     except ConfigError as error:
-        raise CheckpointError(error.message) from None
+        where = "" if error.message.startswith(str(path)) else f"{path}: "
+        raise CheckpointError(where + error.message, "Make the model again, or copy its config.json again.") from None
     return config
 
 

@@ -109,7 +109,6 @@ class TrainOptions(TrainTokenizerOptions, total=False):
     data: Path | str | None
     tokenizer: Path | str | None
     validation: Path | str | None
-    verify: bool
     fsdp: bool
     epochs: float | None
     activation_checkpointing: bool | None

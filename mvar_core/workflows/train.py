@@ -111,7 +111,7 @@ def train(
         out: The run directory, which is also a model directory.
         depth: Number of blocks; the width is 64 · depth, with `depth` heads.
         image_size: Side, or (height, width), also as "256x384"; pyramid and windows follow.
-        machine: Device, dtype, attention backend, compilation.
+        machine: Device, dtype, attention backend, compilation; whether hashes of weights and token shards are compared.
         progress: Called after every step.
         **options:
             tokens: Token cache.
@@ -122,7 +122,6 @@ def train(
             settings: Changes to single keys, as "attention.scale_prefixes=2".
             seed: Of everything random.
             validation: Token cache of held-out images to measure on.
-            verify: Compare the hashes of token shards (the default), while the training runs.
             resume: Whether to resume what is in `out` (the default); otherwise a run there is refused.
             overwrite: Start over where a run is in `out`.
             fsdp: Shard the model over the processes.
@@ -164,7 +163,7 @@ def finetune_from_var(
         classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
             or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and
             starts from scratch otherwise.
-        machine: Device, dtype, attention backend, compilation.
+        machine: Device, dtype, attention backend, compilation; whether hashes of weights and token shards are compared.
         progress: Called after every step.
         **options: As of `train`. `tokenizer` is by default the VAR's own; it may be the published file of it, by
             default the one next to `var_checkpoint`.
@@ -209,7 +208,6 @@ def _train(
     settings: Sequence[str] = (),
     seed: int | None = None,
     validation: Path | str | None = None,
-    verify: bool = True,
     resume: bool = True,
     overwrite: bool = False,
     fsdp: bool = False,
@@ -219,7 +217,8 @@ def _train(
     """Merge the configuration, tokenize where images were given, and train; every process does this."""
     if (tokens is None) == (data is None):
         raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
-    cache = TokenCache.open(Path(tokens), None if verify else False) if tokens is not None else None
+    verify = None if machine.verify else False
+    cache = TokenCache.open(Path(tokens), verify) if tokens is not None else None
     directory = _tokenizer_of(cache, tokenizer)
     made_by = read_model_config(directory)
     if start is not None:
@@ -271,7 +270,7 @@ def _train(
                 machine=machine,
                 resume=resume,
                 fsdp=fsdp,
-                validation=TokenCache.open(Path(validation), None if verify else False) if validation else None,
+                validation=TokenCache.open(Path(validation), verify) if validation else None,
                 start=start,
                 progress=progress,
             )

@@ -110,4 +110,4 @@ def test_a_changed_token_shard_ends_the_training(cache, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(DataError, match=rf"{shard.name}.*mvar tokenize"):
         mvar.train(tokens=changed, out=tmp_path / "run", **SMALL)
-    assert mvar.train(tokens=changed, verify=False, out=tmp_path / "other", **SMALL).steps == 3
+    assert mvar.train(tokens=changed, machine=mvar.Machine(verify=False), out=tmp_path / "other", **SMALL).steps == 3

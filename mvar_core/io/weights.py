@@ -44,12 +44,13 @@ def read_weights(path: Path, buffers: Callable[[str], bool] = lambda _: False) -
     return {name: value if buffers(name) else check_finite(value, name, path) for name, value in state.items()}
 
 
-def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
+def load_torch_file(path: Path, *, mapped: bool = True, checksums: bool = True) -> Any:
     """The content of a .pth file, new or legacy: tensors in containers, nothing that would run code.
 
     Args:
         path: The file.
         mapped: Map the file into memory rather than read it, where its format (torch 1.6 and later) allows that.
+        checksums: Read the file whole and compare the checksums in it, which torch writes and never checks.
 
     Raises:
         CheckpointError: The file is missing, damaged, or holds code.
@@ -58,7 +59,7 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
         with open_regular(path, CheckpointError) as file:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            called = _called_in_zip(file, path) if is_zip else _called(file, pickles=5)
+            called = _called_in_zip(file, path, checksums) if is_zip else _called(file, pickles=5)
         if not called & _EXPANDING:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
     except CheckpointError:
@@ -75,13 +76,15 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
     )
 
 
-def _called_in_zip(file: IO[bytes], path: Path) -> set[str]:
+def _called_in_zip(file: IO[bytes], path: Path, checksums: bool) -> set[str]:
     """What the pickle of a new file calls; its records must be as large as they are in the file, not compressed."""
     with ZipFile(file) as archive:
         records = archive.infolist()
         stored = sum(record.file_size for record in records if record.compress_type == ZIP_STORED)
         if stored > path.stat().st_size or any(record.compress_type != ZIP_STORED for record in records):
             raise ValueError("its records are compressed")
+        if checksums and (damaged := archive.testzip()):
+            raise ValueError(f"the checksum of {damaged} is wrong")
         (content,) = (record for record in records if record.filename.endswith("/data.pkl"))
         return _called(archive.open(content), pickles=1)
 

@@ -108,8 +108,8 @@ def is_buffer(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in BUFFERS
 
 
-def read_official(path: Path, *, mapped: bool = True) -> State:
-    """The tensors of a file, .pth or .safetensors, which is by default mapped into memory rather than read.
+def read_official(path: Path, *, mapped: bool = True, checksums: bool = True) -> State:
+    """The tensors of a file, .pth or .safetensors; other arguments as of `load_torch_file`.
 
     Raises:
         CheckpointError: The file is missing or damaged, holds code, or what it holds is no weights.
@@ -117,7 +117,7 @@ def read_official(path: Path, *, mapped: bool = True) -> State:
     if is_safetensors(path):
         state = read_weights(path)
     else:
-        content = load_torch_file(path, mapped=mapped)
+        content = load_torch_file(path, mapped=mapped, checksums=checksums)
         for wrapper in ("trainer", "mvar_wo_ddp", "var_wo_ddp", "state_dict", "model"):
             if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
                 content = content[wrapper]
@@ -128,7 +128,7 @@ def read_official(path: Path, *, mapped: bool = True) -> State:
 
 def kind_of_file(path: Path) -> Kind:
     """Which system wrote a transformer's file: MVAR files name themselves, bare ones are VAR's."""
-    content = {} if is_safetensors(path) else load_torch_file(path)
+    content = {} if is_safetensors(path) else load_torch_file(path, checksums=False)
     inner = content.get("trainer", content) if isinstance(content, Mapping) else {}
     return "mvar" if isinstance(inner, Mapping) and "mvar_wo_ddp" in inner else "var"
 
@@ -166,7 +166,7 @@ def read_config(model: Path | None, tokenizer: Path, *, kind: Kind | None = None
         **overrides: patch_sizes, windows and scale_prefixes of `infer_config`.
     """
     kind = kind or (kind_of_file(model) if model else "var")
-    states = (read_official(model) if model else None, read_official(tokenizer))
+    states = (read_official(model, checksums=False) if model else None, read_official(tokenizer, checksums=False))
     try:
         config = infer_config(*states, kind, name=(model or tokenizer).stem, **overrides)
     except (CheckpointError, ConfigError) as error:

@@ -497,7 +497,11 @@ def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out
         source_names=source.class_names,
         target_names=config.class_names,
     )
-    ignored = [name for name in official.read_official(start.file) if official.is_buffer(name)] if start.file else []
+    ignored = (
+        [name for name in official.read_official(start.file, checksums=False) if official.is_buffer(name)]
+        if start.file
+        else []
+    )
     if world().is_rank_zero:
         write_json(out / START_REPORT, describe_reports(start.origin, reports, ignored))
     counts = Counter(report.action for report in reports)

@@ -123,6 +123,16 @@ def test_what_is_no_file_of_weights(tmp_path):
         assert str(path) in str(refused.value)
 
 
+def test_a_flipped_bit_in_a_value_is_found(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(GOOD, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(GOOD["a"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"w\.pth.*checksum"):
+        read_weights(path)
+
+
 def test_flipped_bits_end_in_values_or_in_a_message(tmp_path):
     source, messages = torch.Generator().manual_seed(0), []
     for name in ("w.pth", "legacy.pth", "w.safetensors"):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import ModelConfig
 from mvar_core.errors import ConfigError
@@ -21,7 +23,7 @@ from mvar_core.results import DryRun, Result
 from mvar_core.runtime import DTYPES
 from mvar_core.untrusted import read_json
 
-RECORD_FILE = ".convert.json"
+RECORD_FILE, FOLDER = ".convert.json", ".convert.tmp"
 
 logger = logging.getLogger("mvar")
 
@@ -57,7 +59,7 @@ def convert(
     windows: str | int | Sequence[int] | None = None,
     scale_prefixes: str | int | None = None,
     to: str = "directory",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     verify: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -87,7 +89,7 @@ def convert(
         CheckpointError: A file cannot be read or does not fit.
         ConfigError: A value that is not known, or does not fit the file.
     """
-    out = Path(out)
+    out, dtype = Path(out), str(dtype).removeprefix("torch.")
     for name, value, known in (
         ("to", to, ("directory", "official")),
         ("kind", kind, (None, "var", "mvar")),
@@ -105,6 +107,8 @@ def convert(
         sizes = None if pyramid is None else read_sizes(pyramid)
     except ValueError as error:
         raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
+    if dry_run or not any((out / name).exists() for name in (RECORD_FILE, FOLDER)):
+        require_new_directory(out, overwrite)
     source = None if model is None else Path(model)
     if to == "official":
         assert source is not None
@@ -121,9 +125,7 @@ def convert(
             "kind": kind, "patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes
         }  # fmt: skip
         config = official.read_config(*files, **chosen)
-    if dry_run:
-        require_new_directory(out, overwrite)
-    else:
+    if not dry_run:
         record = {"to": to, "dtype": dtype, "sources": fingerprint(sources), "config": config.model_dump(mode="json")}
         with _output(out, {**record, "kind": kind}, sources, overwrite) as temporary:
             if temporary is not None and to == "official":
@@ -154,7 +156,7 @@ def _output(out: Path, record: Mapping[str, Any], sources: Sequence[Path], overw
     if any(out.resolve() in source.resolve().parents for source in sources):
         raise ConfigError(f"--out {out} holds a file that is converted.", "Choose another --out.")
     with DirectoryLock(out):
-        folder, path = out / ".convert.tmp", out / RECORD_FILE
+        folder, path = out / FOLDER, out / RECORD_FILE
         if path.is_file() and not overwrite and read_json(path) == as_json(record):
             logger.info("%s is finished: nothing is left to do.", out)
             yield None

@@ -23,6 +23,19 @@ SLOW = (
 )
 
 
+def test_every_script_is_listed() -> None:
+    shared, of_two_checkouts, of_the_tests = "machine", "same_numbers", "mutation"
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {shared, of_two_checkouts, of_the_tests}
+    assert sorted(scripts) == sorted([*QUICK, *SLOW])
+
+
+@pytest.mark.slow
+def test_a_checkout_has_the_numbers_of_itself() -> None:
+    command = [sys.executable, str(BENCHMARKS / "same_numbers.py"), *[str(BENCHMARKS.parent)] * 2, "--smoke"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("script", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_benchmark_runs(script: str) -> None:
     results = BENCHMARKS / "results" / f"{script}.json"

@@ -29,7 +29,7 @@ from mvar_core.data.images import open_images
 from mvar_core.data.masks import read_mask
 from mvar_core.data.tokens import MANIFEST, TokenCache
 from mvar_core.data.vectors import read_vectors
-from mvar_core.errors import LONGEST, DataError, MvarError
+from mvar_core.errors import LONGEST, CheckpointError, DataError, MvarError
 from mvar_core.evaluation.references import load_reference, read_features
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, load_transformer, read_model_config
@@ -133,6 +133,13 @@ def test_fuzz_safetensors(model_copy: Path) -> None:
         path.write_bytes(valid)
 
 
+def exported(model: Path, out: Path) -> list[Path]:
+    """A model's published files: tokenizer, transformer."""
+    out.mkdir()
+    official.export_official(model, out)
+    return sorted(out.glob("*.pth"), key=lambda path: not path.name.startswith("vae"))
+
+
 TENSORS: tuple[Callable[[], Any], ...] = (
     lambda: torch.full((16, 4), torch.nan),
     lambda: torch.full((16, 4), torch.inf),
@@ -151,9 +158,9 @@ TENSORS: tuple[Callable[[], Any], ...] = (
 )
 
 
-def test_fuzz_pth(model: Path, written: Any) -> None:
+def test_fuzz_pth(model: Path, written: Any, tmp_path: Path) -> None:
     """Published files: damaged archives, and whole ones with tensors that cannot be weights."""
-    names = official.export_official(model, written("out/x")(b"").parent)
+    names = exported(model, tmp_path / "out")
     state = official.read_official(names[1])
     write, tokenizer = written("model.pth"), names[0]
 
@@ -383,3 +390,14 @@ def test_a_mask_of_complex_numbers_is_refused(written: Any) -> None:
     path = written("v.npz")(saved(vectors=np.zeros((1, 3, 2), np.float32), mask=np.zeros((1, 3), np.complex64)))
     with pytest.raises(DataError, match="complex64"):
         read_vectors(path)
+
+
+def test_published_weights_of_too_few_axes_are_refused(model: Path, tmp_path: Path) -> None:
+    """Found by `test_fuzz_pth`: sizes are inferred from shapes."""
+    tokenizer, path = exported(model, tmp_path / "out")
+    state = official.read_official(path)
+    for name in ("word_embed.weight", "pos_1LC", "class_emb.weight", "blocks.0.attn.scale_mul_1H11"):
+        for odd in (torch.zeros(()), torch.zeros(0, 4, 1, 1)):
+            torch.save({**state, name: odd}, tmp_path / "odd.pth")
+            with pytest.raises(CheckpointError, match=name):
+                official.convert(tmp_path / "odd.pth", tokenizer, patch_sizes=(1, 2, 4))

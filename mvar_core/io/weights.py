@@ -223,10 +223,10 @@ class WeightsFile:
             f" {self.option} or ${self.variable}{'; ' if self.otherwise else ''}{self.otherwise}."
         )
 
-    def find(self, path: Path | str | None = None, *, exact: bool = False) -> Path:
+    def find(self, path: Path | str | None = None) -> Path:
         """The file on this machine: `path`, or the environment variable's, or one in torch's cache of downloads.
 
-        A file that the user names may hold other weights than the published ones, unless it must be `exact`.
+        A file that the user names may hold other weights than the published ones, one in the cache may not.
 
         Raises:
             DataError: No such file, or another one; says where to get it and where to put it.
@@ -237,19 +237,13 @@ class WeightsFile:
             if not candidate.is_file():
                 origin = self.option if path is not None else f"${self.variable}"
                 raise DataError(f"{origin}: {candidate} does not exist.", self.how_to_get)
-            if exact:
-                self.check(candidate)
             return candidate
-        for name in self.names:
-            if (candidate := self.cache / name).is_file():
-                self.check(candidate)
-                return candidate
-        raise DataError(f"{self.what} ({self.names[0]}) are not on this machine.", self.how_to_get)
-
-    def check(self, path: Path) -> None:
-        """Refuse a file whose bytes are not the published ones (DataError)."""
-        if (found := sha256_of_file(path)) != self.sha256:
+        cached = next((self.cache / name for name in self.names if (self.cache / name).is_file()), None)
+        if cached is None:
+            raise DataError(f"{self.what} ({self.names[0]}) are not on this machine.", self.how_to_get)
+        if (found := sha256_of_file(cached)) != self.sha256:
             raise DataError(
-                f"{path} does not hold {self.what}: its SHA-256 is {found}, expected {self.sha256}.",
+                f"{cached} does not hold {self.what}: its SHA-256 is {found}, expected {self.sha256}.",
                 f"Delete it. {self.how_to_get}",
             )
+        return cached

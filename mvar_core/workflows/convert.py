@@ -159,6 +159,7 @@ def _output(out: Path, record: Mapping[str, Any], sources: Sequence[Path], overw
         folder, path = out / FOLDER, out / RECORD_FILE
         if path.is_file() and not overwrite and read_json(path) == as_json(record):
             logger.info("%s is finished: nothing is left to do.", out)
+            remove(folder)
             yield None
             return
         require_new_directory(out, overwrite or folder.exists())

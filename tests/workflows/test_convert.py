@@ -118,6 +118,9 @@ def test_what_a_killed_convert_leaves_is_removed_by_the_next(published, tmp_path
     (out / "transformer.safetensors").write_bytes(b"moved already")
     mvar.convert(out=out, **published)
     assert contents(out) == contents(tmp_path / "whole")
+    (out / ".convert.tmp").mkdir()  # killed just before its end
+    mvar.convert(out=out, **published)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_one_writer_at_a_time_and_nothing_stays_of_one_that_fails(published, tmp_path, monkeypatch):

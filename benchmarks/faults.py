@@ -430,13 +430,16 @@ def option_cases(world: World) -> Iterator[Case]:
             option = parameter.opts[-1]
             if parameter.is_flag or option in ("--nproc", "--help"):
                 continue
+            base = commands[entry.name]
+            if (entry.name, option) == ("sample", "--vectors"):
+                base = [*without(base, "--checkpoint"), f"--checkpoint={world.of_vectors}"]
             for value in ABSURD:
                 refused = parameter.metavar in NUMBERS and value in ALWAYS_WRONG
                 refused |= parameter.metavar is None and value in ("nan", "inf", "x" * 10_000)
                 if (entry.name, option) == ("quickstart", "--minutes") and value == "0":
                     continue
-                names = (option, option[2:], option[2:].replace("-", "_"), value[:20]) if value else ()
-                words = with_option(commands[entry.name], option, value)
+                names = (option, option[2:], option[2:].replace("-", "_"), value[:20], "patch_sizes") if value else ()
+                words = with_option(base, option, value)
                 yield Case("option values", f"{entry.name} {option} {value[:20]!r}", words, names, refused)
             if option == "--set":
                 for value in BAD_SETTINGS:
@@ -493,7 +496,7 @@ def file_cases(world: World) -> Iterator[Case]:
                     base = [*without(command, "--checkpoint"), f"--checkpoint={world.of_vectors}"]
                 harmless = label in ("directory", "garbage after", "one byte short", "text")
                 yield Case(f"files: {kind}", f"{text}: {label}", with_option(base, option, str(path)),
-                           (path.name, "vgg", "lpips"), not harmless)  # fmt: skip
+                           (path.stem, "vgg", "lpips"), not harmless)  # fmt: skip
     yield from folder_cases(world, kinds["images"])
     yield from model_cases(world)
     yield from token_cases(world)

@@ -23,6 +23,7 @@ from mvar_core.evaluation.demo_scores import DemoScores, score_samples
 from mvar_core.formatting import format_count
 from mvar_core.io.files import require_new_directory
 from mvar_core.io.pixels import from_uint8, make_grid, save_png, to_uint8
+from mvar_core.io.resumable import DirectoryLock
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
 from mvar_core.reports.pages import TableRows
@@ -132,85 +133,96 @@ def quickstart(
         return QuickstartResult(
             **names, dry_run=DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
         )
-    if not (out / CLASSIFIER_FILE).is_file():
-        require_new_directory(out, overwrite)
-    out.mkdir(parents=True, exist_ok=True)  # fails before anything slow where nothing can be written
     if machine.dtype == "auto":
         machine = machine.model_copy(update={"dtype": "float32"})
     computing: dict[str, Any] = {"machine": machine, "progress": progress}
-    common: dict[str, Any] = {"preset": PRESET, "settings": settings, "seed": seed, "overwrite": overwrite, **computing}
-
-    with _timed("classifier", seconds):
-        path = out / CLASSIFIER_FILE
-        known = path.is_file() and not overwrite
-        classifier = DemoClassifier.load(path) if known else train_digits_classifier(path, config.image_shape, seed)
-    with _timed("tokenizer", seconds):
-        tokenizer = train_tokenizer(data="digits", out=out / "tokenizer", **common)
-    if tokenizer.interrupted:
-        return QuickstartResult(**names, interrupted=True)
-    with _timed("tokens", seconds):
-        tokens = tokenize(tokenizer=tokenizer.model, data="digits:train", out=out / "tokens-train", **common)
-        held_out = tokenize(
-            tokenizer=tokenizer.model, data="digits:test", out=out / "tokens-test", seed=seed, overwrite=overwrite,
-            **computing,
-        )  # fmt: skip
-    with _timed("MVAR", seconds):
-        trained = train(
-            tokens=tokens.path, validation=held_out.path, tokenizer=tokenizer.model, out=model, **common
-        )  # fmt: skip
-    if trained.interrupted:
-        return QuickstartResult(**names, interrupted=True)
-    with _timed("samples", seconds):
-        sampled = sample_to(
-            samples, checkpoint=model, classes="all", num=num, seed=seed, batch_size=100, overwrite=True, **computing
-        )
-    if sampled.interrupted:
-        return QuickstartResult(**names, interrupted=True)
-    with _timed("metrics", seconds):
-        with np.load(samples) as file:
-            images, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["labels"])
-        columns = min(num, SHOWN)
-        picture = make_grid(images.unflatten(0, (-1, num))[:, :columns].flatten(0, 1), columns)
-        save_png(picture, grid)
-        real, test = (read_digits(split, config.image_shape) for split in ("train", "test"))
-        scores = score_samples(classifier, (images.permute(0, 3, 1, 2).contiguous(), labels), real, test)
-    with _timed("report", seconds):
-        attention = analyze_attention(
-            model, out / "attention", data="digits:test", num=128, overwrite=True, **computing
-        )
-        tables = {"metrics": metric_rows(scores, tokenizer.psnr, tokenizer.code_usage), "time": time_rows(seconds)}
-        pipeline = Pipeline.from_pretrained(model, machine=machine)
-        originals = test[0][:SHOWN].permute(0, 2, 3, 1)
-        stages = pipeline.sample(range(classifier.num_classes), seed=0, stages=True).stages
-        assert stages is not None
-        write_quickstart_page(
-            page,
-            grid=picture,
-            stages=stages,
-            originals=originals,
-            reconstructions=to_uint8(pipeline.decode(pipeline.encode(from_uint8(originals)))).cpu(),
-            attention=attention.plots_svg,
-            parameters=format_count(cost_of(pipeline.config).parameters),
-            seed=seed,
-            sides=str(config.pyramid),
-            metrics=tables["metrics"],
-            recommendation=attention.sentences[-1],
-            seconds=tables["time"],
+    common = {"preset": PRESET, "settings": settings, "seed": seed, "overwrite": overwrite, **computing}
+    if out.exists() and not out.is_dir():
+        require_new_directory(out, overwrite)
+    out.mkdir(parents=True, exist_ok=True)  # fails before anything slow where nothing can be written
+    with DirectoryLock(out):
+        if not (out / CLASSIFIER_FILE).is_file():
+            require_new_directory(out, overwrite)
+        elif page.is_file() and not overwrite:
+            logger.info("%s is finished: nothing is left to train, and the report is made again.", out)
+        with _timed("classifier", seconds):
+            path = out / CLASSIFIER_FILE
+            known = path.is_file() and not overwrite
+            classifier = DemoClassifier.load(path) if known else train_digits_classifier(path, config.image_shape, seed)
+        with _timed("tokenizer", seconds):
+            tokenizer = train_tokenizer(data="digits", out=out / "tokenizer", **common)
+        if tokenizer.interrupted:
+            return QuickstartResult(**names, interrupted=True)
+        with _timed("tokens", seconds):
+            tokens = tokenize(tokenizer=tokenizer.model, data="digits:train", out=out / "tokens-train", **common)
+            held_out = tokenize(
+                tokenizer=tokenizer.model, data="digits:test", out=out / "tokens-test", seed=seed, overwrite=overwrite,
+                **computing,
+            )  # fmt: skip
+        with _timed("MVAR", seconds):
+            trained = train(
+                tokens=tokens.path, validation=held_out.path, tokenizer=tokenizer.model, out=model, **common
+            )  # fmt: skip
+        if trained.interrupted:
+            return QuickstartResult(**names, interrupted=True)
+        with _timed("samples", seconds):
+            sampled = sample_to(
+                samples,
+                checkpoint=model,
+                classes="all",
+                num=num,
+                seed=seed,
+                batch_size=100,
+                overwrite=True,
+                **computing,
+            )
+        if sampled.interrupted:
+            return QuickstartResult(**names, interrupted=True)
+        with _timed("metrics", seconds):
+            with np.load(samples) as file:
+                images, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["labels"])
+            columns = min(num, SHOWN)
+            picture = make_grid(images.unflatten(0, (-1, num))[:, :columns].flatten(0, 1), columns)
+            save_png(picture, grid)
+            real, test = (read_digits(split, config.image_shape) for split in ("train", "test"))
+            scores = score_samples(classifier, (images.permute(0, 3, 1, 2).contiguous(), labels), real, test)
+        with _timed("report", seconds):
+            attention = analyze_attention(
+                model, out / "attention", data="digits:test", num=128, overwrite=True, **computing
+            )
+            tables = {"metrics": metric_rows(scores, tokenizer.psnr, tokenizer.code_usage), "time": time_rows(seconds)}
+            pipeline = Pipeline.from_pretrained(model, machine=machine)
+            originals = test[0][:SHOWN].permute(0, 2, 3, 1)
+            stages = pipeline.sample(range(classifier.num_classes), seed=0, stages=True).stages
+            assert stages is not None
+            write_quickstart_page(
+                page,
+                grid=picture,
+                stages=stages,
+                originals=originals,
+                reconstructions=to_uint8(pipeline.decode(pipeline.encode(from_uint8(originals)))).cpu(),
+                attention=attention.plots_svg,
+                parameters=format_count(cost_of(pipeline.config).parameters),
+                seed=seed,
+                sides=str(config.pyramid),
+                metrics=tables["metrics"],
+                recommendation=attention.sentences[-1],
+                seconds=tables["time"],
+                commands=next_commands(out),
+            )
+        return QuickstartResult(
+            **names,
+            **asdict(scores),
+            seconds=time.monotonic() - start,
+            reconstruction_psnr=tokenizer.psnr,
+            code_usage=tokenizer.code_usage,
+            loss=trained.loss,
+            images_per_second=sampled.images_per_second,
+            peak_memory_bytes=sampled.peak_memory_bytes,
+            stage_seconds=seconds,
+            tables={**tables, "time": time_rows(seconds)},
             commands=next_commands(out),
         )
-    return QuickstartResult(
-        **names,
-        **asdict(scores),
-        seconds=time.monotonic() - start,
-        reconstruction_psnr=tokenizer.psnr,
-        code_usage=tokenizer.code_usage,
-        loss=trained.loss,
-        images_per_second=sampled.images_per_second,
-        peak_memory_bytes=sampled.peak_memory_bytes,
-        stage_seconds=seconds,
-        tables={**tables, "time": time_rows(seconds)},
-        commands=next_commands(out),
-    )
 
 
 def next_commands(out: Path) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 
 import mvar_core as mvar
 from mvar_core.errors import ConfigError, DataError
+from mvar_core.io.resumable import DirectoryLock
 
 SETTINGS = (
     "image_size=16", "patch_sizes=[1,2,4]", "attention.windows=[0,0,3]", "data.augmented_views=0",
@@ -16,7 +17,7 @@ SETTINGS = (
 MACHINE = mvar.Machine(device="cpu")
 
 
-def test_from_nothing_to_a_report(tmp_path):
+def test_from_nothing_to_a_report(tmp_path, caplog):
     out = tmp_path / "quickstart"
     stages = []
     result = mvar.quickstart(
@@ -46,7 +47,11 @@ def test_from_nothing_to_a_report(tmp_path):
         assert np.array_equal(samples["arr_0"], pipeline.sample(labels, seed=0).images.numpy())
         assert samples["labels"].tolist() == labels
 
-    again = mvar.quickstart(out, num=4, settings=SETTINGS, machine=MACHINE)
+    with DirectoryLock(out), pytest.raises(DataError, match="at work in"):
+        mvar.quickstart(out, num=4, settings=SETTINGS, machine=MACHINE)
+    with caplog.at_level("INFO", "mvar"):
+        again = mvar.quickstart(out, num=4, settings=SETTINGS, machine=MACHINE)
+    assert f"{out} is finished" in caplog.text
     for name in ("loss", "demo_fid", "reconstruction_psnr", "classifier_accuracy", "nearest_distance"):
         assert getattr(again, name) == getattr(result, name), name
 

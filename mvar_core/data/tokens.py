@@ -413,16 +413,22 @@ class _Verifier:
 
     def __init__(self, path: Path, manifest: Manifest):
         self._path, self._manifest = path, manifest
+        self._is_small = sum(entry.bytes for entry in manifest.files) <= SMALL_CACHE
+        self._called = False
         self._thread: Thread | None = None
         self._problem: str | None = None
 
     def check(self, wait: bool = False) -> None:
-        """Begin, if that has not happened; raise DataError if a problem has been found, by now or at the end."""
-        if self._thread is None:
+        """Raise DataError if a problem has been found by now, or with `wait` at the end.
+
+        A small cache is compared during the first call; else a thread begins with the second, after the first batch.
+        """
+        wait = wait or self._is_small
+        if self._thread is None and (wait or self._called):
             self._thread = Thread(target=self._compare, daemon=True)
             self._thread.start()
-            wait = wait or sum(entry.bytes for entry in self._manifest.files) <= SMALL_CACHE
-        if wait:
+        self._called = True
+        if wait and self._thread is not None:
             self._thread.join()
         if self._problem is not None:
             raise _damaged(self._path, self._manifest, self._problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import ModelConfig
-from mvar_core.errors import ConfigError
+from mvar_core.errors import ConfigError, WriteError
 from mvar_core.io.files import LOCK_FILE, fingerprint, naming, remove, require_new_directory, write_json
 from mvar_core.io.resumable import DirectoryLock, as_json
 from mvar_core.models import official
@@ -165,7 +166,10 @@ def _output(out: Path, record: Mapping[str, Any], sources: Sequence[Path], overw
         require_new_directory(out, overwrite or folder.exists())
         remove(folder)
         with naming(out):
-            folder.mkdir()
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise WriteError(out, error.errno or errno.EIO) from None
             try:
                 yield folder
                 write_json(folder / path.name, record)

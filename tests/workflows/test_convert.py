@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mvar_core as mvar
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import ConfigError, DataError, WriteError
 from mvar_core.io.resumable import DirectoryLock
 
 
@@ -137,6 +137,11 @@ def test_one_writer_at_a_time_and_nothing_stays_of_one_that_fails(published, tmp
         mvar.convert(model=tmp_path / "whole", to="official", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert contents(tmp_path / "whole") == before
+
+
+def test_an_output_that_cannot_be_made_is_named(published):
+    with pytest.raises(WriteError, match="/proc/nowhere/out"):
+        mvar.convert(out="/proc/nowhere/out", **published)
 
 
 def test_what_is_converted_is_not_overwritten(published, tmp_path):

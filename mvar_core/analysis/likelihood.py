@@ -29,6 +29,7 @@ from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.progress import running_total
 from mvar_core.results import Result
+from mvar_core.untrusted import check_whole
 
 TOP = 5
 """How many classes `zero_shot_top5` considers."""
@@ -193,6 +194,8 @@ def measure_likelihood(
     if config.conditioning.kind != "class":
         raise ConfigError("Likelihoods per class need a model that is conditioned on classes; this one is on vectors.")
     device, null_label = quantizer.codebook.device, transformer.null_label
+    for label in classes or ():
+        check_whole("a class", label, 0, null_label - 1)
     competing = torch.tensor(classes if classes is not None else [], dtype=torch.long)
     count = running_total(progress)
     measured: list[Columns] = []

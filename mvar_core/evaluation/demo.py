@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mvar_core.data.evaluation_images import open_evaluation_images, shape_text
 from mvar_core.errors import CheckpointError, ConfigError, DataError, one_line
-from mvar_core.evaluation.features import Features, check_images
+from mvar_core.evaluation.features import Features, check_images, check_labels
 from mvar_core.io.files import atomic_path
 from mvar_core.io.weights import open_safetensors, read_weights
 from mvar_core.runtime import generator
@@ -100,7 +100,8 @@ class DemoClassifier(nn.Module):
     @torch.inference_mode()
     def accuracy(self, images: UInt8[Tensor, "B 3 H W"], labels: Int64[Tensor, " B"]) -> float:
         """Fraction of the images that are classified as their labels say."""
-        _check_labels(images, labels, self.num_classes)
+        check_images(images)
+        check_labels(images, labels, self.num_classes)
         predictions = [self(batch.to(self.head.weight.device)).argmax(dim=1).cpu() for batch in images.split(512)]
         return (torch.cat(predictions) == labels.cpu()).double().mean().item()
 
@@ -194,7 +195,8 @@ def train_classifier(
     Raises:
         DataError: No images, images of the wrong kind, or labels that do not fit.
     """
-    _check_labels(images, labels, num_classes)
+    check_images(images)
+    check_labels(images, labels, num_classes)
     height, width = images.shape[2:]
     source = generator("demo-classifier", seed)
     classifier = DemoClassifier(num_classes, (height, width))
@@ -236,15 +238,6 @@ def _shifted(images: Tensor, source: torch.Generator) -> Tensor:
     columns = (torch.arange(width) + shifts[1]).clamp(0, width - 1)
     index = torch.arange(count)
     return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _check_labels(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    check_images(images)
-    if len(images) == 0 or len(images) != len(labels):
-        raise DataError(f"Found {len(images)} images and {len(labels)} labels; expected one label per image, and some.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise DataError(f"Labels run from {low} to {high}; expected 0 to {num_classes - 1}.")
 
 
 def read_digits(split: str, image_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

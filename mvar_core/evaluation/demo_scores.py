@@ -17,11 +17,13 @@ from torch import Tensor
 
 from mvar_core.errors import DataError
 from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor
+from mvar_core.evaluation.features import check_dense, check_labels
 from mvar_core.evaluation.scores import frechet_distance
 from mvar_core.evaluation.statistics import Statistics, collect
 from mvar_core.runtime import generator
 
 BLOCK_IMAGES = 1024
+WHAT = "Distances are of images (N, C, H, W)"
 
 Images = Shaped[Tensor, "N C H W"]
 """uint8 in 0 … 255, or floating point in [-1, 1]."""
@@ -109,6 +111,8 @@ def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H 
     Raises:
         DataError: A set is empty, or image sizes differ.
     """
+    for each in (images, reference):
+        check_dense(each, WHAT)
     if len(images) == 0 or len(reference) == 0 or images.shape[1:] != reference.shape[1:]:
         raise DataError(
             "Nearest neighbours need two sets of images of one size, found"
@@ -131,8 +135,9 @@ def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:
     Raises:
         DataError: Labels do not match the images.
     """
+    classes = _classes(images, labels)
     means = torch.empty_like(images)
-    for label in _classes(images, labels):
+    for label in classes:
         members = labels == label
         mean = images[members].double().mean(dim=0)
         means[members] = (mean if images.is_floating_point() else mean.round()).to(images.dtype)
@@ -140,12 +145,13 @@ def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:
 
 
 def _classes(images: Tensor, labels: Tensor) -> list[int]:
-    if len(images) != len(labels) or len(images) == 0:
-        raise DataError(f"Found {len(images)} images and {len(labels)} labels; expected one label per image, and some.")
+    check_dense(images, WHAT)
+    check_labels(images, labels)
     return [int(label) for label in labels.unique()]
 
 
 def _vectors(images: Tensor) -> Tensor:
+    check_dense(images, WHAT)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise DataError(f"Images are uint8, or floating point in [-1, 1]; found {images.dtype}.")
     # float64: torch finds distances through products, which loses those much smaller than the vectors' lengths.

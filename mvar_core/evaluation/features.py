@@ -75,13 +75,36 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features: ...  # noqa: D102
 
 
+def check_dense(images: Any, what: str) -> None:
+    """Raise DataError for what is not a tensor of images (N, C, H, W) with values in memory."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.layout != torch.strided or images.is_meta:
+        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(f"{what}, found {found}.".replace("torch.", ""))
+
+
 def check_images(images: Tensor) -> None:
     """Raise DataError for what is not a batch of uint8 RGB images."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+    what = "Features are measured on uint8 images (B, 3, H, W)"
+    check_dense(images, what)
+    if images.dtype != torch.uint8 or images.shape[1] != 3 or 0 in images.shape[1:]:
+        raise DataError(f"{what}, found {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}.")
+
+
+def check_labels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+    """Raise DataError for labels that are not a whole number from 0 for each image, and for no images at all."""
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise DataError(
-            f"Features are measured on uint8 images (B, 3, H, W), found {str(images.dtype).removeprefix('torch.')}"
-            f" {tuple(images.shape)}."
+            f"Labels are a tensor of whole numbers, found {getattr(labels, 'dtype', type(labels).__name__)}."
         )
+    if len(images) == 0 or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"Found {len(images)} images and {len(labels) if labels.ndim == 1 else tuple(labels.shape)} labels;"
+            " expected one label per image, and some."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        expected = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
+        raise DataError(f"Labels run from {low} to {high}; expected {expected}.")
 
 
 def check_features(found: Any, extractor: FeatureExtractor, images: int) -> None:

@@ -83,8 +83,13 @@ class ReconstructionMeter:
         """
         _check_pair(originals, reconstructions)
         length = self._spans[-1].stop
-        if tokens.shape != (len(originals), length):
-            raise DataError(f"Tokens have shape {tuple(tokens.shape)}; expected {(len(originals), length)}.")
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.shape != (len(originals), length):
+            found = (
+                f"{tokens.dtype} {tuple(tokens.shape)}".removeprefix("torch.")
+                if isinstance(tokens, Tensor)
+                else type(tokens).__name__
+            )
+            raise DataError(f"Tokens are {found}; expected int64 {(len(originals), length)}.")
         codes = self._used.shape[1]
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < codes:
             raise DataError(f"Tokens run from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {codes - 1}.")

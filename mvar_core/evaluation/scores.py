@@ -100,6 +100,7 @@ def precision_recall(
         DataError: A set has no more than k images.
     """
     _check_pair(samples, reference)
+    check_whole("neighbourhood", neighbourhood, 1)
     if min(len(samples), len(reference)) <= neighbourhood:
         raise DataError(
             f"Precision and recall need more than {neighbourhood} images in both sets,"
@@ -139,6 +140,8 @@ def check_counts(
 
 def kid_subsets(num_samples: int, num_reference: int, subset_size: int | None = None) -> tuple[int, int]:
     """Number and size of the subsets that KID is averaged over, for sets of these sizes."""
+    if subset_size is not None:
+        check_whole("subset_size", subset_size, 2)
     size = min(subset_size or KID_SUBSET_SIZE, num_samples, num_reference)
     return (1 if num_samples == num_reference == size else KID_SUBSETS), size
 
@@ -198,6 +201,7 @@ def evaluate_features(
         DataError: Two sets that were measured with different networks.
     """
     asked = check_metrics(metrics)
+    check_whole("seed", seed)
     hashes = samples.weights_hash, reference.weights_hash
     if samples.extractor != reference.extractor or (hashes[1] is not None and hashes[0] != hashes[1]):
         ours, theirs = ((known or "?")[:12] for known in hashes)
@@ -384,6 +388,7 @@ def _check_widths(first: int, second: int) -> None:
 def _labelled(role: str, images: FeatureSet, labels: NDArray[np.int64]) -> Tensor:
     if images.features is None:
         raise DataError(f"Scores per class need the features of the {role} set's images, which are not known.")
+    labels = np.asarray(labels)
     if labels.shape != (len(images.features),) or len(labels) == 0 or labels.dtype.kind not in "iu":
         raise DataError(
             f"The {role} set has {len(images.features)} images and {labels.dtype} labels of shape {labels.shape};"

@@ -1,5 +1,6 @@
 """Likelihoods: closed forms on constructed models, and brute force over `Pipeline.logits`."""
 
+import copy
 import math
 
 import golden_models
@@ -13,7 +14,7 @@ from live_bytes import LiveBytes
 from mvar_core import Pipeline
 from mvar_core.analysis.likelihood import LikelihoodReport, log_likelihoods, measure_likelihood
 from mvar_core.config import ModelConfig
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 
@@ -207,3 +208,15 @@ def test_what_cannot_be_scored(pipeline: Pipeline, tokens: torch.Tensor) -> None
     mixed = [(tokens, LABELS), (tokens, None)]
     with pytest.raises(DataError, match="some do not"):
         measure_likelihood(pipeline.transformer, pipeline.tokenizer.quantizer, mixed, pipeline.config)
+
+
+def test_weights_that_are_not_finite_and_wrong_labels_are_refused(pipeline: Pipeline, tokens: torch.Tensor) -> None:
+    for labels in (LABELS[:3], LABELS.double(), LABELS[:, None], LABELS + CLASSES):
+        with pytest.raises(DataError):
+            measured(pipeline, tokens, labels, classes=range(CLASSES))
+    with pytest.raises(ConfigError, match="class"):
+        measured(pipeline, tokens, LABELS, classes=[*range(CLASSES), CLASSES])
+    broken = copy.deepcopy(pipeline)
+    broken.transformer.head.weight.data[0] = math.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        broken.log_likelihoods(tokens, LABELS)

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mvar_core.errors import DataError
+from mvar_core.evaluation.demo import DemoClassifier, train_classifier
 from mvar_core.evaluation.demo_scores import (
     class_mean_images,
     nearest_neighbour_distance,
     pixel_diversity,
 )
+from mvar_core.evaluation.reconstruction import ssim
 
 
 def pictures(count: int, seed: int = 0) -> Tensor:
@@ -83,3 +86,42 @@ def test_real_digits_have_the_diversity_and_distances_of_one_gray_channel(
     assert pixel_diversity(images, labels) == pytest.approx(16.0, abs=0.3)
     assert nearest_neighbour_distance(images, digits["train"][0]) == pytest.approx(7.2, abs=0.2)
     assert pixel_diversity(class_mean_images(images, labels), labels) < 0.01
+
+
+IMAGES = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+NOT_IMAGES = [
+    None, 3, [], IMAGES.numpy(), IMAGES.tolist(), IMAGES[0], IMAGES.to_sparse(), IMAGES.to("meta"), IMAGES[:0],
+]  # fmt: skip
+NOT_LABELS = [
+    None, 3, [0, 1, 2, 3], torch.arange(3), torch.arange(4) - 1, torch.rand(4), torch.zeros(4, 1, dtype=torch.int64),
+    torch.full((4,), torch.nan),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("images", NOT_IMAGES, ids=range(len(NOT_IMAGES)))
+def test_what_is_not_images_is_refused(images: Any) -> None:
+    labels = torch.arange(4)
+    classifier = DemoClassifier(4, (16, 16))
+    for measure in (
+        lambda: pixel_diversity(images, labels),
+        lambda: class_mean_images(images, labels),
+        lambda: nearest_neighbour_distance(images, IMAGES),
+        lambda: nearest_neighbour_distance(IMAGES, images),
+        lambda: ssim(images, IMAGES),
+        lambda: train_classifier(images, labels, 4, steps=1),
+        lambda: classifier.accuracy(images, labels),
+    ):
+        with pytest.raises(DataError):
+            measure()
+
+
+@pytest.mark.parametrize("labels", NOT_LABELS, ids=range(len(NOT_LABELS)))
+def test_what_is_not_labels_of_the_images_is_refused(labels: Any) -> None:
+    for measure in (
+        lambda: pixel_diversity(IMAGES, labels),
+        lambda: class_mean_images(IMAGES, labels),
+        lambda: train_classifier(IMAGES, labels, 4, steps=1),
+        lambda: DemoClassifier(4, (16, 16)).accuracy(IMAGES, labels),
+    ):
+        with pytest.raises(DataError):
+            measure()

@@ -106,7 +106,7 @@ def test_refuses_tokens_that_do_not_fit_and_no_images() -> None:
     meter = ReconstructionMeter(SPANS, 8)
     with pytest.raises(DataError, match="no images"):
         meter.result()
-    with pytest.raises(DataError, match=r"shape \(1, 4\); expected \(1, 5\)"):
+    with pytest.raises(DataError, match=r"int64 \(1, 4\); expected int64 \(1, 5\)"):
         meter.update(pictures(1), pictures(1), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(DataError, match="from 0 to 8; expected 0 to 7"):
         meter.update(pictures(1), pictures(1), torch.tensor([[0, 0, 0, 0, 8]]))

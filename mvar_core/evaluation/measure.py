@@ -116,6 +116,7 @@ class Measurer:
         return key, None if found is None or (self.keep_features and found.features is None) else found
 
 
+MOST = {"num_samples": 1_000_000_000}
 LEAST = {"num_samples": 2, "kid_subset": 2, "batch_size": 1, "seed": 0}
 
 
@@ -128,7 +129,7 @@ def check_values(cache: str | Path | None, **numbers: int | None) -> None:
     """
     for name, value in numbers.items():
         if value is not None:
-            check_whole(f"--{name.replace('_', '-')}", value, LEAST[name])
+            check_whole(f"--{name.replace('_', '-')}", value, LEAST[name], MOST.get(name, 2**63 - 1))
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise DataError(f"--cache {cache} is a file; expected a directory.")
 

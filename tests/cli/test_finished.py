@@ -46,7 +46,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 NAMES = (
     "train-tokenizer", "tokenize", "train", "finetune-from-var", "sample", "sample.npz", "sample.png", "edit",
-    "reference.npz", "analyze-attention", "ablate",
+    "reference.npz", "analyze-attention", "convert", "convert-official", "ablate",
 )  # fmt: skip
 
 

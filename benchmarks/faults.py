@@ -444,7 +444,7 @@ def option_cases(world: World) -> Iterator[Case]:
             if option == "--set":
                 for value in BAD_SETTINGS:
                     command = (*commands[entry.name], option, value)
-                    keys = (*value.split("=")[0].split("."), "--set", "image_size")
+                    keys = (*value.split("=")[0].split("."), "--set", "patch_sizes", "image_size")
                     yield Case("configuration values", f"{entry.name} {value}", command, keys)
 
 

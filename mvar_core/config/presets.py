@@ -100,8 +100,8 @@ def load_config(
     Raises:
         ConfigError: An unknown preset or key (with the nearest names), or a value that does not fit.
     """
-    values = read_preset(preset) if preset else dict(base or {})
-    if preset:
+    values = read_preset(preset) if preset is not None else dict(base or {})
+    if preset is not None:
         values.setdefault("name", Path(preset).stem if preset.endswith((".yaml", ".yml")) else preset)
     changes: list[Any] = []
     for setting in settings:

@@ -7,6 +7,7 @@ import yaml
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import RunConfig
 from mvar_core.config.presets import load_config, preset_names, read_preset
+from mvar_core.errors import ConfigError
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import paying_windows
@@ -126,3 +127,8 @@ def test_tokenizers_fit_the_models_of_their_size():
         assert tokenizer.image_size == config.image_size
         assert tokenizer.train_tokenizer.perceptual.weight > 0
         assert tokenizer.train_tokenizer.adversarial.start > 0
+
+
+def test_an_empty_name_is_no_preset():
+    with pytest.raises(ConfigError, match="''"):
+        load_config("")

@@ -284,6 +284,7 @@ def per_class_scores(
     Raises:
         DataError: A set's features are unknown, or labels do not match.
     """
+    sample_labels, reference_labels = np.asarray(sample_labels), np.asarray(reference_labels)
     sample_rows = _labelled("sample", samples, sample_labels)
     reference_rows = _labelled("reference", reference, reference_labels)
     _check_widths(sample_rows.shape[1], reference_rows.shape[1])
@@ -388,7 +389,6 @@ def _check_widths(first: int, second: int) -> None:
 def _labelled(role: str, images: FeatureSet, labels: NDArray[np.int64]) -> Tensor:
     if images.features is None:
         raise DataError(f"Scores per class need the features of the {role} set's images, which are not known.")
-    labels = np.asarray(labels)
     if labels.shape != (len(images.features),) or len(labels) == 0 or labels.dtype.kind not in "iu":
         raise DataError(
             f"The {role} set has {len(images.features)} images and {labels.dtype} labels of shape {labels.shape};"

@@ -101,3 +101,9 @@ def test_refuses_labels_and_features_that_do_not_fit() -> None:
         per_class(samples, labels, of(torch.zeros(6, 2)), labels)
     with pytest.raises(DataError, match="must not be negative"):
         per_class(samples, labels - 1, reference, labels)
+
+
+def test_labels_may_be_a_list() -> None:
+    samples, labels, reference, reference_labels = sets(3, [0, 1])
+    expected = per_class(samples, labels, reference, reference_labels)
+    assert per_class(samples, labels.tolist(), reference, reference_labels.tolist()) == expected

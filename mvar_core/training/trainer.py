@@ -31,6 +31,7 @@ from mvar_core.training.checkpoints import (
     check_settings,
     damaged,
     latest_checkpoint,
+    prune_checkpoints,
     random_state,
     remove_checkpoints,
     set_random_state,
@@ -138,6 +139,9 @@ class Trainer:
             self.apply(state)
         except (*UNREADABLE, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise damaged(path, error) from None
+        if self.parallel.world.is_rank_zero:  # what was not removed because the process was killed before
+            prune_checkpoints(self.out, state.best_step, self.plan.train.keep)
+        self.parallel.world.barrier()
 
     def apply(self, state: TrainingState) -> None:
         """Continue from what a checkpoint holds."""

@@ -39,10 +39,6 @@ class AttentionStatistics:
     """Attention statistics, averaged over images and the queries of each scale.
 
     Attributes:
-        patch_sizes: The model's scales.
-        scale_prefixes: How many scales the model sees.
-        model_windows: The model's own windows.
-        num_images: Images measured.
         scale_mass_by_head: Mass (N, H, S, S) by layer, head, query scale and key scale; rows sum to 1.
         window_mass_by_head: Mass (N, H, S, S, W) likewise, in the k×k window around the query's matching position in
             the scale of the keys (mvar_core.analysis.neighbourhoods), for each k of WINDOWS.

@@ -48,11 +48,6 @@ def sweep(
         sides: One side, or (height, width), per scale, in tokens.
         windows: Sides of the windows; 0 is the whole scale.
         backends: Names that `attend` accepts, for example "dense" and "tiled".
-        heads: Attention heads.
-        head_dim: Width of a head.
-        batch: Images at a time.
-        dtype: Of queries, keys and values.
-        device: Where to measure.
         backward: Measure the forward and the backward pass together, rather than the forward pass alone.
         repeats: Repetitions that the median is taken of.
         progress: Called with a few words before each side and window.

@@ -50,8 +50,6 @@ def plot_curves(
     Args:
         series: Name of each line and its (steps, values); those without a point are left out.
         path: The .png or .svg to write.
-        title: Above the figure.
-        y_label: Of the vertical axis.
 
     Raises:
         DataError: No line has a point.

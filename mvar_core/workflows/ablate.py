@@ -91,14 +91,10 @@ class AblationResult(Result):
     """What an ablation found.
 
     Attributes:
-        held_out: Images that the validation loss is measured on.
-        num_samples: Samples that each row is scored on.
         features: What scores are computed from; None, like `reference` and `weights_hash`, where there are none.
         rows: One mapping for each setting and seed; after an interruption those that are done.
         aggregate: One mapping for each setting: its rows over seeds, and its cost.
         ablations: The tables: which settings they compare, and what the differences mean.
-        outputs: Files that were written.
-        seconds: What this call took.
         interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
     """
 

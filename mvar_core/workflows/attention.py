@@ -53,9 +53,6 @@ class AttentionResult(Result):
     of attention that is spread evenly over all that a token sees.
 
     Attributes:
-        patch_sizes: The model's scales.
-        scale_prefixes: How many scales a token of the model sees.
-        model_windows: The model's own windows.
         scale_mass: Mass by query scale and key scale, S×S; rows sum to 1.
         window_mass: For each k, the mass within k×k of the query in its own scale, per scale.
         window_share: The same as a fraction of the mass in the own scale.

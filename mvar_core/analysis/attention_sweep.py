@@ -44,13 +44,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Measure `attend` with random inputs.
 
-    Args:
-        sides: One side, or (height, width), per scale, in tokens.
-        windows: Sides of the windows; 0 is the whole scale.
-        backends: Names that `attend` accepts, for example "dense" and "tiled".
-        backward: Measure the forward and the backward pass together, rather than the forward pass alone.
-        repeats: Repetitions that the median is taken of.
-        progress: Called with a few words before each side and window.
+    `sides` are one side, or (height, width), per scale in tokens; `windows` are sides of windows, 0 for the whole scale;
+    `backends` are names that `attend` accepts. With `backward` the forward and the backward pass are measured together.
+    `progress` is called with a few words before each side and window.
 
     Returns:
         One row for each side, window and backend, with what was measured (`side` to `backward`); `seconds` of one call

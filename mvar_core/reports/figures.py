@@ -45,11 +45,7 @@ def ordered_colours(count: int) -> list[Any]:
 def plot_curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, *, title: str, y_label: str = "loss"
 ) -> None:
-    """Lines over steps, for example losses.
-
-    Args:
-        series: Name of each line and its (steps, values); those without a point are left out.
-        path: The .png or .svg to write.
+    """Lines over steps, for example losses: `series` is the name of each and its (steps, values), in a .png or .svg.
 
     Raises:
         DataError: No line has a point.

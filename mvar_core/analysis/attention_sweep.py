@@ -44,9 +44,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Measure `attend` with random inputs.
 
-    `sides` are one side, or (height, width), per scale in tokens; `windows` are sides of windows, 0 for the whole scale;
+    The `sides` are one side, or (height, width), per scale in tokens; `windows` are sides, 0 for the whole scale;
     `backends` are names that `attend` accepts. With `backward` the forward and the backward pass are measured together.
-    `progress` is called with a few words before each side and window.
+    Before each side and window, `progress` is called with a few words.
 
     Returns:
         One row for each side, window and backend, with what was measured (`side` to `backward`); `seconds` of one call

@@ -1,4 +1,4 @@
-"""From logits to tokens: guidance, filters and the draw, as pure functions."""
+"""From logits to tokens: guidance, filters and the sampled codes, as pure functions."""
 
 # Shape suffixes: B batch, l tokens of one scale, V codebook entries, Z latent channels.
 
@@ -101,13 +101,13 @@ def keep_likely(logits_BlV: Float[Tensor, "B l V"], settings: SamplingConfig) ->
     return keep_min_p(keep_top_p(keep_top_k(logits_BlV, settings.top_k), settings.top_p), settings.min_p)
 
 
-def draw_most_likely(
+def sample_likely_codes(
     logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], settings: SamplingConfig
 ) -> Int[Tensor, "B l"]:
-    """`draw` from what `keep_likely` keeps, without sorting the vocabulary; codes that are tied with the k-th stay.
+    """Sample from what `keep_likely` keeps, without sorting the vocabulary; codes that are tied with the k-th stay.
 
-    The k most likely codes come in descending order, so that their running sums tell both where top-p ends and where
-    the draw falls. Sums are float64 where the device has it. Without top-k and top-p the codes stay in the codebook's
+    The k most likely codes come in descending order, so that their running sums tell both where top-p ends and which
+    code is sampled. Sums are float64 where the device has it. Without top-k and top-p the codes stay in the codebook's
     order.
     """
     size, top_k, top_p, min_p = logits_BlV.shape[-1], settings.top_k, settings.top_p, settings.min_p
@@ -115,21 +115,21 @@ def draw_most_likely(
     if not limited:
         if nucleus:
             descending, order = logits_BlV.sort(dim=-1, descending=True)
-            return order.gather(-1, _draw_ranks(descending, uniforms_Bl, top_p, min_p).unsqueeze(-1)).squeeze(-1)
-        return draw(logits_BlV, uniforms_Bl, min_p)
+            return order.gather(-1, _sample_ranks(descending, uniforms_Bl, top_p, min_p).unsqueeze(-1)).squeeze(-1)
+        return sample_codes(logits_BlV, uniforms_Bl, min_p)
     # One more than k tells whether the k-th is tied with a code that would be left out.
     descending, order = logits_BlV.topk(top_k + 1, dim=-1)
-    ranks_Bl1 = _draw_ranks(descending[..., :-1], uniforms_Bl, top_p if nucleus else 1.0, min_p).unsqueeze(-1)
+    ranks_Bl1 = _sample_ranks(descending[..., :-1], uniforms_Bl, top_p if nucleus else 1.0, min_p).unsqueeze(-1)
     tokens_Bl = order.gather(-1, ranks_Bl1).squeeze(-1)
     tied_Bl = descending[..., -2] == descending[..., -1]
     if tied_Bl.any():
         rows_1nV = keep_top_k(logits_BlV[tied_Bl].unsqueeze(0), top_k)
         unlimited = settings.model_copy(update={"top_k": 0})
-        tokens_Bl[tied_Bl] = draw_most_likely(rows_1nV, uniforms_Bl[tied_Bl].unsqueeze(0), unlimited)[0]
+        tokens_Bl[tied_Bl] = sample_likely_codes(rows_1nV, uniforms_Bl[tied_Bl].unsqueeze(0), unlimited)[0]
     return tokens_Bl
 
 
-def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float, min_p: float) -> Tensor:
+def _sample_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float, min_p: float) -> Tensor:
     """Ranks of the chosen codes among some in descending order, cut off by `top_p` and then by `min_p`."""
     cumulative_Blk = _exact(descending_Blk).softmax(dim=-1).cumsum(dim=-1)
     total_Bl1 = cumulative_Blk[..., -1:]
@@ -142,7 +142,9 @@ def _draw_ranks(descending_Blk: Tensor, uniforms_Bl: Tensor, top_p: float, min_p
     return _invert(cumulative_Blk, uniforms_Bl, total_Bl1)
 
 
-def draw(logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], min_p: float = 0) -> Int[Tensor, "B l"]:
+def sample_codes(
+    logits_BlV: Float[Tensor, "B l V"], uniforms_Bl: Float[Tensor, "B l"], min_p: float = 0
+) -> Int[Tensor, "B l"]:
     """One token per row by the inverse of the cumulative distribution, in the codebook's order.
 
     Args:

@@ -1,7 +1,7 @@
 """Sampling as the published VAR code does it: a baseline to compare speed with, not a way to generate images.
 
 Weights in float32 under autocast, the whole batch at once with its cache of keys and values, modulation again at
-every scale, guidance at every scale, the vocabulary sorted for top-p, one multinomial draw over all codes, and the
+every scale, guidance at every scale, the vocabulary sorted for top-p, one multinomial sample over all codes, and the
 decoder on the whole batch. Samples depend on their batch.
 """
 
@@ -36,8 +36,8 @@ def sample_published_style(
 ) -> UInt8[Tensor, "B H W 3"]:
     """Images of one batch, as bytes on the device.
 
-    The models are in float32 and evaluation mode, with one label or vector in `conditions` per image; `generator` is
-    that of all draws, on the same device; `dtype` is that of autocast, float32 for none.
+    The models are in float32 and evaluation mode, with one label or vector in `conditions` per image; `generator`
+    is on the same device; `dtype` is that of autocast, float32 for none.
     """
     pyramid, quantizer = transformer.pyramid, tokenizer.quantizer
     device = quantizer.codebook.device

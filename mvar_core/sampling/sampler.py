@@ -31,10 +31,10 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.runtime import sample_uniforms
 from mvar_core.sampling.editing import KeptTokens
 from mvar_core.sampling.guidance import (
-    draw,
-    draw_most_likely,
     guidance_strengths,
     keep_likely,
+    sample_codes,
+    sample_likely_codes,
     soft_embeddings,
     unconditional_scales,
 )
@@ -180,12 +180,12 @@ class _Run:
         uniforms_Bl = self.uniforms_NL[images, span]
         if self.settings.more_smooth:
             logits_BlV = keep_likely(logits_BlV, self.settings)
-            tokens_Bl = draw(logits_BlV, uniforms_Bl)
+            tokens_Bl = sample_codes(logits_BlV, uniforms_Bl)
             uniforms_BlV = self._uniforms(images, logits_BlV[0].numel(), stream=1 + scale).view_as(logits_BlV)
             ratio = self.pyramid.ratio(scale)
             embeddings_BlZ = soft_embeddings(logits_BlV, uniforms_BlV, self.quantizer.codebook, ratio)
         else:
-            tokens_Bl = draw_most_likely(logits_BlV, uniforms_Bl, self.settings)
+            tokens_Bl = sample_likely_codes(logits_BlV, uniforms_Bl, self.settings)
             embeddings_BlZ = self.quantizer.embed(tokens_Bl)
         if self.kept is not None:
             given_Bl, kept_Bl = self.kept.tokens_NL[images, span], self.kept.kept_NL[images, span]

@@ -5,14 +5,14 @@ from mvar_core.config import SamplingConfig
 from mvar_core.errors import ConfigError
 from mvar_core.pyramid import ScalePyramid
 from mvar_core.sampling.guidance import (
-    draw,
-    draw_most_likely,
     guidance_strengths,
     guide,
     keep_likely,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    sample_codes,
+    sample_likely_codes,
     soft_embeddings,
     unconditional_scales,
 )
@@ -61,14 +61,14 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     logits = probabilities.log().expand(1, 10_000, 4).float()
-    counts = draw(logits, uniforms[None])[0].bincount(minlength=4)
+    counts = sample_codes(logits, uniforms[None])[0].bincount(minlength=4)
     assert counts.tolist() == [5000, 0, 2000, 3000]
 
 
 def test_extreme_uniforms_never_draw_a_filtered_entry() -> None:
     logits = torch.tensor([[[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]]).expand(1, 2, 5)
     uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    assert draw(logits, uniforms).tolist() == [[1, 3]]
+    assert sample_codes(logits, uniforms).tolist() == [[1, 3]]
 
 
 def test_guidance_is_linear() -> None:
@@ -99,11 +99,11 @@ def test_the_quick_draw_is_the_draw_of_what_the_filters_keep(top_k: int, top_p: 
     uniforms = torch.rand(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     filtered = keep_likely(logits, SamplingConfig(top_k=top_k, top_p=top_p))
     if top_k in (0, 40) and top_p in (0, 1):
-        expected = draw(filtered, uniforms)
+        expected = sample_codes(filtered, uniforms)
     else:
         descending, order = filtered.sort(dim=-1, descending=True)
-        expected = order.gather(-1, draw(descending, uniforms).unsqueeze(-1)).squeeze(-1)
-    assert torch.equal(draw_most_likely(logits, uniforms, SamplingConfig(top_k=top_k, top_p=top_p)), expected)
+        expected = order.gather(-1, sample_codes(descending, uniforms).unsqueeze(-1)).squeeze(-1)
+    assert torch.equal(sample_likely_codes(logits, uniforms, SamplingConfig(top_k=top_k, top_p=top_p)), expected)
 
 
 MIN_P = [1e-3, 0.05, 0.3, 1.0]
@@ -130,18 +130,18 @@ def test_the_quick_draw_keeps_min_p(top_k: int, top_p: float, min_p: float) -> N
     settings = SamplingConfig(top_k=top_k, top_p=top_p, min_p=min_p)
     filtered = keep_likely(logits, settings)
     if top_k in (0, 40) and top_p in (0, 1):
-        expected = draw(filtered, uniforms)
+        expected = sample_codes(filtered, uniforms)
     else:
         descending, order = filtered.sort(dim=-1, descending=True)
-        expected = order.gather(-1, draw(descending, uniforms).unsqueeze(-1)).squeeze(-1)
+        expected = order.gather(-1, sample_codes(descending, uniforms).unsqueeze(-1)).squeeze(-1)
     given = logits.clone()
-    assert torch.equal(draw_most_likely(logits, uniforms, settings), expected)
+    assert torch.equal(sample_likely_codes(logits, uniforms, settings), expected)
     assert torch.equal(logits, given), "what was passed is left as it is"
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
 def test_min_p_of_zero_changes_no_bit(logits: torch.Tensor, top_k: int, top_p: float) -> None:
-    """Against the draw and the filters as they were before there was the setting."""
+    """Against the sampling and the filters as they were before there was the setting."""
     settings = SamplingConfig(top_k=top_k, top_p=top_p, min_p=0)
     assert torch.equal(keep_likely(logits, settings), keep_top_p(keep_top_k(logits, top_k), top_p))
     uniforms = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -155,7 +155,7 @@ def test_min_p_of_zero_changes_no_bit(logits: torch.Tensor, top_k: int, top_p: f
         total = cumulative.gather(-1, torch.searchsorted(cumulative, top_p * total))
     below = torch.nextafter(total, torch.zeros_like(total))
     ranks = torch.searchsorted(cumulative, torch.minimum(uniforms.unsqueeze(-1) * total, below), right=True)
-    assert torch.equal(draw_most_likely(logits, uniforms, settings), order.gather(-1, ranks).squeeze(-1))
+    assert torch.equal(sample_likely_codes(logits, uniforms, settings), order.gather(-1, ranks).squeeze(-1))
 
 
 def test_min_p_counts_ties() -> None:
@@ -165,28 +165,31 @@ def test_min_p_counts_ties() -> None:
     for top_k in (0, 1, 2, 3):  # the first and the last are cut within a tie
         for top_p in (0.0, 0.9999):
             settings = SamplingConfig(top_k=top_k, top_p=top_p, min_p=1.0)
-            assert draw_most_likely(logits, uniforms, settings)[0].bincount(minlength=6).tolist()[1:3] == [2000, 2000]
+            assert sample_likely_codes(logits, uniforms, settings)[0].bincount(minlength=6).tolist()[1:3] == [
+                2000,
+                2000,
+            ]
 
 
 def test_ties_with_the_kth_are_drawn_too() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 1.0, 1.0, -4.0]).expand(1, 4000, 6)
     uniforms = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)[None]
     for top_p in (0.0, 1.0, 0.9999):
-        drawn = draw_most_likely(logits, uniforms, SamplingConfig(top_k=2, top_p=top_p))[0].bincount(minlength=6)
-        assert drawn[[0, 5]].tolist() == [0, 0]
+        counts = sample_likely_codes(logits, uniforms, SamplingConfig(top_k=2, top_p=top_p))[0].bincount(minlength=6)
+        assert counts[[0, 5]].tolist() == [0, 0]
         expected = 4000 * logits[0, 0, 1:5].softmax(0)
-        assert (drawn[1:5] - expected).abs().max() <= 2
+        assert (counts[1:5] - expected).abs().max() <= 2
     assert set(
-        draw_most_likely(torch.zeros(1, 4000, 6), uniforms, SamplingConfig(top_k=1, top_p=0.0))[0].tolist()
+        sample_likely_codes(torch.zeros(1, 4000, 6), uniforms, SamplingConfig(top_k=1, top_p=0.0))[0].tolist()
     ) == set(range(6))
 
 
 def test_the_quick_draw_at_the_ends() -> None:
     logits = torch.tensor([[[1.0, 4.0, 2.0, 3.0]]]).expand(1, 2, 4)
     uniforms = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    assert draw_most_likely(logits, uniforms, SamplingConfig(top_k=3, top_p=0.0)).tolist() == [[1, 2]]
-    assert draw_most_likely(logits, uniforms, SamplingConfig(top_k=3, top_p=1e-9)).tolist() == [[1, 1]]
-    assert draw_most_likely(logits, uniforms, SamplingConfig(top_k=0, top_p=0.9)).tolist() == [[1, 2]]
+    assert sample_likely_codes(logits, uniforms, SamplingConfig(top_k=3, top_p=0.0)).tolist() == [[1, 2]]
+    assert sample_likely_codes(logits, uniforms, SamplingConfig(top_k=3, top_p=1e-9)).tolist() == [[1, 1]]
+    assert sample_likely_codes(logits, uniforms, SamplingConfig(top_k=0, top_p=0.9)).tolist() == [[1, 2]]
 
 
 def test_guidance_schedules() -> None:

@@ -72,6 +72,12 @@ def test_folders_long_names_and_every_tar_format(tmp_path, piece, kind):
     assert np.array_equal(source.read(0, (40, 56)), piece(1))
 
 
+def test_names_that_repeat_in_another_folder_are_other_samples(tmp_path, piece):
+    write_tar(tmp_path / "0.tar", [("a/1.png", png(piece(1))), ("b/1.png", png(piece(2)))])
+    source = open_images(str(tmp_path / "0.tar"))
+    assert source.item_names == ["0.tar/a/1.png", "0.tar/b/1.png"]
+
+
 def test_class_names_from_text_json_and_a_file_beside(tmp_path, piece):
     image = png(piece())
     write_tar(tmp_path / "text.tar", [("a.png", image), ("a.cls", b"owl"), ("b.png", image), ("b.cls", b"cat")])

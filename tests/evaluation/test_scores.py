@@ -136,6 +136,13 @@ def test_precision_and_recall_of_known_sets() -> None:
     assert precision_recall(line, line + 50) == pytest.approx((0.53, 0.53), abs=1e-6)
 
 
+def test_a_neighbourhood_needs_more_images_than_neighbours() -> None:
+    points = torch.randn(20, 4, generator=generator(0))
+    precision_recall(points[:4], points, neighbourhood=3)
+    with pytest.raises(DataError, match="more than 3 images"):
+        precision_recall(points[:3], points, neighbourhood=3)
+
+
 def test_precision_is_of_the_samples_and_recall_of_the_reference() -> None:
     reference = torch.cat(
         [torch.randn(200, 4, generator=generator(0)), torch.randn(200, 4, generator=generator(1)) + 50]

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -105,7 +107,57 @@ def test_dropout_follows_the_generator() -> None:
         assert torch.equal(exact, model.eval()(labels, inputs, generator=generator(0)))
 
 
-def test_dropped_labels_become_no_class() -> None:
+def test_a_kept_branch_makes_up_for_the_dropped_ones() -> None:
+    """Without the MLPs, rows of the last block are either dropped or doubled at a rate of one half."""
+    model, config = build("transformer.drop_path=0.5")
+    labels, inputs = random_inputs(config, batch=1)
+    labels, inputs = labels.repeat(16), inputs.repeat(16, 1, 1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.down.weight.zero_()
+            block.mlp.down.bias.zero_()
+        scales, conditioning = range(config.pyramid.num_scales), model.condition(labels)
+        expected = model.eval().hidden_states(scales, inputs, conditioning)[0]
+        rows = model.train().hidden_states(scales, inputs, conditioning, generator=generator(0))
+    other = next(row for row in rows if not torch.equal(row, rows[0]))
+    assert torch.allclose((rows[0] + other) / 2, expected, atol=1e-5)
+
+
+def test_later_blocks_are_dropped_more_often() -> None:
+    model, _ = build("transformer.depth=3", "transformer.drop_path=0.5")
+    assert [block.drop_path for block in model.blocks] == [0.0, 0.25, 0.5]
+
+
+def test_scales_of_heads_end_at_a_hundred() -> None:
+    model, config = build()
+    labels, inputs = random_inputs(config)
+
+    def logits(scale: float) -> torch.Tensor:
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attention.log_head_scale.fill_(math.log(scale))
+            return model.eval()(labels, inputs)
+
+    assert torch.equal(logits(1000), logits(100))
+    assert not torch.equal(logits(100), logits(50))
+
+
+def test_attention_without_normalised_heads_has_the_published_scale() -> None:
+    model, config = build("transformer.l2_attention=false")
+    scales: set[float] = set()
+    with torch.no_grad():
+        model.eval()(*random_inputs(config), probe=lambda *found: scales.add(found[-1]))
+    assert scales == {0.25 / math.sqrt(16)}
+
+
+def test_what_a_scale_depends_on_is_followed_down() -> None:
+    chain, _ = build("attention.scale_prefixes=2", "attention.windows=[0,0,0,0]")
+    alone, _ = build("attention.scale_prefixes=1", "attention.windows=[0,0,0,0]")
+    assert [chain.earliest_needed(scale) for scale in range(4)] == [0, 0, 0, 0]
+    assert [alone.earliest_needed(scale) for scale in range(4)] == [0, 1, 2, 3]
+
+
+def test_dropped_labels_become_the_null_label() -> None:
     model, config = build("transformer.class_dropout=0.999999")
     labels, inputs = random_inputs(config)
     with torch.no_grad():

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mvar_core.config import TokenizerConfig
-from mvar_core.models.quantizer import MultiScaleQuantizer
+from mvar_core.models.quantizer import MultiScaleQuantizer, ResidualConv
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import ScalePyramid
 
@@ -58,6 +58,13 @@ def test_encoding_is_the_residual_recursion(model: VQVAE) -> None:
         fhat = fhat + quantizer.increment(quantizer.embed(tokens[:, span]), scale)
         rest = features - fhat
     assert torch.allclose(quantizer.decode(tokens), fhat, atol=1e-6)
+
+
+def test_a_residual_convolution_is_mixed_in_by_its_ratio() -> None:
+    module = ResidualConv(4, ratio=0.25)
+    maps = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(module(maps), 0.75 * maps + 0.25 * module.conv(maps))
 
 
 def test_inputs_depend_on_earlier_scales_alone(model: VQVAE) -> None:

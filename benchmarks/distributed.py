@@ -84,4 +84,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    machine.parse_no_options(__doc__)
     sys.exit(main())

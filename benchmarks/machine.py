@@ -4,6 +4,7 @@ With `--smoke` a script runs its whole course in seconds, on sizes that mean not
 nothing under results/, and does not judge the figures. Processes that it starts inherit this.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,13 @@ if "--smoke" in sys.argv:
     sys.argv.remove("--smoke")
     os.environ["MVAR_BENCHMARK_SMOKE"] = "1"
 SMOKE = os.environ.get("MVAR_BENCHMARK_SMOKE") == "1"
+
+
+def parse_no_options(description: str | None) -> None:
+    """Answer --help, and refuse what a script without options of its own does not know."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, in seconds; writes no results")
+    parser.parse_args()
 
 
 def describe() -> dict[str, Any]:

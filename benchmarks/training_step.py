@@ -234,4 +234,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    machine.parse_no_options(__doc__)
     main()

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mvar_core.classes import imagenet_names
 from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
-from mvar_core.config.presets import presets_directory
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.io.files import atomic_path
 from mvar_core.io.weights import check_finite, is_safetensors, load_torch_file, read_weights, state_dict_in
@@ -310,7 +310,7 @@ def infer_config(
     sampling = PUBLISHED_SAMPLING.get((kind, depth), SamplingConfig(cfg=1.5, top_k=900, top_p=0.96))
     class_names = None
     if transformer_config and transformer_config.num_classes == 1000:  # published models of 1000 classes know ImageNet
-        class_names = (presets_directory() / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
+        class_names = imagenet_names()
     return ModelConfig(
         name=name or f"{kind}-d{depth}-{height}",
         image_size=(height, width),

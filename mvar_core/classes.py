@@ -1,0 +1,206 @@
+"""The classes of a data set, a cache, a model or a file of samples: ordered names, and where they came from.
+
+A class is a name; its number is where the name stands in one list, and another list may have another order. So classes
+of two lists are the same where their names are: exactly, else without regard to case, underscores and Unicode form,
+else by what ImageNet calls them (wnid, names).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mvar_core.config import ModelConfig
+from mvar_core.config.presets import presets_directory
+from mvar_core.errors import ConfigError, DataError, nearest, shown
+from mvar_core.untrusted import parse_json, read_text
+
+BY_NUMBER = "by-number"
+"""In place of names: that class N of one side is class N of the other."""
+
+
+class Match(NamedTuple):
+    """For each class of one list the position of the same class in another, None where that lacks it.
+
+    `by` says how they were matched: by name; by number, where neither list has other names; or by order, where one list
+    has names and the other none, which is a guess.
+    """
+
+    positions: tuple[int | None, ...]
+    by: Literal["name", "number", "order"]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes in order.
+
+    Attributes:
+        names: One for each class; None where they have none. Names that are just 0, 1, 2 … in order count as none.
+        count: How many classes there are.
+        origin: Where they came from, as messages say it: a path, the name of a model.
+    """
+
+    names: tuple[str, ...] | None
+    count: int
+    origin: str
+
+    @classmethod
+    def of(cls, names: Sequence[str] | None, count: int | None = None, origin: str = "") -> Classes:
+        """Classes with these names, or `count` classes without names."""
+        known = None if names is None or all(name == str(index) for index, name in enumerate(names)) else tuple(names)
+        return cls(known, len(names) if names is not None else count or 0, origin)
+
+    @classmethod
+    def of_model(cls, config: ModelConfig) -> Classes:
+        """The classes of a model; none of a tokenizer alone."""
+        count = config.transformer.num_classes if config.transformer is not None else 0
+        return cls.of(config.class_names, count, config.name)
+
+    def name(self, index: int) -> str:
+        """What a class is called: its name, or its number."""
+        return self.names[index] if self.names is not None and index < len(self.names) else str(index)
+
+    @cached_property
+    def _tables(self) -> tuple[dict[str, list[int]], ...]:
+        """Positions by name, by folded name, and by synonym: parts between commas, and what ImageNet's table knows."""
+        tables: tuple[dict[str, list[int]], ...] = ({}, {}, {})
+        names = self.names or ()
+        table = imagenet_table()
+        known = {row[1]: row for row in table} if names == imagenet_names() else {}
+        known |= {row[0]: row for row in table}
+        for index, name in enumerate(names):
+            synonyms = [*name.split(","), *known.get(name, ())]
+            for keys, level in zip(([name], [fold(name)], map(fold, synonyms)), tables, strict=True):
+                for key in dict.fromkeys(keys):
+                    level.setdefault(key, []).append(index)
+        return tables
+
+    def find(self, name: str) -> list[int]:
+        """Positions of the classes that a name means: none, one, or several of which it is a synonym."""
+        keys = (name, fold(name), fold(name))
+        return next((found for key, level in zip(keys, self._tables, strict=True) if (found := level.get(key))), [])
+
+    def resolve(self, asked: Sequence[str | int] | str | int) -> list[int]:
+        """Positions of the classes that a user named, in that order, each once.
+
+        A text is a name, `#N` for position N, a comma list of them, or "all". A whole name is tried before commas are
+        read as separators, for names may hold commas ("tench, Tinca tinca"). A number is a name where classes are
+        called by numbers, else a position, as a whole number (not a text) always is.
+
+        Raises:
+            DataError: A number out of range, or a name that no class has (with the nearest names), or several have.
+        """
+        found: list[int] = []
+        for each in [asked] if isinstance(asked, (str, int)) else asked:
+            if isinstance(each, int):
+                found.append(self._position(str(each), each))
+            elif self.find(each):
+                found.append(self._one(each))
+            elif fold(each) == "all":
+                found += range(self.count)
+            else:
+                found += [self._one(part) for part in each.split(",") if part.strip()]
+        if not found:
+            raise DataError("--class names no class.", f"Use a name, #N for class N of {self.count}, or all.")
+        return list(dict.fromkeys(found))
+
+    def _one(self, text: str) -> int:
+        text = text.strip()
+        if found := self.find(text):
+            if len(found) > 1:
+                raise DataError(
+                    f"--class {shown(text)} is the name of {len(found)} classes: {', '.join(map(self.label, found))}.",
+                    f"Choose one by its position, as in --class '#{found[0]}'.",
+                )
+            return found[0]
+        number = re.fullmatch(r"#?\s*(-?\d{1,18})", text)
+        numbered = any(name.strip().isdecimal() for name in self.names or ())
+        if number and (text.startswith("#") or not numbered):
+            return self._position(text, int(number[1]))
+        if self.names is None:
+            raise DataError(f"--class {shown(text)}: {self.origin or 'this model'} records no class names.",
+                            f"Use a number 0 … {self.count - 1}.")  # fmt: skip
+        hint = f"--class '#{number[1]}' is the class at position {number[1]}." if number else None
+        raise DataError(f"There is no class {shown(text)}. {nearest(text, self.names)}", hint)
+
+    def _position(self, text: str, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise DataError(f"--class {text} is out of range.",
+                            f"There are classes #0 … #{self.count - 1}; `all` is all of them.")  # fmt: skip
+        return index
+
+    def label(self, index: int) -> str:
+        """A class as messages write it: name and position."""
+        return f"{self.name(index)} (#{index})" if self.names is not None else f"#{index}"
+
+    def match(self, other: Classes) -> Match:
+        """Where each of these classes is in another list; a name that means several classes there means none.
+
+        Where a list has no names, a class called "10" is number 10 of it, if all names of the other are such numbers.
+        """
+        if self.names is not None and other.names is not None:
+            back: dict[int, list[int]] = {}  # this list may know more names of a class than the other
+            for there, name in enumerate(other.names):
+                if len(found := self.find(name)) == 1:
+                    back.setdefault(found[0], []).append(there)
+            both = [other.find(name) or back.get(index, []) for index, name in enumerate(self.names)]
+            return Match(tuple(found[0] if len(found) == 1 else None for found in both), "name")
+        ours, theirs = self._numbers(other.count), other._numbers(self.count)
+        if ours is None or theirs is None:
+            return Match(tuple(index if index < other.count else None for index in range(self.count)), "order")
+        positions = {number: index for index, number in enumerate(theirs)}
+        return Match(tuple(map(positions.get, ours)), "number")
+
+    def _numbers(self, count: int) -> Sequence[int] | None:
+        """The numbers that classes are called by, if all are, and are less than `count`."""
+        if self.names is None:
+            return range(self.count)
+        numbers = [int(name) for name in self.names if re.fullmatch(r"0*\d{1,9}", name)]
+        return numbers if len(set(numbers)) == len(self.names) and max(numbers) < count else None
+
+
+def fold(name: str) -> str:
+    """A name without regard to case, underscores, spaces, Unicode form (macOS decomposes letters) and leading zeros."""
+    text = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+    return re.sub(r"^0+(?=\d+$)", "", text)
+
+
+@cache
+def imagenet_table() -> tuple[tuple[str, ...], ...]:
+    """ImageNet's 1000 classes in order, each wnid, name and further names."""
+    lines = (presets_directory() / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
+    rows = (line.split("\t") for line in lines)
+    return tuple((wnid, name, *(more[0].split(", ") if more else ())) for wnid, name, *more in rows)
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Names of ImageNet's classes in order."""
+    return tuple(row[1] for row in imagenet_table())
+
+
+def read_class_names(given: Sequence[str] | str) -> tuple[str, ...] | None:
+    """Names of classes in the order of their numbers, as `--class-names` accepts them; None for "by-number".
+
+    A list or comma list, "imagenet", a text file with a name on each line, or a JSON list.
+    """
+    if given == BY_NUMBER:
+        return None
+    if given == "imagenet":
+        return imagenet_names()
+    names = given
+    if isinstance(given, str):
+        path = Path(given).expanduser()
+        text = read_text(path) if path.is_file() else given.replace(",", "\n")
+        is_json = path.suffix.lower() == ".json" and path.is_file()
+        names = parse_json(text, str(path)) if is_json else [line.strip() for line in text.splitlines()]
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"--class-names {shown(given)} is not a list of names.",
+            f"Use a file with one name per line, names with commas between them, imagenet, or {BY_NUMBER}.",
+        )
+    return tuple(names)

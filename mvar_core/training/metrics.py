@@ -1,4 +1,4 @@
-"""What a run measures while it trains: metrics.jsonl, reports for progress bars, TensorBoard and Weights & Biases."""
+"""What a run measures while it trains: metrics.jsonl, skipped.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave; where it was left out, `loss` is nan, `values` is None, and `found_loss` is the loss.
+    """What one step gave; `values` is None where it was left out.
 
     `overflow` says that it was left out because float16 gradients overflowed, as they now and then do.
     """
@@ -36,7 +36,6 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     values: Tensor | None
-    found_loss: float
     overflow: bool = False
 
 
@@ -44,6 +43,7 @@ class Recorder:
     """Sums the measures of steps, and writes them to metrics.jsonl and the trackers.
 
     Attributes:
+        trackers: TensorBoard, Weights & Biases, or none.
         window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
         loss: Training loss, averaged over the last finished line.
         earlier_seconds: Time spent in earlier sessions of the run.
@@ -56,7 +56,7 @@ class Recorder:
         self.earlier_seconds = 0.0
         self._started = time.monotonic()
         self._out: Path | None = None
-        self._trackers: list[Tracker] = []
+        self.trackers: list[Tracker] = []
         self.restart_clock()
 
     @property
@@ -75,16 +75,11 @@ class Recorder:
         Lines of steps after `step` are dropped: they will be written again. `settings` are shown by the trackers.
         """
         self._out = out
-        self._trackers = open_trackers(self.plan.train, out, step, settings)
+        self.trackers = open_trackers(self.plan.train, out, step, settings)
         for name in (METRICS, SKIPPED):
             if (out / name).exists():
                 kept = [line for line in read_metrics(out / name) if line["step"] <= step] if step else []
                 write_text(out / name, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def close(self) -> None:
-        """Write what the trackers still hold."""
-        for tracker in self._trackers:
-            tracker.close()
 
     def restart_clock(self) -> None:
         """Count images per second from now on."""
@@ -120,18 +115,12 @@ class Recorder:
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         self._append(METRICS, line)
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.write(line["step"], {name: value for name, value in line.items() if name != "step"})
 
-    def write_skipped(self, step: int, result: StepResult, rows: Any) -> None:
+    def write_skipped(self, step: int, result: StepResult, rows: np.ndarray) -> None:
         """Append a step that was left out to skipped.jsonl, with the rows of the data that it trained on."""
-        line = {"step": step, "loss": result.found_loss, "grad_norm": result.grad_norm, "rows": rows.tolist()}
-        self._append(SKIPPED, line)
-
-    def picture(self, step: int, image: np.ndarray) -> None:
-        """Show a picture of what the model makes."""
-        for tracker in self._trackers:
-            tracker.picture(step, image)
+        self._append(SKIPPED, {"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows.tolist()})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self._out is not None:
@@ -229,13 +218,10 @@ def open_trackers(train: LoopConfig, out: Path, step: int, settings: Mapping[str
 
 def check_trackers(train: LoopConfig) -> None:
     """Refuse trackers that are not installed, before anything slow begins (ConfigError)."""
-    for wanted, package, name in (
-        (train.tensorboard, "tensorboard", "TensorBoard"),
-        (train.wandb, "wandb", "Weights & Biases"),
-    ):
-        if wanted and find_spec(package) is None:
+    for package in ("tensorboard", "wandb"):
+        if getattr(train, package) and find_spec(package) is None:
             raise ConfigError(
-                f"{name} is not installed.",
+                f"{package} is not installed.",
                 f"Install it with `pip install {package}`, or set {package}=false in the training section.",
             )
 

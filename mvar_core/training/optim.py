@@ -1,9 +1,10 @@
-"""AdamW as the published recipes use it, and the learning rate as a function of the step."""
+"""AdamW as the published recipes use it, the learning rate as a function of the step, and the average of weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,3 +102,52 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+class EMA:
+    """The moving average of a module's trained parameters, which samples better than the weights of any one step.
+
+    It starts from the weights as they are; step t (from 0) moves it by 1 - min(decay, (1 + t) / (10 + t)) towards them,
+    so that the random start is soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Move the average towards the weights, after `steps` updates before this one."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        averages, weights = by_kind(list(self._average.values())), by_kind(list(self._weights.values()))
+        for average, weight in zip(averages, weights, strict=True):
+            if average:
+                torch._foreach_lerp_(average, weight, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered, the module has the average for weights; then its own again, to the bit."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the module's weights and the average, one parameter at a time."""
+        for name, weight in self._weights.items():
+            kept = weight.detach().clone()
+            weight.copy_(self._average[name])
+            self._average[name].copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average by parameter names."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        for name, average in self._average.items():
+            average.copy_(state[name])

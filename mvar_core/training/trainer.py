@@ -36,10 +36,9 @@ from mvar_core.training.checkpoints import (
     remove_checkpoints,
     set_random_state,
 )
-from mvar_core.training.ema import EMA
 from mvar_core.training.metrics import SKIPPED, Recorder, StepResult, check_trackers
 from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, Outcome, Plan, StepReport
-from mvar_core.training.optim import build_optimizer, learning_rate, load_optimizer_state, optimizer_state
+from mvar_core.training.optim import EMA, build_optimizer, learning_rate, load_optimizer_state, optimizer_state
 from mvar_core.training.order import batch_rows, prefetch
 from mvar_core.training.parallel import Parallel, local_tensor
 
@@ -115,14 +114,15 @@ class Trainer:
             if self.step < self.plan.total_steps:
                 interrupted = self.take_steps()
         finally:
-            self.recorder.close()
+            for tracker in self.recorder.trackers:
+                tracker.close()
         if self.ema is not None and not interrupted:
             self.ema.swap()
         self.module.eval()
         if not interrupted:
             self.check_weights()
-        recorder = self.recorder
-        return Outcome(self.step, recorder.loss, recorder.seconds, self.skipped, interrupted, self.best_step)
+        loss, seconds = self.recorder.loss, self.recorder.seconds
+        return Outcome(self.step, loss, seconds, self.skipped, interrupted, self.best_step)
 
     def restore(self) -> None:
         """Restore everything from the last checkpoint, if there is one."""
@@ -225,14 +225,13 @@ class Trainer:
         recorder, train = self.recorder, self.plan.train
         result = self.take(batch, self.step)
         if result.values is None:
-            if not result.overflow:
-                recorder.write_skipped(self.step + 1, result, self.rows(self.step))
-            self.check_skipped(self.step, result)
+            self.check_skipped(result)
         self.step += 1
         if self.ema is not None and result.values is not None:
             self.ema.update(self.step - self.skipped - 1)
         recorder.add(result.values)
-        report = StepReport(self.step, self.plan.total_steps, result.loss, recorder.images_per_second, self.skipped)
+        loss = math.nan if result.values is None else result.loss
+        report = StepReport(self.step, self.plan.total_steps, loss, recorder.images_per_second, self.skipped)
         if due := self.due(train.log_every):
             recorder.write_training(self.step, result, self.skipped)
         if self.due(train.checkpoint_every):
@@ -240,8 +239,8 @@ class Trainer:
         if self.due(train.sample_every) and self.on_sample is not None:
             with self.measuring():
                 image = self.on_sample(self.step)
-            if image is not None:
-                recorder.picture(self.step, image)
+            for tracker in recorder.trackers if image is not None else ():
+                tracker.picture(self.step, image)
         if due:
             recorder.restart_clock()
         if self.on_step is not None:
@@ -301,10 +300,10 @@ class Trainer:
             self.skipped += 1
             self.skipped_in_a_row += 1
             overflow = self.scaler.is_enabled() and math.isfinite(loss_value)
-            return StepResult(math.nan, norm_value, rate, None, loss_value, overflow)
+            return StepResult(loss_value, norm_value, rate, None, overflow)
         self.skipped_in_a_row = 0
         self.objective.after_step(batch, step, self.optimizer)
-        return StepResult(loss_value, norm_value, rate, values, loss_value)
+        return StepResult(loss_value, norm_value, rate, values)
 
     def accumulate_gradients(self, batch: Any, step: int) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch.
@@ -327,16 +326,17 @@ class Trainer:
         assert total is not None
         return total
 
-    def check_skipped(self, step: int, result: StepResult) -> None:
-        """Report the step after `step` others, which was left out; too many in a row raise MvarError."""
-        found = f"loss {result.found_loss}, gradient norm {result.grad_norm}"
+    def check_skipped(self, result: StepResult) -> None:
+        """Report a step that was left out; too many in a row raise MvarError."""
+        number, rows = self.step + 1, self.rows(self.step)
+        found = f"loss {result.loss}, gradient norm {result.grad_norm}"
         if not result.overflow:
-            logger.warning("Step %d was left out: %s.", step + 1, found)
+            self.recorder.write_skipped(number, result, rows)
+            logger.warning("Step %d was left out: %s.", number, found)
         if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if result.overflow else self.plan.train.max_skipped):
-            rows = self.rows(step)
             shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
             raise MvarError(
-                f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {step + 1} ({found}) on"
+                f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {number} ({found}) on"
                 f" rows {shown}. {self.out / SKIPPED} lists them all; {self.last_checkpoint()}.",
                 "Start over with a lower learning rate (train.optimizer.lr) and --overwrite, or resume with --dtype"
                 " float32.",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvar_core.training.ema import EMA
+from mvar_core.training.optim import EMA
 
 
 def test_the_average_is_the_closed_form():

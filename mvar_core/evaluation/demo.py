@@ -79,11 +79,7 @@ class DemoClassifier(nn.Module):
             )
 
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """The hidden layer's outputs.
-
-        Raises:
-            DataError: Not uint8 images of the classifier's size.
-        """
+        """The hidden layer's outputs; DataError for what is not uint8 images of the classifier's size."""
         check_images(images)
         self.check_shape(tuple(images.shape[2:]))
         x = images.to(self.head.weight.dtype) / 127.5 - 1
@@ -119,7 +115,6 @@ class DemoClassifier(nn.Module):
         description = {
             "num_classes": self.num_classes,
             "image_shape": self.image_shape,
-            "class_names": [str(label) for label in range(self.num_classes)],
             "accuracy": self.measured_accuracy,
             "weights_hash": self.weights_hash,
         }
@@ -129,20 +124,13 @@ class DemoClassifier(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> DemoClassifier:
-        """Read a classifier that `save` wrote.
-
-        Raises:
-            CheckpointError: No such file, another kind of file, or weights that are not those that were saved.
-        """
+        """Read a classifier that `save` wrote; CheckpointError for other files, and weights that were not saved."""
         again = "Delete it to have it trained again."
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} is not a demo classifier of this version: its format is {metadata.get('format')!r},"
-                f" expected {FORMAT!r}.",
-                again,
-            )
+            found = f"its format is {metadata.get('format')!r}, expected {FORMAT!r}"
+            raise CheckpointError(f"{path} is not a demo classifier of this version: {found}.", again)
         tensors = read_weights(path)
         description = parse_json(metadata.get("description", ""), f"{path}, description", CheckpointError)
         try:
@@ -190,10 +178,8 @@ def train_classifier(
     """Train a classifier on the CPU in seconds; on one machine, equal seeds give equal weights.
 
     The seed decides initial weights, order and shifts. A step takes 64 images, each shifted by up to two pixels; the
-    accuracy on the held-out images and labels of `test` is measured and recorded.
-
-    Raises:
-        DataError: No images, images of the wrong kind, or labels that do not fit.
+    accuracy on the held-out images and labels of `test` is measured and recorded. DataError for no images, images of
+    the wrong kind, or labels that do not fit.
     """
     check_images(images)
     check_labels(images, labels, num_classes)
@@ -224,8 +210,7 @@ def train_classifier(
 
 def default_demo_path(image_shape: tuple[int, int] = (32, 32)) -> Path:
     """Where the classifier of the bundled digits is kept: ${MVAR_CACHE or ~/.cache/mvar}/demo-digits-32.safetensors."""
-    cache = os.environ.get("MVAR_CACHE")
-    directory = Path(cache).expanduser() if cache else Path.home() / ".cache" / "mvar"
+    directory = Path(os.environ.get("MVAR_CACHE") or "~/.cache/mvar").expanduser()
     height, width = image_shape
     return directory / f"demo-digits-{height if height == width else f'{height}x{width}'}.safetensors"
 
@@ -260,11 +245,7 @@ def train_digits_classifier(path: Path, image_shape: tuple[int, int], seed: int 
 
 
 def find_classifier(nearby: Sequence[Path], image_shape: tuple[int, int]) -> DemoClassifier:
-    """The classifier next to the model, in a directory `nearby`, else the cached one, trained where it is absent.
-
-    Raises:
-        CheckpointError: A file that is not a classifier.
-    """
+    """The classifier next to the model, in a directory `nearby`, else the cached one, trained where it is absent."""
     cached = default_demo_path(image_shape)
     found = next((path for path in [*(folder / CLASSIFIER_FILE for folder in nearby), cached] if path.is_file()), None)
     return train_digits_classifier(cached, image_shape) if found is None else DemoClassifier.load(found)

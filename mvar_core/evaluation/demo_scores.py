@@ -8,7 +8,6 @@ Letters: N, M images of two sets, C channels, H, W height and width in pixels.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,12 @@ from torch import Tensor
 
 from mvar_core.errors import DataError
 from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor
-from mvar_core.evaluation.features import check_dense, check_labels
+from mvar_core.evaluation.features import check_labels, described, is_dense
 from mvar_core.evaluation.scores import frechet_distance
 from mvar_core.evaluation.statistics import Statistics, collect
 from mvar_core.runtime import generator
 
 BLOCK_IMAGES = 1024
-WHAT = "Distances are of images (N, C, H, W)"
 
 Images = Shaped[Tensor, "N C H W"]
 """uint8 in 0 … 255, or floating point in [-1, 1]."""
@@ -33,27 +31,22 @@ Images = Shaped[Tensor, "N C H W"]
 class DemoScores:
     """Scores that only together show that a model is good: each alone can be good for a bad model.
 
-    Names that end in `_real` are of real test images.
-
-    Attributes:
-        classifier_accuracy: Fraction of the samples that the classifier assigns to their class.
-        demo_fid: Fréchet distance of the samples' demo features to the training images'.
-        demo_fid_floor: The same for training images resampled with replacement: the least to expect.
-        demo_fid_class_means: The same for the mean image of each class: what a model without diversity gets.
-        pixel_diversity: Mean distance between samples of a class.
-        nearest_distance: Mean distance from a sample to the nearest training image.
+    `classifier_accuracy` is the fraction of the samples that the classifier assigns to their class; `demo_fid` the
+    Fréchet distance of the samples' demo features to the training images', also of training images resampled with
+    replacement (`floor`: the least to expect) and of the mean image of each class (`class_means`: what a model without
+    diversity gets). Names that end in `_real` are of real test images. Distances are as in the functions below.
     """
 
-    classifier_accuracy: float = math.nan
-    classifier_accuracy_real: float = math.nan
-    demo_fid: float = math.nan
-    demo_fid_floor: float = math.nan
-    demo_fid_real: float = math.nan
-    demo_fid_class_means: float = math.nan
-    pixel_diversity: float = math.nan
-    pixel_diversity_real: float = math.nan
-    nearest_distance: float = math.nan
-    nearest_distance_real: float = math.nan
+    classifier_accuracy: float
+    classifier_accuracy_real: float
+    demo_fid: float
+    demo_fid_floor: float
+    demo_fid_real: float
+    demo_fid_class_means: float
+    pixel_diversity: float
+    pixel_diversity_real: float
+    nearest_distance: float
+    nearest_distance_real: float
 
 
 def score_samples(
@@ -87,32 +80,22 @@ def score_samples(
 
 
 def pixel_diversity(images: Images, labels: Int64[Tensor, " N"]) -> float:
-    """Mean distance between two different images of a class, averaged over the classes that have two.
-
-    Raises:
-        DataError: No class has two images.
-    """
+    """Mean distance between two different images of a class, averaged over the classes that have two."""
     means = []
     for label in _classes(images, labels):
         vectors = _vectors(images[labels == label])
-        count = len(vectors)
-        if count < 2:
-            continue
-        total = sum(float(torch.cdist(block, vectors).sum()) for block in vectors.split(BLOCK_IMAGES))
-        means.append(total / (count * (count - 1)))
+        if (count := len(vectors)) > 1:
+            total = sum(float(torch.cdist(block, vectors).sum()) for block in vectors.split(BLOCK_IMAGES))
+            means.append(total / (count * (count - 1)))
     if not means:
         raise DataError("Pixel diversity needs a class with at least 2 images.")
     return sum(means) / len(means)
 
 
 def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H W"]) -> float:
-    """Mean distance from an image to the nearest reference image: small where images repeat the reference.
-
-    Raises:
-        DataError: A set is empty, or image sizes differ.
-    """
-    for each in (images, reference):
-        check_dense(each, WHAT)
+    """Mean distance from an image to the nearest reference image: small where images repeat the reference."""
+    _check_pixels(images)
+    _check_pixels(reference)
     if len(images) == 0 or len(reference) == 0 or images.shape[1:] != reference.shape[1:]:
         raise DataError(
             "Nearest neighbours need two sets of images of one size, found"
@@ -121,22 +104,14 @@ def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H 
     distances = []
     for block in images.split(BLOCK_IMAGES):
         vectors = _vectors(block)
-        best = torch.full((len(block),), torch.inf, dtype=torch.float64)
-        for start in range(0, len(reference), BLOCK_IMAGES):
-            nearest = torch.cdist(vectors, _vectors(reference[start : start + BLOCK_IMAGES])).cpu().min(dim=1).values
-            best = torch.minimum(best, nearest)
-        distances.append(best)
+        nearest = [torch.cdist(vectors, _vectors(part)).cpu().amin(dim=1) for part in reference.split(BLOCK_IMAGES)]
+        distances.append(torch.stack(nearest).amin(dim=0))
     return float(torch.cat(distances).mean())
 
 
 def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:
-    """The images, each replaced by the mean image of its class: what a sampler without diversity would generate.
-
-    Raises:
-        DataError: Labels do not match the images.
-    """
-    classes = _classes(images, labels)
-    means = torch.empty_like(images)
+    """The images, each replaced by the mean image of its class: what a sampler without diversity would generate."""
+    classes, means = _classes(images, labels), torch.empty_like(images)
     for label in classes:
         members = labels == label
         mean = images[members].double().mean(dim=0)
@@ -145,15 +120,18 @@ def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:
 
 
 def _classes(images: Tensor, labels: Tensor) -> list[int]:
-    check_dense(images, WHAT)
+    _check_pixels(images)
     check_labels(images, labels)
-    return [int(label) for label in labels.unique()]
+    return labels.unique().tolist()
+
+
+def _check_pixels(images: Tensor) -> None:
+    if not is_dense(images, 4) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        expected = "images (N, C, H, W), uint8, or floating point in [-1, 1]"
+        raise DataError(f"Distances are of {expected}; found {described(images)}.")
 
 
 def _vectors(images: Tensor) -> Tensor:
-    check_dense(images, WHAT)
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise DataError(f"Images are uint8, or floating point in [-1, 1]; found {images.dtype}.")
     # float64: torch finds distances through products, which loses those much smaller than the vectors' lengths.
     pixels = images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double()
     vectors: Tensor = pixels.flatten(1) / float(images.shape[1]) ** 0.5

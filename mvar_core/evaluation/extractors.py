@@ -25,11 +25,7 @@ class ExtractorChoice:
     """A network that is known to exist before the slow work, and loaded when it is needed.
 
     `reference` decides "auto"; the Inception weights are where `find_inception_weights` looks, or are downloaded if
-    that is allowed.
-
-    Raises:
-        ConfigError: No such network.
-        DataError: The Inception weights are absent, or are other weights.
+    that is allowed. ConfigError for an unknown network, DataError where the weights are absent or others.
     """
 
     def __init__(
@@ -45,7 +41,7 @@ class ExtractorChoice:
         self._file: Path | None = None
         self.name = str(network) if self._extractor is None else getattr(network, "name", "")
         if self._extractor is not None:
-            about: list[Any] = [getattr(self._extractor, name, None) for name in ("name", "weights_hash", "dim")]
+            about: list[Any] = [getattr(network, name, None) for name in ("name", "weights_hash", "dim")]
             if [type(value) for value in about] != [str, str, int] or about[2] < 1:
                 raise ConfigError(
                     f"features={type(network).__name__} has name, weights_hash and dim {about!r:.80};"
@@ -74,11 +70,7 @@ class ExtractorChoice:
             )
 
     def load(self, image_shape: tuple[int, int], device: torch.device, nearby: Sequence[Path] = ()) -> FeatureExtractor:
-        """The network; of demo classifiers the one for this size, also from a directory `nearby`.
-
-        Raises:
-            MvarError: Its file cannot be used.
-        """
+        """The network; of demo classifiers the one for this size, also from a directory `nearby`."""
         if self._extractor is not None:
             return self._extractor
         if self.name == "inception":

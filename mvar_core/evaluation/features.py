@@ -32,9 +32,7 @@ INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-20
 """Names under which torch-fidelity and pytorch-fid leave the same file in torch's cache."""
 
 INCEPTION_VARIABLE = "MVAR_INCEPTION_WEIGHTS"
-
 SPATIAL_CHANNELS = 7
-
 DOWNLOAD_BLOCK = 1 << 18
 DOWNLOAD_TIMEOUT_SECONDS = 30
 
@@ -42,10 +40,8 @@ DOWNLOAD_TIMEOUT_SECONDS = 30
 class Features(NamedTuple):
     """What an extractor computes for a batch of images; on the CPU, in float32.
 
-    Attributes:
-        pool: (B, F), compared by FID, precision, recall and KID.
-        logits: (B, K), read by the inception score; None where the network does not classify.
-        spatial: (B, P), compared by sFID; None where the network has no such features.
+    FID, precision, recall and KID compare `pool`; the inception score reads `logits`, None where the network does not
+    classify; sFID compares `spatial`, None where it has no such features.
     """
 
     pool: Float[Tensor, "B F"]
@@ -60,47 +56,39 @@ class FeatureExtractor(Protocol):
     `comparable_to_papers` says whether published figures were measured with these very features.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def dim(self) -> int: ...  # noqa: D102
-
-    @property
-    def comparable_to_papers(self) -> bool: ...  # noqa: D102
-
-    @property
-    def weights_hash(self) -> str: ...  # noqa: D102
+    name: str
+    dim: int
+    comparable_to_papers: bool
+    weights_hash: str
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"]) -> Features: ...  # noqa: D102
 
 
-def check_dense(images: Any, what: str) -> None:
-    """Raise DataError for what is not a tensor of images (N, C, H, W) with values in memory."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.layout != torch.strided or images.is_meta:
-        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"{what}, found {found}.".replace("torch.", ""))
+def described(value: Any) -> str:
+    """What a message calls something that should have been a tensor of another kind: "uint8 (4, 3)", or its type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+
+
+def is_dense(value: Any, ndim: int) -> bool:
+    """Whether something is an ordinary tensor with that many dimensions, and values in memory."""
+    return isinstance(value, Tensor) and value.ndim == ndim and value.layout == torch.strided and not value.is_meta
 
 
 def check_images(images: Tensor) -> None:
     """Raise DataError for what is not a batch of uint8 RGB images."""
-    what = "Features are measured on uint8 images (B, 3, H, W)"
-    check_dense(images, what)
-    if images.dtype != torch.uint8 or images.shape[1] != 3 or 0 in images.shape[1:]:
-        raise DataError(f"{what}, found {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}.")
+    if not is_dense(images, 4) or images.dtype != torch.uint8 or images.shape[1] != 3 or 0 in images.shape[1:]:
+        raise DataError(f"Features are measured on uint8 images (B, 3, H, W), found {described(images)}.")
 
 
 def check_labels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
     """Raise DataError for labels that are not a whole number from 0 for each image, and for no images at all."""
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
-        raise DataError(
-            f"Labels are a tensor of whole numbers, found {getattr(labels, 'dtype', type(labels).__name__)}."
-        )
+        raise DataError(f"Labels are a tensor of whole numbers, found {described(labels)}.")
     if len(images) == 0 or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"Found {len(images)} images and {len(labels) if labels.ndim == 1 else tuple(labels.shape)} labels;"
-            " expected one label per image, and some."
-        )
+        count = len(labels) if labels.ndim == 1 else tuple(labels.shape)
+        raise DataError(f"Found {len(images)} images and {count} labels; expected one label per image, and some.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         expected = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
@@ -110,15 +98,13 @@ def check_labels(images: Tensor, labels: Tensor, num_classes: int | None = None)
 def check_features(found: Any, extractor: FeatureExtractor, images: int) -> None:
     """Raise DataError for what is not `Features` of that many images."""
     for index, values in enumerate(found if isinstance(found, Features) else [found]):
-        fits = isinstance(values, Tensor) and values.ndim == 2 and len(values) == images and values.is_floating_point()
-        fits = fits and values.layout == torch.strided and not values.is_meta
-        if index == 0:
-            fits = fits and isinstance(found, Features) and values.shape[1] == extractor.dim
-        if not fits and (index == 0 or values is not None):
-            shape = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        if index and values is None:
+            continue
+        fits = is_dense(values, 2) and len(values) == images and values.is_floating_point()
+        if not fits or not (index or (isinstance(found, Features) and values.shape[1] == extractor.dim)):
             raise DataError(
-                f"The network {extractor.name} returns {shape} for {images} images; expected Features whose pool is"
-                f" float ({images}, {extractor.dim}) and whose logits and spatial are float ({images}, any) or None."
+                f"The network {extractor.name} returns {described(values)} for {images} images; expected Features whose"
+                f" pool is float ({images}, {extractor.dim}), logits and spatial float ({images}, any) or None."
             )
 
 
@@ -156,15 +142,7 @@ class InceptionExtractor:
 
     uint8 images, TensorFlow 1's bilinear resize to 299×299, (x - 128) / 128; pool3 (2048), pool3·W without bias (1008),
     and the first 7 channels of mixed_6/conv (Mixed_6d.branch1x1), 17×17×7 = 2023 values in N, H, W, C order, as in the
-    ADM evaluator.
-
-    Args:
-        state_dict: The network's weights; `load_inception` reads and checks the published file.
-        weights_hash: SHA-256 of the file they came from.
-        device: Where it runs.
-
-    Raises:
-        CheckpointError: The weights do not fit the network.
+    ADM evaluator. `load_inception` reads and checks the published weights; CheckpointError for those of other networks.
     """
 
     name = "inception"
@@ -186,9 +164,8 @@ class InceptionExtractor:
                     "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
                 )
         except RuntimeError as error:
-            raise CheckpointError(
-                f"These weights do not fit the Inception network: {one_line(error)[:300]}."
-            ) from error
+            message = f"These weights do not fit the Inception network: {one_line(error)[:300]}."
+            raise CheckpointError(message) from error
         self._network: torch.nn.Module = network.to(self._device)
         self._branch: list[Tensor] = []
         network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: self._branch.append(output))
@@ -206,8 +183,7 @@ class InceptionExtractor:
 def find_inception_weights(path: Path | str | None = None) -> Path:
     """The verified file of Inception weights: `path`, or $MVAR_INCEPTION_WEIGHTS, or torch's cache of downloads.
 
-    Raises:
-        DataError: No such file, or a file of another size or SHA-256; says where to get it and where to put it.
+    DataError, which says where to get it and where to put it, for no such file or one of another size or SHA-256.
     """
     named = path or os.environ.get(INCEPTION_VARIABLE)
     candidates = [Path(named).expanduser()] if named else [_download_cache() / name for name in INCEPTION_FILES]
@@ -216,20 +192,16 @@ def find_inception_weights(path: Path | str | None = None) -> Path:
         missing = f"{candidates[0]} does not exist" if named else "The Inception weights are not on this machine"
         raise DataError(f"{missing}.", _how_to_get_weights())
     if wrong := _difference(found):
-        raise DataError(
-            f"{found} is not the Inception weights: {wrong}.",
-            f"Delete it or name another file. {_how_to_get_weights()}",
-        )
+        hint = f"Delete it or name another file. {_how_to_get_weights()}"
+        raise DataError(f"{found} is not the Inception weights: {wrong}.", hint)
     return found
 
 
 def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
-    """Download the Inception weights into torch's cache of downloads.
+    """Download the Inception weights into torch's cache of downloads; `progress` gets the bytes so far and in all.
 
-    Their size and SHA-256 are checked before the file gets its name. `progress` is called with bytes done and in all.
-
-    Raises:
-        DataError: The network or the disk failed, or other bytes arrived; says where to get the file by hand.
+    Their size and SHA-256 are checked before the file gets its name. DataError, which says where to get the file by
+    hand, where the network or the disk failed or other bytes arrived.
     """
     target = _download_cache() / INCEPTION_FILES[0]
     try:
@@ -245,9 +217,8 @@ def download_inception(progress: Callable[[int, int], None] | None = None) -> Pa
                     if progress:
                         progress(file.tell(), INCEPTION_BYTES)
             if wrong := _difference(temporary):
-                raise DataError(
-                    f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}.", _how_to_get_weights()
-                )
+                message = f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}."
+                raise DataError(message, _how_to_get_weights())
     except (OSError, http.client.HTTPException) as error:
         message = f"The Inception weights cannot be downloaded: {one_line(error)}."
         raise DataError(message, _how_to_get_weights()) from error
@@ -255,12 +226,7 @@ def download_inception(progress: Callable[[int, int], None] | None = None) -> Pa
 
 
 def load_inception(path: Path | str | None = None, device: torch.device | str = "cpu") -> InceptionExtractor:
-    """The extractor that published figures were measured with, from the verified file of weights.
-
-    Raises:
-        DataError: The file, found as `find_inception_weights` does, is absent or is another file.
-        CheckpointError: The file cannot be read.
-    """
+    """The extractor that published figures were measured with, from the file that `find_inception_weights` finds."""
     file = find_inception_weights(path)
     state_dict = read_weights(file, buffers=lambda name: name.endswith("num_batches_tracked"))
     return InceptionExtractor(state_dict, INCEPTION_SHA256, device)

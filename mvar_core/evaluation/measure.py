@@ -57,10 +57,8 @@ class ImageSet(Protocol):
 class Measurer:
     """Measures sets of images with one network.
 
-    Attributes:
-        cache: A directory of features, one npz file each by the content of the images and the network; a file that
-            cannot be used counts as absent.
-        keep_features: Whether single images' features are needed as well as their mean and covariance.
+    `cache` is a directory of features, an npz file for each content of images and network; a file that cannot be used
+    counts as absent. With `keep_features` single images' features are needed, not only their mean and covariance.
     """
 
     extractor: FeatureExtractor
@@ -70,12 +68,8 @@ class Measurer:
     progress: Progress | None = None
 
     def measure(self, images: ImageSet, title: str) -> FeatureSet:
-        """Features of all images, in every process; `title` is what the progress is called.
-
-        Raises:
-            DataError: An image cannot be read, or there are too few images for the number of processes.
-        """
-        key, known = world().run_on_rank_zero(lambda: self._cached(images))
+        """Features of all images, in every process; `title` is what the progress is called."""
+        path, known = world().run_on_rank_zero(lambda: self._cached(images))
         if known is not None:
             logger.info("%s: features of %s images are taken from the cache.", title, f"{images.count:,}")
             return replace(known, labels=images.labels)
@@ -89,15 +83,15 @@ class Measurer:
             first=own.start,
         )
         found = merge_features(local, images.count)
-        if self.cache is not None and key is not None and world().is_rank_zero:
+        if path is not None and world().is_rank_zero:
             try:
-                write_features(Path(self.cache) / f"{key}.npz", found, {"key": key})
+                write_features(path, found, {"key": path.stem})
             except (MvarError, OSError) as error:  # what was measured is worth more than the cache
                 logger.warning("The features are not cached: %s", error)
         return replace(found, labels=images.labels)
 
-    def _cached(self, images: ImageSet) -> tuple[str | None, FeatureSet | None]:
-        """The name of these features in the cache, and the features, where all that are needed are there."""
+    def _cached(self, images: ImageSet) -> tuple[Path | None, FeatureSet | None]:
+        """The file of these features in the cache, and the features, where it has all that are needed."""
         content = None if self.cache is None else images.fingerprint()
         if self.cache is None or content is None:
             return None, None
@@ -105,31 +99,25 @@ class Measurer:
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = Path(self.cache) / f"{key}.npz"
         if not os.path.lexists(path):
-            return key, None
+            return path, None
         try:
             found, description = read_features(path)
             if description != {"key": key}:
                 raise DataError(f"{path} holds other features.")
         except DataError as error:
             logger.warning("%s is measured again: %s", path, error.message)
-            return key, None
-        return key, None if found is None or (self.keep_features and found.features is None) else found
+            return path, None
+        return path, None if found is None or (self.keep_features and found.features is None) else found
 
 
-MOST = {"num_samples": 1_000_000_000}
-LEAST = {"num_samples": 2, "kid_subset": 2, "batch_size": 1, "seed": 0}
+LIMITS = {"num_samples": (2, 1_000_000_000), "kid_subset": (2,), "batch_size": (1,), "seed": (0,)}
 
 
 def check_values(cache: str | Path | None, **numbers: int | None) -> None:
-    """Refuse arguments of an evaluation before anything slow.
-
-    Raises:
-        ConfigError: A number that is not whole, or too small.
-        DataError: A cache that is not a directory.
-    """
+    """Refuse arguments of an evaluation before anything slow: numbers out of range, a cache that is no directory."""
     for name, value in numbers.items():
         if value is not None:
-            check_whole(f"--{name.replace('_', '-')}", value, LEAST[name], MOST.get(name, 2**63 - 1))
+            check_whole(f"--{name.replace('_', '-')}", value, *LIMITS[name])
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise DataError(f"--cache {cache} is a file; expected a directory.")
 
@@ -137,8 +125,7 @@ def check_values(cache: str | Path | None, **numbers: int | None) -> None:
 def shards(total: int) -> list[range]:
     """The images, of `total`, that each process measures: contiguous blocks in the order of ranks, even to one image.
 
-    Raises:
-        DataError: Too few images for the number of processes; every process raises it, so that none waits.
+    DataError in every process, so that none waits, where there are too few images for them.
     """
     count = world().world_size
     if count > 1 and total < IMAGES_PER_PROCESS * count:
@@ -158,34 +145,29 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
     sums, some 1e-13 relative. Networks may round differently in batches of another size.
 
     `local` is what this process measured, its block of `shards`; `total` the number of images of all processes.
-
-    Raises:
-        DataError: The processes did not measure all images, or measured differently.
+    DataError where the processes did not measure all images, or measured differently.
     """
     sets = world().all_gather_object(local)
     if len(sets) == 1:
         return local
-    rows = ("features", "logits", "labels", "content_keys")
+    counts = [features.count or 0 for features in sets]
+    joins: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(("features", "logits", "content_keys"), torch.cat),
+        "labels": np.concatenate,
+        **dict.fromkeys(("statistics", "spatial"), lambda parts: merge_statistics(zip(counts, parts, strict=True))),
+    }
 
     def description(features: FeatureSet) -> tuple[object, ...]:
-        shapes = tuple(None if (each := getattr(features, name)) is None else each.shape[1:] for name in rows)
-        known = (features.statistics is not None, features.spatial is not None)
-        return features.extractor, features.weights_hash, shapes, known
+        parts = [getattr(features, name) for name in joins]
+        shapes = (None if part is None else getattr(part, "shape", (0,))[1:] for part in parts)
+        return features.extractor, features.weights_hash, *shapes
 
     if len(set(map(description, sets))) > 1:
         raise DataError(f"The {len(sets)} processes measured with different extractors or kept different features.")
-    counts = [features.count or 0 for features in sets]
     if sum(counts) != total:
         raise DataError(f"The {len(sets)} processes measured {sum(counts)} images; expected {total}.")
-    merged: dict[str, Any] = {}
-    for name in rows:
-        join: Callable[[Any], Any] = np.concatenate if name == "labels" else torch.cat
-        if getattr(local, name) is not None:
-            merged[name] = join([getattr(features, name) for features in sets])
-    for name in ("statistics", "spatial"):
-        if getattr(local, name) is not None:
-            known = [getattr(features, name) for features in sets]
-            merged[name] = merge_statistics(list(zip(counts, known, strict=True)))
+    known = [name for name in joins if getattr(local, name) is not None]
+    merged: dict[str, Any] = {name: joins[name]([getattr(features, name) for features in sets]) for name in known}
     return replace(local, count=total, **merged)
 
 
@@ -193,11 +175,8 @@ def merge_features(local: FeatureSet, total: int) -> FeatureSet:
 class Reference:
     """What images are compared with: images, published statistics (with or without images), or features made before.
 
-    Attributes:
-        name: What the user typed.
-        images: The reference's images, where they are there.
-        known: What a file says: statistics in the ADM evaluator's layout, or all features where there is a `record`.
-        record: How `make_reference` measured them.
+    `name` is what the user typed. `known` is what a file says: statistics in the ADM evaluator's layout, or all
+    features, and then `record` says how `make_reference` measured them.
     """
 
     name: str
@@ -207,11 +186,7 @@ class Reference:
 
     @classmethod
     def open(cls, text: str, image_shape: ImageShape, kind: str) -> Reference:
-        """Check, before anything slow, that the reference is there and serves images of this size and these features.
-
-        Raises:
-            DataError: It is neither images nor statistics.
-        """
+        """Check, before anything slow, that the reference is there and fits images of this size and these features."""
         path = Path(text).expanduser()
         if path.suffix.lower() != ".npz":
             return cls(text, open_evaluation_images(text, image_shape))
@@ -249,11 +224,7 @@ class Reference:
         return None if holder is None else holder.class_names
 
     def check(self, extractor: FeatureExtractor) -> None:
-        """Refuse a file whose features are not the extractor's, before anything is measured.
-
-        Raises:
-            DataError: Another network, other weights, or another number of features.
-        """
+        """Refuse, before anything is measured, a file of other features, by network, weights or number (DataError)."""
         record, known = self.record, self.known
         if record and (record.extractor, record.weights_hash) != (extractor.name, extractor.weights_hash):
             raise DataError(
@@ -282,11 +253,7 @@ class Reference:
 def open_measured_images(
     text: str, limit: int | None = None, image_shape: ImageShape | None = None
 ) -> EvaluationImages:
-    """The first images of a set, as they are; digits, which have no size of their own, at that of their preset.
-
-    Raises:
-        DataError: No such images, or images of several sizes.
-    """
+    """The first images of a set, as they are; digits, which have no size of their own, at that of their preset."""
     if image_shape is None and split_name(text)[0] == "digits":
         image_shape = load_config("digits").image_shape
     images = open_evaluation_images(text, image_shape)

@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
 from mvar_core.errors import DataError
-from mvar_core.evaluation.features import check_images
+from mvar_core.evaluation.features import check_images, described
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
@@ -29,8 +29,7 @@ def ssim(originals: UInt8[Tensor, "B 3 H W"], reconstructions: UInt8[Tensor, "B 
     K2 = 0.03, range 255; population (not sample) variances; the mean over positions and the three channels, each
     compared by itself, in float64. Implementations that pad the border, or compare luminance only, differ.
 
-    Raises:
-        DataError: Not uint8 RGB images of one shape, or images smaller than the window.
+    DataError for what is not uint8 RGB images of one shape, and for images smaller than the window.
     """
     _check_pair(originals, reconstructions)
     if min(originals.shape[2:]) < SSIM_WINDOW:
@@ -57,11 +56,9 @@ def ssim(originals: UInt8[Tensor, "B 3 H W"], reconstructions: UInt8[Tensor, "B 
 
 
 class ReconstructionMeter:
-    """PSNR, SSIM and codebook usage of images that arrive in batches; nothing but sums and counts is kept.
+    """PSNR, SSIM and codebook usage of images that arrive in batches, of which nothing else is kept.
 
-    Args:
-        spans: Where each scale's tokens stand in the sequence of L tokens.
-        codebook_size: Number of codes.
+    `spans` are where each scale's tokens are in the sequence of L tokens.
     """
 
     def __init__(self, spans: Sequence[slice], codebook_size: int):
@@ -78,18 +75,12 @@ class ReconstructionMeter:
     ) -> None:
         """Add a batch: images, what the tokenizer makes of them, and the codes between the two.
 
-        Raises:
-            DataError: Images that do not match, or tokens that do not fit the pyramid or the codebook.
+        DataError where images do not match, or tokens do not fit the pyramid or the codebook.
         """
         _check_pair(originals, reconstructions)
-        length = self._spans[-1].stop
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.shape != (len(originals), length):
-            found = (
-                f"{tokens.dtype} {tuple(tokens.shape)}".removeprefix("torch.")
-                if isinstance(tokens, Tensor)
-                else type(tokens).__name__
-            )
-            raise DataError(f"Tokens are {found}; expected int64 {(len(originals), length)}.")
+        expected = (len(originals), self._spans[-1].stop)
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.shape != expected:
+            raise DataError(f"Tokens are {described(tokens)}; expected int64 {expected}.")
         codes = self._used.shape[1]
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < codes:
             raise DataError(f"Tokens run from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {codes - 1}.")
@@ -100,18 +91,10 @@ class ReconstructionMeter:
             used[tokens[:, span].unique().cpu()] = True
 
     def result(self) -> dict[str, Any]:
-        """What was measured of all images so far.
+        """`psnr`, `ssim`, `usage_per_scale` and `code_usage` (by any scale) of so many `images`; DataError for none.
 
-        Returns:
-            psnr: Mean over the images of each image's own ratio in dB, which is more than the ratio of the mean error;
-                infinite where a reconstruction is exact.
-            ssim: Mean over the images.
-            usage_per_scale: Fraction of the codebook that each scale uses.
-            code_usage: Fraction of the codebook that some scale uses.
-            images: Number of images.
-
-        Raises:
-            DataError: There were no images.
+        `psnr` is the mean over the images of each one's own ratio in dB, which is more than the ratio of the mean
+        error, and infinite where a reconstruction is exact. Usage is a fraction of the codebook.
         """
         ratios = torch.cat(self._ratios) if self._ratios else torch.empty(0)
         if len(ratios) == 0:

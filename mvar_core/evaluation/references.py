@@ -39,11 +39,8 @@ ROWS = {"features": ("float32", 2), "logits": ("float32", 2), "content_keys": ("
 class ReferenceRecord:
     """What a reference was measured with and of.
 
-    Attributes:
-        image_shape: Height and width at which they were measured, in pixels.
-        resized: Whether some were resized or cropped to that size.
-        source: What the images were called.
-        content: Their fingerprint; None in references of older versions.
+    `source` is what the images were called and `content` their fingerprint (None in references of older versions);
+    they were measured at `image_shape`, height and width in pixels, and some were `resized` or cropped to it.
     """
 
     extractor: str
@@ -59,24 +56,20 @@ class ReferenceRecord:
 
 def _record(network: str, weights_hash: str, images: EvaluationImages) -> ReferenceRecord:
     return ReferenceRecord(
-        extractor=network,
-        weights_hash=weights_hash,
-        count=images.count,
-        image_shape=images.image_shape,
-        resized=images.stored_shape is not None,
-        source=images.name,
-        mvar_version=__version__,
-        class_names=images.class_names,
-        content=images.fingerprint(),
+        network,
+        weights_hash,
+        images.count,
+        images.image_shape,
+        images.stored_shape is not None,
+        images.name,
+        __version__,
+        images.class_names,
+        images.fingerprint(),
     )
 
 
 def save_reference(path: Path, features: FeatureSet, images: EvaluationImages) -> None:
-    """Write a reference, whole or not at all: the features of the images, and a `ReferenceRecord`.
-
-    Raises:
-        DataError: There are too few images for statistics.
-    """
+    """Write a reference, whole or not at all: the features of the images, at least two, and a `ReferenceRecord`."""
     if features.statistics is None or features.weights_hash is None:
         raise DataError(f"A reference needs at least 2 images, found {features.num_images}.")
     record = _record(features.extractor, features.weights_hash, images)
@@ -84,11 +77,7 @@ def save_reference(path: Path, features: FeatureSet, images: EvaluationImages) -
 
 
 def is_reference(path: Path, extractor: FeatureExtractor, images: EvaluationImages) -> bool:
-    """Whether a file is the reference of these images; False where nothing is there.
-
-    Raises:
-        DataError: Another file is there.
-    """
+    """Whether a file is the reference of these images; False where nothing is there, DataError for another file."""
     if not path.exists():
         return False
     expected = _record(extractor.name, extractor.weights_hash, images)
@@ -121,11 +110,7 @@ def load_reference(path: Path) -> tuple[FeatureSet | None, ReferenceRecord | Non
         raise DataError(f"{path} is damaged: its record has {one_line(error)[:300]}.", "Make it again.") from None
     if features is None or features.statistics is None:
         raise DataError(f"{path} is damaged: it has no statistics.", "Make it again.")
-    if (features.extractor, features.weights_hash, features.count) != (
-        record.extractor,
-        record.weights_hash,
-        record.count,
-    ):
+    if any(getattr(features, name) != getattr(record, name) for name in ("extractor", "weights_hash", "count")):
         raise DataError(f"{path} is damaged: its arrays are not those of its record.", "Make it again.")
     names = record.class_names
     if features.labels is not None and names is not None and len(names) <= features.labels.max():
@@ -151,11 +136,7 @@ def write_features(path: Path, features: FeatureSet, description: Mapping[str, A
 
 
 def read_features(path: Path) -> tuple[FeatureSet | None, dict[str, Any] | None]:
-    """Features and description of a file that `write_features` wrote; only the statistics, if any, of another npz.
-
-    Raises:
-        DataError: The file is absent, damaged or not an npz file; names it.
-    """
+    """Features and description of a file that `write_features` wrote; only the statistics, if any, of another npz."""
     arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", RECORD))
     text: Any = None
     if RECORD in arrays and arrays[RECORD].dtype.kind == "U" and arrays[RECORD].ndim == 0:
@@ -190,10 +171,10 @@ def read_features(path: Path) -> tuple[FeatureSet | None, dict[str, Any] | None]
 def _gaussian(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> Statistics | None:
     mean, covariance = f"mu{suffix}", f"sigma{suffix}"
     missing = [name for name in (mean, covariance) if name not in arrays]
-    if missing:
-        if len(missing) == 1:
-            raise DataError(f"{path} lacks {missing[0]}, one of {mean} and {covariance}.")
+    if len(missing) == 2:
         return None
+    if missing:
+        raise DataError(f"{path} lacks {missing[0]}, one of {mean} and {covariance}.")
     mu, sigma = arrays[mean], arrays[covariance]
     if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)) or {mu.dtype.kind, sigma.dtype.kind} != {"f"}:
         found = f"{mean} is {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape}"

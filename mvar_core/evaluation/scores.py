@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core.errors import ConfigError, DataError, nearest
+from mvar_core.evaluation.features import described
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.evaluation.statistics import FeatureSet, Statistics, check_finite
 from mvar_core.untrusted import check_whole
@@ -23,26 +24,17 @@ from mvar_core.untrusted import check_whole
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 
 INCEPTION_SPLITS = 10
-NEIGHBOURHOOD = 3
-NEIGHBOURHOOD_BLOCK = 256
-KID_SUBSETS = 100
+NEIGHBOURHOOD, NEIGHBOURHOOD_BLOCK = 3, 256
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 SEEDS = 2**32
 """How many seeds numpy's older generator, which torch-fidelity uses, accepts."""
 
-KID_SUBSET_SIZE = 1000
-KID_CLASS_MINIMUM = 20
-"""Images of a class in both sets from which on its KID says more than its noise."""
-
-KID_CLASS_MAXIMUM = 1000
-"""Images of a class that KID reads at most; of more, a random subset of that size."""
+KID_CLASS_MINIMUM, KID_CLASS_MAXIMUM = 20, 1000
+"""Images of a class in both sets from which on its KID says more than its noise; and how many of them it reads."""
 
 
 def check_metrics(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The metrics asked for, each once, in the order of METRICS; names, also as one comma list, or "all".
-
-    Raises:
-        ConfigError: A name that is not a metric.
-    """
+    """The metrics asked for, each once, in the order of METRICS; names, also as one comma list, or "all"."""
     if isinstance(names, str):
         names = METRICS if names == "all" else [name.strip() for name in names.split(",")]
     if not isinstance(names, (list, tuple)) or not names:
@@ -57,9 +49,6 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     """‖μ₁-μ₂‖² + tr(Σ₁+Σ₂-2(Σ₁Σ₂)^½), the FID of two Gaussians (Heusel et al. 2017, equation 6).
 
     Equal Gaussians give 0 up to rounding, of either sign: some 1e-5 where there are fewer images than features.
-
-    Raises:
-        DataError: Statistics of different numbers of features.
     """
     _check_widths(len(first["mu"]), len(second["mu"]))
     for gaussian in (first, second):
@@ -79,11 +68,8 @@ def inception_score(
     """exp(E KL(p(y|x) ‖ p(y))), mean and standard deviation over the splits (Salimans et al. 2016).
 
     The images are shuffled first: unshuffled, images in the order of their classes leave few classes in a split.
-
-    Raises:
-        DataError: Fewer images than splits.
     """
-    check_finite(_matrix(logits))
+    _check_rows(logits)
     if len(logits) < check_whole("splits", splits, 1):
         raise DataError(f"The inception score in {splits} splits needs at least as many images, found {len(logits)}.")
     metric = fidelity_module("metric_isc")
@@ -94,11 +80,7 @@ def inception_score(
 def precision_recall(
     samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"], *, neighbourhood: int = NEIGHBOURHOOD
 ) -> tuple[float, float]:
-    """Precision and recall of the k-nearest-neighbour manifolds (Kynkäänniemi et al. 2019).
-
-    Raises:
-        DataError: A set has no more than k images.
-    """
+    """Precision and recall of the k-nearest-neighbour manifolds (Kynkäänniemi et al. 2019)."""
     _check_pair(samples, reference)
     check_whole("neighbourhood", neighbourhood, 1)
     if min(len(samples), len(reference)) <= neighbourhood:
@@ -121,20 +103,14 @@ def precision_recall(
 def check_counts(
     metrics: Sequence[str], num_samples: int, num_reference: int | None, kid_subset_size: int | None = None
 ) -> None:
-    """Refuse, before anything is measured, metrics that sets of these sizes do not have.
-
-    Raises:
-        DataError: Too few images; says how many are needed.
-    """
-    needs = {"fid": 2, "sfid": 2, "precision": NEIGHBOURHOOD + 1, "recall": NEIGHBOURHOOD + 1, "kid": 2}
-    if kid_subset_size is not None:
-        needs["kid"] = kid_subset_size
-    for what, count in (("samples", num_samples), ("reference images", num_reference)):
-        lacking = {name: needs[name] for name in metrics if name in needs and count is not None and count < needs[name]}
-        if what == "samples" and "inception_score" in metrics and num_samples < INCEPTION_SPLITS:
-            lacking["inception_score"] = INCEPTION_SPLITS
+    """Refuse, before anything is measured, metrics for which there are too few images (DataError)."""
+    neighbours, kid = NEIGHBOURHOOD + 1, kid_subset_size or 2
+    pairs = {"fid": 2, "sfid": 2, "precision": neighbours, "recall": neighbours, "kid": kid}
+    samples = {**pairs, "inception_score": INCEPTION_SPLITS}
+    for what, count, needs in (("samples", num_samples, samples), ("reference images", num_reference, pairs)):
+        lacking = [name for name in metrics if count is not None and count < needs.get(name, 0)]
         if lacking:
-            wanted = ", ".join(f"{name} needs {least}" for name, least in lacking.items())
+            wanted = ", ".join(f"{name} needs {needs[name]}" for name in lacking)
             raise DataError(f"There are {count} {what}: {wanted}.", "Use more images, or leave out those --metrics.")
 
 
@@ -152,9 +128,6 @@ def kernel_distance(
     """KID: unbiased squared maximum mean discrepancy, kernel (xᵀy/F + 1)³ (Bińkowski et al. 2018).
 
     Mean and standard deviation over subsets that `seed` decides, of 1000 images, or `subset_size`, or what there is.
-
-    Raises:
-        DataError: A set has fewer than two images.
     """
     _check_pair(samples, reference)
     subsets, size = kid_subsets(len(samples), len(reference), subset_size)
@@ -183,21 +156,14 @@ def evaluate_features(
 ) -> dict[str, Any]:
     """All scores that can be computed from two sets; one that cannot is None, with the reason.
 
-    Args:
-        samples: The images that are scored.
-        reference: What they are compared with.
-        metrics: Names out of METRICS.
-        seed: Decides the shuffle of the inception score and the subsets of KID, which are chosen from the images in the
-            order of their content: the order in which they were measured does not change a score.
-        splits: Splits of the inception score.
-        kid_subset_size: Images per subset of KID; None for 1000, or what there is.
+    `seed` decides the shuffle of the inception score and the subsets of KID, which are chosen from the images in the
+    order of their content: the order in which they were measured does not change a score.
 
     Returns:
         fid, sfid, inception_score, inception_score_std, precision, recall, kid, kid_std; `reasons`, why a score is
         None; and `settings`, the seed and sizes that were used.
 
     Raises:
-        ConfigError: A name that is not a metric.
         DataError: Two sets that were measured with different networks.
     """
     asked = check_metrics(metrics)
@@ -214,30 +180,31 @@ def evaluate_features(
     reasons = {metric: "not asked for" for metric in METRICS if metric not in asked}
     settings = {"seed": seed, "splits": splits, "neighbourhood": NEIGHBOURHOOD}
 
-    def both(read: Callable[[str, FeatureSet], Any]) -> tuple[Any, Any]:
-        return read("sample", samples), read("reference", reference)
+    def both(part: str) -> tuple[Any, Any]:
+        return _known(samples, "sample", part), _known(reference, "reference", part)
 
     def kid() -> tuple[float, float]:
-        ours, theirs = both(_features)
+        ours, theirs = both("features")
         found = kernel_distance(ours, theirs, seed=seed, subset_size=kid_subset_size)
         settings["kid_subsets"], settings["kid_subset_size"] = kid_subsets(len(ours), len(theirs), kid_subset_size)
         return found
 
     measures: dict[tuple[str, ...], Callable[[], Sequence[float]]] = {
-        ("fid",): lambda: [frechet_distance(*both(_statistics))],
-        ("sfid",): lambda: [frechet_distance(*both(_spatial))],
-        ("inception_score", "inception_score_std"): lambda: inception_score(_logits(samples), seed=seed, splits=splits),
-        ("precision", "recall"): lambda: precision_recall(*both(_features)),
+        ("fid",): lambda: [frechet_distance(*both("statistics"))],
+        ("sfid",): lambda: [frechet_distance(*both("spatial"))],
+        ("inception_score", "inception_score_std"): lambda: inception_score(
+            _known(samples, "sample", "logits"), seed=seed, splits=splits
+        ),
+        ("precision", "recall"): lambda: precision_recall(*both("features")),
         ("kid", "kid_std"): kid,
     }
     for names, compute in measures.items():
         if wanted := [name for name in names if name in asked]:
             try:
                 found = dict(zip(names, compute(), strict=True))
+                scores.update({name: found[name] for name in names if name not in reasons})
             except DataError as error:
                 reasons.update(dict.fromkeys(wanted, error.message))
-            else:
-                scores.update({name: found[name] for name in names if name not in reasons})
     return {**scores, "reasons": reasons, "settings": settings}
 
 
@@ -245,9 +212,8 @@ def evaluate_features(
 class ClassScore:
     """How far a class is from the reference.
 
-    Attributes:
-        score: Distance from the reference, 0 at best; KID may fall below. None where a set has no image of the class.
-        measure: What the score is, "kid" or "mean_distance"; the same for all classes of a table.
+    `score` is the distance, 0 at best (KID may fall below), None where a set has no image of the class; `measure` what
+    it is, "kid" or "mean_distance", the same for all classes of a table.
     """
 
     label: int
@@ -312,11 +278,7 @@ def per_class_scores(
 
 
 def unbiased_kernel_distance(samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"]) -> float:
-    """Unbiased squared maximum mean discrepancy of two whole sets, kernel (xᵀy/F + 1)³ (Gretton et al. 2012, eq. 3).
-
-    Raises:
-        DataError: A set has fewer than two images.
-    """
+    """Unbiased squared maximum mean discrepancy of two whole sets, kernel (xᵀy/F + 1)³ (Gretton et al. 2012, eq. 3)."""
     _check_pair(samples, reference)
     if min(len(samples), len(reference)) < 2:
         raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
@@ -332,49 +294,32 @@ def unbiased_kernel_distance(samples: Float[Tensor, "N F"], reference: Float[Ten
     return float(within(ours) + within(theirs) - 2 * kernel(ours, theirs).mean())
 
 
-def _statistics(role: str, images: FeatureSet) -> Statistics:
-    if images.statistics is None:
-        raise DataError(f"The {role} set has fewer than 2 images.")
-    return images.statistics
-
-
-def _spatial(role: str, images: FeatureSet) -> Statistics:
-    if images.spatial is not None:
-        return images.spatial
-    if images.source is not None:
+def _known(images: FeatureSet, role: str, part: str) -> Any:
+    """A part of what is known of a set; DataError says why it is not known."""
+    found, keys = getattr(images, part), images.content_keys
+    if found is not None:
+        # Rows in an order that follows from the images alone, so that splits and subsets do too.
+        return found[keys.argsort(stable=True)] if isinstance(found, Tensor) and keys is not None else found
+    if part == "features":
+        raise DataError(f"The {role} set is known by its mean and covariance only, not by its images.")
+    if part == "logits":
+        raise DataError(f"{images.extractor} features have no classes.")
+    if part == "spatial" and images.source is not None:
         raise DataError(f"{images.source} has no mu_s and sigma_s.")
-    if images.extractor != "inception":
+    if part == "spatial" and images.extractor != "inception":
         raise DataError(f"{images.extractor} features have no spatial map.")
     raise DataError(f"The {role} set has fewer than 2 images.")
 
 
-def _logits(images: FeatureSet) -> Tensor:
-    if images.logits is None:
-        raise DataError(f"{images.extractor} features have no classes.")
-    return _by_content(images, images.logits)
-
-
-def _features(role: str, images: FeatureSet) -> Tensor:
-    if images.features is None:
-        raise DataError(f"The {role} set is known by its mean and covariance only, not by its images.")
-    return _by_content(images, images.features)
-
-
-def _by_content(images: FeatureSet, rows: Tensor) -> Tensor:
-    """Rows in an order that follows from the images alone, so that splits and subsets do too."""
-    return rows if images.content_keys is None else rows[images.content_keys.argsort(stable=True)]
-
-
-def _matrix(rows: Tensor) -> Tensor:
+def _check_rows(rows: Tensor) -> None:
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or rows.shape[1] == 0:
-        found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise DataError(f"Features are a matrix of floats, a row per image, found {found}.")
-    return rows
+        raise DataError(f"Features are a matrix of floats, a row per image, found {described(rows)}.")
+    check_finite(rows)
 
 
 def _check_pair(first: Tensor, second: Tensor) -> None:
-    check_finite(_matrix(first))
-    check_finite(_matrix(second))
+    _check_rows(first)
+    _check_rows(second)
     _check_widths(first.shape[1], second.shape[1])
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, TypedDict
 
 import numpy as np
@@ -28,10 +28,8 @@ class Statistics(TypedDict):
 class StreamingStatistics:
     """Mean and covariance of rows that arrive in batches, without keeping the rows.
 
-    Rows are merged in blocks of a fixed number, so the result does not depend on how they were batched.
-
-    Args:
-        first: Index of the first row among all images, by which an image that cannot be used is named.
+    Rows are merged in blocks of a fixed number, so the result does not depend on how they were batched. Errors count
+    the images from `first`.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -41,11 +39,7 @@ class StreamingStatistics:
         self._waiting: list[NDArray[np.float64]] = []
 
     def update(self, features: Tensor) -> None:
-        """Add a batch of features, (B, F).
-
-        Raises:
-            DataError: Features that are not finite; names the first such image.
-        """
+        """Add a batch of features, (B, F); DataError names the first image whose features are not finite."""
         check_finite(features, self._first + self.count)
         self.count += len(features)
         self._waiting.append(features.detach().cpu().numpy().astype(np.float64))
@@ -57,11 +51,7 @@ class StreamingStatistics:
             self._waiting = [rows[whole:]]
 
     def result(self) -> Statistics:
-        """Mean and unbiased covariance of all rows so far.
-
-        Raises:
-            DataError: Fewer than two rows.
-        """
+        """Mean and unbiased covariance of all rows so far, at least two."""
         if self.count < 2:
             raise DataError(f"A covariance needs at least 2 images, found {self.count}.")
         rest = np.concatenate(self._waiting)
@@ -89,12 +79,9 @@ def _merge(first: Moments | None, second: Moments) -> Moments:
     return total, mean + delta * (count / total), scatter
 
 
-def merge_statistics(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
+def merge_statistics(parts: Iterable[tuple[int, Statistics]]) -> Statistics:
     """Mean and covariance of the union of sets of at least two rows, whose own are known."""
-    total: Moments | None = None
-    for count, part in parts:
-        total = _merge(total, (count, part["mu"], part["sigma"] * (count - 1)))
-    assert total is not None
+    total = reduce(_merge, ((count, part["mu"], part["sigma"] * (count - 1)) for count, part in parts))
     return Statistics(mu=total[1], sigma=total[2] / (total[0] - 1))
 
 
@@ -126,17 +113,15 @@ def _projection(length: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What is known of a set of images: enough to compare it with another set.
+    """What is known of a set of images: enough to compare it with another set; None is what is not known.
 
     Attributes:
-        weights_hash: SHA-256 of the network's weights; None where a file of statistics does not say.
-        count: Number of images; None where a file of statistics does not say.
-        statistics: Mean and covariance of the features; None for fewer than two images.
-        features: (N, F), the features themselves; None where only statistics are known.
-        logits: (N, K), what the network classifies the images as; None where unknown.
-        labels: int64 (N,), the images' classes; None where unknown.
-        content_keys: int64 (N,), see `content_keys`: ties random choices to images rather than to their positions; None
-            where unknown.
+        weights_hash: SHA-256 of the network's weights, which a file of statistics does not say; nor does it `count`.
+        statistics: Mean and covariance of the features, of at least two images.
+        features: (N, F), the features themselves.
+        logits: (N, K), what the network classifies the images as.
+        labels: int64 (N,), the images' classes.
+        content_keys: int64 (N,), see `content_keys`: ties random choices to images rather than to their positions.
         source: Where the statistics were read from; None for images that were measured here.
     """
 
@@ -153,14 +138,12 @@ class FeatureSet:
 
     @property
     def num_images(self) -> int | None:
-        """Images that are behind the statistics, or else those whose features are known; None where nothing says."""
-        if self.count is not None:
-            return self.count
-        return None if self.features is None else len(self.features)
+        """Images that are behind the statistics, or else those whose features are known."""
+        return len(self.features) if self.count is None and self.features is not None else self.count
 
     @property
     def width(self) -> int | None:
-        """Number of features, F; None where neither they nor their statistics are known."""
+        """Number of features, F."""
         if self.features is not None:
             return self.features.shape[1]
         return None if self.statistics is None else len(self.statistics["mu"])
@@ -182,21 +165,13 @@ def collect(
     and, only with `keep_features`, the features in float32 (8 MB per thousand images for Inception's 2048).
 
     Batches are uint8 images (B, 3, H, W), `total` of them; errors count them from `first`. Precision, recall, KID and
-    scores per class need the features themselves; FID, sFID and the inception score need none.
-
-    Raises:
-        DataError: No images, another number of them, images of the wrong kind, or features that are not finite.
+    scores per class need the features themselves; FID, sFID and the inception score need none. DataError for no images,
+    another number of them, images of the wrong kind, or features that are not finite.
     """
     rows: dict[str, Any] = {}
-    pool_statistics, spatial_statistics = StreamingStatistics(first), StreamingStatistics(first)
+    pool, spatial = StreamingStatistics(first), StreamingStatistics(first)
     count = 0
     widths: list[int | None] = []
-
-    def keep(name: str, values: Tensor) -> None:
-        # One buffer for all images: joining a list of batches would take the memory twice.
-        if name not in rows:
-            rows[name] = torch.empty(total, *values.shape[1:], dtype=values.dtype)
-        rows[name][count : count + len(values)] = values
 
     with exact_matmul():
         for images in batches:
@@ -204,18 +179,23 @@ def collect(
                 raise DataError(f"There are more images than the {total} that were expected.")
             batch = extractor(images)
             check_features(batch, extractor, len(images))
-            widths = widths or [None if each is None else each.shape[1] for each in batch]
-            if [None if each is None else each.shape[1] for each in batch] != widths:
+            found = [None if each is None else each.shape[1] for each in batch]
+            if found != (widths := widths or found):
                 raise DataError(f"The network {extractor.name} returns features of other widths than {widths}.")
-            pool_statistics.update(batch.pool)
+            kept = {"content_keys": content_keys(images)}
+            pool.update(batch.pool)
+            if keep_features:
+                kept["features"] = batch.pool.detach().cpu().float()
             if batch.logits is not None:
                 check_finite(batch.logits, first + count)
-                keep("logits", batch.logits.detach().cpu().float())
+                kept["logits"] = batch.logits.detach().cpu().float()
             if batch.spatial is not None:
-                spatial_statistics.update(batch.spatial)
-            if keep_features:
-                keep("features", batch.pool.detach().cpu().float())
-            keep("content_keys", content_keys(images))
+                spatial.update(batch.spatial)
+            for name, values in kept.items():
+                # One buffer for all images: joining a list of batches would take the memory twice.
+                if name not in rows:
+                    rows[name] = torch.empty(total, *values.shape[1:], dtype=values.dtype)
+                rows[name][count : count + len(images)] = values
             count += len(images)
             if progress:
                 progress(count, total)
@@ -225,7 +205,7 @@ def collect(
         extractor=extractor.name,
         weights_hash=extractor.weights_hash,
         count=count,
-        statistics=pool_statistics.result() if count > 1 else None,
-        spatial=spatial_statistics.result() if spatial_statistics.count > 1 else None,
+        statistics=pool.result() if count > 1 else None,
+        spatial=spatial.result() if spatial.count > 1 else None,
         **rows,
     )

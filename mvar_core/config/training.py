@@ -50,6 +50,11 @@ class LoopConfig(Optimized):
     )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which the model gets then; 0 = none")
     max_skipped: int = Field(10, ge=1, description="steps in a row that may be nan or infinite before the run stops")
+    max_loss_ratio: float = Field(
+        1.5,
+        ge=0,
+        description="a run that ends with more than this times its first loss has diverged; 0 accepts any end",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints, and between validations")
     keep: int = Field(2, ge=1, description="checkpoints that are kept, besides that of the best validation loss")
@@ -119,6 +124,11 @@ class AdversarialConfig(Optimized):
 class TokenizerTrainConfig(LoopConfig):
     """Training of the tokenizer on images."""
 
+    max_loss_ratio: float = Field(
+        2.0,
+        ge=0,
+        description="a run that ends with more than this times its first loss has diverged; 0 accepts any end",
+    )
     batch_size: int = Field(48, ge=1, description="images per step")
     steps: int = Field(10_000, ge=1, description="optimizer steps")
     reconstruction: Literal["l1", "l2"] = "l1"

@@ -82,6 +82,8 @@ class TrainingState:
         average: Exponential average of the weights, where there is one.
         random: State of the global random number generators.
         best_score: Of the best validation so far, which `best_step` had; lower is better.
+        course: The watched loss: first, highest and last (mvar_core.training.metrics.Recorder).
+        good_step: The last checkpoint at which the run had not diverged.
     """
 
     step: Annotated[int, Field(ge=0, le=10**12)]
@@ -99,6 +101,8 @@ class TrainingState:
     skipped_in_a_row: int = 0
     best_step: int | None = None
     best_score: float = float("inf")
+    course: tuple[float, ...] = ()
+    good_step: int | None = None
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -141,19 +145,19 @@ def state_content(state: TrainingState) -> dict[str, Any]:
 def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
     """Write `out`/checkpoints/step-NNNNNNNN.pt whole or not at all; it is on the disk when this returns.
 
-    The last `keep` checkpoints stay, and that of the best validation.
+    The last `keep` checkpoints stay, that of the best validation, and the last one before a divergence.
     """
     path = checkpoint_path(out, state.step)
     with atomic_path(path, durable=True) as temporary:
         torch.save(state_content(state), temporary)
-    prune_checkpoints(out, state.best_step, keep)
+    prune_checkpoints(out, state, keep)
     return path
 
 
-def prune_checkpoints(out: Path, best_step: int | None, keep: int) -> None:
-    """Remove all checkpoints but the last `keep` and that of the best validation, and what killed writers left."""
+def prune_checkpoints(out: Path, state: TrainingState, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and those that the state names, and what killed writers left."""
     steps = sorted({_step(path) for path in checkpoints(out)})
-    kept = {*steps[-keep:], best_step}
+    kept = {*steps[-keep:], state.best_step, state.good_step}
     newest = {_step(path): path for path in checkpoints(out)}
     for old in checkpoints(out):
         if _step(old) not in kept or old != newest[_step(old)]:

@@ -46,6 +46,7 @@ class Recorder:
         trackers: TensorBoard, Weights & Biases, or none.
         window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
         loss: Training loss, averaged over the last finished line.
+        course: The watched loss of the first step, of the highest line and of the last one; empty before.
         earlier_seconds: Time spent in earlier sessions of the run.
     """
 
@@ -53,6 +54,7 @@ class Recorder:
         self.objective, self.plan = objective, plan
         self.window = torch.zeros(2, 1 + len(objective.metric_names), device=plan.device)
         self.loss = math.nan
+        self.course: tuple[float, ...] = ()
         self.earlier_seconds = 0.0
         self._started = time.monotonic()
         self._out: Path | None = None
@@ -89,11 +91,17 @@ class Recorder:
         """Add one step's measures; None where the step was left out."""
         self._images += self.plan.train.batch_size
         if values is not None:
+            if not self.course:
+                self.course = (self._watched(values),) * 3
             self.window += torch.stack([values.nan_to_num(), (~values.isnan()).float()])
 
     def write_training(self, step: int, result: StepResult, skipped: int) -> None:
         """Write the means of the window as a line, after `step` steps, and start the next window."""
         sums, counts = self.window  # a measure that no step had is 0 / 0 = nan
+        if counts[0]:
+            first, highest, _ = self.course or (math.nan,) * 3
+            last = self._watched(sums / counts)
+            self.course = (first, max(highest, last), last)
         means = dict(zip(("loss", *self.objective.metric_names), (sums / counts).tolist(), strict=True))
         self.loss = means.pop("loss")
         speed = self.images_per_second
@@ -111,6 +119,10 @@ class Recorder:
             }
         )
         self.window.zero_()
+
+    def _watched(self, values: Tensor) -> float:
+        names = ("loss", *self.objective.metric_names)
+        return float(values[[names.index(name) for name in self.objective.watched]].sum())
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
 from mvar_core.config.training import LoopConfig
+from mvar_core.errors import MvarError
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Objective:
     Attributes:
         metric_names: Names of the values that `loss` returns next to the loss; nan there is a measure that a step does
             not have.
+        watched: Of "loss" and those names, the ones whose sum falls in a training that goes well.
         num_rows: Rows that there are to train on.
         tokens_per_image: Tokens of an image that a step trains, for throughput.
     """
 
     metric_names: tuple[str, ...]
+    watched: tuple[str, ...] = ("loss",)
     num_rows: int
     tokens_per_image: int
 
@@ -143,7 +146,9 @@ class Outcome:
         seconds: Time spent, over all sessions of the run.
         skipped: Steps left out because their loss or gradient was not finite.
         interrupted: Whether Ctrl-C or SIGTERM ended it before its last step; a checkpoint was written.
-        best_step: The step of the best validation; None without any. Its checkpoint is kept.
+        best_step: The step of the best validation; None without any, or where the run diverged that of the last
+            checkpoint before. Its checkpoint is kept.
+        diverged: Why the weights are of no use, if they are.
     """
 
     steps: int = 0
@@ -152,11 +157,12 @@ class Outcome:
     skipped: int = 0
     interrupted: bool = False
     best_step: int | None = None
+    diverged: MvarError | None = None
 
 
 _FREE_SETTINGS = {
-    "steps", "epochs", "accumulate", "micro_batch", "max_skipped", "log_every", "checkpoint_every", "keep",
-    "sample_every", "tensorboard", "wandb", "activation_checkpointing", "compile",
+    "steps", "epochs", "accumulate", "micro_batch", "max_skipped", "max_loss_ratio", "log_every",
+    "checkpoint_every", "keep", "sample_every", "tensorboard", "wandb", "activation_checkpointing", "compile",
 }  # fmt: skip
 """Training settings that a resumed run may change: they say how long, how and how often, not what is learned."""
 

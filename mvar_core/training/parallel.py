@@ -204,7 +204,7 @@ class Sharded(Parallel):
         """Write a directory into which every process writes its shards."""
         save_shards(checkpoint_path(out, state.step, SHARDED), state_content(state), self.world)
         if self.world.is_rank_zero:
-            prune_checkpoints(out, state.best_step, keep)
+            prune_checkpoints(out, state, keep)
         self.world.barrier()
 
     def load(self, path: Path, module: nn.Module) -> TrainingState:

@@ -21,6 +21,7 @@ from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import generator
+from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.codebook import code_usage, count_codes, revive_dead_codes, start_codebook
 from mvar_core.training.discriminator import Adversary, balance
 from mvar_core.training.objective import BatchPart, Objective, OnStep, Outcome, Plan, comparable_settings
@@ -104,6 +105,7 @@ class TokenizerObjective(Objective):
             *(("perceptual",) if self.perceptual else ()),
             *(("adversarial", "adversarial_weight") if self.adversary else ()),
         )
+        self.watched = ("reconstruction", "quantizer")  # an adversarial loss may rise
         self.num_rows = len(images)
         self.tokens_per_image = self.pyramid.num_tokens
         codes = vqvae.quantizer.codebook.shape[0]
@@ -295,12 +297,20 @@ def train_tokenizer(
     trainer = Trainer(vqvae, objective, plan, out, parallel=parallel, no_decay=no_decay, on_step=on_step)
     outcome = trainer.run(config)
     measures = TokenizerMeasures()
-    if not outcome.interrupted:
+    if not outcome.interrupted and outcome.diverged is None:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)
-        facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": outcome.steps, "seed": seed}
-        if parallel.world.is_rank_zero:
-            save_model(out, config.model.model_copy(update={"provenance": facts}), tokenizer=vqvae.state_dict())
+
+    def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
+        facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": steps, "seed": seed}
+        save_model(directory, config.model.model_copy(update={"provenance": facts}), tokenizer=state)
+
+    if parallel.world.is_rank_zero and outcome.diverged is not None and outcome.best_step is not None:
+        save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
+    elif parallel.world.is_rank_zero and not outcome.interrupted and outcome.diverged is None:
+        save(out, vqvae.state_dict(), outcome.steps)
     parallel.world.barrier()
+    if outcome.diverged is not None:
+        raise outcome.diverged
     return outcome, measures
 
 

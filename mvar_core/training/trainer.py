@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mvar_core.allocator import keeping_all_freed_memory
 from mvar_core.config import RunConfig
+from mvar_core.config.training import TokenizerTrainConfig
 from mvar_core.distributed import InterruptFlag
 from mvar_core.errors import DataError, MvarError
 from mvar_core.io.files import remove_leftovers, write_text
@@ -43,6 +44,8 @@ from mvar_core.training.order import batch_rows, prefetch
 from mvar_core.training.parallel import Parallel, local_tensor
 
 MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its scale, and halves it each time
+
+BLOWN_UP, RECOVERED = 3, 0.9  # times the first loss: what no healthy training reaches, and what it falls below
 
 logger = logging.getLogger("mvar")
 
@@ -79,6 +82,8 @@ class Trainer:
         self.recorder = Recorder(objective, plan)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.best_step: int | None = None
+        self.good_step: int | None = None
+        self.section = "train_tokenizer" if isinstance(plan.train, TokenizerTrainConfig) else "train"
         self.best_score = math.inf
 
     def run(self, config: RunConfig) -> Outcome:
@@ -87,7 +92,7 @@ class Trainer:
         Raises:
             CheckpointError: The last checkpoint is damaged or belongs to a run with other settings.
             ConfigError: A tracker is asked for that is not installed.
-            MvarError: Too many steps in a row were not finite.
+            MvarError: Too many steps in a row were not finite; that the run diverged is in the outcome.
             DataError: There is nothing to train on.
         """
         if self.objective.num_rows < 1:
@@ -121,8 +126,32 @@ class Trainer:
         self.module.eval()
         if not interrupted:
             self.check_weights()
-        loss, seconds = self.recorder.loss, self.recorder.seconds
-        return Outcome(self.step, loss, seconds, self.skipped, interrupted, self.best_step)
+        recorder, best, diverged = self.recorder, self.best_step, None
+        if not interrupted and (reason := self.divergence()) is not None:
+            best = self.good_step if best is None else best
+            kept = (
+                "there is no checkpoint from before" if best is None else f"{self.out / BEST} has those of step {best}"
+            )
+            lower = self.plan.train.optimizer.lr / 10
+            diverged = MvarError(
+                f"{self.out}: {reason}. Its weights are not saved as a model; {kept}.",
+                f"Start over with --overwrite --set {self.section}.optimizer.lr={lower:g}, or keep the weights as they"
+                f" are: --set {self.section}.max_loss_ratio=0.",
+            )
+        return Outcome(self.step, recorder.loss, recorder.seconds, self.skipped, interrupted, best, diverged)
+
+    def divergence(self) -> str | None:
+        """Whether the run has diverged, and how; None where it has not, or need not be told."""
+        first, highest, last = self.recorder.course or (math.nan,) * 3
+        ratio = self.plan.train.max_loss_ratio
+        if ratio and self.skipped * 2 > self.step:
+            return f"the training diverged: {self.skipped} of {self.step} steps were not finite and left out"
+        # The loss that blew up and is back where it began belongs to weights that have learned nothing since.
+        if ratio and (last > ratio * first or (highest > BLOWN_UP * first and last > RECOVERED * first)):
+            return (
+                f"the training diverged: its loss began at {first:.4g}, rose to {highest:.4g} and ended at {last:.4g}"
+            )
+        return None
 
     def restore(self) -> None:
         """Restore everything from the last checkpoint, if there is one."""
@@ -140,7 +169,7 @@ class Trainer:
         except (*UNREADABLE, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise damaged(path, error) from None
         if self.parallel.world.is_rank_zero:  # what was not removed because the process was killed before
-            prune_checkpoints(self.out, state.best_step, self.plan.train.keep)
+            prune_checkpoints(self.out, state, self.plan.train.keep)
         self.parallel.world.barrier()
 
     def apply(self, state: TrainingState) -> None:
@@ -157,11 +186,16 @@ class Trainer:
         self.step, self.best_step, self.best_score = state.step, state.best_step, state.best_score
         self.skipped, self.skipped_in_a_row = state.skipped, state.skipped_in_a_row
         self.recorder.loss, self.recorder.earlier_seconds = state.loss, state.seconds
+        self.recorder.course, self.good_step = state.course, state.good_step
         set_random_state(state.random, self.plan.device)
 
     def save(self) -> None:
         """Write a checkpoint of the state after `self.step` steps."""
         self.check_weights()
+        if (reason := self.divergence()) is None:
+            self.good_step = self.step
+        else:
+            logger.warning("Step %d: %s so far.", self.step, reason.replace("ended", "is"))
         state = TrainingState(
             step=self.step,
             settings=dict(self.plan.settings),
@@ -178,6 +212,8 @@ class Trainer:
             skipped_in_a_row=self.skipped_in_a_row,
             best_step=self.best_step,
             best_score=self.best_score,
+            course=self.recorder.course,
+            good_step=self.good_step,
         )
         self.parallel.save(self.out, state, self.plan.train.keep)
 
@@ -189,7 +225,7 @@ class Trainer:
             raise MvarError(
                 f"After step {self.step} weights are not finite ({', '.join(wrong[:3]) or 'in another process'})."
                 f" They are not saved; {self.last_checkpoint()}.",
-                "Start over with a lower learning rate (train.optimizer.lr) and --overwrite.",
+                f"Start over with a lower learning rate ({self.section}.optimizer.lr) and --overwrite.",
             )
 
     def last_checkpoint(self) -> str:
@@ -338,8 +374,8 @@ class Trainer:
             raise MvarError(
                 f"{self.skipped_in_a_row} steps in a row were not finite; the last was step {number} ({found}) on"
                 f" rows {shown}. {self.out / SKIPPED} lists them all; {self.last_checkpoint()}.",
-                "Start over with a lower learning rate (train.optimizer.lr) and --overwrite, or resume with --dtype"
-                " float32.",
+                f"Start over with a lower learning rate ({self.section}.optimizer.lr) and --overwrite, or resume with"
+                " --dtype float32.",
             )
 
 

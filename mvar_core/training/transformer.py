@@ -219,8 +219,11 @@ def train_transformer(
 
         if outcome.best_step is not None:
             save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
-        save(out, weights, outcome.steps)
+        if outcome.diverged is None:
+            save(out, weights, outcome.steps)
     parallel.world.barrier()
+    if outcome.diverged is not None:
+        raise outcome.diverged
     return TransformerOutcome(**vars(outcome), val_loss=objective.val_loss)
 
 

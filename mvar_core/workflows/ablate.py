@@ -78,8 +78,8 @@ HELD_OUT = 0.1
 MOST_SEEDS = 1000
 BENCH_BATCH, ROUNDS, REPEATS, PICTURED = 8, 3, 3, 80
 FREE_SETTINGS = {
-    "accumulate", "micro_batch", "max_skipped", "log_every", "checkpoint_every", "keep", "sample_every", "tensorboard",
-    "wandb", "activation_checkpointing", "compile",
+    "accumulate", "micro_batch", "max_skipped", "max_loss_ratio", "log_every",
+    "checkpoint_every", "keep", "sample_every", "tensorboard", "wandb", "activation_checkpointing", "compile",
 }  # fmt: skip
 """Training settings that may differ from row to row: they change no result beyond rounding."""
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mvar_core.errors import CheckpointError, ConfigError, MvarError, WriteError
 from mvar_core.io.files import atomic_path
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
+from mvar_core.training.tokenizer import train_tokenizer
 from mvar_core.training.transformer import train_transformer
 
 
@@ -180,3 +181,66 @@ def test_a_pipe_instead_of_a_checkpoint_is_refused_at_once(train, tmp_path):
     os.mkfifo(tmp_path / "checkpoints" / "step-00000004.pt")
     with pytest.raises(CheckpointError, match=r"step-00000004\.pt.*regular file"):
         train(tmp_path)
+
+
+DIVERGING = ("lr=1", "lr_batch=null", "warmup=0")
+
+
+def diverging(section: str, *settings: str) -> list[str]:
+    return [f"{section}.optimizer.{setting}" for setting in DIVERGING] + [
+        f"{section}.{setting}" for setting in settings
+    ]
+
+
+@pytest.mark.parametrize("steps", [10, 60])
+def test_a_training_that_diverges_fails_and_leaves_no_model(train, tmp_path, steps):
+    """After 60 steps this one is back at the loss where it began, and has learned nothing."""
+    settings = diverging("train", f"steps={steps}", "checkpoint_every=20")
+    for _ in range(2):  # the same command again finds the run finished, and its weights are no better
+        with pytest.raises(MvarError, match=rf"{tmp_path}.*--overwrite --set train\.optimizer\.lr=0\.1") as failure:
+            train(tmp_path, *settings)
+        assert "max_loss_ratio=0" in str(failure.value)
+        assert not (tmp_path / "transformer.safetensors").exists()
+        assert not (tmp_path / "config.json").exists()
+    result, _ = train(tmp_path, *settings, "train.max_loss_ratio=0")
+    assert result.steps == steps
+    assert (tmp_path / "transformer.safetensors").exists()
+
+
+def test_the_last_good_checkpoint_of_a_training_that_diverges_is_kept_as_a_model(train, tmp_path):
+    settings = ("train.optimizer.schedule=constant", "train.optimizer.lr=0.005", "train.keep=1")
+    train(tmp_path / "run", *settings, "train.steps=4")
+    path = latest_checkpoint(tmp_path / "run")
+    state = torch.load(path)
+    # What the optimizer remembers is changed so that its next steps are far too large.
+    for slots in state["optimizer"].values():
+        slots["exp_avg_sq"].fill_(1e-12)
+        slots["exp_avg"].fill_(1.0)
+    torch.save(state, path)
+    with pytest.raises(MvarError, match=r"best.*step 4") as failure:
+        train(tmp_path / "run", *settings, "train.steps=20", "train.checkpoint_every=4")
+    assert "diverged" in str(failure.value)
+    kept = load_file(tmp_path / "run" / "best" / "transformer.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in state["model"].items() if name in kept)
+    assert "step-00000004.pt" in [found.name for found in checkpoints(tmp_path / "run")]
+
+
+def test_a_training_that_skips_most_steps_fails(make_config, make_models, make_tokens, tmp_path):
+    config = make_config("train.steps=10")
+    transformer, tokenizer = make_models(config)
+    whole = transformer.head.weight[0, 0].item()
+
+    def spoil_and_heal(report) -> None:
+        with torch.no_grad():
+            transformer.head.weight[0, 0] = whole if report.step in (4, 8, 10) else float("nan")
+
+    with pytest.raises(MvarError, match=r"7 of 10 steps.*left out"):
+        train_transformer(transformer, tokenizer, make_tokens(config), config, tmp_path, on_step=spoil_and_heal)
+    assert not (tmp_path / "transformer.safetensors").exists()
+
+
+def test_a_tokenizer_that_diverges_fails_and_leaves_no_model(make_config, make_models, make_images, tmp_path):
+    config = make_config(*diverging("train_tokenizer", "steps=20", "checkpoint_every=20"))
+    with pytest.raises(MvarError, match=rf"{tmp_path}.*--set train_tokenizer\.optimizer\.lr=0\.1"):
+        train_tokenizer(make_models(config)[1], make_images(), config, tmp_path)
+    assert not (tmp_path / "tokenizer.safetensors").exists()

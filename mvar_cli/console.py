@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-import yaml
 from rich import box
 from rich import progress as bars
 from rich.console import Console
@@ -23,6 +22,7 @@ from mvar_core.formatting import format_count as format_count
 from mvar_core.formatting import format_number as format_number
 from mvar_core.formatting import format_seconds as format_seconds
 from mvar_core.results import plain
+from mvar_core.untrusted import write_yaml
 
 if TYPE_CHECKING:
     from mvar_core.analysis.cost import Plan
@@ -159,7 +159,7 @@ def show(
 def show_dry_run(planned: "DryRun") -> None:
     """What a command would do: configuration, cost and steps."""
     if values := plain(planned.configuration):
-        say(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip())
+        say(write_yaml(values).rstrip())
     if planned.cost is not None:
         show_cost(planned.cost)
     for number, step in enumerate(planned.steps, 1):

@@ -234,7 +234,7 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
         ConfigError: Something between the commas is not a whole number.
     """
     try:
-        return tuple(int(number) for number in text.split(","))
+        return tuple(int(number.replace("_", "?")) for number in text.split(","))
     except ValueError:
         raise mvar.ConfigError(f"{option} {text!r} is not a comma list of whole numbers.") from None
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
@@ -25,7 +26,18 @@ MOST_VALUES = 100_000
 """In a YAML document, aliases written out: a few lines can mean billions."""
 LARGEST_INTEGER = 2**64
 
-_YAML_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+_TAG = "tag:yaml.org,2002:"
+_YAML_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+_PLAIN = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    # Numbers in YAML 1.1, text in 1.2: 1_2_4_8 would be 1248, 1:30 ninety, and 010 eight.
+    "ambiguous": r"[-+]?([0-9][0-9.]*_[0-9_.]*|0[0-9]+|[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?)",
+    "float": r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+    "merge": r"<<",
+}
+"""What values without quotes mean, by YAML 1.2: on, off, yes and no are text. The first that fits decides."""
 
 
 def open_regular(path: Path, error: type[MvarError] = DataError) -> IO[bytes]:
@@ -109,9 +121,10 @@ def read_yaml(path: Path, error: type[MvarError] = DataError) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops at what is nested too deep, before it is read to its end."""
+    """Reads values as `_PLAIN` says, and stops at what is nested too deep before it is read to its end."""
 
     depth = 0
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
@@ -120,6 +133,20 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that `_Loader`, or a reader of YAML 1.1, would not read as text."""
+
+
+for _name, _pattern in _PLAIN.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def write_yaml(values: Any) -> str:
+    """Values as YAML, which `parse_yaml` reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def parse_yaml(text: str, where: str, error: type[MvarError] = DataError) -> Any:
@@ -168,7 +195,10 @@ def _check_nodes(root: yaml.Node, where: str, error: type[MvarError]) -> None:
 
     for node in _bounded(root, inside, where, error, MOST_VALUES):
         if node.tag not in _YAML_TAGS:
-            line, tag = node.start_mark.line + 1, node.tag.removeprefix("tag:yaml.org,2002:")
+            line, tag = node.start_mark.line + 1, node.tag.removeprefix(_TAG)
+            if tag == "ambiguous":
+                hint = "Write a number as in 1248 or 1e-4, a list as in [1, 2, 4, 8], and text in quotes."
+                raise error(f"{where}, line {line}: {node.value:.80} could be a number or a text.", hint)
             raise error(f"{where}, line {line}: a value of the kind {tag!r:.80} is not read.", "Put text in quotes.")
         keys: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from mvar_core.config.section import LARGEST, Section
+from mvar_core.config.section import LARGEST, Section, parse_number
 from mvar_core.errors import ConfigError, nearest, shown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -66,10 +67,7 @@ def parse_bytes(text: str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     stripped = text.strip().upper()
     number = stripped.rstrip("KMGTIB")
-    try:
-        count = int(float(number) * units[stripped[len(number) :].strip() or ""])
-    except (KeyError, ValueError, OverflowError):
-        count = -1
-    if not 0 <= count <= LARGEST:
+    count = (parse_number(number) or 0) * units.get(stripped[len(number) :].strip(), math.nan)
+    if parse_number(number) is None or not 0 <= count <= LARGEST:
         raise ConfigError(f"{shown(text)} is not an amount of memory.", "Write for example 24GB or 16GiB.")
-    return count
+    return int(count)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mvar_core.config.section import Section
+from mvar_core.config.section import Section, parse_number
 
 GuidanceSchedule = Literal["linear", "constant", "cosine"] | tuple[float, ...]
 
@@ -43,10 +44,10 @@ class SamplingConfig(Section):
         """One number per scale also as text: 1,1,2."""
         if not isinstance(value, str) or value in ("linear", "constant", "cosine"):
             return value
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            raise ValueError(f"{value!r} is not linear, constant, cosine, or a comma list of numbers") from None
+        numbers = [parse_number(part) for part in value.split(",")]
+        if None in numbers:
+            raise ValueError(f"{value!r} is not linear, constant, cosine, or a comma list of numbers")
+        return tuple(numbers)
 
     @field_validator("cfg_scales", mode="before")
     @classmethod
@@ -54,11 +55,10 @@ class SamplingConfig(Section):
         """First and last scale also as text: 4-9, or 9."""
         if not isinstance(value, str):
             return value
-        first, dash, last = value.partition("-")
-        try:
-            return int(first), int(last if dash else first)
-        except ValueError:
-            raise ValueError(f"{value!r} is not a range of scales such as 4-9") from None
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", value, re.ASCII)
+        if found is None:
+            raise ValueError(f"{value!r} is not a range of scales such as 4-9")
+        return int(found[1]), int(found[2] or found[1])
 
     @model_validator(mode="after")
     def _check_guidance(self) -> SamplingConfig:

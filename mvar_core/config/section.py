@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, validate_call
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, validate_call
 
 from mvar_core.errors import ConfigError, nearest, shown
 
@@ -37,8 +38,17 @@ class Section(BaseModel, metaclass=_reporting):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _bounded(cls, value: Any) -> Any:
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        as_text = cls.model_fields[info.field_name or ""].annotation in (str, str | None)
+        if isinstance(value, str) and not as_text and re.fullmatch(r"[-+.\de]*_[-+.\de_]*", value):
+            raise ValueError("a number here has no underscores")
         return bounded(value)
+
+
+def parse_number(text: str) -> float | None:
+    """A number as people write it, without underscores, which Python would skip; None where it is something else."""
+    plain = re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", text, re.ASCII | re.IGNORECASE)
+    return float(text) if plain else None
 
 
 def bounded(value: Any) -> Any:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from mvar_core.allocator import keeping_all_freed_memory
@@ -42,6 +41,7 @@ from mvar_core.training.objective import PICTURES, Objective, OnSample, OnStep, 
 from mvar_core.training.optim import EMA, build_optimizer, learning_rate, load_optimizer_state, optimizer_state
 from mvar_core.training.order import batch_rows, prefetch
 from mvar_core.training.parallel import Parallel, local_tensor
+from mvar_core.untrusted import write_yaml
 
 MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its scale, and halves it each time
 
@@ -109,7 +109,7 @@ class Trainer:
         if self.step >= self.plan.total_steps:
             logger.info("%s has finished its %d steps already: nothing is left to train.", self.out, self.step)
         if rank_zero:
-            write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            write_text(self.out / "config.yaml", write_yaml(values))
             self.recorder.open(self.out, self.step, values)
         self.module.train()
         if self.step == 0:

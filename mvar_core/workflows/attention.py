@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -40,7 +39,7 @@ from mvar_core.results import DryRun, Result
 from mvar_core.runtime import peak_memory_bytes, resolve_device
 from mvar_core.sampling.conditions import without_conditions
 from mvar_core.sampling.sampler import sample_tokens
-from mvar_core.untrusted import read_json
+from mvar_core.untrusted import read_json, write_yaml
 
 PAGE, REPORT = "report.html", "report.json"
 
@@ -262,7 +261,7 @@ def _measured(
 def _write_preset(path: Path, values: dict[str, Any]) -> None:
     load_config(None, base=values)  # raises where the recommended attention and the run's settings do not fit together
     head = f"# mvar train --preset {path.name} …, or mvar finetune-from-var --preset {path.name} …\n"
-    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None))
+    write_text(path, head + write_yaml(values))
 
 
 def _write_report(

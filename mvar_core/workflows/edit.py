@@ -294,7 +294,7 @@ def _edited(
 def parse_box(text: str) -> Box:
     """A box from text such as 64,64,192,192; ConfigError where it is not four whole numbers."""
     try:
-        x0, y0, x1, y1 = (int(part) for part in text.split(","))
+        x0, y0, x1, y1 = (int(part.replace("_", "?")) for part in text.split(","))
     except ValueError:
         raise ConfigError(
             f"--box {shown(text)} is not four whole numbers.", "Use x0,y0,x1,y1, as in 64,64,192,192."

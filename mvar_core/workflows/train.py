@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -435,12 +436,9 @@ def _sized(depth: int) -> dict[str, int]:
 
 def _number(value: int | Sequence[int] | str | None) -> Any:
     """A number, or a comma list of them, that was given as text."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", value, re.ASCII):
         return value
-    try:
-        numbers = [int(number) for number in value.split(",")]
-    except ValueError:
-        return value
+    numbers = [int(number) for number in value.split(",")]
     return numbers if len(numbers) > 1 else numbers[0]
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -132,3 +134,29 @@ def test_tokenizers_fit_the_models_of_their_size():
 def test_an_empty_name_is_no_preset():
     with pytest.raises(ConfigError, match="''"):
         load_config("")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "patch_sizes=1_2_4_8", "patch_sizes='1_2_4_8'", "train.steps=1_000", "train.steps='1_000'", "seed=1:30",
+        "sampling.cfg_scales='4_9'", "sampling.cfg_schedule='1_0,1,1,1'", "attention.windows='1_1'", "train.ema='0_1'",
+        "train={steps: 1, steps: 2}", "attention.scale_prefixes='1_2'", "train.optimizer.lr=nan", "sampling.cfg=inf",
+        "seed=9223372036854775808", "seed=-1", "seed=1e300",
+    ],
+)  # fmt: skip
+def test_numbers_that_could_be_misread_are_refused_by_name(setting):
+    key = re.findall(r"\w+", setting.partition("=")[0])[-1]
+    with pytest.raises(ConfigError, match=key):
+        load_config("digits", [setting])
+
+
+def test_numbers_are_what_people_write(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("extends: digits\nname: no\ntrain: {steps: 1e2, optimizer: {lr: 1e-4}, compile: false}\n")
+    config = load_config(str(path), ["train_tokenizer.optimizer.lr=2e-3", "patch_sizes=1,2,8", "train.wandb=on"])
+    assert (config.name, config.train.steps, config.train.optimizer.lr) == ("no", 100, 1e-4)
+    assert (config.train_tokenizer.optimizer.lr, config.patch_sizes, config.train.wandb) == (2e-3, (1, 2, 8), True)
+    path.write_text("extends: digits\nseed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match=r"own\.yaml, line 3.*seed"):
+        load_config(str(path))

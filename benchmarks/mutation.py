@@ -63,7 +63,7 @@ FAULTS = (
     Fault("ds_gqk = ds_gqk.mul_(ctx.scale).to(q_gqD.dtype)", "ds_gqk = ds_gqk.to(q_gqD.dtype)"),
     Fault("dk_GKD[part, keys] += ds_gqk.mT @ q_gqD", "dk_GKD[part, keys] = ds_gqk.mT @ q_gqD"),
     Fault("window_start(bottom - 1, height, window) + window", "window_start(bottom - 1, height, window) + window - 1"),
-    Fault("weights[..., :-1] @ v_BHPD + weights[..., -1:] * own_v_BHQD", "weights[..., :-1] @ v_BHPD"),
+    Fault("if pattern.window_grid.tokens == 1:", "if pattern.window_grid.tokens == 0:"),
     Fault("return (key < prefix) | inside", "return inside"),
     Fault(
         "top = (query // width - window_height // 2).clamp(0, height - window_height)",

@@ -36,25 +36,16 @@ The output has the dtype of the queries."""
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention over a scale.
+    """One way to compute attention over a scale, which `--attention` calls by its name.
 
-    Attributes:
-        name: What `--attention` calls it.
-        attend: The function, differentiable.
-        cannot_run: The reason why it cannot run a call, or None.
-        not_chosen: The reason why "auto" passes it over even where it can run, or None. It is asked first, so it must
-            be quick: no import of a package that the answer may not need.
+    `attend` is differentiable. `cannot_run` is the reason why it cannot run a call; `not_chosen`, why "auto" passes it
+    over even where it can: asked first, so it must be quick and import no package that the answer may not need.
     """
 
     name: str
     attend: Attend
-    cannot_run: Callable[[AttentionCall], str | None]
-    not_chosen: Callable[[AttentionCall], str | None]
-
-
-def runs_everything(call: AttentionCall) -> str | None:
-    """The predicate of a backend that has no limits."""
-    return None
+    cannot_run: Callable[[AttentionCall], str | None] = lambda call: None
+    not_chosen: Callable[[AttentionCall], str | None] = lambda call: None
 
 
 def beyond_flex(call: AttentionCall, name: str) -> str | None:

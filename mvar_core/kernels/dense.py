@@ -15,13 +15,13 @@ Shapes: B batch, H heads, G = B·H and g some of them, Q queries, K keys, D head
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar_core.kernels.backend import Backend, any_needs_grad, runs_everything, visibility_mask
+from mvar_core.kernels.backend import Backend, any_needs_grad, visibility_mask
 from mvar_core.pyramid import AttentionPattern, window_start
 
 STRIP_ROWS = 4
@@ -45,25 +45,17 @@ def attend_dense(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Attent
     return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_QK, scale=scale)
 
 
-class _Strip(NamedTuple):
-    """Queries, the keys that they see, and what is added to their scores (0 or -inf); None where all are seen."""
-
-    queries: slice
-    keys: slice
-    bias_qk: Tensor | None
-
-
 class _Strips(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float
     ) -> Tensor:
-        q_GQD, k_GKD, v_GKD = (_groups(x) for x in (q_BHQD, k_BHKD, v_BHKD))
+        q_GQD, k_GKD, v_GKD = (x.flatten(0, 1).contiguous() for x in (q_BHQD, k_BHKD, v_BHKD))
         o_GQD = torch.empty_like(q_GQD)
-        for strip in _strips(pattern):
-            for part in _parts(strip, len(q_GQD)):
-                p_gqk = _probabilities(q_GQD[part, strip.queries], k_GKD[part, strip.keys], strip.bias_qk, scale)
-                o_GQD[part, strip.queries] = p_gqk.to(v_GKD.dtype) @ v_GKD[part, strip.keys]
+        for (queries, keys), bias_qk in zip(strips_of_rows(pattern), _biases(pattern), strict=True):
+            for part in _parts(queries, keys, len(q_GQD)):
+                p_gqk = _probabilities(q_GQD[part, queries], k_GKD[part, keys], bias_qk, scale)
+                o_GQD[part, queries] = p_gqk.to(v_GKD.dtype) @ v_GKD[part, keys]
         ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD)
         ctx.pattern, ctx.scale = pattern, scale
         return o_GQD.view(q_BHQD.shape)
@@ -71,18 +63,17 @@ class _Strips(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_BHQD,) = gradients
-        q_GQD, k_GKD, v_GKD, g_GQD = (_groups(x) for x in (*ctx.saved_tensors, gradient_BHQD))
-        strips = _strips(ctx.pattern)
+        q_GQD, k_GKD, v_GKD, g_GQD = (x.flatten(0, 1).contiguous() for x in (*ctx.saved_tensors, gradient_BHQD))
+        strips = strips_of_rows(ctx.pattern)
         dq_GQD = torch.empty_like(q_GQD)
         # Strips share keys: what several add up is held in float32.
         shared = torch.float32 if len(strips) > 1 else k_GKD.dtype
         dk_GKD, dv_GKD = (torch.zeros(x.shape, dtype=shared) for x in (k_GKD, v_GKD))
-        for strip in strips:
-            queries, keys = strip.queries, strip.keys
-            for part in _parts(strip, len(q_GQD)):
+        for (queries, keys), bias_qk in zip(strips, _biases(ctx.pattern), strict=True):
+            for part in _parts(queries, keys, len(q_GQD)):
                 q_gqD, g_gqD = q_GQD[part, queries], g_GQD[part, queries]
                 k_gkD, v_gkD = k_GKD[part, keys], v_GKD[part, keys]
-                p_gqk = _probabilities(q_gqD, k_gkD, strip.bias_qk, ctx.scale)
+                p_gqk = _probabilities(q_gqD, k_gkD, bias_qk, ctx.scale)
                 dv_GKD[part, keys] += p_gqk.to(g_gqD.dtype).mT @ g_gqD
                 dp_gqk = (g_gqD @ v_gkD.mT).float()
                 ds_gqk = torch._softmax_backward_data(dp_gqk, p_gqk, -1, torch.float32)
@@ -94,13 +85,9 @@ class _Strips(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _groups(x_BHND: Tensor) -> Tensor:
-    return x_BHND.flatten(0, 1).contiguous()
-
-
-def _parts(strip: _Strip, groups: int) -> list[slice]:
+def _parts(queries: slice, keys: slice, groups: int) -> list[slice]:
     """Groups whose scores are computed together."""
-    scores = (strip.queries.stop - strip.queries.start) * (strip.keys.stop - strip.keys.start)
+    scores = (queries.stop - queries.start) * (keys.stop - keys.start)
     at_once = max(1, SCORES_AT_ONCE // scores)
     return [slice(start, start + at_once) for start in range(0, groups, at_once)]
 
@@ -115,24 +102,29 @@ def _probabilities(q_gqD: Tensor, k_gkD: Tensor, bias_qk: Tensor | None, scale: 
     return scores_gqk.softmax(dim=-1)
 
 
-@lru_cache(maxsize=64)
-def _strips(pattern: AttentionPattern) -> tuple[_Strip, ...]:
-    """The strips of a pattern; one where rows of keys do not lie together, or nothing is gained."""
+@lru_cache(maxsize=256)
+def strips_of_rows(pattern: AttentionPattern) -> tuple[tuple[slice, slice], ...]:
+    """Queries and the keys that they see; in one strip where rows of keys do not lie together, or nothing is gained."""
     (height, width), window = pattern.grid, pattern.window_grid.height
+    if pattern.prefix_tokens or window == height:
+        return ((slice(0, pattern.queries), slice(0, pattern.keys)),)
+    strips = []
+    for top in range(0, height, STRIP_ROWS):
+        bottom = min(top + STRIP_ROWS, height)
+        first, last = window_start(top, height, window), window_start(bottom - 1, height, window) + window
+        strips.append((slice(top * width, bottom * width), slice(first * width, last * width)))
+    return tuple(strips)
+
+
+@lru_cache(maxsize=64)
+def _biases(pattern: AttentionPattern) -> tuple[Tensor | None, ...]:
+    """What is added to the scores of each strip, 0 or -inf; None where every query sees all keys."""
+    if not pattern.is_windowed:
+        return (None,)
     with torch.inference_mode(False):
-        if not pattern.is_windowed:
-            return (_Strip(slice(0, pattern.queries), slice(0, pattern.keys), None),)
         bias_QK = torch.zeros(pattern.queries, pattern.keys)
         bias_QK.masked_fill_(~visibility_mask(pattern, torch.device("cpu")), -torch.inf)
-        if pattern.prefix_tokens or window == height:
-            return (_Strip(slice(0, pattern.queries), slice(0, pattern.keys), bias_QK),)
-        strips = []
-        for top in range(0, height, STRIP_ROWS):
-            bottom = min(top + STRIP_ROWS, height)
-            first, last = window_start(top, height, window), window_start(bottom - 1, height, window) + window
-            queries, keys = slice(top * width, bottom * width), slice(first * width, last * width)
-            strips.append(_Strip(queries, keys, bias_QK[queries, keys].clone()))
-        return tuple(strips)
+        return tuple(bias_QK[queries, keys].clone() for queries, keys in strips_of_rows(pattern))
 
 
-BACKEND = Backend("dense", attend_dense, runs_everything, not_chosen=lambda call: None)
+BACKEND = Backend("dense", attend_dense)

@@ -47,7 +47,7 @@ def attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Attenti
 
 def _attend_compiled(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
     width = q_BHQD.shape[-1]
-    q_BHQD, k_BHKD, v_BHKD = (_padded(x) for x in (q_BHQD, k_BHKD, v_BHKD))
+    q_BHQD, k_BHKD, v_BHKD = map(padded, (q_BHQD, k_BHKD, v_BHKD))
     sizes = (q_BHQD.shape[1], q_BHQD.shape[-1])
     attend = _compiled(pattern, q_BHQD.device, q_BHQD.dtype, sizes, scale, any_needs_grad(q_BHQD, k_BHKD, v_BHKD))
     return attend(q_BHQD, k_BHKD, v_BHKD)[..., :width]
@@ -58,16 +58,15 @@ def _attend_uncompiled(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    width = q_BHQD.shape[-1]
     mask = block_mask(pattern, q_BHQD.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        o_BHQD = flex_attention(_padded(q_BHQD), _padded(k_BHKD), _padded(v_BHKD), block_mask=mask, scale=scale)
+        o_BHQD = flex_attention(padded(q_BHQD), padded(k_BHKD), padded(v_BHKD), block_mask=mask, scale=scale)
     assert isinstance(o_BHQD, Tensor)
-    return o_BHQD[..., :width]
+    return o_BHQD[..., : q_BHQD.shape[-1]]
 
 
-def _padded(x_BHND: Tensor) -> Tensor:
+def padded(x_BHND: Tensor) -> Tensor:
     """Zeros up to a head width that the kernels accept; they add nothing to a product."""
     width = x_BHND.shape[-1]
     padding = max(SMALLEST_WIDTH, 1 << (width - 1).bit_length()) - width

@@ -16,30 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvar_core.kernels.backend import AttentionCall, Backend, beyond_flex
+from mvar_core.kernels.dense import attend_dense
+from mvar_core.kernels.flex import padded
 from mvar_core.kernels.tiled import differentiable
 from mvar_core.pyramid import AttentionPattern
 
 
 def attend_natten(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
     """Attention by NATTEN's kernels where they are, else through FlexAttention."""
-    if pattern.window_grid.tokens == 1:
-        return _attend_single(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
+    if pattern.window_grid.tokens == 1:  # NATTEN has no window of one
+        return attend_dense(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
     if _has_kernels(q_BHQD.device):
         return _attend_kernels(q_BHQD, k_BHKD, v_BHKD, pattern, scale)
     # FlexAttention refuses tensors that require gradients on a CPU, and elsewhere, uncompiled, it would keep the whole
     # matrix of scores.
     return differentiable(_attend_flex, q_BHQD, k_BHKD, v_BHKD, pattern, scale)
-
-
-def _attend_single(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
-    """Each query sees the prefix and, of its own scale, itself alone; NATTEN has no window of one."""
-    k_BHPD, own_k_BHQD = k_BHKD.split([pattern.prefix_tokens, pattern.queries], dim=2)
-    v_BHPD, own_v_BHQD = v_BHKD.split([pattern.prefix_tokens, pattern.queries], dim=2)
-    prefix_BHQP = q_BHQD.float() @ k_BHPD.float().mT
-    own_BHQ1 = (q_BHQD.float() * own_k_BHQD.float()).sum(dim=-1, keepdim=True)
-    weights = (scale * torch.cat([prefix_BHQP, own_BHQ1], dim=-1)).softmax(dim=-1).to(q_BHQD.dtype)
-    o_BHQD: Tensor = weights[..., :-1] @ v_BHPD + weights[..., -1:] * own_v_BHQD
-    return o_BHQD
 
 
 def _attend_kernels(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
@@ -58,9 +49,7 @@ def _attend_kernels(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: Att
 def _attend_flex(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: AttentionPattern, scale: float) -> Tensor:
     """NATTEN through FlexAttention, forward only; the prefix is attended apart and merged in by weight."""
     width = q_BHQD.shape[-1]
-    # FlexAttention under NATTEN accepts head widths of 8, 16, 32 …; zeros add nothing to a product.
-    padding = max(8, 1 << (width - 1).bit_length()) - width
-    q_BHQD, k_BHKD, v_BHKD = (F.pad(x, (0, padding)) for x in (q_BHQD, k_BHKD, v_BHKD))
+    q_BHQD, k_BHKD, v_BHKD = map(padded, (q_BHQD, k_BHKD, v_BHKD))
     with warnings.catch_warnings():
         # NATTEN calls FlexAttention uncompiled, with an argument that newer torch renames; both are NATTEN's choice.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

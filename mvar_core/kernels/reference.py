@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvar_core.kernels.backend import Backend, runs_everything
+from mvar_core.kernels.backend import Backend
 from mvar_core.pyramid import AttentionPattern
 
 QUERIES_AT_ONCE = 64
@@ -28,6 +28,4 @@ def attend_reference(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, pattern: At
     return torch.cat(outputs, dim=2).to(q_BHQD.dtype)
 
 
-BACKEND = Backend(
-    "reference", attend_reference, runs_everything, lambda call: "it is slow, made to be read and compared with"
-)
+BACKEND = Backend("reference", attend_reference, not_chosen=lambda call: "it is slow, made to be compared with")

@@ -40,16 +40,8 @@ def attend(
 
     Under autocast, queries, keys and values are cast to its dtype, as scaled_dot_product_attention does.
 
-    Args:
-        q_BHQD: Queries of one scale in raster order.
-        k_BHKD: Keys: visible tokens of earlier scales first, then those of the scale itself in raster order.
-        v_BHKD: Values, ordered like the keys.
-        pattern: Who sees whom.
-        scale: Factor on the products before the softmax.
-        backend: A name, which never falls back, or "auto".
-
-    Raises:
-        BackendError: No such backend, or the one chosen cannot run this call.
+    Queries are those of one scale in raster order; keys and values are the visible tokens of earlier scales first, then
+    those of the scale itself. A `backend` that is named never falls back: BackendError where it cannot run this call.
     """
     assert q_BHQD.shape[2] == pattern.queries, f"{q_BHQD.shape[2]} queries, but the pattern has {pattern.queries}"
     assert k_BHKD.shape[2] == pattern.keys, f"{k_BHKD.shape[2]} keys, but the pattern has {pattern.keys}"
@@ -63,11 +55,7 @@ def attend(
 
 @lru_cache(maxsize=1024)
 def select_backend(name: str, call: AttentionCall) -> Backend:
-    """The backend of that name, or the one that "auto" stands for.
-
-    Raises:
-        BackendError: No such backend, or it cannot run the call.
-    """
+    """The backend of that name, or the one that "auto" stands for; BackendError where it cannot run the call."""
     if name != "auto":
         backend = next((backend for backend in BACKENDS if backend.name == name), None)
         if backend is None:
@@ -95,11 +83,7 @@ def check_backend(
     *,
     needs_grad: bool = False,
 ) -> None:
-    """Refuse, before slow work starts, a backend that does not exist or cannot run one of the patterns.
-
-    Raises:
-        BackendError: No such backend, or it cannot run.
-    """
+    """Refuse, before slow work starts, a backend that does not exist or cannot run one of the patterns."""
     for pattern in patterns:
         select_backend(name, AttentionCall(pattern, device, dtype, needs_grad))
 

@@ -10,6 +10,10 @@ scales, which every query sees, are the exception: they are copied before each t
 
 The backward pass keeps nothing but the inputs: it computes the pieces again, one after the other.
 
+What a cut costs was fitted to 7 sides × 5 windows × 20 cuts, forward, in float32 and bfloat16, on two cores of an AMD
+EPYC 9004; the unit, a product of a query with a key of width 64 within a large product, takes about 2 ns there. The
+cut that the model picks took 7 % longer than the fastest measured one on average.
+
 Shapes: B batch, H heads, G = some of B·H, N tokens of the scale, Y rows, X columns, Q queries, K keys, D head width,
 P prefix keys, T tiles of a strip, q queries of a tile, k keys of a tile, y rows and x columns of a piece.
 """
@@ -20,16 +24,16 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mvar_core.kernels.backend import Attend, AttentionCall, Backend, any_needs_grad, runs_everything
-from mvar_core.kernels.dense import STRIP_ROWS
+from mvar_core.kernels.backend import Attend, AttentionCall, Backend, any_needs_grad
+from mvar_core.kernels.dense import strips_of_rows
 from mvar_core.pyramid import AttentionPattern, Grid, window_start
 
 PIECE_ELEMENTS = 1 << 20
@@ -38,34 +42,21 @@ PIECE_ELEMENTS = 1 << 20
 WORTHWHILE_TOKENS = 24 * 24
 """Tokens of a scale from which "auto" considers tiles on other devices than a CPU; a guess, not measured."""
 
-TILED_TRAINING_COST = {"float32": 5.5, "half": 6.5}
-"""Forward and backward pass of tiles, which are computed again in the backward pass, as multiples of the forward pass.
-
-Measured, as the next, on 6 sides × 3 windows with the constants of the costs below."""
-
-DENSE_TRAINING_COST = {"float32": 5.5, "half": 3.3}
-"""Forward and backward pass of dense attention, for each product in its strips of rows, in the same unit."""
-
-MARGIN = 1.2
-"""How many times the cost of tiles dense attention must have: near each other, it has fewer calls."""
-
-# What a cut costs was fitted to 7 sides × 5 windows × 20 cuts, forward, in float32 and bfloat16, on two cores of an AMD
-# EPYC 9004; the unit, a product of a query with a key of width 64 within a large product, takes about 2 ns there. The
-# cut that the model picks took 7 % longer than the fastest measured one on average.
-QUERIES_OVERHEAD = 8
-"""A tile costs as if it had so many queries more: small products are slower."""
-
-KEYS_OVERHEAD = 48
-"""A tile costs as if it had so many keys more: what is done once per query."""
+QUERIES_OVERHEAD, KEYS_OVERHEAD = 8, 48
+"""A tile costs as if it had so many more: small products are slower, and some work is done once per query."""
 
 COPY_COST = 6
 """Copying one token of one head."""
 
-PIECE_OVERHEAD = 75_000
-"""What a strip costs, however small: about ten calls into PyTorch that wake all threads."""
+PIECE_OVERHEAD, CALL_OVERHEAD = 75_000, 250_000
+"""What a strip costs, however small, about ten calls into PyTorch that wake all threads; and what dense attention."""
 
-CALL_OVERHEAD = 250_000
-"""What dense attention costs, however small."""
+TILED_TRAINING_COST, DENSE_TRAINING_COST = {"float32": 5.5, "half": 6.5}, {"float32": 5.5, "half": 3.3}
+"""Forward and backward pass: of tiles, as multiples of the forward pass; of dense attention, for each product in its
+strips of rows. Measured on 6 sides × 3 windows."""
+
+MARGIN = 1.2
+"""How many times the cost of tiles dense attention must have: near each other, it has fewer calls."""
 
 TYPICAL_HEADS = 16
 """Heads of the published d16, for which the costs were measured."""
@@ -172,10 +163,6 @@ class _Piece:
     batch: slice
     heads: slice
 
-    @property
-    def prefix(self) -> int:
-        return self.tiling.pattern.prefix_tokens
-
     def tiles_of(self, maps: _Maps) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (G, T, q, D), keys and values (G, T, k, D) of each tile; those of neighbours may share memory."""
         return (
@@ -191,10 +178,10 @@ class _Piece:
 
     def write_queries(self, x_GTqD: Tensor, x_BHYXD: Tensor) -> None:
         """The inverse of `queries`."""
-        rows, inside = self._query_rows, self._inside(self._query_rows)
-        target = x_BHYXD[self.batch, self.heads, inside.start : inside.stop, self.strip.columns]
-        x_byxD = x_GTqD.reshape(*target.shape[:2], len(rows), *target.shape[3:])
-        target.copy_(x_byxD[:, :, inside.start - rows.start : inside.stop - rows.start])
+        rows, copied = self._inside(self._query_rows)
+        target = x_BHYXD[self.batch, self.heads, rows, self.strip.columns]
+        x_byxD = x_GTqD.reshape(*target.shape[:2], len(self._query_rows), *target.shape[3:])
+        target.copy_(x_byxD[:, :, copied])
 
     def _keys(self, maps: _Maps, name: str, x_BHYXD: Tensor, x_BHPD: Tensor) -> Tensor:
         """The keys of each tile (G, T, k, D): prefix, then halo. Without a prefix, a view in which tiles overlap."""
@@ -205,19 +192,19 @@ class _Piece:
             (count, len(self.tiles), self.tiling.halo_rows * width, depth),
             (by_piece, self.tiling.tile_rows * by_row, by_column, by_number),
         )
-        if self.prefix:
+        if x_BHPD.shape[2]:
             x_GPD = x_BHPD[self.batch, self.heads].flatten(0, 1)
             x_GTkD = torch.cat([x_GPD.unsqueeze(1).expand(-1, len(self.tiles), -1, -1), x_GTkD], dim=2)
         return x_GTkD
 
     def add_keys(self, dx_GTkD: Tensor, dx_BHKD: Tensor) -> None:
         """The adjoint of `_keys`: add each tile's gradients of its keys to the sums."""
-        rows, inside = self._key_rows, self._inside(self._key_rows)
-        step, halo, width = self.tiling.tile_rows, self.tiling.halo_rows, self.strip.halo
-        own_BHYXD = dx_BHKD[:, :, self.prefix :].unflatten(2, self.tiling.pattern.grid)
-        target = own_BHYXD[self.batch, self.heads, inside.start : inside.stop, self.strip.key_columns]
-        dx_GTyxD = dx_GTkD[:, :, self.prefix :].unflatten(2, (halo, width))
-        sum_GyxD = dx_BHKD.new_zeros(dx_GTkD.shape[0], len(rows), width, dx_GTkD.shape[-1])
+        prefix, step, halo, width = self.prefix, self.tiling.tile_rows, self.tiling.halo_rows, self.strip.halo
+        rows, copied = self._inside(self._key_rows)
+        own_BHYXD = dx_BHKD[:, :, prefix:].unflatten(2, self.tiling.pattern.grid)
+        target = own_BHYXD[self.batch, self.heads, rows, self.strip.key_columns]
+        dx_GTyxD = dx_GTkD[:, :, prefix:].unflatten(2, (halo, width))
+        sum_GyxD = dx_BHKD.new_zeros(dx_GTkD.shape[0], len(self._key_rows), width, dx_GTkD.shape[-1])
         by_piece, by_row, by_column, by_number = sum_GyxD.stride()
         # Rows that lie one step apart belong to different tiles, so that one addition serves all tiles.
         for first in range(0, halo, step):
@@ -226,21 +213,23 @@ class _Piece:
                 part_GTyxD.shape, (by_piece, step * by_row, by_row, by_column, by_number)
             )
             sums += part_GTyxD
-        part = sum_GyxD[:, inside.start - rows.start : inside.stop - rows.start]
-        target += part.view(target.shape)
-        if self.prefix:
-            prefix_BHPD = dx_BHKD[self.batch, self.heads, : self.prefix]
-            prefix_BHPD += dx_GTkD[:, :, : self.prefix].sum(dim=1, dtype=dx_BHKD.dtype).view(prefix_BHPD.shape)
+        target += sum_GyxD[:, copied].view(target.shape)
+        if prefix:
+            prefix_BHPD = dx_BHKD[self.batch, self.heads, :prefix]
+            prefix_BHPD += dx_GTkD[:, :, :prefix].sum(dim=1, dtype=dx_BHKD.dtype).view(prefix_BHPD.shape)
 
     def mask(self, like: Tensor) -> Tensor:
         """What is added to the products: (1, T, q, k), zero where a query sees a key and -inf elsewhere."""
         tiling, strip = self.tiling, self.strip
-        halo = Grid(tiling.halo_rows, strip.halo)
-        window = tiling.pattern.window_grid
+        halo, window = Grid(tiling.halo_rows, strip.halo), tiling.pattern.window_grid
         mask_Tqk = tile_mask(tiling.row_starts, strip.starts, halo, window, like.dtype, like.device)
         # Of four dimensions: PyTorch's fused kernel for a CPU does not accept three.
         mask_1Tqk = mask_Tqk[None, self.tiles.start : self.tiles.stop]
         return F.pad(mask_1Tqk, (self.prefix, 0)) if self.prefix else mask_1Tqk
+
+    @property
+    def prefix(self) -> int:
+        return self.tiling.pattern.prefix_tokens
 
     @property
     def _query_rows(self) -> range:
@@ -251,21 +240,19 @@ class _Piece:
         first = self.tiling.first_key_row + self.tiles.start * self.tiling.tile_rows
         return range(first, first + (len(self.tiles) - 1) * self.tiling.tile_rows + self.tiling.halo_rows)
 
-    def _inside(self, rows: range) -> range:
-        """The rows that the map has."""
-        return range(max(rows.start, 0), min(rows.stop, self.tiling.pattern.grid.height))
+    def _inside(self, rows: range) -> tuple[slice, slice]:
+        """Those of some rows that the map has: where they are in the map, and among the rows."""
+        first, stop = max(rows.start, 0), min(rows.stop, self.tiling.pattern.grid.height)
+        return slice(first, stop), slice(first - rows.start, stop - rows.start)
 
     def _copy(self, maps: _Maps, name: str, x_BHYXD: Tensor, rows: range, columns: slice) -> Tensor:
         """Rows and columns of the map (G, y, x, D), zero where the map has no such row."""
-        inside = self._inside(rows)
-        source = x_BHYXD[self.batch, self.heads, inside.start : inside.stop, columns]
+        inside, copied = self._inside(rows)
+        source = x_BHYXD[self.batch, self.heads, inside, columns]
         copy = maps.room(name, (*source.shape[:2], len(rows), *source.shape[3:]))
-        above, below = inside.start - rows.start, rows.stop - inside.stop
-        copy[:, :, above : len(rows) - below].copy_(source)
-        if above:
-            copy[:, :, :above].zero_()
-        if below:
-            copy[:, :, len(rows) - below :].zero_()
+        copy[:, :, copied].copy_(source)
+        copy[:, :, : copied.start].zero_()
+        copy[:, :, copied.stop :].zero_()
         return copy.flatten(0, 1)
 
 
@@ -273,7 +260,7 @@ def _pieces(pattern: AttentionPattern, q_BHQD: Tensor) -> Iterator[_Piece]:
     """Everything, in pieces of about `PIECE_ELEMENTS` elements; heads outside, so that their maps stay in the cache."""
     batch, heads, _, width = q_BHQD.shape
     tiling = plan_tiling(pattern, heads)
-    tile_elements = max(_elements(tiling, strip, width) for strip in tiling.strips)
+    tile_elements = max(_elements(tiling, strip, width) for strip in tiling.strips)  # of one image and head
     tiles_at_once = min(tiling.tiles, max(1, PIECE_ELEMENTS // tile_elements))
     maps_at_once = max(1, PIECE_ELEMENTS // (tiles_at_once * tile_elements))
     heads_at_once = min(heads, maps_at_once)
@@ -311,13 +298,13 @@ def is_faster_than_dense(pattern: AttentionPattern, dtype: torch.dtype, needs_gr
     """
     tiled = tiled_cost(plan_tiling(pattern))
     if not needs_grad:
-        return tiled * MARGIN < dense_cost(pattern)
+        return tiled * MARGIN < CALL_OVERHEAD + TYPICAL_HEADS * pattern.queries * pattern.keys
     kind = "half" if dtype.itemsize == 2 else "float32"
-    return tiled * TILED_TRAINING_COST[kind] < dense_training_products(pattern) * DENSE_TRAINING_COST[kind]
+    products = sum((q.stop - q.start) * (k.stop - k.start) for q, k in strips_of_rows(pattern))
+    return tiled * TILED_TRAINING_COST[kind] < TYPICAL_HEADS * products * DENSE_TRAINING_COST[kind]
 
 
-@dataclass(frozen=True)
-class Strip:
+class Strip(NamedTuple):
     """Columns of the map, one tile wide; their keys' columns; where each column's window starts, counted from those."""
 
     columns: slice
@@ -330,44 +317,38 @@ class Strip:
         return self.key_columns.stop - self.key_columns.start
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """A cut of the map into strips, and of each strip into tiles of equal height.
 
     A tile has `tile_rows` rows of queries and `halo_rows` rows of keys, one tile below those of the tile above. So the
     first and the last halo may reach beyond the map (`first_key_row` is 0 or negative), as may the last queries.
+    `row_starts` is where the window of each tile's rows of queries starts, counted from the first row of the tile's
+    keys; -1 is a row that the map does not have.
     """
 
     pattern: AttentionPattern
     tile_rows: int
     halo_rows: int
     first_key_row: int
-    tiles: int
+    row_starts: tuple[tuple[int, ...], ...]
     strips: tuple[Strip, ...]
 
-    @cached_property
-    def row_starts(self) -> tuple[tuple[int, ...], ...]:
-        """For each tile and row of queries, where its window starts, counted from the first row of the tile's keys.
-
-        -1 is a row that the map does not have.
-        """
-        height, window, step = self.pattern.grid.height, self.pattern.window_grid.height, self.tile_rows
-        return tuple(
-            tuple(
-                window_start(row, height, window) - (self.first_key_row + first) if row < height else -1
-                for row in range(first, first + step)
-            )
-            for first in range(0, self.tiles * step, step)
-        )
+    @property
+    def tiles(self) -> int:
+        """Number of tiles in a strip."""
+        return len(self.row_starts)
 
 
 def cut(pattern: AttentionPattern, tile_rows: int, num_strips: int) -> Tiling:
     """The tiling with tiles of `tile_rows` rows and with strips of equal width, up to one column."""
     (height, width), (window_height, window_width) = pattern.grid, pattern.window_grid
-    tops = range(0, height, tile_rows)
-    bottoms = [min(height, top + tile_rows) - 1 for top in tops]
-    first_key_row = min(window_start(top, height, window_height) - top for top in tops)
-    ends = [window_start(last, height, window_height) - top for top, last in zip(tops, bottoms, strict=True)]
+    tiles = [
+        [window_start(row, height, window_height) - top for row in range(top, min(top + tile_rows, height))]
+        for top in range(0, height, tile_rows)
+    ]
+    first_key_row, ends = min(rows[0] for rows in tiles), [rows[-1] for rows in tiles]
+    halo_rows = max(ends) + window_height - first_key_row
+    row_starts = tuple((*(row - first_key_row for row in rows), *[-1] * (tile_rows - len(rows))) for rows in tiles)
     edges = [round(strip * width / num_strips) for strip in range(num_strips + 1)]
     strips = []
     for first, stop in itertools.pairwise(edges):
@@ -375,8 +356,7 @@ def cut(pattern: AttentionPattern, tile_rows: int, num_strips: int) -> Tiling:
         key_stop = window_start(stop - 1, width, window_width) + window_width
         starts = tuple(window_start(column, width, window_width) - key_first for column in range(first, stop))
         strips.append(Strip(slice(first, stop), slice(key_first, key_stop), starts))
-    halo_rows = max(ends) + window_height - first_key_row
-    return Tiling(pattern, tile_rows, halo_rows, first_key_row, len(tops), tuple(strips))
+    return Tiling(pattern, tile_rows, halo_rows, first_key_row, row_starts, tuple(strips))
 
 
 # Strips that look alike share a mask: a windowed scale has a handful of kinds.
@@ -424,30 +404,10 @@ def tiled_cost(tiling: Tiling, heads: int = TYPICAL_HEADS) -> float:
     for strip in tiling.strips:
         queries, own_keys = tiling.tile_rows * len(strip.starts), tiling.halo_rows * strip.halo
         keys = prefix + own_keys
-        copies = 2 * tiling.tiles * queries + 2 * strip_rows * strip.halo
-        if prefix:
-            copies += 2 * tiling.tiles * keys
+        copies = 2 * (tiling.tiles * (queries + (keys if prefix else 0)) + strip_rows * strip.halo)
         products = tiling.tiles * (queries + QUERIES_OVERHEAD) * (keys + KEYS_OVERHEAD)
         cost += PIECE_OVERHEAD + heads * (products + COPY_COST * copies)
     return cost
-
-
-def dense_cost(pattern: AttentionPattern, heads: int = TYPICAL_HEADS) -> float:
-    """Predicted cost of one image's attention without tiles, in the same unit."""
-    return CALL_OVERHEAD + heads * pattern.queries * pattern.keys
-
-
-def dense_training_products(pattern: AttentionPattern, heads: int = TYPICAL_HEADS) -> int:
-    """Products of queries with keys in the strips of rows with which a CPU trains dense attention."""
-    height, window = pattern.grid.height, pattern.window_grid.height
-    if pattern.prefix_tokens or window == height:
-        return heads * pattern.queries * pattern.keys
-    products = 0
-    for top in range(0, height, STRIP_ROWS):
-        last = min(top + STRIP_ROWS, height) - 1
-        rows_seen = window_start(last, height, window) + window - window_start(top, height, window)
-        products += (last + 1 - top) * rows_seen
-    return heads * products * pattern.grid.width**2
 
 
 def _not_chosen(call: AttentionCall) -> str | None:
@@ -460,4 +420,4 @@ def _not_chosen(call: AttentionCall) -> str | None:
     return None
 
 
-BACKEND = Backend("tiled", attend_tiled, runs_everything, _not_chosen)
+BACKEND = Backend("tiled", attend_tiled, not_chosen=_not_chosen)

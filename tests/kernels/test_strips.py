@@ -52,8 +52,8 @@ def test_scores_of_bfloat16_are_not_rounded_to_it():
 
 
 def test_strips_read_only_rows_that_some_query_of_theirs_sees():
-    found = dense._strips(AttentionPattern(Grid(16, 16), window=7))
-    rows = [(strip.queries.start // 16, strip.keys.start // 16, strip.keys.stop // 16) for strip in found]
+    found = dense.strips_of_rows(AttentionPattern(Grid(16, 16), window=7))
+    rows = [(queries.start // 16, keys.start // 16, keys.stop // 16) for queries, keys in found]
     assert rows == [(0, 0, 7), (4, 1, 11), (8, 5, 15), (12, 9, 16)]
 
 

@@ -1,9 +1,12 @@
-"""Folders of image files: their classes, their splits, their images."""
+"""Folders of image files: their splits, their classes, their images."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import IO
 
@@ -12,45 +15,67 @@ import numpy as np
 from mvar_core.data.decoding import EXTENSIONS
 from mvar_core.data.sources import StoredSource
 from mvar_core.errors import DataError, nearest
-from mvar_core.untrusted import open_regular
+from mvar_core.untrusted import open_regular, read_text
 
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation"), "val": ("val", "validation", "test")}
-"""Names of the sub-folder that a split may have, best first."""
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "validate", "valid", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+"""How the name of a split may be spelled, in any case."""
+
+JUNK = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+"""What file servers and systems leave in folders, besides what is hidden and __MACOSX."""
+
+ANNOTATIONS = "val_annotations.txt"
+"""In Tiny ImageNet's split val, which has no class folders: name and class of each image, and a box."""
 
 logger = logging.getLogger("mvar")
 
 
+def split_of(word: str) -> str | None:
+    """The split that a word means, one of `SPLITS`; None for other words."""
+    return next((split for split, words in SPLITS.items() if word.casefold() in words), None)
+
+
 def split_name(source: str, split: str = "train") -> tuple[str, str]:
-    """Name and split of `digits:test` or `folder:test`; without a split at its end, the split is `split`."""
+    """Name and split of `digits:test` or `folder:valid`; without a split at its end, the split is `split`."""
     name, colon, last = source.rpartition(":")
-    if colon and name and last in SPLIT_FOLDERS and not Path(source).exists():
-        return name, last
+    if colon and name and split_of(last) and not Path(source).exists():
+        return name, last.casefold()
     return source, split
 
 
 class FolderSource(StoredSource):
     """Images in one sub-folder per class (classes in alphabetical order), or all in one folder, which is one class.
 
-    Sub-folders of a class folder belong to the class. Hidden files and those without an image's extension are ignored.
-    A folder whose sub-folders are train and test (or val) has these splits, with the classes of train; otherwise all of
-    its images are the split train.
+    Sub-folders of a class folder belong to the class. Hidden files, files of other kinds, folders without images, and
+    images next to class folders are left out, and a warning counts them. Of a folder that is divided into splits (see
+    `find_splits`), the images are those of one split, and the classes those of train.
 
     Raises:
-        DataError: No such folder or split, no images, images next to class folders, or a class that train lacks.
+        DataError: No such folder or split, no images, or a class that train lacks.
     """
 
     def __init__(self, root: Path, split: str = "train", name: str | None = None):
         self.folder, reference = split_folder(root, split)
-        names, files, labels = find_images(self.folder)
-        known = names if reference == self.folder else find_images(reference)[0]
-        if not len(names) == len(known) == 1:
-            for missing in sorted(set(names).difference(known)):
-                raise DataError(
-                    f"{self.folder}: class {missing!r} is not among the {len(known)} classes of {reference}."
-                    f" {nearest(missing, known)}"
-                )
-            labels = [known.index(names[label]) for label in labels]
-        super().__init__(name or str(root), split, known, np.asarray(labels, np.int64), files)
+        known = classes = find_classes(self.folder)
+        if reference != self.folder:
+            known = find_classes(reference, warn=False)
+            if _is_flat(classes) and _is_flat(known):
+                classes = known = dict(zip(known, classes.values(), strict=True))
+            elif _is_flat(classes):
+                known = classes
+                logger.warning("%s is not divided into classes: its images are one class, %s.", self.folder, *classes)
+        for missing in classes.keys() - known.keys():
+            raise DataError(
+                f"{self.folder}: class {missing!r} is not among the {len(known)} classes of {reference}."
+                f" {nearest(missing, known)}"
+            )
+        numbers = {class_name: number for number, class_name in enumerate(known)}
+        labels = [numbers[class_name] for class_name, files in classes.items() for _ in files]
+        items = [file for files in classes.values() for file in files]
+        super().__init__(name or str(root), split, list(known), np.asarray(labels, np.int64), items)
 
     def item_bytes(self, index: int) -> int:
         """Size of the image's file; 0 where it cannot be told, which reading the image will explain."""
@@ -68,57 +93,121 @@ class FolderSource(StoredSource):
         return str(self.folder / self.item_names[index])
 
 
-def find_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """The images of a folder: class names, paths relative to the folder (with forward slashes), and labels.
+def split_folder(root: Path, split: str) -> tuple[Path, Path]:
+    """The folder of a split, and the folder whose classes count.
 
     Raises:
-        DataError: No images, or images next to class folders.
+        DataError: No such folder, or no such split.
     """
-    entries = sorted(filter(_is_visible, os.listdir(folder)))
-    flat = [entry for entry in entries if _is_image(entry) and (folder / entry).is_file()]
-    found = {entry: _walk(folder, entry) for entry in entries if (folder / entry).is_dir()}
-    classes = {name: files for name, files in found.items() if files}
-    if flat and classes:
-        raise DataError(
-            f"{folder} holds images ({flat[0]}, …; {len(flat)} in all) next to folders of images"
-            f" ({next(iter(classes))}, …; {len(classes)} in all), so its classes are not clear.",
-            "Put every image into its class's folder, or all of them into one folder.",
-        )
-    if not flat and not classes:
-        more = ", …" if len(entries) > 3 else ""
-        shown = f"{', '.join(entries[:3])}{more} ({len(entries)} in all)" if entries else "nothing"
-        raise DataError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); found {shown}.")
-    if flat:
-        return [folder.resolve().name], flat, [0] * len(flat)
-    if empty := [name for name in found if name not in classes]:
-        logger.warning("%s: no images in %s; not counted as classes.", folder, ", ".join(empty[:5]))
-    labels = [label for label, files in enumerate(classes.values()) for _ in files]
-    return list(classes), [file for files in classes.values() for file in files], labels
-
-
-def split_folder(root: Path, split: str) -> tuple[Path, Path]:
-    """The folder of a split, and the folder whose classes count."""
-    if split not in SPLIT_FOLDERS:
-        raise DataError(f"There is no split {split!r}. {nearest(split, SPLIT_FOLDERS)}")
+    kind = split_of(split)
+    if kind is None:
+        raise DataError(f"There is no split {split!r}. {nearest(split, SPLITS)}")
     if not root.is_dir():
         found = "is a file; expected a folder of images." if root.exists() else "does not exist."
         raise DataError(f"{root} {found}", "Specify a folder of images, or `digits` for the bundled data.")
-    directories = {entry for entry in os.listdir(root) if _is_visible(entry) and (root / entry).is_dir()}
-    known = {name for names in SPLIT_FOLDERS.values() for name in names}
-    if directories <= known and "train" in directories and len(directories) > 1:
-        folder = next(root / name for name in SPLIT_FOLDERS[split] if name in directories)
-        return folder, root / "train"
-    if split != "train":
-        raise DataError(
-            f"{root} has no split {split!r}: it is not divided into the folders train and {split}.",
-            "Put its images into these two folders, or name the folder of the images you want.",
+    splits = find_splits(root)
+    if not splits and kind == "train":
+        return root, root
+    same = [name for name in splits if name.casefold() == split.casefold()]
+    chosen = same or [name for name in splits if split_of(name) == kind]
+    if len(chosen) != 1:
+        problem = f"has {len(chosen)} folders for the split" if chosen else "has no split"
+        found = f"is divided into {', '.join(splits)}" if splits else "is not divided into splits"
+        hint = (
+            f"Choose one of its folders, as in {root / (chosen or splits)[0]}." if splits else f"Use {root} as it is."
         )
-    return root, root
+        raise DataError(f"{root} {problem} {split!r}: it {found}.", hint)
+    others = [f"{root}:{name}" for name in splits if name != chosen[0]]
+    if kind == "train" and others:
+        logger.info("%s is divided into splits; %s is used. The others: %s.", root, chosen[0], _few(others))
+    return root / chosen[0], root / next((name for name in splits if split_of(name) == "train"), chosen[0])
 
 
-def _walk(folder: Path, directory: str) -> list[str]:
-    """Image files under a class folder, sorted; links are followed, but no folder is visited twice."""
-    found: list[str] = []
+def find_splits(root: Path) -> list[str]:
+    """Names of the sub-folders that are splits; none where they are classes, or no sub-folder has such a name.
+
+    They are splits where two of them have sub-folders of the same name, or where no other sub-folder holds images.
+    """
+    folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
+    named = [name for name in folders if split_of(name) and _holds_images(root, name)]
+    if not named:
+        return []
+    others = [name for name in folders if name not in named and _holds_images(root, name)]
+    inside = [{entry.name for entry in _entries(root / name) if _is_folder(entry)} for name in named]
+    if any(one & other for one, other in combinations(inside, 2)):
+        if others:
+            logger.warning("%s is divided into splits; the images in %s are left out.", root, _few(others))
+        return named
+    if others and len(named) > 1:
+        logger.warning("%s: %s are counted as classes, since %s is one.", root, _few(named), others[0])
+    return named if not others and (len(named) > 1 or inside[0]) else []
+
+
+def find_classes(folder: Path, warn: bool = True) -> dict[str, list[str]]:
+    """The images of each class, as paths relative to a folder; what is left out is logged.
+
+    Raises:
+        DataError: No images, more of them next to class folders than in them, or one that Tiny ImageNet's list lacks.
+    """
+    others: Counter[str] = Counter()
+    found = find_images(folder, others)
+    loose = found.pop("")
+    classes = {name: files for name, files in found.items() if files}
+    if (folder / ANNOTATIONS).is_file() and classes.keys() <= {"images"}:
+        return _annotated(folder, [*loose, *classes.get("images", ())])
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
+    inside = sum(map(len, classes.values()))
+    if not loose and not inside:
+        raise DataError(f"{folder} holds no images; found {kinds or 'nothing'}.", f"Images are {' '.join(EXTENSIONS)}.")
+    if len(loose) > inside > 0:
+        raise DataError(
+            f"{folder} holds {len(loose)} images ({_few(loose)}) next to {inside} in folders ({_few(list(classes))}),"
+            " so its classes are not clear.",
+            "Put every image into its class's folder, or all of them into one folder.",
+        )
+    if warn:
+        empty = [name for name in found if not found[name]]
+        beside = f"{len(loose)} images next to the class folders ({_few(loose)})" if loose and inside else ""
+        left_out = [kinds, beside, f"folders without images ({_few(empty)})" if empty else ""]
+        if any(left_out):
+            logger.warning("%s: left out: %s.", folder, "; ".join(filter(None, left_out)))
+        only, files = next(iter(classes.items()), ("", []))
+        if len(classes) == 1 and any(file.count("/") > 1 for file in files):
+            logger.warning("%s holds one class, %s. If its folders are the classes: %s.", folder, only, folder / only)
+    return classes or {folder.resolve().name: loose}
+
+
+def find_images(folder: Path, others: Counter[str] | None = None) -> dict[str, list[str]]:
+    """Images by the sub-folder that they are in, at any depth; "" is the folder itself: sorted paths relative to it.
+
+    Paths have forward slashes. Other files are counted in `others`, by suffix.
+    """
+    found: dict[str, list[str]] = {"": []}
+    for entry in _entries(folder):
+        in_folder = _is_folder(entry)
+        files = list(_walk(folder, entry.name)) if in_folder else [entry.name]
+        images = sorted(filter(_is_image, files))
+        found.setdefault(entry.name if in_folder else "", []).extend(images)
+        if others is not None and len(images) < len(files):
+            others.update(Path(file).suffix.lower() or "without suffix" for file in files if not _is_image(file))
+    return found
+
+
+def _annotated(folder: Path, files: list[str]) -> dict[str, list[str]]:
+    """Images by class, as the list of Tiny ImageNet says; one that is listed and absent is found when it is read."""
+    rows = (line.split("\t") for line in read_text(folder / ANNOTATIONS).splitlines())
+    class_of = {row[0]: row[1] for row in rows if len(row) > 1}
+    paths = {name: f"images/{name}" for name in class_of} | {file.rpartition("/")[2]: file for file in files}
+    classes: dict[str, list[str]] = {name: [] for name in sorted(set(class_of.values()))}
+    for name, path in sorted(paths.items()):
+        if name not in class_of:
+            raise DataError(f"{folder / path} has no class in {folder / ANNOTATIONS}.", "Add its line, or remove it.")
+        classes[class_of[name]].append(path)
+    return classes
+
+
+def _walk(folder: Path, directory: str) -> Iterator[str]:
+    """Files under a sub-folder; links are followed, but no folder is visited twice."""
     visited: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -130,15 +219,38 @@ def _walk(folder: Path, directory: str) -> list[str]:
             directories.clear()
             continue
         visited.add(real)
-        directories[:] = sorted(filter(_is_visible, directories))
+        directories[:] = filter(_is_visible, directories)
         below = Path(parent).relative_to(folder).as_posix()
-        found += [f"{below}/{file}" for file in files if _is_visible(file) and _is_image(file)]
-    return sorted(found)
+        yield from (f"{below}/{file}" for file in files if _is_visible(file))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if _is_visible(entry.name)), key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _holds_images(root: Path, name: str) -> bool:
+    return any(map(_is_image, _walk(root, name)))
+
+
+def _is_flat(classes: Mapping[str, list[str]]) -> bool:
+    """Whether images are of one class only because they lie in one folder."""
+    files = next(iter(classes.values()))
+    return len(classes) == 1 and all("/" not in file or file.startswith("images/") for file in files)
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "__MACOSX"))
+    return not name.startswith((".", "__MACOSX")) and name.casefold() not in JUNK
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
+
+
+def _few(names: Sequence[str]) -> str:
+    """Names as a message lists them."""
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mvar_core.config.training import DataConfig
 from mvar_core.data.bundled import DigitsSource, PhotographsSource
+from mvar_core.data.decoding import LARGEST_IMAGE
 from mvar_core.data.folders import FolderSource, split_name
 from mvar_core.data.parquet import ParquetSource
 from mvar_core.data.shards import find_shards
@@ -37,11 +38,12 @@ READ_AHEAD = 192
 Rows = Sequence[int] | NDArray[np.int64]
 
 
-def open_images(source: str, split: str = "train") -> ImageSource:
+def open_images(source: str, split: str = "train", max_pixels: int | None = None) -> ImageSource:
     """Open what `--data` names: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
 
     A folder has one sub-folder per class, or all images in itself, or holds shards, which a pattern can name too:
     `shard-{000..146}.tar`, `shard-*.tar`. A folder called digits is `./digits`. `:test` at the end chooses a split.
+    Images of more than `max_pixels` (by default `LARGEST_IMAGE`) are refused when they are read.
 
     Raises:
         DataError: No such data or split, or a folder without images.
@@ -56,8 +58,11 @@ def open_images(source: str, split: str = "train") -> ImageSource:
             return PhotographsSource(split)
         shards = find_shards(name, split)
         if shards is None:
-            return FolderSource(Path(name).expanduser(), split, name)
-        return (TarSource if shards.suffix == ".tar" else ParquetSource)(shards)
+            found: ImageSource = FolderSource(Path(name).expanduser(), split, name)
+        else:
+            found = (TarSource if shards.suffix == ".tar" else ParquetSource)(shards)
+        found.max_pixels = max_pixels or LARGEST_IMAGE
+        return found
     except (OSError, RuntimeError) as error:  # links in a circle; "~" without a home
         raise DataError(f"{source[:1000]!r} cannot be read: {one_line(error)[:1000]}.") from None
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvar_core.data.decoding import EXTENSIONS
-from mvar_core.data.folders import SPLIT_FOLDERS, split_folder
+from mvar_core.data.folders import SPLITS, split_of
 from mvar_core.data.sources import StoredSource, in_threads
 from mvar_core.errors import DataError, nearest
 
@@ -29,8 +29,6 @@ MOST_IMAGES = 100_000_000
 SUFFIXES = (".tar", ".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "dev": "val"}
-_SPLIT_WORDS |= {"validation": "validation"}
 
 
 @dataclass(frozen=True)
@@ -228,11 +226,12 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _of_folder(root: Path, name: str, split: str) -> Shards | None:
     folder = reference = root
-    if any((root / sub).is_dir() for sub in SPLIT_FOLDERS["train"]):
-        try:
-            folder, reference = split_folder(root, split)
-        except DataError:
-            folder = reference = root
+    splits = {split_of(path.name): path for path in sorted(root.iterdir()) if path.is_dir() and _listed(path)}
+    if splits.get("train") and not _listed(root):
+        if split_of(split) not in splits:
+            found = ", ".join(path.name for kind, path in splits.items() if kind)
+            raise DataError(f"{name} has no split {split!r}; found {found}. {nearest(split, SPLITS)}")
+        folder, reference = splits[split_of(split)], splits["train"]
     elif not _listed(root) and _listed(root / "data"):
         folder = reference = root / "data"
     files, known = _listed(folder), _listed(reference)
@@ -244,11 +243,11 @@ def _of_folder(root: Path, name: str, split: str) -> Shards | None:
             by_split.setdefault(_split_of(path), []).append(path)
         if set(by_split) == {None}:
             by_split = {"train": files}
-        found = next((word for word in SPLIT_FOLDERS.get(split, ()) if word in by_split), None)
-        if found is None:
+        kind = split_of(split)
+        if kind not in by_split:
             words = ", ".join(sorted(word for word in by_split if word))
-            raise DataError(f"{name} has no split {split!r}; found {words}. {nearest(split, SPLIT_FOLDERS)}")
-        files, known = by_split[found], by_split.get("train", by_split[found])
+            raise DataError(f"{name} has no split {split!r}; found {words}. {nearest(split, SPLITS)}")
+        files, known = by_split[kind], by_split.get("train", by_split[kind])
     return Shards(tuple(files), name, split, tuple(known))
 
 
@@ -268,7 +267,7 @@ def _listed(folder: Path) -> list[Path]:
 
 def _split_of(path: Path) -> str | None:
     """The split that a file's name speaks of: its last word that names one."""
-    words = [_SPLIT_WORDS[word] for word in re.split(r"[-_.]", path.name.lower()) if word in _SPLIT_WORDS]
+    words = list(filter(None, map(split_of, re.split(r"[-_.]", path.name))))
     return words[-1] if words else None
 
 

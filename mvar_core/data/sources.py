@@ -13,7 +13,7 @@ from typing import IO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar_core.data.decoding import check_image, read_rgb
+from mvar_core.data.decoding import LARGEST_IMAGE, check_image, read_rgb
 from mvar_core.data.transforms import random_resized_crop, resize_and_crop
 from mvar_core.errors import DataError
 from mvar_core.io.pixels import Pixels
@@ -58,9 +58,11 @@ class ImageSource(ABC):
         labels: int64 (N,), the class of each image.
         item_names: One path or id per image, N of them.
         in_memory: Whether reading is so cheap that threads would only be in each other's way.
+        max_pixels: The largest image that is read.
     """
 
     in_memory = False
+    max_pixels = LARGEST_IMAGE
 
     def __init__(
         self, name: str, split: str, class_names: Sequence[str], labels: NDArray[np.int64], item_names: Sequence[str]
@@ -141,7 +143,7 @@ class StoredSource(ImageSource):
 
     def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
         """Several crops of one image, see `ImageSource.crops`."""
-        picture = read_rgb(lambda: self.open(index), self.where(index))
+        picture = read_rgb(lambda: self.open(index), self.where(index), self.max_pixels)
         return [
             np.asarray(resize_and_crop(picture, image_shape))
             if random is None
@@ -155,7 +157,11 @@ class StoredSource(ImageSource):
         """See `ImageSource.stored_shapes`."""
         chosen = range(len(self)) if indices is None else indices
         shapes = []
-        for shape in in_threads(lambda index: check_image(lambda: self.open(index), self.where(index)), chosen):
+
+        def shape_of(index: int) -> tuple[int, int]:
+            return check_image(lambda: self.open(index), self.where(index), self.max_pixels)
+
+        for shape in in_threads(shape_of, chosen):
             shapes.append(shape)
             if progress is not None:
                 progress(len(shapes), len(chosen))

@@ -408,13 +408,14 @@ def _tokens(
     cache, held = tokens or out / "tokens", validation or out / "tokens-held-out"
     if tokens is None:
         assert data is not None
-        config = fit_to_tokens(config, read_model_config(tokenizer), open_images(data).class_names)
+        source = open_images(data)
+        config = fit_to_tokens(config, read_model_config(tokenizer), source.class_names)
         machine = machine.model_copy(update={"dtype": "auto"})
         write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=progress)
         write(cache, data=data, config=config)
-        if validation is None and held_out(data) is not None:
+        if validation is None and (rest := held_out(source)) is not None:
             plain = config.model_copy(update={"data": DataConfig()})
-            write(held, data=f"{split_name(data)[0]}:test", config=plain)
+            write(held, data=f"{rest.name}:{rest.split}", config=plain)
     if held.is_dir():
         return TokenCache.open(cache), TokenCache.open(held)
     train, kept = split_off(TokenCache.open(cache), HELD_OUT, config.seed)

@@ -225,7 +225,9 @@ def read_given(
     paths: list[Path] = []
     for given in [images] if isinstance(images, (str, Path)) else images:
         path = Path(given)
-        paths += [path / name for name in find_images(path)[1]] if path.is_dir() else [path]
+        if path.is_dir() and not any(find_images(path).values()):
+            raise DataError(f"{path} holds no images.", "Use an image file, or a folder of them.")
+        paths += [path / name for names in find_images(path).values() for name in names] if path.is_dir() else [path]
     if not paths:
         raise DataError("--image names no image.", "Use an image file, or a folder of them.")
     inside = read_mask(mask) if mask is not None else None

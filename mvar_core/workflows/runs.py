@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, RunConfig
-from mvar_core.data.images import ImageSource, open_images, split_name
+from mvar_core.data.images import ImageSource, open_images
 from mvar_core.distributed import World
 from mvar_core.errors import DataError
 from mvar_core.io.files import require_new_directory
@@ -140,15 +140,16 @@ def run_directory(out: Path, world: World, resume: bool, overwrite: bool) -> Ite
         lock.release()
 
 
-def held_out(data: str) -> ImageSource | None:
-    """The test images of a data set, where it has some of its own."""
-    name, split = split_name(data)
-    if split != "train":
+def held_out(source: ImageSource) -> ImageSource | None:
+    """The split test, or val, of a data set's split train, where it has one with the same classes."""
+    if source.split != "train":
         return None
-    try:
-        return open_images(name, "test")
-    except DataError:
-        return None
+    for split in ("test", "val"):
+        with suppress(DataError):
+            found = open_images(source.name, split, source.max_pixels)
+            if found.class_names == source.class_names:
+                return found
+    return None
 
 
 def seeded(build: Callable[[], torch.nn.Module], *seed: int | str) -> Any:

@@ -137,7 +137,8 @@ def train_on_images(
     First weights are those of `start`, a model directory or a published .pth file, without its codebook where
     `new_codebook` is set; `vgg` and `lpips` are files of the perceptual loss.
     """
-    source, test = open_images(data), held_out(data)
+    source = open_images(data)
+    test = held_out(source)
     device = resolve_device(machine.device)
     vqvae: VQVAE = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)
     origins: dict[str, Any] = {}

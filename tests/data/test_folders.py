@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mvar_core.data.decoding import check_image, read_rgb
-from mvar_core.data.folders import FolderSource, find_images
+from mvar_core.data.folders import FolderSource, find_classes
 from mvar_core.data.images import open_images
 from mvar_core.errors import DataError
 
@@ -44,12 +44,117 @@ def test_train_and_validation_folders_are_splits(tmp_path, write):
         write(f"set/{name}", number)
     root = tmp_path / "set"
     assert len(open_images(str(root))) == 3
-    for split in ("val", "test"):
-        source = open_images(str(root), split)
+    for source in (open_images(str(root), "val"), open_images(f"{root}:val"), open_images(f"{root}:Validation")):
         assert source.class_names == ("a", "b", "c")
         assert source.item_names == ["a/0.png", "c/0.png"]
         assert source.labels.tolist() == [0, 2]  # train's numbers, though class b is absent
-    assert open_images(f"{root}:val").labels.tolist() == [0, 2]
+    with pytest.raises(DataError, match="test.*train, val"):
+        open_images(f"{root}:test")
+
+
+SPELLINGS = [("train", "val"), ("Train", "Test"), ("training", "validation"), ("TRAIN", "Validate"), ("train", "valid"),
+             ("train", "dev"), ("train", "eval"), ("Training", "Testing")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "other"), SPELLINGS)
+def test_spellings_of_splits(tmp_path, write, train, other, caplog):
+    for number, name in enumerate(
+        [f"{train}/cat/0.png", f"{train}/dog/0.png", f"{train}/dog/1.png", f"{other}/dog/2.png"]
+    ):
+        write(f"set/{name}", number)
+    (tmp_path / "set/devkit/data").mkdir(parents=True)
+    (tmp_path / "set/devkit/data/meta.mat").write_bytes(b"x")
+    root = tmp_path / "set"
+    with caplog.at_level(logging.INFO, logger="mvar"):
+        source = open_images(str(root))
+    assert source.class_names == ("cat", "dog")
+    assert source.labels.tolist() == [0, 1, 1]
+    assert f"{root}:{other}" in caplog.text  # what the others are called
+    source = open_images(f"{root}:{other}")
+    assert (source.item_names, source.labels.tolist()) == (["dog/2.png"], [1])
+
+
+def test_flat_splits_are_of_one_class(tmp_path, write):
+    for number, name in enumerate(["train/0.png", "train/1.png", "val/2.png"]):
+        write(f"set/{name}", number)
+    train, val = open_images(str(tmp_path / "set")), open_images(f"{tmp_path}/set:val")
+    assert (train.item_names, val.item_names) == (["0.png", "1.png"], ["2.png"])
+    assert train.class_names == val.class_names == ("train",)
+
+
+def test_a_flat_split_of_classes_has_none(tmp_path, write, caplog):
+    for number, name in enumerate(["train/a/0.png", "train/b/1.png", "test/2.png", "test/3.png"]):
+        write(f"set/{name}", number)
+    assert open_images(str(tmp_path / "set")).class_names == ("a", "b")
+    caplog.clear()
+    source = open_images(f"{tmp_path}/set:test")
+    assert (source.class_names, source.labels.tolist()) == (("test",), [0, 0])
+    assert "not divided into classes" in caplog.text
+
+
+def test_a_class_may_be_called_train(tmp_path, write, caplog):
+    for number, name in enumerate(["train/0.png", "train/old/1.png", "bus/0.png", "car/0.png"]):
+        write(f"set/{name}", number)
+    source = open_images(str(tmp_path / "set"))
+    assert source.class_names == ("bus", "car", "train")
+    assert source.labels.tolist() == [0, 1, 2, 2]
+    assert not caplog.messages
+    write("set/test/0.png", 5)
+    assert len(open_images(str(tmp_path / "set")).class_names) == 4
+    assert "test, train are counted as classes, since bus is one" in caplog.text
+
+
+def test_folders_next_to_splits_are_left_out(tmp_path, write, caplog):
+    for number, name in enumerate(["train/a/0.png", "test/a/0.png", "unlabeled/0.png"]):
+        write(f"set/{name}", number)
+    assert open_images(str(tmp_path / "set")).item_names == ["a/0.png"]
+    assert "images in unlabeled are left out" in caplog.text
+
+
+def test_splits_without_train_must_be_named(tmp_path, write):
+    for number, name in enumerate(["val/a/0.png", "test/a/0.png", "test/b/0.png"]):
+        write(f"set/{name}", number)
+    with pytest.raises(DataError, match="train.*test, val"):
+        open_images(str(tmp_path / "set"))
+    assert open_images(f"{tmp_path}/set:test").class_names == ("a", "b")
+
+
+def test_two_folders_of_one_split_must_be_told_apart(tmp_path, write):
+    for number, name in enumerate(["train/a/0.png", "dev/a/1.png", "eval/a/2.png"]):
+        write(f"set/{name}", number)
+    with pytest.raises(DataError, match="2 folders for the split 'val'.*dev"):
+        open_images(f"{tmp_path}/set:val")
+    assert open_images(f"{tmp_path}/set:eval").where(0).endswith("eval/a/2.png")
+
+
+def test_tiny_imagenet(tmp_path, write):
+    for number, name in enumerate(["n01629819/images/a.JPEG", "n01443537/images/b.JPEG", "n01443537/images/c.JPEG"]):
+        write(f"tiny/train/{name}", number)
+    (tmp_path / "tiny/train/n01443537/n01443537_boxes.txt").write_text("b.JPEG\t0\t0\t62\t62\n")
+    for number in range(3):
+        write(f"tiny/val/images/val_{number}.JPEG", number)
+        write(f"tiny/test/images/test_{number}.JPEG", number)
+    (tmp_path / "tiny/wnids.txt").write_text("n01629819\nn01443537\n")
+    annotations = tmp_path / "tiny/val/val_annotations.txt"
+    lines = [
+        "val_0.JPEG\tn01629819\t0\t0\t62\t62",
+        "val_1.JPEG\tn01443537\t0\t0\t9\t9",
+        "val_2.JPEG\tn01443537\t1\t1\t9\t9",
+    ]
+    annotations.write_text("\n".join(lines) + "\n")
+    train, val = open_images(str(tmp_path / "tiny")), open_images(f"{tmp_path}/tiny:val")
+    assert train.class_names == val.class_names == ("n01443537", "n01629819")
+    assert train.labels.tolist() == [0, 0, 1]
+    labels = dict(zip(val.item_names, val.labels.tolist(), strict=True))
+    assert labels == {"images/val_0.JPEG": 1, "images/val_1.JPEG": 0, "images/val_2.JPEG": 0}
+    val.check()
+    assert open_images(f"{tmp_path}/tiny:test").class_names == ("images",)
+    annotations.write_text("\n".join(lines[:2]))
+    with pytest.raises(DataError, match=r"val_2\.JPEG has no class"):
+        open_images(f"{tmp_path}/tiny:val")
+    annotations.write_text("\n".join([*lines, "val_3.JPEG\tn01443537\t0\t0\t1\t1"]))
+    with pytest.raises(DataError, match=r"val_3\.JPEG does not exist"):
+        open_images(f"{tmp_path}/tiny:val").check()
 
 
 def test_a_class_that_train_lacks_is_refused(tmp_path, write):
@@ -60,7 +165,7 @@ def test_a_class_that_train_lacks_is_refused(tmp_path, write):
 
 
 def test_a_folder_without_splits_has_no_test_split(class_folders):
-    with pytest.raises(DataError, match=r"has no split 'test'.*not divided into the folders train and test"):
+    with pytest.raises(DataError, match=r"pictures has no split 'test'"):
         open_images(str(class_folders), "test")
     with pytest.raises(DataError, match=r"no split 'tests'.*Did you mean test\?"):
         open_images(str(class_folders), "tests")
@@ -78,35 +183,72 @@ def test_a_missing_folder_a_file_and_missing_shards_are_refused(tmp_path, write)
 def test_folders_without_images_are_refused(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
-    with pytest.raises(DataError, match=r"empty holds no images \(\.png .*found nothing"):
+    with pytest.raises(DataError, match=r"empty holds no images; found nothing"):
         open_images(str(folder))
     (folder / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"found notes\.txt \(1 in all\)"):
+    with pytest.raises(DataError, match=r"found 1 \.txt"):
         open_images(str(folder))
     (folder / "shard-0.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"shard-0\.tar is not a whole tar file: empty file"):
         open_images(str(folder))
 
 
-def test_images_beside_class_folders_are_refused(class_folders, write):
+def test_images_next_to_class_folders_are_left_out_and_counted(class_folders, write, caplog):
     write("pictures/stray.png")
-    with pytest.raises(DataError, match=r"holds images \(stray\.png.*next to folders of images \(ant.*3 in all"):
-        open_images(str(class_folders))
+    assert len(open_images(str(class_folders))) == 7
+    assert "1 images next to the class folders (stray.png)" in caplog.text
 
 
-def test_a_class_folder_without_images_is_reported_and_not_counted(class_folders, caplog):
+def test_more_images_next_to_folders_than_in_them_are_refused(tmp_path, write):
+    for number in range(3):
+        write(f"flat/{number}.png")
+    write("flat/more/0.png")
+    write("flat/more/1.png")
+    with pytest.raises(DataError, match=r"flat holds 3 images \(0\.png.*2 in folders \(more\)"):
+        open_images(str(tmp_path / "flat"))
+
+
+def test_what_is_left_out_is_listed(class_folders, caplog):
     (class_folders / "aardvark").mkdir()
-    with caplog.at_level(logging.WARNING, logger="mvar"):
-        assert open_images(str(class_folders)).class_names == ("ant", "bee", "cat")
-    assert "no images in aardvark" in caplog.text
+    for name in ("cat/a.eps", "cat/b.PDF", "cat/more/c.pdf", "ant/LICENSE", "readme.md"):
+        (class_folders / name).write_bytes(b"%!PS")
+    for name in ("Thumbs.db", "ant/desktop.ini", ".DS_Store", "ant/._a.png"):  # not worth a word
+        (class_folders / name).write_bytes(b"x")
+    assert open_images(str(class_folders)).class_names == ("ant", "bee", "cat")
+    (message,) = caplog.messages
+    for part in ("2 .pdf", "1 .eps", "1 .md", "1 .txt", "1 without suffix", "aardvark"):
+        assert part in message
+    assert "ini" not in message
+
+
+@pytest.mark.parametrize("junk", ["@eaDir", "__MACOSX", ".ipynb_checkpoints", ".hidden", "#recycle", "$RECYCLE.BIN"])
+def test_folders_of_systems_are_no_classes(class_folders, write, junk):
+    write(f"pictures/{junk}/a.png")
+    write(f"pictures/{junk}/cat/a.png")
+    write(f"pictures/cat/{junk}/b.png")
+    source = open_images(str(class_folders))
+    assert source.class_names == ("ant", "bee", "cat")
+    assert len(source) == 7
 
 
 def test_links_are_followed_but_never_in_circles(class_folders, write):
     os.symlink(class_folders / "cat", class_folders / "dog")
     os.symlink(class_folders / "cat", class_folders / "cat/more/again")
-    names, files, _ = find_images(class_folders)
-    assert names == ["ant", "bee", "cat", "dog"]
-    assert [file for file in files if file.startswith("dog")] == ["dog/a.png", "dog/b.jpg", "dog/more/c.png"]
+    classes = find_classes(class_folders)
+    assert list(classes) == ["ant", "bee", "cat", "dog"]
+    assert classes["dog"] == ["dog/a.png", "dog/b.jpg", "dog/more/c.png"]
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(class_folders):
+    os.symlink("nowhere.png", class_folders / "cat/dangling.png")
+    source = open_images(str(class_folders))
+    assert len(source) == 8
+    with pytest.raises(DataError, match=r"cat/dangling\.png does not exist"):
+        source.check()
+    flat = class_folders / "cat/more"
+    os.symlink("nowhere.png", flat / "dangling.png")
+    with pytest.raises(DataError, match=r"more/dangling\.png does not exist"):
+        open_images(str(flat)).check()
 
 
 def test_something_else_under_an_images_name_is_named(tmp_path):

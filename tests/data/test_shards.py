@@ -53,17 +53,21 @@ def test_other_names_are_not_shards(tmp_path, class_folders):
 def test_splits_are_words_of_file_names(tmp_path):
     touch(tmp_path, *(f"data/{name}.parquet" for name in ("train-00000-of-00002", "train-00001-of-00002", "test-0")))
     assert found(tmp_path) == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    assert found(tmp_path, "test") == found(tmp_path, "val") == ["test-0.parquet"]
+    assert found(tmp_path, "test") == ["test-0.parquet"]
+    with pytest.raises(DataError, match="has no split 'val'; found test, train"):
+        find_shards(str(tmp_path), "val")
     shards = find_shards(str(tmp_path), "test")
     assert shards is not None
     assert [path.name for path in shards.reference] == found(tmp_path)
     touch(tmp_path, "data/validation-0.parquet")
-    assert found(tmp_path, "val") == ["validation-0.parquet"]
+    assert found(tmp_path, "val") == found(tmp_path, "validation") == ["validation-0.parquet"]
 
 
 def test_splits_are_folders_too(tmp_path):
     touch(tmp_path, "train/a.tar", "val/b.tar")
-    assert (found(tmp_path), found(tmp_path, "test")) == (["a.tar"], ["b.tar"])
+    assert (found(tmp_path), found(tmp_path, "val")) == (["a.tar"], ["b.tar"])
+    with pytest.raises(DataError, match="has no split 'test'; found train, val"):
+        find_shards(str(tmp_path), "test")
 
 
 def test_a_split_that_is_not_there_is_refused(tmp_path):

@@ -50,7 +50,6 @@ NAMED_FORMATS = {
     "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
     "FLI": (".fli", ".flc"),
     "MSP": (".msp",),
-    "IM": (".im",),
     "PCD": (".pcd",),
     "PIXAR": (".pxr",),
     "GBR": (".gbr",),
@@ -67,8 +66,8 @@ LARGEST_FILE = 2**30
 LARGEST_IMAGE = 178_956_970
 """Pixels, Pillow's own limit for images that are not attacks. Larger ones are read where `max_pixels` allows them, at a
 reduced size and one at a time."""
-LARGEST_IN_PYTHON = 2**24
-"""Pixels of a format whose decoder is written in Python, a microsecond for each."""
+LARGEST_QOI = 2**25
+"""Pixels: the decoder is written in Python, and 62 of them fit into a byte."""
 LONGEST_SHAPE = 200
 """How many times longer than the other a side may be: the shorter side is brought to the model's size."""
 MOST_SCANS = 100
@@ -153,10 +152,10 @@ def _opened(file: Path | Opener, where: str | None, max_pixels: int) -> Iterator
                 size = f"it has {image.width}×{image.height} pixels"
                 if long > LONGEST_SHAPE * short:
                     raise ValueError(size)
-                in_python = image.tile and image.tile[0][0] in Image.DECODERS
-                if short * long > (limit := min(max_pixels, LARGEST_IN_PYTHON) if in_python else max_pixels):
-                    hint = f"Remove it, or allow it: --max-pixels {short * long}." if limit == max_pixels else None
-                    raise DataError(f"{where} cannot be read as an image: {size}, more than {limit:,}.", hint)
+                limit = min(max_pixels, LARGEST_QOI) if image.format == "QOI" else max_pixels
+                if short * long > limit:
+                    hint = "" if limit < max_pixels else f", or allow it: --max-pixels {short * long}"
+                    raise DataError(f"{where} cannot be read: {size}, more than {limit:,}.", f"Remove it{hint}.")
                 yield image, content
     except DataError:
         raise
@@ -196,7 +195,7 @@ def _load(image: Image.Image, content: IO[bytes]) -> None:
 def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # PNG has no more than 16 bits
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # no more than 16 bits
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of kind {image.mode!r}; convert it to 8 or 16 bits a channel")

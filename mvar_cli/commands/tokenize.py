@@ -1,5 +1,6 @@
 """`mvar tokenize`: images to a cache of token indices."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -69,3 +70,5 @@ def tokenize(
         console.say(f"Left out, because they cannot be read: {len(result.skipped)} images ({shown})")
     if result.dry_run is None:
         console.say(f"{'Written' if result.encoded else 'Complete already'}: {out}")
+        train = ["mvar", "train", "--tokens", str(out), "--out", str(out.with_name(f"{out.name}-mvar"))]
+        console.say(f"Next: {shlex.join(train)}")

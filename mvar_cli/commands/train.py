@@ -15,15 +15,16 @@ def train(
     given: options.Train,
     depth: Annotated[
         int | None,
-        typer.Option("--depth", min=1, metavar="N", help="Blocks; N heads, width 64·N. Default: the preset's, or 8."),
+        typer.Option("--depth", min=1, metavar="N", help="Blocks; N heads, width 64·N. Default: as suits the images."),
     ] = None,
     image_size: options.ImageSize = None,
 ) -> None:
     """Train a VAR or MVAR from scratch on a token cache, or on images that are tokenized first.
 
-    Without a preset, the model is an MVAR with the pyramid, image size, codebook and classes of the token cache; the
-    tokenizer is the one that made the cache. Running the same command again resumes where it stopped, with any number
-    of processes: under torchrun or --nproc they share every batch. The run directory is also a model directory.
+    Pyramid, image size, codebook, classes and tokenizer are those of the token cache. Without a preset, the model is an
+    MVAR whose depth, batch and epochs suit the number of images. Running the same command again resumes where it
+    stopped, with any number of processes: under torchrun or --nproc they share every batch. The run directory is also
+    a model directory.
     """
     progress = console.progress
     show(mvar.train(out=out, depth=depth, image_size=image_size, machine=machine, progress=progress, **given))
@@ -34,6 +35,6 @@ def show(result: "mvar.TrainResult") -> None:
     if result.dry_run is None and not result.interrupted:
         console.end_progress()
         console.say(f"Written: {result.model}")
-        console.say(f"Next: mvar sample --checkpoint {result.model} --class all --num 4 --out grid.png")
+        console.say(f"Next: {result.command}")
     columns = ("steps", "loss", "seconds", "images_per_second", "peak_memory_bytes", "skipped")
     console.show(result, (*columns, "validation_loss", "best_step"))

@@ -1,5 +1,6 @@
 """`mvar train-tokenizer`: a multi-scale residual VQVAE, from images."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import mvar_core as mvar
 from mvar_cli import console, options
 
 
-@options.command(example="mvar train-tokenizer --preset digits --data digits --out runs/tokenizer")
+@options.command(example="mvar train-tokenizer --data IMAGES --out runs/tokenizer")
 def train_tokenizer(
     data: options.Data,
     out: options.Out,
@@ -32,8 +33,9 @@ def train_tokenizer(
 ) -> None:
     """Train a multi-scale residual VQVAE on images.
 
-    Without a preset it is tokenizer-64, whose size --image-size changes. Running the same command again resumes where
-    it stopped. The run directory is also a model directory. Under torchrun or --nproc the processes share every batch.
+    Without a preset, the size follows the images, and width, codebook and steps suit their number. Running the same
+    command again resumes where it stopped. The run directory is also a model directory. Under torchrun or --nproc the
+    processes share every batch.
     """
     result = mvar.train_tokenizer(
         data=data,
@@ -52,6 +54,7 @@ def train_tokenizer(
         usage = ", ".join(f"{fraction:.1%}" for fraction in result.usage_per_scale)
         console.say(f"Codes used, per scale: {usage}")
         console.say(f"Written: {out}")
-        console.say(f"Next: mvar tokenize --tokenizer {out} --data {data} --out {out.parent / 'tokens'}")
+        options = ["--tokenizer", str(out), "--data", data, "--out", str(out.with_name(f"{out.name}-tokens"))]
+        console.say(f"Next: {shlex.join(['mvar', 'tokenize', *options])}")
     columns = ("steps", "loss", "psnr", "code_usage", "seconds", "images_per_second", "peak_memory_bytes")
     console.show(result, columns)

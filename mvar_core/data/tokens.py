@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Thread
@@ -205,10 +206,10 @@ class Manifest(_Record):
 
     def command(self, out: Path, tokenizer: str | None = None) -> str:
         """The command that makes the cache again, with its own or another tokenizer."""
-        flip = " --flip" if self.data.flip else ""
-        crops = f" --crops {self.data.crops}" if self.data.crops > 1 else ""
+        views = ["--flip"] * self.data.flip + ["--crops", str(self.data.crops)] * (self.data.crops > 1)
         tokenizer = tokenizer or self.tokenizer or "TOKENIZER"
-        return f"mvar tokenize --tokenizer {tokenizer} --data {self.source}{flip}{crops} --out {out} --overwrite"
+        options = ["--tokenizer", tokenizer, "--data", self.source, *views, "--out", str(out), "--overwrite"]
+        return shlex.join(["mvar", "tokenize", *options])
 
 
 class TokenCache:
@@ -361,7 +362,7 @@ class TokenCache:
         with_vectors._gives_vectors = True
         return with_vectors
 
-    def check(self, tokenizer_hash: str, pyramid: ScalePyramid) -> None:
+    def check(self, tokenizer_hash: str, pyramid: ScalePyramid, tokenizer: str = "TOKENIZER") -> None:
         """Refuse a cache whose tokens mean something else to a model with this tokenizer (SHA-256) and pyramid.
 
         Raises:
@@ -374,7 +375,7 @@ class TokenCache:
             if found != expected:
                 raise DataError(
                     f"{self.path} was made {kind}: {found} there, {expected} in this model.",
-                    f"Make a cache with this tokenizer: {self.manifest.command(self.path, 'TOKENIZER')}",
+                    f"Make a cache with this tokenizer: {self.manifest.command(self.path, tokenizer)}",
                 )
 
     def _stored(self, images: NDArray[np.int64]) -> NDArray[np.int64]:

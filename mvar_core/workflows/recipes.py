@@ -5,6 +5,7 @@ What published recipes say of a million images does not suit a hundred; all choi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ import numpy as np
 
 from mvar_core.config.presets import parse_setting
 from mvar_core.data.sources import ImageSource
-from mvar_core.pyramid import PatchSize, ScalePyramid, mvar_windows, read_size, write_size
+from mvar_core.errors import ConfigError
+from mvar_core.pyramid import PatchSize, ScalePyramid, mvar_windows, read_size, read_sizes
 
 WIDTH_PER_LAYER = 64
 LARGEST_OWN_SIDE = 128
@@ -45,6 +47,8 @@ RECIPES = (
     Recipe(200_000, 64, 4096, 32, 12, 128, 100),
     Recipe(math.inf, 128, 4096, 64, 16, 256, 300),
 )
+MANY = 200_000
+"""From here on training is as published."""
 
 
 def recipe_for(images: int) -> Recipe:
@@ -58,14 +62,14 @@ def size_of_images(source: ImageSource) -> tuple[PatchSize, str]:
     looked = np.unique(np.linspace(0, count - 1, min(count, MEASURED_HEADERS)).astype(int)).tolist()
     shapes = source.stored_shapes(looked)
     if not shapes:
-        return SIDES[0], "the images have no size of their own"
+        return SIDES[0], "they have no size of their own; --image-size sets another"
     if len(set(shapes)) == 1 and math.prod(shapes[0]) <= LARGEST_OWN_SIDE**2:
         multiple = downsample_for(shapes[0])
         size = read_size([max(4 * multiple, side // multiple * multiple) for side in shapes[0]])
-        return size, f"all images are {shapes[0][0]}×{shapes[0][1]}"
+        return size, f"all are {shapes[0][0]}×{shapes[0][1]}; --image-size sets another"
     half = sorted(min(shape) for shape in shapes)[len(shapes) // 2]
     side = next((side for side in SIDES if side <= half), SIDES[-1])
-    return side, f"the shorter side of the images is {half} pixels in the middle"
+    return side, f"half of them have a shorter side of {half} or more; --image-size sets another"
 
 
 def downsample_for(shape: tuple[int, int]) -> int:
@@ -76,31 +80,28 @@ def downsample_for(shape: tuple[int, int]) -> int:
 
 def tokenizer_settings(
     source: ImageSource, image_size: PatchSize | str | None, settings: Sequence[str]
-) -> tuple[str, list[str], str]:
-    """The preset, changes to it, and what to tell the user, of a tokenizer for some images."""
-    size = image_size or dict(map(parse_setting, settings)).get(("image_size",))
-    why = "as asked for"
+) -> tuple[list[str], str]:
+    """Changes to the preset tokenizer-64 that suit some images, and where the size comes from."""
+    size, why = image_size or dict(map(parse_setting, settings)).get(("image_size",)), "as asked for"
     if size is None:
         size, why = size_of_images(source)
-    size = read_size(size)
-    shape = (size, size) if isinstance(size, int) else size
-    recipe, levels = recipe_for(len(source)), int(math.log2(downsample_for(shape)))
+    try:
+        size = read_size(size)
+    except ValueError as error:
+        raise ConfigError(f"image_size: {error}.") from None
+    recipe = recipe_for(len(source))
+    levels = int(math.log2(downsample_for((size, size) if isinstance(size, int) else size)))
     seen = max(len(source), round(IMAGES_SEEN * math.sqrt(len(source))))
-    steps = math.ceil(seen / recipe.tokenizer_batch)
     changes = {
         "name": "tokenizer",
-        "image_size": write_size(size),
+        "image_size": json.dumps(size),
         "tokenizer.base_channels": recipe.base_channels,
         "tokenizer.channel_multipliers": [1, *[2] * (levels - 1), 4],
         "tokenizer.codebook_size": recipe.codebook_size,
         "train_tokenizer.batch_size": recipe.tokenizer_batch,
-        "train_tokenizer.steps": steps,
+        "train_tokenizer.steps": math.ceil(seen / recipe.tokenizer_batch),
     }
-    said = (
-        f"{len(source):,} images at {shape[0]}×{shape[1]} pixels ({why}; --image-size changes it):"
-        f" {recipe.base_channels} channels, {recipe.codebook_size} codes, {steps:,} steps of {recipe.tokenizer_batch}."
-    )
-    return "tokenizer-64", [f"{key}={value}" for key, value in changes.items()], said
+    return [f"{key}={value}" for key, value in changes.items()], why
 
 
 def sized(depth: int) -> dict[str, int]:
@@ -108,24 +109,23 @@ def sized(depth: int) -> dict[str, int]:
     return {"depth": depth, "embed_dim": WIDTH_PER_LAYER * depth, "num_heads": depth}
 
 
-def transformer_values(pyramid: ScalePyramid, images: int, views: int, depth: int | None) -> tuple[dict[str, Any], str]:
-    """An MVAR for a token cache, as a configuration without what the cache brings; and what to tell the user."""
+def transformer_values(
+    patch_sizes: Sequence[PatchSize], images: int, views: float, depth: int | None
+) -> dict[str, Any]:
+    """An MVAR for tokens of a number of images, as a configuration without the sizes of these."""
     recipe = recipe_for(images)
     depth = depth or recipe.depth
-    epochs = recipe.epochs / views
-    rate = LEARNING_RATE_TIMES_DEPTH / depth
-    values = {
+    few = recipe is RECIPES[0]
+    return {
         "name": "mvar",
-        "transformer": {**sized(depth), "drop_path": 0.1 if recipe is RECIPES[0] else 0.1 * depth / 24},
-        "attention": {"scale_prefixes": 1, "windows": list(mvar_windows(pyramid))},
+        "transformer": {**sized(depth), "drop_path": 0.1 if few else round(0.1 * depth / 24, 6)},
+        "attention": {
+            "scale_prefixes": 1,
+            "windows": list(mvar_windows(ScalePyramid.from_patch_sizes(read_sizes(patch_sizes)))),
+        },
         "train": {
             "batch_size": recipe.batch,
-            "epochs": epochs,
-            "optimizer": {"lr": rate, "lr_batch": None, "schedule": "cosine", "end": 0.0},
+            "epochs": recipe.epochs / views,
+            "optimizer": {"lr": LEARNING_RATE_TIMES_DEPTH / depth, "lr_batch": None, "schedule": "cosine", "end": 0.0},
         },
     }
-    said = (
-        f"{images:,} images in {views} views: depth {depth}, width {WIDTH_PER_LAYER * depth}, batches of {recipe.batch},"
-        f" {epochs:g} epochs, learning rate {rate:.2g}, stochastic depth {values['transformer']['drop_path']:.2g}."
-    )
-    return values, said

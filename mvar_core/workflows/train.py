@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast, get_args
@@ -21,6 +23,7 @@ from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config, parse_setting
 from mvar_core.data.images import Views, open_images
 from mvar_core.data.tokens import TokenCache
+from mvar_core.data.vectors import ENCODER
 from mvar_core.distributed import connect, world
 from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
 from mvar_core.io.files import atomic_directory, remove, write_json
@@ -40,6 +43,7 @@ from mvar_core.training.metrics import check_trackers
 from mvar_core.training.objective import PICTURES
 from mvar_core.training.order import planned_steps
 from mvar_core.training.transformer import TransformerOutcome, train_transformer
+from mvar_core.workflows import recipes
 from mvar_core.workflows.runs import (
     TrainingResult,
     TrainOptions,
@@ -51,12 +55,10 @@ from mvar_core.workflows.runs import (
 )
 from mvar_core.workflows.tokenize import write_tokens
 
-DEFAULT_DEPTH = 8
-DEFAULT_TRAINING = {"batch_size": 64, "epochs": 100}
-LEARNING_RATE_TIMES_DEPTH = 4e-3
 FINETUNING_EPOCHS = 80
-WIDTH_PER_LAYER = 64
 PICTURED_CLASSES = 8
+LISTED_CLASSES = 16
+"""Most classes that the command suggested at the end generates images of."""
 
 logger = logging.getLogger("mvar")
 
@@ -69,11 +71,13 @@ class TrainResult(TrainingResult):
         validation_loss: Loss on the validation tokens, where there are any.
         best_step: The step of the lowest validation loss, whose weights are in `model`/best.
         skipped: Steps that were left out because their loss or gradient was not finite.
+        command: What to type next.
     """
 
     validation_loss: float | None = None
     best_step: int | None = None
     skipped: int = 0
+    command: str = field(default="", metadata={"hidden": True})
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ def train(
             tokens: Token cache.
             data: Images, where there is no cache; they are tokenized into `out`/tokens.
             tokenizer: Model directory with the tokenizer; by default the one that made `tokens`.
-            preset: Name of a preset or a YAML file. Without one the model is an MVAR with the pyramid, image size,
-                codebook and classes of `tokens`, or of `tokenizer` for `data`.
+            preset: Name of a preset or a YAML file, laid over the pyramid, image size and codebook of `tokens`. Without
+                one the model is an MVAR whose depth and training suit the number of images.
             settings: Changes to single keys, as "attention.scale_prefixes=2".
             seed: Of everything random.
             validation: Token cache of held-out images to measure on.
@@ -218,33 +222,54 @@ def _train(
     """Merge the configuration, tokenize where images were given, and train; every process does this."""
     if (tokens is None) == (data is None):
         raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
-    verify = None if machine.verify else False
-    cache = TokenCache.open(Path(tokens), verify) if tokens is not None else None
-    directory = _tokenizer_of(cache, tokenizer)
-    made_by = read_model_config(directory)
-    if start is not None:
-        base = _read_off(read_model_config(start.directory))
-    else:
-        base = _own_configuration(cache, made_by, depth or DEFAULT_DEPTH)
     if loop.get("steps") is not None and loop.get("epochs") is not None:
         raise ConfigError("--steps and --epochs both specify how long to train.", "Use one of them.")
-    # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
-    settings = [*settings, *(["train.steps=null"] if loop.get("epochs") is not None else [])]
+    verify = None if machine.verify else False
+    cache = TokenCache.open(Path(tokens), verify) if tokens is not None else None
+    directory = _tokenizer_of(cache, tokenizer, data, out)
+    if os.path.realpath(out) == os.path.realpath(directory):
+        raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
+    made_by = read_model_config(directory)
+    images = cache or open_images(str(data))
+    sizes: dict[str, Any] = made_by.model_dump(mode="json", include={"image_size", "patch_sizes", "tokenizer"})
+    if cache is not None:
+        sizes |= cache.manifest.model_dump(mode="json", include={"image_size", "patch_sizes"})
+        # A preset for other sizes is laid over those of the cache, unless sizes are asked for by name.
+        if image_size is None and not any(text.startswith(("image_size", "patch_sizes")) for text in settings):
+            settings = [*(f"{key}={json.dumps(value)}" for key, value in sizes.items()), *settings]
+    count = len(images.labels)
+    if start is not None:
+        base = _read_off(read_model_config(start.directory), count)
+    else:
+        base = {**sizes, **recipes.transformer_values(sizes["patch_sizes"], count, len(images) / count, depth)}
+        if cache is not None and cache.manifest.vectors is not None:
+            base["conditioning"] = {"kind": "vector", "dim": cache.manifest.vectors.dim}
     flags = {
         "seed": seed,
         "image_size": image_size,
         "attention": attention,
         "train": {**loop, "compile": machine.compile or None},
-        "transformer": _sized(depth) if depth is not None else None,
+        "transformer": recipes.sized(depth) if depth is not None else None,
     }
+    # Steps win over epochs wherever both are set; --epochs must be able to win over a preset's steps.
+    settings = [*settings, *(["train.steps=null"] if loop.get("epochs") is not None else [])]
     config = load_config(preset, settings, flags, base=base)
-    if os.path.realpath(out) == os.path.realpath(directory):
-        raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
+    config = fit_to_tokens(config, made_by, images.class_names)
     if start is not None:
-        fitted = config.model_copy(update={"tokenizer": made_by.tokenizer})
-        check_start(fitted, read_model_config(start.directory), start.origin)
+        check_start(config, read_model_config(start.directory), start.origin)
+    rows = len(cache) if cache is not None else count * len(Views(config.data, config.seed))
+    total, batch = planned_steps(config.train, rows), config.train.batch_size
+    plan = [f"encode {count} images in {rows // count} views into {out / 'tokens'}"] if cache is None else []
+    if start is not None:
+        plan.append(f"start from the transformer of {start.origin}")
+    assert config.transformer is not None
+    plan.append(
+        f"train {total} steps of {batch} of {rows} rows ({total * batch / max(rows, 1):.3g} epochs of {count} images):"
+        f" depth {config.transformer.depth}, width {config.transformer.embed_dim}, scales {config.pyramid} for"
+        f" {config.image_shape[0]}×{config.image_shape[1]} pixels"
+    )
     if dry_run:
-        return _plan(out, config, cache, str(data), machine, start)
+        return planned(TrainResult, config, machine, out, total, plan, steps=total, rows=rows)
     with connect(machine.device) as world:
         machine = machine.model_copy(update={"device": world.device(machine.device)})
         device = resolve_device(machine.device)
@@ -252,19 +277,21 @@ def _train(
         check_trackers(config.train)
         check_backend(machine.attention, config.patterns, device, dtype, needs_grad=True)
         with run_directory(out, world, resume, overwrite) as resume:
+            if preset is None:
+                logger.info("To %s (as suits the number of images, unless set).", "; ".join(plan))
             if cache is None:
                 write_tokens(
                     out / "tokens",
                     data=str(data),
                     tokenizer=directory,
-                    config=fit_to_tokens(config, made_by, open_images(str(data)).class_names),
+                    config=config,
                     overwrite=overwrite,
                     machine=machine.model_copy(update={"dtype": "auto"}),
                     progress=progress,
                 )
                 cache = TokenCache.open(out / "tokens")
             outcome = train_on_tokens(
-                fit_to_tokens(config, made_by, cache.class_names),
+                config,
                 cache,
                 directory,
                 out,
@@ -280,25 +307,18 @@ def _train(
         validation_loss=outcome.val_loss,
         best_step=outcome.best_step,
         skipped=outcome.skipped,
+        command=sample_command(out, config),
     )
 
 
-def _plan(
-    out: Path, config: RunConfig, cache: TokenCache | None, data: str, machine: Machine, start: Start | None
-) -> TrainResult:
-    """What would be done."""
-    plan = []
-    if cache is not None:
-        rows = len(cache)
-    else:
-        source, views = open_images(data), len(Views(config.data, config.seed))
-        rows = len(source) * views
-        plan.append(f"encode {len(source)} images in {views} views into {out / 'tokens'}")
-    if start is not None:
-        plan.append(f"start from the transformer of {start.origin}")
-    total, batch = planned_steps(config.train, rows), config.train.batch_size
-    plan.append(f"train {total} steps of {batch} of {rows} rows ({total * batch / max(rows, 1):.3g} epochs)")
-    return planned(TrainResult, config, machine, out, total, plan, steps=total, rows=rows)
+def sample_command(model: Path, config: ModelConfig) -> str:
+    """A command that shows what a model generates."""
+    chosen = ["--class", "all" if len(config.class_names or ()) <= LISTED_CLASSES else "0,1,2,3"]
+    if config.conditioning.dim is not None:
+        words = config.conditioning.encoder == ENCODER and config.class_names
+        chosen = ["--words", words[0]] if words else ["--vectors", "FILE"]
+    out = ["--num", "4", "--out", str(model / "grid.png")]
+    return shlex.join(["mvar", "sample", "--checkpoint", str(model), *chosen, *out])
 
 
 def train_on_tokens(
@@ -329,7 +349,7 @@ def train_on_tokens(
     digest = tokenizer_hash(tokenizer)
     for cache in (tokens, validation):
         if cache is not None:
-            cache.check(digest, config.pyramid)
+            cache.check(digest, config.pyramid, str(tokenizer))
     device = resolve_device(machine.device)
     vqvae = load_tokenizer(tokenizer, config.model, device, verify=machine.verify)
     transformer: Transformer = seeded(lambda: Transformer(config.model), "transformer", config.seed)
@@ -381,57 +401,40 @@ def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[
     )
 
 
-def _tokenizer_of(cache: TokenCache | None, given: Path | str | None) -> Path:
+def _tokenizer_of(cache: TokenCache | None, given: Path | str | None, data: Path | str | None, out: Path) -> Path:
     """The tokenizer's directory: the one that was given, or the one that the cache remembers."""
     if given is not None:
         return Path(given)
     if cache is None:
-        raise ConfigError("Training on images needs a tokenizer.", "Add --tokenizer DIR.")
+        made = out.parent / "tokenizer"
+        command = shlex.join(["mvar", "train-tokenizer", "--data", str(data), "--out", str(made)])
+        raise ConfigError(
+            "Training on images needs a tokenizer.",
+            f"Train one with `{command}`, then add {shlex.join(['--tokenizer', str(made)])}.",
+        )
     if cache.manifest.tokenizer is None:
         raise ConfigError(f"{cache.path} does not record where its tokenizer is.", "Add --tokenizer DIR.")
-    recorded = Path(cache.manifest.tokenizer)
-    if not (recorded / "config.json").is_file():
+    recorded, place = Path(cache.manifest.tokenizer), cache.path.resolve()
+    # As it was typed, from here or from a folder above the cache; or next to the cache, where both were moved.
+    candidates = [recorded, *(parent / recorded for parent in place.parents), place.parent / recorded.name]
+    found = next((path for path in candidates if (path / "config.json").is_file()), None)
+    if found is None:
         raise ConfigError(
             f"{cache.path} was made by the tokenizer in {recorded}, which is not there.",
             "Add --tokenizer DIR, where it is now.",
         )
-    return recorded
+    return found
 
 
-def _own_configuration(cache: TokenCache | None, tokenizer: ModelConfig, depth: int) -> dict[str, Any]:
-    """Without a preset: an MVAR for the cache's pyramid, or the tokenizer's where images are still to be encoded."""
-    fields = ("image_size", "patch_sizes")
-    values: dict[str, Any] = tokenizer.model_dump(mode="json", include={*fields, "tokenizer"})
-    if cache is not None:
-        values |= cache.manifest.model_dump(mode="json", include=set(fields))
-        if cache.manifest.vectors is not None:
-            values["conditioning"] = {"kind": "vector", "dim": cache.manifest.vectors.dim}
-    pyramid = cache.pyramid if cache is not None else tokenizer.pyramid
-    return {
-        **values,
-        "name": "mvar",
-        "transformer": _sized(depth),
-        "attention": {"scale_prefixes": 1, "windows": list(mvar_windows(pyramid))},
-        # Wider models need smaller steps; these learn small data sets in minutes.
-        "train": {
-            **DEFAULT_TRAINING,
-            "optimizer": {"lr": LEARNING_RATE_TIMES_DEPTH / depth, "lr_batch": None, "schedule": "cosine", "end": 0.0},
-        },
-    }
-
-
-def _read_off(source: ModelConfig) -> dict[str, Any]:
-    """The start's model with MVAR's attention, and the published settings of fine-tuning."""
+def _read_off(source: ModelConfig, images: int) -> dict[str, Any]:
+    """The start's model with MVAR's attention, and the published settings of fine-tuning, its batch for many images."""
+    batch = {} if images > recipes.MANY else {"batch_size": recipes.recipe_for(images).batch}
     return {
         **source.model_dump(mode="json", exclude={"provenance", "class_names", "attention"}),
         "name": f"{source.name}-ft",
         "attention": {"scale_prefixes": 1, "windows": list(mvar_windows(source.pyramid))},
-        "train": {"epochs": FINETUNING_EPOCHS},
+        "train": {"epochs": FINETUNING_EPOCHS, **batch},
     }
-
-
-def _sized(depth: int) -> dict[str, int]:
-    return {"depth": depth, "embed_dim": WIDTH_PER_LAYER * depth, "num_heads": depth}
 
 
 def _number(value: int | Sequence[int] | str | None) -> Any:

@@ -26,6 +26,7 @@ from mvar_core.pyramid import PatchSize
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.training import tokenizer as training
 from mvar_core.training.perceptual import load_perceptual_loss
+from mvar_core.workflows import recipes
 from mvar_core.workflows.runs import (
     TrainingResult,
     TrainTokenizerOptions,
@@ -36,8 +37,6 @@ from mvar_core.workflows.runs import (
     seeded,
     step_progress,
 )
-
-DEFAULT_PRESET = "tokenizer-64"
 
 logger = logging.getLogger("mvar")
 
@@ -79,15 +78,17 @@ def train_tokenizer(
     Args:
         data: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
         out: The run directory, which is also a model directory.
-        image_size: Side, or (height, width), also as "256x384"; the pyramid follows.
+        image_size: Side, or (height, width), also as "256x384"; the pyramid follows. Without a preset it is by default
+            that of the images where they all have one of at most 128 px, else 64, or 32 where most are smaller.
         start: Tokenizer that gives the first weights: a model directory or a published .pth file.
         new_codebook: With `start`: train a codebook from scratch, of any size.
         vgg_weights: File of VGG16, for the perceptual loss.
         lpips_weights: File of LPIPS' weights, likewise.
         machine: Device and dtype; dtype auto is float32.
         progress: Called after every step.
-        **options: preset (by default tokenizer-64), settings, seed, resume, overwrite and dry_run as of `train`; steps,
-            batch_size, micro_batch, ema and checkpoint_every as in the preset's `train_tokenizer` section.
+        **options: preset, without which width, codebook and steps suit the number of images; settings, seed, resume,
+            overwrite and dry_run as of `train`; steps, batch_size, micro_batch, ema and checkpoint_every as in the
+            preset's `train_tokenizer` section.
 
     Raises:
         MvarError: Configuration, images, files or the run in `out` do not fit.
@@ -97,21 +98,30 @@ def train_tokenizer(
     loop: dict[str, Any] = dict(options)
     preset, settings, seed = (loop.pop(name, None) for name in ("preset", "settings", "seed"))
     resume, overwrite, dry_run = (loop.pop(name, name == "resume") for name in ("resume", "overwrite", "dry_run"))
-    flags = {"seed": seed, "image_size": image_size, "train_tokenizer": loop}
-    config = load_config(preset or DEFAULT_PRESET, settings or (), flags).model_copy(update={"transformer": None})
-    data, out = str(data), Path(out)
+    data, out, settings = str(data), Path(out), list(settings or ())
+    source, suited, why = open_images(data), list[str](), "as set"
     start, vgg, lpips = (None if path is None else Path(path) for path in (start, vgg_weights, lpips_weights))
-    source = open_images(data)
+    if preset is None:
+        suited, why = recipes.tokenizer_settings(source, image_size, settings)
+    settings = [*suited, *settings]
+    flags = {"seed": seed, "image_size": image_size, "train_tokenizer": loop}
+    config = load_config(preset or "tokenizer-64", settings, flags).model_copy(update={"transformer": None})
+    chosen, network = config.train_tokenizer, config.tokenizer
+    plan = [
+        f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images at {config.image_shape[0]}×"
+        f"{config.image_shape[1]} pixels ({why}): {network.base_channels} channels, {network.codebook_size} codes,"
+        f" scales {config.pyramid}"
+    ]
+    if start is not None:
+        plan.insert(0, f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}")
     if dry_run:
-        chosen = config.train_tokenizer
-        plan = [f"train {chosen.steps} steps of {chosen.batch_size} of {len(source)} images"]
-        if start is not None:
-            plan.insert(0, f"start from the tokenizer of {start}{' with a new codebook' if new_codebook else ''}")
         return planned(TrainTokenizerResult, config, machine, out, chosen.steps, plan, images=len(source))
     with connect(machine.device) as world:
         own = machine.model_copy(update={"device": world.device(machine.device)})
         with run_directory(out, world, resume, overwrite) as resume:
             source.check()
+            if suited:
+                logger.info("To %s.", "; ".join(plan))
             return train_on_images(
                 config, data, out, machine=own, world=world, resume=resume, start=start, new_codebook=new_codebook,
                 vgg=vgg, lpips=lpips, progress=progress,

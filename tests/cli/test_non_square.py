@@ -194,10 +194,7 @@ def test_another_size_by_one_option(mvar, run, wide, pictures, model, tmp_path):
     pyramid = [1, [1, 2], 2, [2, 3], [3, 4], [3, 5], [4, 6]]
     assert (manifest["image_size"], manifest["patch_sizes"]) == ([16, 24], pyramid)
     options = ["--var-checkpoint", model, "--tokens", tokens, "--steps", 1, "--batch-size", 2, "--out", tuned]
-    assert "made for another pyramid: 1,1x2,2,2x3,3x4,3x5,4x6 there, 1,2,4 in" in mvar(
-        "finetune-from-var", *options
-    ).error.replace("\n", " ")
-    assert run("finetune-from-var", *options, "--set", "image_size=16x24", "--overwrite")["steps"] == 1
+    assert run("finetune-from-var", *options)["steps"] == 1
     assert json.loads((tuned / "config.json").read_text())["patch_sizes"] == pyramid
     started = {row["name"]: row for row in json.loads((tuned / "started-from.json").read_text())["parameters"]}
     assert started["position_embedding"]["action"] == "interpolated"
@@ -205,7 +202,9 @@ def test_another_size_by_one_option(mvar, run, wide, pictures, model, tmp_path):
     assert read(tmp_path / "one.png").shape == (16, 24, 3)
     # Tokens of as many places in another arrangement are refused too.
     swapped = ["--set", "patch_sizes=1,2x1,2,3x2,4x3,5x3,6x4", "--set", "image_size=24x16"]
-    assert "made for another pyramid" in mvar("finetune-from-var", *options, *swapped, "--overwrite").error
+    refused = mvar("finetune-from-var", *options, *swapped, "--overwrite")
+    assert refused.code == 1
+    assert "made for another pyramid" in refused.err
 
 
 @pytest.mark.parametrize(

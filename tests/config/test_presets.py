@@ -12,7 +12,7 @@ from mvar_core.config.presets import load_config, preset_names, read_preset
 from mvar_core.errors import ConfigError
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
-from mvar_core.pyramid import paying_windows
+from mvar_core.pyramid import mvar_windows, paying_windows
 
 EXPECTED = {
     "digits",
@@ -23,11 +23,16 @@ EXPECTED = {
     "var-d36-512",
     "mvar-d24-512",
     "mvar-d24-1024",
+    "mvar-64",
+    "mvar-128",
     "tokenizer-64",
+    "tokenizer-128",
     "tokenizer-256",
     "tokenizer-512",
 }
 TOKENIZERS = {name for name in EXPECTED if name.startswith("tokenizer-")}
+OWN = {"digits", "digits-var", "digits-words", "mvar-64", "mvar-128", "tokenizer-64", "tokenizer-128"}
+"""Presets for small data, of our own network."""
 PUBLISHED_PARAMETERS = {"d16": 310e6, "d20": 600e6, "d24": 1.0e9, "d30": 2.0e9, "d36": 2.3e9}
 PUBLISHED_FID = {
     "var-d16-256": 3.55,
@@ -73,16 +78,16 @@ def test_preset_builds_with_the_predicted_and_published_parameters(name):
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == predicted.tokenizer_parameters
     if name in TOKENIZERS:
         assert config.transformer is None
-        if name != "tokenizer-64":
+        if name not in OWN:
             assert round(predicted.tokenizer_parameters / 1e6, 2) == 108.95
-    elif not name.startswith("digits"):
+    elif name not in OWN:
         published = PUBLISHED_PARAMETERS[name.split("-")[1]]
         assert predicted.parameters == pytest.approx(published, rel=0.05)
         assert round(predicted.tokenizer_parameters / 1e6, 2) == 108.95
 
 
 def test_published_sizes_hold_for_every_published_model():
-    for name in EXPECTED - {"digits", "digits-var", "digits-words"} - TOKENIZERS:
+    for name in EXPECTED - OWN - TOKENIZERS:
         transformer = load_config(name).transformer
         assert transformer.embed_dim == 64 * transformer.depth
         assert transformer.num_heads == transformer.depth
@@ -96,9 +101,8 @@ def test_mvar_sees_one_scale_and_windows_the_last_ones_and_var_sees_all():
         config = load_config(name)
         if name in ("digits", "digits-words") or name.startswith("mvar-"):
             assert config.attention.scale_prefixes == 1, name
-            assert config.windows == ((0, 0, 0, 3) if name.startswith("digits") else paying_windows(config.pyramid)), (
-                name
-            )
+            windows = mvar_windows(config.pyramid) if name in OWN else paying_windows(config.pyramid)
+            assert config.windows == ((0, 0, 0, 3) if name.startswith("digits") else windows), name
         else:
             assert config.attention.scale_prefixes == "all", name
             assert not any(config.windows), name
@@ -122,13 +126,13 @@ def test_parents_are_merged_away():
 
 
 def test_tokenizers_fit_the_models_of_their_size():
-    for side, model in ((256, "mvar-d16-256"), (512, "mvar-d24-512")):
+    for side, model in ((64, "mvar-64"), (128, "mvar-128"), (256, "mvar-d16-256"), (512, "mvar-d24-512")):
         tokenizer, config = load_config(f"tokenizer-{side}"), load_config(model)
         assert tokenizer.tokenizer == config.tokenizer
         assert tokenizer.pyramid == config.pyramid
         assert tokenizer.image_size == config.image_size
-        assert tokenizer.train_tokenizer.perceptual.weight > 0
-        assert tokenizer.train_tokenizer.adversarial.start > 0
+        assert (tokenizer.train_tokenizer.perceptual.weight > 0) == (side > 128)
+        assert (tokenizer.train_tokenizer.adversarial.start > 0) == (side > 128)
 
 
 def test_an_empty_name_is_no_preset():

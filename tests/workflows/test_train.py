@@ -6,10 +6,14 @@ import json
 import shutil
 
 import pytest
+import yaml
+from PIL import Image
 
 import mvar_core as mvar
+from mvar_core.config.presets import load_config
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import read_model_config
+from mvar_core.workflows import recipes
 
 SMALL = {"depth": 1, "steps": 3, "batch_size": 4}
 
@@ -46,6 +50,89 @@ def test_depth_is_laid_over_a_preset(cache, preset, tmp_path):
     assert (transformer["depth"], transformer["embed_dim"], transformer["num_heads"]) == (2, 128, 2)
     assert {"cost", "plan", "steps", "rows"} <= result.to_dict().keys()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_for_another_size_is_laid_over_the_cache(cache, tmp_path):
+    planned = mvar.train(tokens=cache, preset="mvar-64", out=tmp_path / "run", dry_run=True).to_dict()["configuration"]
+    preset = load_config("mvar-64")
+    assert (planned["image_size"], planned["patch_sizes"]) == (16, [1, 2, 4])
+    assert planned["tokenizer"] == read_model_config(cache.parent / "tokenizer").tokenizer.model_dump(mode="json")
+    assert planned["class_names"] == ["cat", "dog", "golden retriever"]
+    assert planned["transformer"]["depth"] == preset.transformer.depth
+    assert planned["train"]["optimizer"] == preset.train.optimizer.model_dump(mode="json", exclude_none=True) | {
+        "betas": [0.9, 0.95]
+    }
+    result = mvar.train(tokens=cache, preset="mvar-64", out=tmp_path / "run", **SMALL)
+    assert read_model_config(result.model).patch_sizes == (1, 2, 4)
+    with pytest.raises(DataError, match="another pyramid"):
+        mvar.train(tokens=cache, preset="mvar-64", image_size=24, out=tmp_path / "other", **SMALL)
+
+
+def test_a_dry_run_is_what_the_run_does(cache, images, model, tmp_path):
+    for name, given in (("cache", {"tokens": cache}), ("images", {"data": str(images), "tokenizer": model})):
+        out = tmp_path / name
+        planned = mvar.train(out=out, dry_run=True, **given, **SMALL).to_dict()
+        assert not out.exists()
+        assert any("1 2 4 for 16×16" in step for step in planned["plan"])
+        mvar.train(out=out, **given, **SMALL)
+        done = yaml.safe_load((out / "config.yaml").read_text())
+        assert planned["configuration"] == json.loads(json.dumps(without_none(done)))
+        assert planned["steps"] == 3
+    planned = mvar.train_tokenizer(data=str(images), out=tmp_path / "tok", steps=1, dry_run=True).to_dict()
+    assert planned["configuration"]["image_size"] == 16
+    mvar.train_tokenizer(data=str(images), out=tmp_path / "tok", steps=1)
+    assert planned["configuration"] == without_none(yaml.safe_load((tmp_path / "tok" / "config.yaml").read_text()))
+
+
+def without_none(values):
+    if not isinstance(values, dict):
+        return values
+    return {key: without_none(value) for key, value in values.items() if value is not None}
+
+
+def test_training_suits_the_number_of_images(cache, tmp_path):
+    planned = mvar.train(tokens=cache, out=tmp_path / "run", dry_run=True).to_dict()
+    assert planned["configuration"]["train"]["batch_size"] <= 16
+    assert planned["steps"] * planned["configuration"]["train"]["batch_size"] >= 100 * 12
+    deeper = mvar.train(tokens=cache, out=tmp_path / "run", depth=6, dry_run=True).to_dict()["configuration"]
+    assert deeper["transformer"]["embed_dim"] == 64 * deeper["transformer"]["num_heads"] == 64 * 6
+    assert deeper["train"]["optimizer"]["lr"] < planned["configuration"]["train"]["optimizer"]["lr"]
+    small, large = recipes.recipe_for(140), recipes.recipe_for(1_281_167)
+    assert small.base_channels < large.base_channels
+    assert small.codebook_size < large.codebook_size
+    assert small.depth < large.depth
+
+
+def test_the_tokenizer_is_found_from_another_folder(cache, tmp_path, monkeypatch):
+    project = tmp_path / "project" / "runs"
+    project.mkdir(parents=True)
+    shutil.copytree(cache.parent / "tokenizer", project / "tokenizer")
+    shutil.copytree(cache, project / "tokens")
+    path = project / "tokens" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": "runs/tokenizer"}))
+    monkeypatch.chdir(tmp_path)
+    assert mvar.train(tokens="project/runs/tokens", out="run", **SMALL).steps == 3
+    (tmp_path / "project").rename(tmp_path / "moved")
+    assert mvar.train(tokens=tmp_path / "moved" / "runs" / "tokens", out="moved-run", **SMALL).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [
+        ([(64, 64)] * 3, 64), ([(96, 64)] * 3, (96, 64)), ([(30, 30)] * 3, 28), ([(100, 130)] * 3, (96, 128)),
+        ([(400, 300), (200, 500), (90, 80)], 64), ([(40, 60), (33, 50), (200, 300)], 32), ([(500, 500)] * 2, 64),
+        ([(1, 1)] * 2, 16),
+    ],
+)  # fmt: skip
+def test_the_size_follows_the_images(shapes, size, tmp_path):
+    for number, (height, width) in enumerate(shapes):
+        Image.new("RGB", (width, height), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    planned = mvar.train_tokenizer(data=tmp_path, out=tmp_path / "out", dry_run=True).to_dict()
+    assert planned["configuration"]["image_size"] == (list(size) if isinstance(size, tuple) else size)
+    assert planned["cost"]["tokens"] < 1200
+    asked = mvar.train_tokenizer(data=tmp_path, out=tmp_path / "out", image_size="160x128", dry_run=True).to_dict()
+    assert asked["configuration"]["image_size"] == [160, 128]
+    assert asked["configuration"]["patch_sizes"][-1] == [20, 16]
 
 
 def test_a_tokenizer_that_is_gone_is_named(cache, model, tmp_path):

@@ -33,13 +33,8 @@ PUBLISHED_PYRAMIDS: dict[int, tuple[int, ...]] = {
 }
 """Sides of the published pyramids by image side in pixels; all have a downsampling factor of 16."""
 
-
-WINDOW = 7
-"""The published window."""
-
-WINDOW_PAYS = 3
-"""A window pays where a scale has at least this many times its keys; of the published scales, 13×13 and 16×16 do."""
-
+WINDOW, WINDOW_PAYS = 7, 3
+"""The published window; and how many times its keys a scale must have for it to pay: at 256 px, 13×13 and 16×16 do."""
 
 MOST_SCALES, LARGEST_SIDE, MOST_TOKENS = 64, 1024, 2**20
 """Of a pyramid. The largest published one has 14 scales, sides of 64 and 9451 tokens; attention over more tokens than
@@ -54,7 +49,7 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the map."""
+        """Number of tokens."""
         return self.height * self.width
 
     def __str__(self) -> str:
@@ -62,20 +57,14 @@ class Grid(NamedTuple):
 
 
 def window_start(position: int, side: int, window: int) -> int:
-    """First key of the window of `window` keys around `position` on an axis of `side` positions.
-
-    The window is shifted inward at the borders: clamp(position - window // 2, 0, side - window).
-    """
+    """First key of the window of `window` keys around `position` on an axis; shifted inward at the borders."""
     return min(max(position - window // 2, 0), side - window)
 
 
 def read_size(value: Any) -> PatchSize:
     """A size from a side, a pair, or text: 16, (16, 24), [16, 24], "16", "16x24" or "16×24", height first.
 
-    Squares become one number, so that equal sizes are equal.
-
-    Raises:
-        ValueError: Anything else.
+    Squares become one number, so that equal sizes are equal. ValueError for anything else.
     """
     sides = value
     if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(?:[x×]\s*\d+\s*)?", value):
@@ -87,11 +76,7 @@ def read_size(value: Any) -> PatchSize:
 
 
 def read_sizes(value: Any) -> list[PatchSize]:
-    """The sizes of a pyramid's scales, from a sequence of what `read_size` accepts, or from text as in "1,2,3x4".
-
-    Raises:
-        ValueError: Something in it is not a size.
-    """
+    """The sizes of a pyramid's scales, from a sequence of what `read_size` accepts, or from text as in "1,2,3x4"."""
     sizes = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
     if not isinstance(sizes, list | tuple | range):
         raise ValueError(f"{value!r} is not a list of sizes")
@@ -108,12 +93,8 @@ class AttentionPattern:
     """What the tokens of one scale attend to: visible earlier tokens, then a window of their own scale.
 
     The keys are ordered: first `prefix_tokens` tokens of earlier scales, which every query sees; then the tokens of the
-    query's own scale in raster order, of which each query sees its window.
-
-    Attributes:
-        grid: The scale's token map.
-        window: Side of the window; 0 is the whole scale. A window larger than an axis covers that axis whole.
-        prefix_tokens: Number of visible tokens of earlier scales.
+    query's own scale in raster order, of which each query sees its window. `window` is its side, 0 the whole scale; a
+    window larger than an axis covers that axis whole.
     """
 
     grid: Grid
@@ -123,9 +104,7 @@ class AttentionPattern:
     @property
     def window_grid(self) -> Grid:
         """Height and width of the window that every query really has: never more than the grid."""
-        if self.window == 0:
-            return self.grid
-        return Grid(min(self.window, self.grid.height), min(self.window, self.grid.width))
+        return Grid(*(min(self.window or side, side) for side in self.grid))
 
     @property
     def is_windowed(self) -> bool:
@@ -139,12 +118,12 @@ class AttentionPattern:
 
     @property
     def keys(self) -> int:
-        """Number of keys that the kernel is given, whether a query sees them or not."""
+        """Number of keys, whether a query sees them or not."""
         return self.prefix_tokens + self.grid.tokens
 
     @property
     def keys_per_query(self) -> int:
-        """Number of keys that each query attends to; the same for every query."""
+        """Number of keys that each query attends to."""
         return self.prefix_tokens + self.window_grid.tokens
 
     def visible_keys(self, query: int) -> list[int]:
@@ -159,11 +138,7 @@ class AttentionPattern:
 
 @dataclass(frozen=True)
 class ScalePyramid:
-    """The token maps of an image, coarse to fine.
-
-    Attributes:
-        grids: One grid per scale; the last is the tokenizer's full latent grid.
-    """
+    """The token maps of an image, coarse to fine; the last grid is the tokenizer's full latent grid."""
 
     grids: tuple[Grid, ...]
 
@@ -178,39 +153,26 @@ class ScalePyramid:
 
     @classmethod
     def from_patch_sizes(cls, patch_sizes: Sequence[int | Sequence[int]]) -> ScalePyramid:
-        """A pyramid from one side, or one (height, width), per scale.
-
-        Raises:
-            ConfigError: No scale, a side below 1, or a scale larger than the last.
-        """
+        """A pyramid from one side, or one (height, width), per scale; none may be larger than the last."""
         if not patch_sizes:
             raise ConfigError("patch_sizes is empty: a pyramid needs at least one scale, for example [1, 2, 4, 8].")
         grids = [Grid(size, size) if isinstance(size, int) else Grid(*map(int, size)) for size in patch_sizes]
         last = grids[-1]
         for index, grid in enumerate(grids):
             if min(grid) < 1 or grid.height > last.height or grid.width > last.width:
-                raise ConfigError(
-                    f"patch_sizes: scale {index} is {grid}; every side must be at least 1 and at most the last scale's"
-                    f" ({last})."
-                )
+                allowed = f"every side must be at least 1 and at most the last scale's ({last})"
+                raise ConfigError(f"patch_sizes: scale {index} is {grid}; {allowed}.")
         return cls(tuple(grids))
 
     @classmethod
     def for_image(cls, height: int, width: int, downsample: int = 16) -> ScalePyramid:
         """A pyramid for images of any size, made from the published one whose finest scale has the nearest area.
 
+        Height and width are in pixels, and multiples of `downsample`, the pixels per latent position along one axis.
         Each published scale keeps its place: its height and width are multiplied by the ratio of the latent grid's to
         the published one's, and rounded (halves up). The first scale is a single token, the last the latent grid;
         scales that rounding makes equal are one. So 256, 512 and 1024 px squares at a downsampling of 16 have the
         published pyramids, and other shapes of about their area have as many scales.
-
-        Args:
-            height: Of the images, in pixels.
-            width: Likewise.
-            downsample: Pixels per latent position along one axis.
-
-        Raises:
-            ConfigError: A side that is not a multiple of `downsample`.
         """
         if min(height, width) < downsample or height % downsample or width % downsample:
             fitting = [max(1, math.floor(side / downsample + 0.5)) * downsample for side in (height, width)]
@@ -220,9 +182,7 @@ class ScalePyramid:
                 f"The nearest size is {write_size(read_size(fitting))}.",
             )
         latent = Grid(height // downsample, width // downsample)
-        published = min(
-            PUBLISHED_PYRAMIDS.values(), key=lambda sides: abs(math.log(latent.tokens / (sides[-1] * sides[-1])))
-        )
+        published = min(PUBLISHED_PYRAMIDS.values(), key=lambda sides: abs(math.log(latent.tokens / sides[-1] ** 2)))
         grids = [Grid(1, 1)]
         for side in published[1:]:
             # In whole numbers: ⌊side·axis/last + 1/2⌋.
@@ -298,23 +258,14 @@ class ScalePyramid:
         return 0 if scale_prefixes == "all" else max(0, scale - scale_prefixes + 1)
 
     def attention_patterns(self, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> tuple[AttentionPattern, ...]:
-        """One pattern per scale, from the two settings that decide everything.
-
-        Args:
-            scale_prefixes: How many scales a token sees, its own included, or "all".
-            windows: One odd window side per scale, 0 for the whole scale.
-        """
+        """One pattern per scale, from the two settings that decide everything (see the head of this file)."""
         starts = [span.start for span in self.spans]
         prefixes = (start - starts[self.first_visible_scale(s, scale_prefixes)] for s, start in enumerate(starts))
         return tuple(map(AttentionPattern, self.grids, windows, prefixes))
 
 
 def check_attention(pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> None:
-    """Refuse prefixes and windows that do not fit the pyramid.
-
-    Raises:
-        ConfigError: A prefix count outside 1 … S, an even or negative window, or a wrong number of windows.
-    """
+    """Refuse prefixes outside 1 … S, even and negative windows, and another number of windows than of scales."""
     if scale_prefixes != "all" and not 1 <= scale_prefixes <= pyramid.num_scales:
         raise ConfigError(
             f"attention.scale_prefixes is {scale_prefixes}; expected 1 … {pyramid.num_scales} (the number of scales)"
@@ -326,7 +277,7 @@ def check_attention(pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, window
             f" {pyramid.num_scales} scales ({pyramid}); expected one odd number per scale, 0 for a whole scale."
         )
     for scale, window in enumerate(windows):
-        if window < 0 or (window % 2 == 0 and window != 0):
+        if window < 0 or (window and window % 2 == 0):
             raise ConfigError(
                 f"attention.windows[{scale}] is {window}; a window must be odd (3, 5, 7 …) to have a centre, or 0 for"
                 " the whole scale."
@@ -350,11 +301,7 @@ def mvar_windows(pyramid: ScalePyramid) -> tuple[int, ...]:
 
 
 def auto_windows(text: str, pyramid: ScalePyramid) -> tuple[int, ...]:
-    """The windows that `auto` (the published 7) or `auto:K` stands for: K on every scale where it pays.
-
-    Raises:
-        ConfigError: Other text.
-    """
+    """The windows that `auto` (the published 7) or `auto:K` stands for: K on every scale where it pays."""
     name, colon, window = text.partition(":")
     if name != "auto" or (colon and not window.isdecimal()):
         raise ConfigError(

@@ -83,14 +83,9 @@ class KeyValueCache:
 class AttentionContext:
     """What an attention layer must know in addition to its input.
 
-    Attributes:
-        pyramid: The scales.
-        patterns: One per scale of the pyramid.
-        first_visible: For each scale the earliest scale it sees.
-        scales: The consecutive scales that are processed together.
-        backend: Attention backend, or "auto".
-        cache: Holds keys and values of earlier scales and receives new ones, if scales run one after the other.
-        probe: Called before each scale's attention.
+    `patterns` and `first_visible`, the earliest scale that is seen, have an entry for each scale of the pyramid;
+    `scales` are the consecutive ones that are processed together. `cache` holds keys and values of earlier scales and
+    receives new ones, where scales run one after the other.
     """
 
     pyramid: ScalePyramid
@@ -102,13 +97,13 @@ class AttentionContext:
     probe: AttentionProbe | None = None
 
     def local_span(self, scale: int) -> slice:
-        """Where the tokens of `scale` stand among the tokens that are processed together."""
+        """Where the tokens of `scale` are among those that are processed together."""
         offset = self.pyramid.spans[self.scales.start].start
         span = self.pyramid.spans[scale]
         return slice(span.start - offset, span.stop - offset)
 
     def seen_span(self, scale: int) -> slice:
-        """Where those tokens stand there that `scale` sees, its own the last of them."""
+        """Where the tokens that `scale` sees are among them, its own the last."""
         first = max(self.first_visible[scale], self.scales.start)
         return slice(self.local_span(first).start, self.local_span(scale).stop)
 
@@ -132,8 +127,7 @@ class ScaleAttention(nn.Module):
         self.log_head_scale: nn.Parameter | None = None
         self.softmax_scale = 0.25 / math.sqrt(config.head_dim)
         if config.l2_attention:
-            self.log_head_scale = nn.Parameter(torch.full((config.num_heads,), math.log(4)))
-            self.softmax_scale = 1.0
+            self.log_head_scale, self.softmax_scale = nn.Parameter(torch.full((config.num_heads,), math.log(4))), 1.0
 
     def forward(self, x_BLC: Float[Tensor, "B L C"], context: AttentionContext) -> Float[Tensor, "B L C"]:
         """Attend, scale by scale."""
@@ -203,7 +197,7 @@ class Block(nn.Module):
     def modulate(self, activated_BC: Float[Tensor, "B C"], shared_B6C: Tensor | None) -> Float[Tensor, "B 6 C"]:
         """The block's six AdaLN vectors (γ₁, γ₂, scale₁, scale₂, shift₁, shift₂).
 
-        They follow from SiLU of the condition's embedding, and from the model's shared projection where it has one.
+        They follow from SiLU of the condition's embedding, or from the model's shared projection of that.
         """
         if self.modulation is not None:
             return self.modulation(activated_BC).unflatten(1, (6, -1))

@@ -17,11 +17,7 @@ _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch cannot.
-
-    Raises:
-        BackendError: Says what is missing and how to get it.
-    """
+    """Refuse to compile where torch cannot (BackendError, which says what is missing and how to get it)."""
     if device.type == "mps":
         raise BackendError("The blocks cannot be compiled on MPS.", "Leave out --compile.")
     if device.type == "cuda" and find_spec("triton") is None:
@@ -39,20 +35,17 @@ def check_compiler(device: torch.device) -> None:
 
 @contextmanager
 def compiled_blocks(transformer: Transformer, wanted: bool) -> Iterator[None]:
-    """While entered, the transformer's blocks are compiled, if that is wanted.
+    """While entered, the transformer's blocks are compiled, if that is wanted; names of parameters stay.
 
-    Names of parameters stay. Each block is compiled by itself, in a fraction of the time that the whole model
-    would need.
+    Each block is compiled by itself, in a fraction of the time that the whole model would need.
     """
-    if not wanted:
-        yield
-        return
-    for block in transformer.blocks:
+    blocks = transformer.blocks if wanted else []
+    for block in blocks:
         block.compile(dynamic=False)
     try:
         yield
     finally:
-        for block in transformer.blocks:
+        for block in blocks:
             block._compiled_call_impl = None
 
 
@@ -60,10 +53,7 @@ def compile_for_sampling(transformer: Transformer, device: torch.device) -> None
     """Compile the blocks for as long as the transformer lives; a model that has run once compiles nothing again.
 
     Shapes are static: one graph per scale and micro-batch. On CUDA, scale-Markov models run as CUDA graphs; a cache of
-    keys and values would be overwritten by them.
-
-    Raises:
-        BackendError: torch cannot compile here; says what is missing.
+    keys and values would be overwritten by them. BackendError where torch cannot compile.
     """
     check_compiler(device)
     keeps_keys = any(pattern.prefix_tokens for pattern in transformer.patterns)

@@ -32,11 +32,8 @@ Conditions = Sequence[int] | Sequence[Sequence[float]] | Tensor | np.ndarray
 class Conditioning:
     """What conditions contribute to every layer: computed once per condition, laid out for a batch where it is used.
 
-    Attributes:
-        embedding_UC: Embeddings of the conditions.
-        blocks_U6C: AdaLN vectors of each block.
-        head_U2C: AdaLN vectors (scale, shift) of the head, float32.
-        rows_B: Which of the U entries each row of the batch has; None where row i has entry i.
+    Embeddings of the conditions, AdaLN vectors of each block and, in float32, of the head (scale, shift); `rows_B` is
+    which of the U entries each row of the batch has, None where row i has entry i.
     """
 
     embedding_UC: Tensor
@@ -48,29 +45,13 @@ class Conditioning:
         """The conditioning of a batch whose rows have the given entries, which may repeat."""
         return replace(self, rows_B=rows if self.rows_B is None else self.rows_B[rows])
 
-    def embedding(self) -> Float[Tensor, "B C"]:
-        """The embedding of each row's condition."""
-        return self._laid_out(self.embedding_UC)
-
-    def block(self, layer: int) -> Float[Tensor, "B 6 C"]:
-        """The six AdaLN vectors of one block for each row."""
-        return self._laid_out(self.blocks_U6C[layer])
-
-    def head(self) -> Float[Tensor, "B 2 C"]:
-        """The head's AdaLN vectors for each row."""
-        return self._laid_out(self.head_U2C)
-
-    def _laid_out(self, table: Tensor) -> Tensor:
+    def laid_out(self, table: Float[Tensor, "U ..."]) -> Float[Tensor, "B ..."]:
+        """The entry of each row of the batch, out of one of the tables."""
         return table if self.rows_B is None else table[self.rows_B]
 
 
 class ClassConditioner(nn.Embedding):
-    """Embeddings of class labels from a table, whose last row, behind the last class, is the null label's.
-
-    Args:
-        num_classes: Class labels, without the null label.
-        width: C.
-    """
+    """Embeddings of class labels from a table, whose last row, behind the last class, is the null label's."""
 
     name = "class_embedding"
     """Under which the transformer holds it, and so how the names of its parameters begin."""
@@ -121,9 +102,7 @@ class ClassConditioner(nn.Embedding):
     def check_data(self, conditions: Tensor) -> None:
         """Refuse what comes with tokens to train on where it is no condition of this model (DataError)."""
         if conditions.ndim != 1 or conditions.is_floating_point():
-            raise DataError(
-                f"The tokens come with conditions that are {_described(conditions)}; the model expects class labels."
-            )
+            raise DataError(f"The tokens come with {_described(conditions)}; the model expects class labels.")
         if int(conditions.max()) >= self.num_classes:
             raise DataError(
                 f"The tokens hold label {int(conditions.max())}; the model has {self.num_classes} classes.",
@@ -140,10 +119,6 @@ class VectorConditioner(nn.Module):
 
     Among the conditions a row of nan is the null condition, whose embedding is learned: so conditions stay one tensor,
     whatever splits or gathers them. Vectors of length 1 start with embeddings of the size that class tables have.
-
-    Args:
-        dim: Values of a vector, X.
-        width: C.
     """
 
     name = "vector_embedding"
@@ -207,8 +182,7 @@ class VectorConditioner(nn.Module):
         """Refuse labels, and vectors of another length (DataError)."""
         if conditions.ndim != 2 or conditions.shape[1] != self.dim or not conditions.is_floating_point():
             raise DataError(
-                f"The tokens come with conditions that are {_described(conditions)}; the model is conditioned on"
-                f" vectors of {self.dim} values.",
+                f"The tokens come with {_described(conditions)}; the model expects vectors of {self.dim} values.",
                 "Make a cache that holds such vectors: mvar tokenize --words, or --vectors FILE.",
             )
 
@@ -230,4 +204,4 @@ def build_conditioner(config: ModelConfig) -> Conditioner:
 
 
 def _described(found: Tensor) -> str:
-    return f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
+    return f"conditions that are {found.dtype} of shape {tuple(found.shape)}".replace("torch.", "")

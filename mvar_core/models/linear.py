@@ -42,12 +42,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _has_fused_linear() -> bool:
     """Whether this build of torch has the fused product and this processor computes bfloat16 with it."""
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
     try:
-        x = torch.ones(1, 1, dtype=torch.bfloat16)
         torch.ops.mkldnn._linear_pointwise(x, x, x[0], "gelu", [], "tanh")
+        return True
     except (AttributeError, RuntimeError):
         return False
-    return True
 
 
 class RowStableLinear(nn.Linear):

@@ -49,17 +49,10 @@ class MicroBatches:
 def choose(
     config: ModelConfig, images: int, setting: Setting, *, budget: int | None = None, batch_size: int | None = None
 ) -> MicroBatches:
-    """Micro-batches for a number of images.
+    """Micro-batches to sample so many images with at most `budget` bytes for everything besides the weights.
 
-    Args:
-        config: The model.
-        images: How many images to sample.
-        setting: What memory and speed depend on.
-        budget: Bytes for everything besides the weights; None for no limit.
-        batch_size: Images that advance together; by default as many as are fast and fit.
-
-    Raises:
-        ConfigError: Not even one image fits; says how much one needs.
+    `batch_size` images advance together; by default as many as are fast and fit. ConfigError, which says how much one
+    needs, where not even one image fits.
     """
     rows = TOKENS_AT_ONCE.get(setting.device, 2048) // (2 if setting.guided else 1)
     grids = config.pyramid.grids

@@ -24,12 +24,10 @@ from mvar_core.pyramid import Grid, ScalePyramid
 
 
 class QuantizerOutput(NamedTuple):
-    """What one training pass of the quantizer returns."""
+    """What one training pass returns: f̂ with the gradient of the features, the loss averaged over scales, tokens."""
 
     features_BZhw: Tensor
-    """f̂, with the gradient of the features (straight-through)."""
     loss: Tensor
-    """Codebook and commitment loss, averaged over scales."""
     tokens_BL: Tensor
 
 
@@ -143,21 +141,15 @@ class MultiScaleQuantizer(nn.Module):
         commitment: float = 0.25,
         shown_scales_B: Int[Tensor, " B"] | None = None,
     ) -> QuantizerOutput:
-        """Quantize for training.
+        """Quantize the encoder's features f for training.
 
         The loss is the mean over scales of commitment·‖sg(f̂_s) - f‖² + ‖f̂_s - sg(f)‖², each a mean over elements.
-
-        Args:
-            features_BZhw: The encoder's features f.
-            commitment: Weight of the term that pulls the features to the codebook.
-            shown_scales_B: How many of the first scales each image's returned f̂ sums, all by default. Loss and tokens
-                are of all scales in any case.
+        `shown_scales_B` is how many of the first scales each image's returned f̂ sums, all by default; loss and tokens
+        are of all scales in any case.
         """
         target_BZhw = features_BZhw.detach()
-        fhat_BZhw = torch.zeros_like(target_BZhw)
-        loss = features_BZhw.new_zeros(())
-        tokens = []
-        shown_BZhw = fhat_BZhw
+        fhat_BZhw = shown_BZhw = torch.zeros_like(target_BZhw)
+        loss, tokens = features_BZhw.new_zeros(()), []
         for scale in range(self.pyramid.num_scales):
             tokens_Bl, _ = self._quantize(target_BZhw - fhat_BZhw.detach(), scale)
             tokens.append(tokens_Bl)

@@ -98,14 +98,14 @@ class Transformer(nn.Module):
         generator: torch.Generator | RowDraws | None = None,
         probe: AttentionProbe | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """Logits of consecutive scales, by default of all, in one packed pass (teacher forcing).
+        """Logits, in float32, of consecutive scales, by default of all, in one packed pass (teacher forcing).
 
         Scales that those see, directly or through others, are computed too; their logits are not.
 
         Args:
             conditions: Class labels, 0 … num_classes (the last is the null label), or vectors (nan is none).
             inputs_BLZ: Inputs of the scales after the first, from the true tokens (B, L - l₁, Z).
-            scales: The scales of which logits are returned, in float32; None is all.
+            scales: The scales of which logits are returned.
             attention: Attention backend.
             generator: In training mode, drops conditions and branches; without it nothing is dropped.
             probe: Called before each layer's and scale's attention with its queries and keys.
@@ -156,22 +156,17 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B L C"]:
         """The stream behind the last block, in the compute dtype, for consecutive scales that are processed together.
 
-        Args:
-            scales: Which scales. Those that they see must be among them or in the cache.
-            inputs_BLZ: Their inputs, without those of the first scale of the pyramid, which has none.
-            conditioning: From `condition`.
-            cache: Holds earlier scales' keys and values of these rows, and receives these scales'.
-            attention: As in `forward`, like the next two.
-            generator: In training mode, drops branches.
-            probe: Called before each layer's and scale's attention.
+        Scales that they see must be among them or in the cache, which receives their keys and values. `inputs_BLZ` has
+        none for the first scale of the pyramid. The rest is as in `condition` and `forward`.
         """
-        x_BLC = self._embed(scales, inputs_BLZ, conditioning.embedding())
+        x_BLC = self._embed(scales, inputs_BLZ, conditioning.laid_out(conditioning.embedding_UC))
         later = self.first_visible[scales.stop] if scales.stop < self.pyramid.num_scales else scales.stop
         if later >= scales.stop and self.first_visible[scales.start] >= scales.start:
             cache = None  # no keys pass from earlier scales to these, nor from these to later ones
         context = AttentionContext(self.pyramid, self.patterns, self.first_visible, scales, attention, cache, probe)
         for layer, block in enumerate(self.blocks):
-            inputs = (x_BLC, conditioning.block(layer), context, *self._kept_branches(block, x_BLC, generator))
+            modulation_B6C = conditioning.laid_out(conditioning.blocks_U6C[layer])
+            inputs = (x_BLC, modulation_B6C, context, *self._kept_branches(block, x_BLC, generator))
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # Random numbers are generated outside, so no generator has to be reset.
                 x_BLC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -182,16 +177,14 @@ class Transformer(nn.Module):
     def head_logits(
         self, x_BLC: Float[Tensor, "B L C"], conditioning: Conditioning, guidance: float = 0.0
     ) -> Float[Tensor, "b L V"]:
-        """Logits, in float32, of the stream behind the last block; with guidance half as many rows as the stream.
+        """Logits, in float32, of the stream behind the last block.
 
-        Args:
-            x_BLC: From `hidden_states`; with guidance, the conditional rows and behind them as many unconditional ones.
-            conditioning: Of these rows.
-            guidance: t of classifier-free guidance, (1 + t)·conditional - t·unconditional. The head is linear and
-                the two weights add up to 1, so what goes into it is guided rather than the logits: one product for two.
+        With guidance t the stream has conditional rows and behind them as many unconditional ones, for which there is
+        (1 + t)·conditional - t·unconditional. The head is linear and the two weights add up to 1, so what goes into it
+        is guided rather than the logits: one product for two.
         """
         with torch.autocast(x_BLC.device.type, enabled=False):
-            scale_B1C, shift_B1C = conditioning.head().unsqueeze(2).unbind(1)
+            scale_B1C, shift_B1C = conditioning.laid_out(conditioning.head_U2C).unsqueeze(2).unbind(1)
             normed_BLC = modulated_norm(x_BLC.float(), scale_B1C, shift_B1C)
             if guidance:
                 conditional_BLC, unconditional_BLC = normed_BLC.chunk(2)

@@ -19,10 +19,9 @@ from mvar_core.pyramid import Grid, ScalePyramid
 
 
 class TokenizerOutput(NamedTuple):
-    """What one training pass of the tokenizer returns."""
+    """What one training pass returns: the reconstruction, not clamped, the quantizer's loss and the tokens."""
 
     images_BCHW: Tensor
-    """Reconstruction, not clamped."""
     quantizer_loss: Tensor
     tokens_BL: Tensor
 
@@ -44,13 +43,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Refine a feature map."""
-        # One name, so that each map is freed as soon as the next is there.
-        h_BCHW = self.norm1(x_BCHW)
-        h_BCHW = F.silu(h_BCHW)
-        h_BCHW = self.conv1(h_BCHW)
-        h_BCHW = self.norm2(h_BCHW)
-        h_BCHW = F.silu(h_BCHW)
-        h_BCHW = self.conv2(h_BCHW)
+        h_BCHW = x_BCHW
+        for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            # One name, so that each map is freed as soon as the next is there.
+            h_BCHW = norm(h_BCHW)
+            h_BCHW = F.silu(h_BCHW)
+            h_BCHW = conv(h_BCHW)
         return self.shortcut(x_BCHW) + h_BCHW
 
 
@@ -107,12 +105,11 @@ class Stage(nn.Module):
         resample: nn.Module | None = None,
     ):
         super().__init__()
+        groups, attentions = config.norm_groups, attentions if config.attention else 0
         self.blocks = nn.ModuleList(
-            ResidualBlock(out_channels if index else in_channels, out_channels, config.norm_groups)
-            for index in range(blocks)
+            ResidualBlock(out_channels if index else in_channels, out_channels, groups) for index in range(blocks)
         )
-        count = attentions if config.attention else 0
-        self.attentions = nn.ModuleList(SpatialAttention(out_channels, config.norm_groups) for _ in range(count))
+        self.attentions = nn.ModuleList(SpatialAttention(out_channels, groups) for _ in range(attentions))
         self.resample = nn.Identity() if resample is None else resample
 
     @classmethod
@@ -125,18 +122,12 @@ class Stage(nn.Module):
         cls, config: TokenizerConfig, widths: list[int], blocks: int, coarsest: int, resample: type[nn.Module]
     ) -> nn.ModuleList:
         """Stages of widths[1:], with attention at the coarsest level and a change of resolution between two levels."""
-        last = len(widths) - 2
-        return nn.ModuleList(
-            cls(
-                config,
-                before,
-                width,
-                blocks,
-                attentions=blocks if level == coarsest else 0,
-                resample=resample(width) if level < last else None,
-            )
-            for level, (before, width) in enumerate(pairwise(widths))
-        )
+        levels = nn.ModuleList()
+        for level, (before, width) in enumerate(pairwise(widths)):
+            attentions = blocks if level == coarsest else 0
+            between = resample(width) if level < len(widths) - 2 else None
+            levels.append(cls(config, before, width, blocks, attentions, between))
+        return levels
 
     def parts(self) -> Iterator[nn.Module]:
         """What a feature map goes through, one after the other."""
@@ -229,13 +220,9 @@ class VQVAE(nn.Module):
         self.decoder_conv = _conv(config.latent_channels, config.latent_channels)
         self.decoder = Decoder(config)
 
-    ENCODER_PARTS = ("encoder", "quantizer_conv")
-    """Modules that only `encode_features` needs."""
-
     def drop_encoder(self) -> VQVAE:
-        """Remove what sampling does not need; encoding is then an AttributeError."""
-        for name in self.ENCODER_PARTS:
-            delattr(self, name)
+        """Remove what only encoding needs."""
+        del self.encoder, self.quantizer_conv
         return self
 
     @property
@@ -287,10 +274,7 @@ class VQVAE(nn.Module):
         commitment: float = 0.25,
         shown_scales_B: Int[Tensor, " B"] | None = None,
     ) -> TokenizerOutput:
-        """Reconstruct images in [-1, 1] for training; gradients pass the quantizer straight through.
-
-        `commitment` and `shown_scales_B`, from how many of its first scales each image is decoded, are the quantizer's.
-        """
+        """Reconstruct images in [-1, 1] for training; the other arguments are the quantizer's."""
         features_BZhw = self.encode_features(images_BCHW)
         # Nearest neighbours and f̂ want float32 also where the convolutions run under autocast.
         with torch.autocast(features_BZhw.device.type, enabled=False):

@@ -60,7 +60,7 @@ def test_the_embedding_is_the_projected_vector() -> None:
     expected[1] = conditioner.no_vector
     assert torch.allclose(conditioner(given), expected, atol=1e-6)
     embedded = model.condition(given)
-    assert torch.equal(embedded.embedding(), conditioner(given))
+    assert torch.equal(embedded.laid_out(embedded.embedding_UC), conditioner(given))
     assert torch.equal(conditioner(conditioner.null(2)), conditioner.no_vector.expand(2, -1))
 
 
@@ -112,7 +112,7 @@ def test_distinct_conditions_lay_out_to_what_was_given() -> None:
     assert torch.equal(found[rows].nan_to_num(7.0), given.nan_to_num(7.0))
     laid_out = model.condition(found).select(rows)
     for layer in range(2):
-        assert torch.equal(laid_out.block(layer), model.condition(given).block(layer))
+        assert torch.equal(laid_out.laid_out(laid_out.blocks_U6C[layer]), model.condition(given).blocks_U6C[layer])
     labels, rows = ClassConditioner(9, 4).distinct(torch.tensor([7, 3, 9, 3]))
     assert torch.equal(labels[rows], torch.tensor([7, 3, 9, 3]))
 
@@ -180,7 +180,7 @@ def test_counts_weight_decay_and_random_models() -> None:
 def test_half_precision_embeds_in_its_own_dtype() -> None:
     model, _ = build()
     model.to_compute_dtype(torch.bfloat16)
-    assert model.condition(vectors()).embedding().dtype == torch.bfloat16
+    assert model.condition(vectors()).embedding_UC.dtype == torch.bfloat16
 
 
 def test_published_files_know_no_vectors() -> None:

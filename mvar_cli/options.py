@@ -116,6 +116,10 @@ class MachineOptions(Group):
         option("--memory", "SIZE", "Memory that sampling may use, as in 2GB. Default: half of what is free. Changes no"
                " image.", MACHINE),
     ] = None  # fmt: skip
+    max_pixels: Annotated[
+        int | None,
+        option("--max-pixels", "N", "Pixels of the largest image that is read. Default: 178956970.", MACHINE, min=1),
+    ] = None
 
 
 class TrainOptions(Group):
@@ -131,7 +135,9 @@ class TrainOptions(Group):
     preset: Preset = None
     settings: Settings = None
     seed: OptionalSeed = None
-    validation: Validation = None
+    validation: Annotated[
+        str | None, option("--validation", "CACHE|IMAGES", "Held-out images to measure on: tokens, or as DIR:val.")
+    ] = None
     resume: Resume = True
     overwrite: Overwrite = False
     fsdp: Fsdp = False
@@ -203,8 +209,10 @@ if TYPE_CHECKING:
     Device = mvar.Machine
     MemoryDevice = mvar.Machine
     AttentionDevice = mvar.Machine
+    AnalysisDevice = mvar.Machine
     Machine = mvar.Machine
     SamplingMachine = mvar.Machine
+    EditingMachine = mvar.Machine
     BasicSampling = mvar.SamplingConfig
     GuidedSampling = mvar.SamplingConfig
     Sampling = mvar.SamplingConfig
@@ -212,11 +220,13 @@ if TYPE_CHECKING:
     Train = mvar.TrainOptions
     TrainTokenizer = mvar.TrainTokenizerOptions
 else:
-    Device = MachineOptions.only("device", "dtype", "verify")
+    Device = MachineOptions.only("device", "dtype", "verify", "max_pixels")
     MemoryDevice = MachineOptions.only("device", "dtype", "memory", "verify")
     AttentionDevice = MachineOptions.only("device", "dtype", "attention", "verify")
-    Machine = MachineOptions.only("device", "dtype", "attention", "compile", "verify")
-    SamplingMachine = MachineOptions
+    AnalysisDevice = MachineOptions.only("device", "dtype", "attention", "verify", "max_pixels")
+    Machine = MachineOptions.only("device", "dtype", "attention", "compile", "verify", "max_pixels")
+    SamplingMachine = MachineOptions.only("device", "dtype", "attention", "compile", "verify", "memory")
+    EditingMachine = MachineOptions
     BasicSampling = SamplingOptions.only("cfg", "top_k", "top_p")
     GuidedSampling = SamplingOptions.only("cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales")
     Sampling, Generate = SamplingOptions, GenerateOptions

@@ -13,7 +13,7 @@ from mvar_cli import console, options
 def analyze_attention(
     checkpoint: options.Checkpoint,
     out: options.Out,
-    machine: options.AttentionDevice,
+    machine: options.AnalysisDevice,
     tokens: options.Tokens = None,
     data: options.OptionalData = None,
     num: Annotated[int, typer.Option("--num", min=1, metavar="N", help="Images to measure.")] = 256,

@@ -15,7 +15,7 @@ def edit(
     images: Annotated[list[Path], option("--image", "PATH", "An image file, or a folder of them; repeatable.")],
     out: options.SampleOut,
     settings: options.BasicSampling,
-    machine: options.SamplingMachine,
+    machine: options.EditingMachine,
     given: options.Generate,
     box: Annotated[
         str | None, option("--box", "X0,Y0,X1,Y1", "A box in pixels of the image's file, from its upper left.")

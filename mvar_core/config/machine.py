@@ -26,6 +26,9 @@ class Machine(Section):
     memory: Annotated[int, Field(ge=0)] | str | None = Field(
         None, description='bytes that sampling may use, also as text such as "2GB"; None is half of what is free'
     )
+    max_pixels: Annotated[int, Field(ge=1, le=LARGEST)] | None = Field(
+        None, description="the largest image that is read; None is 178,956,970"
+    )
     verify: bool = Field(True, description="compare weights and token shards with the hashes that were saved with them")
 
     @field_validator("device", "dtype", mode="before")

@@ -90,7 +90,9 @@ class EvaluationImages:
         return hashlib.sha256(f"{self.source.content()} {shape_text(self.image_shape)}".encode()).hexdigest()
 
 
-def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> EvaluationImages:
+def open_evaluation_images(
+    text: str, image_shape: ImageShape | None = None, max_pixels: int | None = None
+) -> EvaluationImages:
     """Open images for evaluation: whatever `open_images` opens, or an npz (`arr_0` or `images`).
 
     Images are measured as they are: where no `image_shape` is given they must all have one size. With `image_shape`,
@@ -100,7 +102,8 @@ def open_evaluation_images(text: str, image_shape: ImageShape | None = None) -> 
         DataError: No such images, images of several sizes, or an npz without uint8 images (N, H, W, 3).
     """
     path = Path(text).expanduser()
-    source = NpzSource(text, path) if path.suffix.lower() == ".npz" else open_images(text)
+    is_npz = path.suffix.lower() == ".npz"
+    source = NpzSource(text, path) if is_npz else open_images(text, max_pixels=max_pixels)
     return EvaluationImages(text, source, image_shape)
 
 

@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar_core.data.decoding import read_rgb
+from mvar_core.data.decoding import LARGEST_IMAGE, read_rgb
 from mvar_core.data.transforms import crop_geometry
 from mvar_core.errors import DataError
 
 Mask = NDArray[np.bool_]
 
 
-def read_mask(path: Path) -> Mask:
+def read_mask(path: Path, max_pixels: int = LARGEST_IMAGE) -> Mask:
     """A mask from an image file: what is white, or nearer to white than to black, belongs to it.
 
     Raises:
         DataError: The file is missing, damaged, or not an image.
     """
-    return np.asarray(read_rgb(path).convert("L")) >= 128
+    return np.asarray(read_rgb(path, max_pixels=max_pixels).convert("L")) >= 128
 
 
 def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Mask:

@@ -185,16 +185,16 @@ class Reference:
     record: ReferenceRecord | None = None
 
     @classmethod
-    def open(cls, text: str, image_shape: ImageShape, kind: str) -> Reference:
+    def open(cls, text: str, image_shape: ImageShape, kind: str, max_pixels: int | None = None) -> Reference:
         """Check, before anything slow, that the reference is there and fits images of this size and these features."""
         path = Path(text).expanduser()
         if path.suffix.lower() != ".npz":
-            return cls(text, open_evaluation_images(text, image_shape))
+            return cls(text, open_evaluation_images(text, image_shape, max_pixels))
         known, record = load_reference(path)
         if record is not None:
             return cls(text, None, known, record)
         try:
-            images = open_evaluation_images(text, image_shape)
+            images = open_evaluation_images(text, image_shape, max_pixels)
         except DataError:
             if known is None:
                 raise
@@ -251,12 +251,12 @@ class Reference:
 
 
 def open_measured_images(
-    text: str, limit: int | None = None, image_shape: ImageShape | None = None
+    text: str, limit: int | None = None, image_shape: ImageShape | None = None, max_pixels: int | None = None
 ) -> EvaluationImages:
     """The first images of a set, as they are; digits, which have no size of their own, at that of their preset."""
     if image_shape is None and split_name(text)[0] == "digits":
         image_shape = load_config("digits").image_shape
-    images = open_evaluation_images(text, image_shape)
+    images = open_evaluation_images(text, image_shape, max_pixels)
     if limit is not None and limit < images.count:
         images.count = limit
         images.labels = None if images.labels is None else images.labels[:limit]

@@ -287,7 +287,7 @@ def ablate(
         config = _same_turns(fit_to_tokens(config, read_model_config(tokenizer), cache.class_names))
         scorer = Scorer(
             features, reference, inception_weights, data or cache.manifest.source, config.image_shape, device,
-            [out, tokenizer, tokenizer.parent],
+            [out, tokenizer, tokenizer.parent], machine.max_pixels,
         )  # fmt: skip
         scoring = out / SCORING
         if scoring.is_file() and (different := differences(read_json(scoring), scorer.identity)):
@@ -408,7 +408,7 @@ def _tokens(
     cache, held = tokens or out / "tokens", validation or out / "tokens-held-out"
     if tokens is None:
         assert data is not None
-        source = open_images(data)
+        source = open_images(data, max_pixels=machine.max_pixels)
         config = fit_to_tokens(config, read_model_config(tokenizer), source.class_names)
         machine = machine.model_copy(update={"dtype": "auto"})
         write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=progress)
@@ -546,13 +546,14 @@ class Scorer:
         shape: tuple[int, int],
         device: torch.device,
         nearby: Sequence[Path],
+        max_pixels: int | None = None,
     ):
         self.why_not: str | None = None
         self.identity: dict[str, Any] = {"features": None, "reference": None, "weights_hash": None}
         name = reference or training_images
         try:
             choice = ExtractorChoice(features, name, inception_weights=inception_weights)
-            self._reference = Reference.open(name, shape, choice.name)
+            self._reference = Reference.open(name, shape, choice.name, max_pixels)
             extractor = choice.load(shape, device, nearby)
             self._reference.check(extractor)
         except MvarError as error:

@@ -233,7 +233,7 @@ def _measured(
         source, count = f"{tokens} ({cache.manifest.source})", len(cache)
         batch = cache.conditioned(pipeline.config.conditioning).batch
     elif data is not None:
-        images = ImageRows(open_images(str(data)), pipeline.config.image_shape)
+        images = ImageRows(open_images(str(data), max_pixels=machine.max_pixels), pipeline.config.image_shape)
         source, count, batch = f"images of {data}", len(images), partial(_encode, pipeline, images)
     else:
         samples = _own_samples(pipeline, num, seed, progress)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
-from mvar_core.data.decoding import check_image, read_rgb
+from mvar_core.data.decoding import LARGEST_IMAGE, check_image, read_rgb
 from mvar_core.data.folders import find_images
 from mvar_core.data.masks import Mask, box_mask, crop_kept, read_mask
 from mvar_core.data.transforms import resize_and_crop
@@ -110,7 +110,7 @@ def edit(
         if not towards and settings is not None and settings.cfg and "cfg" in settings.model_fields_set:
             logging.getLogger("mvar").info("--cfg guides towards a class; without --class it has no effect.")
         resolved = resolve_settings(config, settings, **({} if towards else UNGUIDED))
-        given = read_given(config, images, region, mask, keep, coverage)
+        given = read_given(config, images, region, mask, keep, coverage, machine.max_pixels)
         edits.extend(image.summary(config) for image in given)
         assert config.transformer is not None
         spec = EditSpec(
@@ -198,11 +198,12 @@ class GivenImage:
     path: Path
     pixels: Mask
     stays: torch.Tensor
+    max_pixels: int
 
     def read(self) -> Pixels:
         """The image as the model sees it, uint8 (H, W, 3)."""
         shape = (self.pixels.shape[0], self.pixels.shape[1])
-        return np.asarray(resize_and_crop(read_rgb(self.path), shape))
+        return np.asarray(resize_and_crop(read_rgb(self.path, max_pixels=self.max_pixels), shape))
 
     def summary(self, config: ModelConfig) -> dict[str, Any]:
         """Its file, and how many tokens stay of how many at each scale."""
@@ -220,6 +221,7 @@ def read_given(
     mask: Path | None,
     keep: str,
     coverage: float,
+    max_pixels: int | None = None,
 ) -> list[GivenImage]:
     """Images, and what stays of each, from arguments of `edit`; everything is checked before anything is sampled."""
     paths: list[Path] = []
@@ -230,11 +232,12 @@ def read_given(
         paths += [path / name for names in find_images(path).values() for name in names] if path.is_dir() else [path]
     if not paths:
         raise DataError("--image names no image.", "Use an image file, or a folder of them.")
-    inside = read_mask(mask) if mask is not None else None
+    largest = max_pixels or LARGEST_IMAGE
+    inside = read_mask(mask, largest) if mask is not None else None
     stays: dict[tuple[int, int], tuple[Mask, torch.Tensor]] = {}  # images of one size share what stays
     found = []
     for path in paths:
-        size = check_image(path)
+        size = check_image(path, max_pixels=largest)
         if size not in stays:
             region = box_mask(box, size) if box is not None else inside
             assert region is not None
@@ -249,7 +252,7 @@ def read_given(
             stays[size] = kept, kept_tokens(torch.from_numpy(kept), config.pyramid, coverage)
             what = f"--mask {mask}" if mask is not None else "--box " + ",".join(map(str, box or ()))
             _require_both(config, path, stays[size][1], f"{what} with --keep {keep}", keep)
-        found.append(GivenImage(path, *stays[size]))
+        found.append(GivenImage(path, *stays[size], largest))
     return found
 
 

@@ -176,12 +176,12 @@ def evaluate(
         sampled: SampledImages | None = None
         images: ImageSet
         if checkpoint is None:
-            images = open_measured_images(str(samples), num_samples)
+            images = open_measured_images(str(samples), num_samples, max_pixels=machine.max_pixels)
         else:
             default = SAMPLES_FOR_INCEPTION if choice.name == "inception" else SAMPLES_FOR_OTHERS
             pipeline = load_pipeline(checkpoint, tokenizer, machine)
             images = sampled = SampledImages(str(checkpoint), pipeline, num_samples or default, settings, seed)
-        known = Reference.open(str(reference), images.image_shape, choice.name)
+        known = Reference.open(str(reference), images.image_shape, choice.name, machine.max_pixels)
         # Metrics that are named must be computable; of "all", those that are not say why.
         named = asked if metrics != "all" else ("kid",) if kid_subset is not None else ()
         check_counts(named, images.count, known.count, kid_subset)
@@ -289,7 +289,7 @@ def make_reference(
         choice = ExtractorChoice(
             features, str(data), inception_weights=inception_weights, download=download, progress=progress
         )
-        images = open_measured_images(str(data), None, image_shape)
+        images = open_measured_images(str(data), None, image_shape, machine.max_pixels)
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
         if overwrite or not here.run_on_rank_zero(lambda: is_reference(out, extractor, images)):
             measurer = Measurer(extractor, batch_size=batch_size, progress=progress)

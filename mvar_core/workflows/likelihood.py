@@ -119,7 +119,7 @@ def evaluate_likelihood(
                 return cache.tokens_of(rows, np.zeros_like(rows))  # none of the augmented views
 
         else:
-            opened, source = open_images(str(data)), str(data)
+            opened, source = open_images(str(data), max_pixels=machine.max_pixels), str(data)
             images = ImageRows(opened, config.image_shape)
             labels, count = model_labels(tuple(opened.class_names), opened.labels, config, source), len(images)
             at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)

@@ -98,7 +98,7 @@ def evaluate_reconstruction(
             progress=progress,
         )
         pipeline = load_pipeline(checkpoint, tokenizer, machine)
-        originals = open_measured_images(str(reference), num_samples, pipeline.config.image_shape)
+        originals = open_measured_images(str(reference), num_samples, pipeline.config.image_shape, machine.max_pixels)
         if dry_run:
             steps = (
                 f"encode and decode {originals.count} images of {reference}",

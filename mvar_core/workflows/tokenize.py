@@ -160,7 +160,7 @@ def write_tokens(
     """
     start = time.monotonic()
     with connect(machine.device) as world:
-        source = open_images(data)
+        source = open_images(data, max_pixels=machine.max_pixels)
         device = resolve_device(world.device(machine.device))
         dtype = resolve_dtype("float32" if machine.dtype == "auto" else machine.dtype, device)
         model = load_tokenizer(tokenizer, config, device, dtype, verify=machine.verify)

@@ -21,8 +21,9 @@ from typing_extensions import Unpack
 
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config, parse_setting
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import Views, open_images
-from mvar_core.data.tokens import TokenCache
+from mvar_core.data.tokens import MANIFEST, PARTIAL, TokenCache
 from mvar_core.data.vectors import ENCODER
 from mvar_core.distributed import connect, world
 from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
@@ -126,7 +127,7 @@ def train(
                 one the model is an MVAR whose depth and training suit the number of images.
             settings: Changes to single keys, as "attention.scale_prefixes=2".
             seed: Of everything random.
-            validation: Token cache of held-out images to measure on.
+            validation: Held-out images to measure on, as a token cache or as images, which are tokenized.
             resume: Whether to resume what is in `out` (the default); otherwise a run there is refused.
             overwrite: Start over where a run is in `out`.
             fsdp: Shard the model over the processes.
@@ -279,17 +280,26 @@ def _train(
         with run_directory(out, world, resume, overwrite) as resume:
             if preset is None:
                 logger.info("To %s (as suits the number of images, unless set).", "; ".join(plan))
-            if cache is None:
+
+            def encode(name: str, data: str, config: RunConfig) -> TokenCache:
+                """The tokens of images, which are written into the run directory."""
                 write_tokens(
-                    out / "tokens",
-                    data=str(data),
+                    out / name,
+                    data=data,
                     tokenizer=directory,
                     config=config,
                     overwrite=overwrite,
                     machine=machine.model_copy(update={"dtype": "auto"}),
                     progress=progress,
                 )
-                cache = TokenCache.open(out / "tokens")
+                return TokenCache.open(out / name)
+
+            cache = cache if cache is not None else encode("tokens", str(data), config)
+            held_out = None
+            if validation is not None and any((Path(validation) / name).exists() for name in (MANIFEST, PARTIAL)):
+                held_out = TokenCache.open(Path(validation), verify)
+            elif validation is not None:
+                held_out = encode("validation", str(validation), config.model_copy(update={"data": DataConfig()}))
             outcome = train_on_tokens(
                 config,
                 cache,
@@ -298,7 +308,7 @@ def _train(
                 machine=machine,
                 resume=resume,
                 fsdp=fsdp,
-                validation=TokenCache.open(Path(validation), verify) if validation else None,
+                validation=held_out,
                 start=start,
                 progress=progress,
             )

@@ -99,7 +99,7 @@ def train_tokenizer(
     preset, settings, seed = (loop.pop(name, None) for name in ("preset", "settings", "seed"))
     resume, overwrite, dry_run = (loop.pop(name, name == "resume") for name in ("resume", "overwrite", "dry_run"))
     data, out, settings = str(data), Path(out), list(settings or ())
-    source, suited, why = open_images(data), list[str](), "as set"
+    source, suited, why = open_images(data, max_pixels=machine.max_pixels), list[str](), "as set"
     start, vgg, lpips = (None if path is None else Path(path) for path in (start, vgg_weights, lpips_weights))
     if preset is None:
         suited, why = recipes.tokenizer_settings(source, image_size, settings)
@@ -147,7 +147,7 @@ def train_on_images(
     First weights are those of `start`, a model directory or a published .pth file, without its codebook where
     `new_codebook` is set; `vgg` and `lpips` are files of the perceptual loss.
     """
-    source = open_images(data)
+    source = open_images(data, max_pixels=machine.max_pixels)
     test = held_out(source)
     device = resolve_device(machine.device)
     vqvae: VQVAE = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)

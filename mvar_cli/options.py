@@ -54,8 +54,13 @@ OptionalData = Annotated[str | None, option("--data", "NAME|PATH", DATA_HELP)]
 Tokens = Annotated[Path | None, option("--tokens", "CACHE", "Token cache, from `mvar tokenize`.")]
 Validation = Annotated[Path | None, option("--validation", "CACHE", "Token cache of held-out images to measure on.")]
 Classes = Annotated[
-    list[str] | None, option("--class", "IDS|NAME|all", "Labels, a comma list, a name, or all; repeatable.")
+    list[str] | None, option("--class", "NAME|#N|all", "A name, #N for class N, a comma list, or all; repeatable.")
 ]
+ClassNames = Annotated[
+    str | None,
+    option("--class-names", "FILE|LIST", "Names of classes that have only numbers: a file with one per line, a comma"
+           " list, imagenet; or by-number."),
+]  # fmt: skip
 Words = Annotated[
     list[str] | None, option("--words", "TEXT", "A text, for models that are conditioned on words; repeatable.")
 ]

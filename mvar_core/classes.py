@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mvar_core.config import ModelConfig
 from mvar_core.config.presets import presets_directory
@@ -40,7 +43,7 @@ class Classes:
     """Classes in order.
 
     Attributes:
-        names: One for each class; None where they have none. Names that are just 0, 1, 2 … in order count as none.
+        names: One for each class; None where they have none.
         count: How many classes there are.
         origin: Where they came from, as messages say it: a path, the name of a model.
     """
@@ -52,14 +55,18 @@ class Classes:
     @classmethod
     def of(cls, names: Sequence[str] | None, count: int | None = None, origin: str = "") -> Classes:
         """Classes with these names, or `count` classes without names."""
-        known = None if names is None or all(name == str(index) for index, name in enumerate(names)) else tuple(names)
-        return cls(known, len(names) if names is not None else count or 0, origin)
+        return cls(None if names is None else tuple(names), len(names) if names is not None else count or 0, origin)
 
     @classmethod
     def of_model(cls, config: ModelConfig) -> Classes:
         """The classes of a model; none of a tokenizer alone."""
         count = config.transformer.num_classes if config.transformer is not None else 0
         return cls.of(config.class_names, count, config.name)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the classes have no names, or only their numbers."""
+        return self.names is None or all(name == str(index) for index, name in enumerate(self.names))
 
     def name(self, index: int) -> str:
         """What a class is called: its name, or its number."""
@@ -85,6 +92,10 @@ class Classes:
         keys = (name, fold(name), fold(name))
         return next((found for key, level in zip(keys, self._tables, strict=True) if (found := level.get(key))), [])
 
+    def index(self, asked: str | int) -> int:
+        """The position of one class that a user named, see `resolve`."""
+        return self._position(str(asked), asked) if isinstance(asked, int) else self._one(asked)
+
     def resolve(self, asked: Sequence[str | int] | str | int) -> list[int]:
         """Positions of the classes that a user named, in that order, each once.
 
@@ -97,10 +108,8 @@ class Classes:
         """
         found: list[int] = []
         for each in [asked] if isinstance(asked, (str, int)) else asked:
-            if isinstance(each, int):
-                found.append(self._position(str(each), each))
-            elif self.find(each):
-                found.append(self._one(each))
+            if isinstance(each, int) or self.find(each):
+                found.append(self.index(each))
             elif fold(each) == "all":
                 found += range(self.count)
             else:
@@ -125,7 +134,7 @@ class Classes:
         if self.names is None:
             raise DataError(f"--class {shown(text)}: {self.origin or 'this model'} records no class names.",
                             f"Use a number 0 … {self.count - 1}.")  # fmt: skip
-        hint = f"--class '#{number[1]}' is the class at position {number[1]}." if number else None
+        hint = f"--class '#{number[1]}' is {self.name(int(number[1]))}, by position." if number else None
         raise DataError(f"There is no class {shown(text)}. {nearest(text, self.names)}", hint)
 
     def _position(self, text: str, index: int) -> int:
@@ -135,8 +144,8 @@ class Classes:
         return index
 
     def label(self, index: int) -> str:
-        """A class as messages write it: name and position."""
-        return f"{self.name(index)} (#{index})" if self.names is not None else f"#{index}"
+        """A class as messages write it: name and position, where the name is another."""
+        return name if (name := self.name(index)) == str(index) else f"{name} (#{index})"
 
     def match(self, other: Classes) -> Match:
         """Where each of these classes is in another list; a name that means several classes there means none.
@@ -162,6 +171,50 @@ class Classes:
             return range(self.count)
         numbers = [int(name) for name in self.names if re.fullmatch(r"0*\d{1,9}", name)]
         return numbers if len(set(numbers)) == len(self.names) and max(numbers) < count else None
+
+
+def align(
+    ours: Classes, theirs: Classes, class_names: Sequence[str] | str | None = None, used: Iterable[int] = ()
+) -> tuple[NDArray[np.int64], Classes]:
+    """Where each of these classes is in another list, -1 where that lacks it; and the other list, with names if known.
+
+    `class_names` is what `--class-names` accepts: names for a list that has none, or that numbers are to decide. The
+    other list must have the classes that are `used`.
+
+    Raises:
+        DataError: Only one of the lists has names, and nothing says that the order is the same; or a class is lacking.
+    """
+    names = read_class_names(class_names) if class_names is not None else None
+    if class_names is not None and names is None:
+        positions: Sequence[int | None] = [index if index < theirs.count else None for index in range(ours.count)]
+        theirs = replace(theirs, names=theirs.names or ours.names)
+    else:
+        if names is not None:
+            if not (ours.numbered or theirs.numbered):
+                raise ConfigError("--class-names: all classes have names.", f"Leave it out, or use {BY_NUMBER}.")
+            for side in (ours, theirs):
+                if side.numbered and side.count > len(names):
+                    raise ConfigError(
+                        f"--class-names holds {len(names)} names; {side.origin} has {side.count} classes."
+                    )
+            ours, theirs = (replace(side, names=names) if side.numbered else side for side in (ours, theirs))
+        positions, by = ours.match(theirs)
+        if by == "order" or (ours.numbered != theirs.numbered and set(positions) == {None}):
+            named, other = (theirs, ours) if ours.numbered else (ours, theirs)
+            raise DataError(
+                f"{named.origin} names its classes ({', '.join((named.names or ())[:3])}, …) and {other.origin} only"
+                " numbers them, so which is which is not certain.",
+                f"Name them: --class-names FILE, NAME,NAME,… or imagenet; or --class-names {BY_NUMBER}, where the order"
+                " is the same.",
+            )
+    for index in used:
+        if positions[index] is None:
+            raise DataError(
+                f"{ours.origin} has images of class {ours.label(index)}, which {theirs.origin} lacks."
+                f" {nearest(ours.name(index), map(theirs.name, range(theirs.count)))}",
+                f"Rename it, or use --class-names {BY_NUMBER} where class N of one is class N of the other.",
+            )
+    return np.array([-1 if there is None else there for there in positions], np.int64), theirs
 
 
 def fold(name: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mvar_core.analysis.likelihood import log_likelihoods, read_candidates
 from mvar_core.arguments import tensor_argument
+from mvar_core.classes import Classes
 from mvar_core.config import Machine, ModelConfig, SamplingConfig
 from mvar_core.config.section import checked
 from mvar_core.errors import CheckpointError, ConfigError, DataError
@@ -170,6 +171,11 @@ class Pipeline:
             )
         return self._transformer
 
+    @property
+    def classes(self) -> Classes:
+        """The model's classes: `pipe.classes.resolve("tabby, #3")` returns positions, which are labels."""
+        return Classes.of_model(self.config)
+
     @checked
     def save_pretrained(self, path: str | Path) -> None:
         """Write a model directory that `from_pretrained` reads."""
@@ -201,7 +207,7 @@ class Pipeline:
         No condition is dropped. `labels` holds one class label per image, or vectors (B, X) where the model is
         conditioned on them. ConfigError or DataError where conditions or tokens are not the model's.
         """
-        tokens_BL, conditions = self._checked(tokens), self.transformer.conditioner.read(labels)
+        tokens_BL, conditions = self._checked(tokens), self.transformer.conditioner.read(self._by_name(labels))
         _require_count(conditions, len(tokens_BL), "labels", "images of tokens")
         if not len(tokens_BL):
             return torch.empty(*tokens_BL.shape, self.config.tokenizer.codebook_size, device=self.device)
@@ -298,8 +304,8 @@ class Pipeline:
         """`sample`, a batch at a time: samples that were yielded are not held.
 
         Args:
-            labels: One class label per sample, 0 … num_classes - 1; num_classes is "no class". With `conditions`, what
-                the samples are labelled with.
+            labels: The class of each sample: its label, 0 … num_classes - 1, where num_classes is "no class", or its
+                name. With `conditions`, what the samples are labelled with.
             conditions: Vectors (N, X), one per sample; a row of nan stands for none.
             settings: Guidance and filters; fields that are not set are as the model recommends.
             seed: The run's seed.
@@ -318,6 +324,7 @@ class Pipeline:
         """
         settings = self.sampling_settings(settings, **shorthand)
         conditioner = self.transformer.conditioner
+        labels = self._by_name(labels)
         asked = labels if conditions is None else conditions
         if asked is None:
             raise ConfigError("sample needs labels, or conditions.", "For example sample(labels=[3, 3, 7]).")
@@ -388,7 +395,7 @@ class Pipeline:
             conditions = self.null_conditions(len(images))
             options.update(UNGUIDED)
         else:
-            conditions = self.transformer.conditioner.read(labels)
+            conditions = self.transformer.conditioner.read(self._by_name(labels))
             _require_count(conditions, len(images), "labels", "images")
         rows = torch.arange(len(images)).repeat_interleave(num)
         samples = self.sample(conditions[rows], kept=self.kept_tokens(images, pixels, coverage).rows(rows), **options)
@@ -420,6 +427,12 @@ class Pipeline:
     def conditions_of(self, labels: Sequence[int]) -> Tensor:
         """What images of these classes are conditioned on: labels, or vectors of their names; on the CPU."""
         return self.transformer.conditioner.read(by_labels(self.config, labels).get("conditions", labels))
+
+    def _by_name(self, labels: TensorLike) -> TensorLike:
+        """Labels, some of which may be names of classes."""
+        if isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
+            return [self.classes.index(label) for label in labels]
+        return labels
 
     def _checked(self, tokens: TensorLike) -> Int[Tensor, "B L"]:
         """Tokens on the model's device; DataError where they cannot be the model's."""

@@ -29,6 +29,7 @@ def evaluate(
         int | None, options.option("--kid-subset", "N", "Images per subset of KID. Default: 1000, or all.", min=2)
     ] = None,
     per_class: Annotated[bool, options.option("--per-class", None, "Also a score per class, the worst first.")] = False,
+    class_names: options.ClassNames = None,
     features: options.Features = "auto",
     inception_weights: options.InceptionWeights = None,
     download: options.Download = False,

@@ -15,6 +15,7 @@ def evaluate_likelihood(
     tokens: options.Tokens = None,
     data: options.OptionalData = None,
     classes: options.Classes = None,
+    class_names: options.ClassNames = None,
     zero_shot: Annotated[
         bool, options.option("--zero-shot/--no-zero-shot", None, "Also score images under classes not their own.")
     ] = True,

@@ -24,9 +24,9 @@ def finetune_from_var(
         str,
         typer.Option(
             "--classes",
-            metavar="auto|keep|resize|reinit",
-            help="The class table: keep refuses another number of classes, resize copies rows by name or"
-            " number, reinit starts it from scratch; auto keeps where the numbers agree, else reinit.",
+            metavar="auto|by-number|new",
+            help="What each class starts from: auto the same class of the weights, matched by name; by-number the"
+            " class of its number; new nothing.",
         ),
     ] = "auto",
 ) -> None:

@@ -7,6 +7,8 @@ import typer
 import mvar_core as mvar
 from mvar_cli import console, options
 
+CLASSES_SHOWN = 10
+
 
 @options.command(example="mvar sample --checkpoint runs/quickstart/mvar --class 3,7 --num 8 --out out")
 def sample(
@@ -38,5 +40,10 @@ def show(result: "mvar.SampleResult", title: str) -> None:
     """The end of this command and of `mvar edit`."""
     columns = ("images", "resumed", "seconds", "images_per_second", "batch_size", "peak_memory_bytes", "device")
     console.show(result, (*columns, "processes"), title=title)
+    if result.classes:
+        named = [each["name"] if each["index"] in (None, each["name"]) else f"{each['name']} (#{each['index']})"
+                 for each in result.classes[:CLASSES_SHOWN]]  # fmt: skip
+        more = f", … {len(result.classes)} in all" if len(result.classes) > len(named) else ""
+        console.say(f"Classes: {', '.join(named)}{more}")
     if result.outputs:
         console.say(f"Written: {result.out}")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import math
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +22,13 @@ from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, Report, StoredSource
 from mvar_core.errors import DataError, one_line
 from mvar_core.io.files import sha256_of_file
-from mvar_core.io.npz import read_npz_header
-from mvar_core.untrusted import open_regular
+from mvar_core.io.npz import read_npz, read_npz_header
+from mvar_core.untrusted import open_regular, read_json
 
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")
+SAMPLE, CLASSES_FILE = re.compile(r"\d{5,}_(\d{1,9})\.png"), "classes.json"
+"""How `sample` names its pictures, by number and class; and its list of the classes' names."""
 LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
 MOST_IMAGES = 10_000_000
 LARGEST_EXPANSION = 1100
@@ -104,7 +107,16 @@ def open_evaluation_images(
     path = Path(text).expanduser()
     is_npz = path.suffix.lower() == ".npz"
     source = NpzSource(text, path) if is_npz else open_images(text, max_pixels=max_pixels)
-    return EvaluationImages(text, source, image_shape)
+    images = EvaluationImages(text, source, image_shape)
+    numbers = [SAMPLE.fullmatch(item) for item in source.item_names]
+    if images.labels is None and None not in numbers and (path / CLASSES_FILE).is_file():
+        names, labels = read_json(path / CLASSES_FILE), np.array([int(number[1]) for number in numbers if number])
+        if not isinstance(names, list) or len(names) <= labels.max() or not all(isinstance(n, str) for n in names):
+            raise DataError(
+                f"{path / CLASSES_FILE} does not name the classes of {text}.", "Remove it, or sample again."
+            )
+        images.class_names, images.labels = tuple(names), labels
+    return images
 
 
 class NpzSource(StoredSource):
@@ -142,7 +154,14 @@ class NpzSource(StoredSource):
         self._array = array
         self._file: IO[bytes] | None = None
         self._next = 0
-        names = ("images",) if labels is None else ()
+        names: Sequence[str] = ("images",)
+        if labels is not None:
+            listed = read_npz(path, ("class_names",)).get("class_names", np.array([], "U1"))
+            if listed.dtype.kind != "U" or listed.ndim != 1 or 0 < len(listed) <= labels.max():
+                raise DataError(
+                    f"{text}: the array class_names is {listed.dtype} {listed.shape}; expected a text for each label."
+                )
+            names = listed.tolist()
         items = [f"{array}[{index}]" for index in range(count)]
         numbers = np.zeros(count, np.int64) if labels is None else labels
         super().__init__(text, "train", names, numbers, items)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mvar_core.classes import Classes
 from mvar_core.config import ModelConfig
 from mvar_core.data.vectors import ENCODER, class_of_words, embed_words, phrasings, read_vectors
-from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
+from mvar_core.errors import CheckpointError, ConfigError
 
 LONGEST_NAME = 40
 UNKNOWN = -1
@@ -28,11 +29,21 @@ class ChosenConditions:
         classes: Class labels; -1 for a text or vector that is no class.
         names: What files are named after instead of labels.
         vectors: float32 (conditions, X), where the model is conditioned on vectors.
+        class_names: What the model's classes are called, where classes were chosen.
     """
 
     classes: tuple[int, ...] = ()
     names: tuple[str, ...] | None = None
     vectors: NDArray[np.float32] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def described(self) -> tuple[dict[str, Any], ...]:
+        """Name and index of each condition's class; of a text or vector that is no class, the index is None."""
+        named = self.names or [self.class_names[index] for index in self.classes if self.class_names]
+        return tuple(
+            {"name": name, "index": None if index == UNKNOWN else index}
+            for name, index in zip(named, self.classes, strict=True)
+        )
 
 
 def choose_conditions(
@@ -49,19 +60,20 @@ def choose_conditions(
     """
     if config.transformer is None:
         raise CheckpointError(f"{config.name} is a tokenizer without a transformer.", "Train one with `mvar train`.")
-    classes = [classes] if isinstance(classes, str) else list(classes)
     if sum((bool(classes), bool(words), vectors is not None)) > 1:
         raise ConfigError("--class, --words and --vectors each say what to generate.", "Give one of them.")
     dim = config.conditioning.dim
     if classes:
-        labels = parse_classes(classes, config.transformer.num_classes, config.class_names)
+        known = Classes.of_model(config)
+        labels = known.resolve(classes)
         if without_conditions(config):
             raise ConfigError(
                 f"{config.name} is conditioned on vectors{_encoder(config)}, and has none for its classes.",
                 "Use --vectors FILE.",
             )
         table = class_vectors(config)
-        return ChosenConditions(tuple(labels), vectors=None if table is None else table[labels])
+        vectors_of_classes = None if table is None else table[labels]
+        return ChosenConditions(tuple(labels), None, vectors_of_classes, tuple(map(known.name, range(known.count))))
     if not words and vectors is None:
         return ChosenConditions()
     if dim is None:
@@ -72,9 +84,9 @@ def choose_conditions(
                 f"{config.name} expects vectors{_encoder(config)}; --words makes them with {ENCODER}.",
                 "Compute the texts' vectors with the model's encoder, and use --vectors FILE.",
             )
-        known = tuple(class_of_words(text, config.class_names or ()) for text in words)
+        found_classes = tuple(class_of_words(text, config.class_names or ()) for text in words)
         names = tuple(re.sub(r"\W+", "-", text).strip("-")[:LONGEST_NAME] for text in words)
-        return ChosenConditions(known, names, np.asarray(embed_words(words, dim)))
+        return ChosenConditions(found_classes, names, np.asarray(embed_words(words, dim)))
     assert vectors is not None
     found, encoder = read_vectors(Path(vectors))
     if found.shape[1] != dim:
@@ -106,57 +118,10 @@ def without_conditions(config: ModelConfig) -> bool:
 
 def by_labels(config: ModelConfig, labels: Sequence[int]) -> dict[str, Any]:
     """Arguments of `Pipeline.sample` for these class labels, whatever the model is conditioned on."""
-    table = class_vectors(config)
-    return {"labels": labels} if table is None else {"labels": labels, "conditions": table[np.asarray(labels, int)]}
-
-
-def parse_classes(texts: Sequence[str | int], num_classes: int, class_names: Sequence[str] | None) -> list[int]:
-    """Class labels in the order they were asked for, each once, from labels, names, comma lists of them, or "all".
-
-    A whole name is tried before commas are read as separators, for names may hold commas ("tench, Tinca tinca").
-
-    Raises:
-        DataError: A label out of range, or a name that no class has (with the nearest names).
-    """
-    names: dict[str, list[int]] = {}  # each whole name, and each of its synonyms, which commas separate
-    for label, name in enumerate(class_names or ()):
-        for known in dict.fromkeys([_fold(name), *(_fold(synonym) for synonym in name.split(","))]):
-            names.setdefault(known, []).append(label)
-
-    def read(text: str) -> int:
-        if labels := names.get(_fold(text)):
-            if len(labels) > 1:
-                raise DataError(
-                    f"--class {text!r} is the name of classes {', '.join(map(str, labels))}.",
-                    "Choose one by its number.",
-                )
-            return labels[0]
-        try:
-            label = int(text)
-        except ValueError:
-            if not names:
-                raise DataError(f"--class {text.strip()!r}: this model records no class names.",
-                                f"Use a label 0 … {num_classes - 1}.") from None  # fmt: skip
-            raise DataError(f"There is no class {text.strip()!r}.", nearest(_fold(text), names)) from None
-        if not 0 <= label < num_classes:
-            raise DataError(f"--class {label} is out of range.", f"The model has classes 0 … {num_classes - 1}.")
-        return label
-
-    labels: list[int] = []
-    for text in map(str, texts):
-        if _fold(text) == "all":
-            labels += range(num_classes)
-        elif _fold(text) in names:
-            labels.append(read(text))
-        else:
-            labels += [read(part) for part in text.split(",") if part.strip()]
-    if not labels:
-        raise DataError("--class names no class.", f"Use a label 0 … {num_classes - 1}, a name, or all.")
-    return list(dict.fromkeys(labels))
-
-
-def _fold(name: str) -> str:
-    return " ".join(name.casefold().split())
+    if (table := class_vectors(config)) is None:
+        return {"labels": labels}
+    with_none = np.vstack([table, np.full_like(table[:1], np.nan)])  # behind the last class
+    return {"labels": labels, "conditions": with_none[np.asarray(labels, int)]}
 
 
 def _encoder(config: ModelConfig) -> str:

@@ -30,9 +30,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from mvar_core.config import recorded
 from mvar_core.data.decoding import EXTENSIONS
+from mvar_core.data.evaluation_images import CLASSES_FILE
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.formatting import format_bytes
-from mvar_core.io.files import atomic_path, remove, require_new_directory
+from mvar_core.io.files import atomic_path, remove, require_new_directory, write_json
 from mvar_core.io.npz import npz_member
 from mvar_core.io.pixels import make_grid
 from mvar_core.io.resumable import Resumable
@@ -145,6 +146,7 @@ class SampleSpec:
         device: Kind of device: others round differently.
         names: What files are named after, one for each of `classes`; None for their labels.
         vectors: float32 (classes, X) for a model that is conditioned on vectors, one for each of `classes`.
+        class_names: What the labels stand for, written next to them; follows from `weights`.
     """
 
     model: str
@@ -164,6 +166,7 @@ class SampleSpec:
     version: str
     names: tuple[str, ...] | None = field(default=None, kw_only=True)
     vectors: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    class_names: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     @property
     def groups(self) -> int:
@@ -228,6 +231,7 @@ class SampleSpec:
         """The record by which an interrupted run is recognised."""
         values = {"format": "mvar-samples", **asdict(self), "shard_size": self.shard_size}
         values["settings"] = recorded(self.settings)
+        del values["class_names"]
         if self.vectors is not None:
             values["vectors"] = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
         return values
@@ -454,8 +458,11 @@ class SampleShards(Resumable):
             further = {"tokens": spec.save_tokens, "stages": spec.stages}
             names = ("arr_0", *spec.known, *(name for name, wanted in further.items() if wanted))
             self._merge(names, path, progress)
-        elif spec.save_tokens:
-            self._merge(("tokens", *spec.known), path / TOKENS_FILE, progress)
+        else:
+            if spec.class_names is not None and type(spec) is SampleSpec:  # edits are called by their images as well
+                write_json(path / CLASSES_FILE, spec.class_names)
+            if spec.save_tokens:
+                self._merge(("tokens", *spec.known), path / TOKENS_FILE, progress)
 
     def _text(self) -> PngInfo:
         """The mark of a finished output, for a PNG."""
@@ -477,6 +484,10 @@ class SampleShards(Resumable):
                         done += len(array)
                         if progress is not None:
                             progress(done // len(names), total)
+            if self.spec.class_names is not None:
+                array = np.array(self.spec.class_names)
+                with npz_member(archive, "class_names", array.shape, array.dtype) as member:
+                    member.write(array.data)
 
 
 def strip(stages: NDArray[np.uint8]) -> NDArray[np.uint8]:

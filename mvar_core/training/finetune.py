@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mvar_core.classes import Classes
 from mvar_core.config import ModelConfig
-from mvar_core.errors import CheckpointError
+from mvar_core.errors import CheckpointError, ConfigError, nearest, shown
 from mvar_core.models.conditioning import CONDITIONERS
 from mvar_core.models.transformer import Transformer
 from mvar_core.pyramid import ScalePyramid
 
 Action = Literal["loaded", "resized", "interpolated", "initialised", "ignored"]
-Classes = Literal["auto", "keep", "resize", "reinit"]
-"""What becomes of the class table: `load_pretrained`."""
+CHOICES = ("auto", "by-number", "new")
+"""What becomes of the class table: `match_classes`."""
+FORMER_CHOICES = {"keep": "auto", "resize": "auto", "reinit": "new"}
 START_REPORT = "started-from.json"
 """The file of a run directory that lists what became of the weights that the run started from."""
 
@@ -35,6 +37,31 @@ _CLASSES, _START, _POSITIONS, _SCALES = (
     "position_embedding",
     "scale_embedding.weight",
 )
+
+
+class ClassRows(NamedTuple):
+    """Which of the weights' `before` classes each class starts from, None for none, and by what they were matched."""
+
+    before: int
+    rows: tuple[int | None, ...]
+    by: str | None
+
+    def counts(self) -> dict[str, int]:
+        """How many classes are matched, how many new, and how many of the weights are dropped."""
+        matched = [row for row in self.rows if row is not None]
+        return {
+            "matched": len(matched),
+            "new": len(self.rows) - len(matched),
+            "dropped": self.before - len(set(matched)),
+        }
+
+    def note(self) -> str:
+        """The same in words."""
+        counts = self.counts()
+        how = f" by {self.by}" if self.by else ""
+        return (
+            f"{counts['matched']} classes matched{how}, {counts['new']} new, {counts['dropped']} of the weights dropped"
+        )
 
 
 class ParameterReport(NamedTuple):
@@ -86,10 +113,7 @@ def load_pretrained(
     transformer: Transformer,
     weights: Mapping[str, Tensor],
     source_pyramid: ScalePyramid,
-    *,
-    classes: Classes = "auto",
-    source_names: Sequence[str] | None = None,
-    target_names: Sequence[str] | None = None,
+    classes: ClassRows | None = None,
 ) -> list[ParameterReport]:
     """Start a transformer from the weights of another one of the same depth, width, heads and codebook.
 
@@ -97,13 +121,9 @@ def load_pretrained(
     relative place, and that scale's embedding is copied. Either all of this succeeds or the transformer stays as it
     was. Returns what became of every parameter.
 
-    The null label's row of the class table is always copied. What becomes of the others:
-
-    * keep: they are copied; another number of classes is refused.
-    * resize: a class gets the row of the same name where both models name their classes and some names agree, else of
-      the same number; one that has none starts as the null label.
-    * reinit: they start from scratch.
-    * auto: keep where the numbers of classes agree, else reinit.
+    `classes` (`match_classes`) says which rows of the class table are copied; None is that each class starts from the
+    row of its number. The null label's row always is. A class without a row starts as the null label, where others have
+    one, else from scratch.
 
     Where the source is conditioned on classes and the target on vectors, or the other way round, the embedding of
     conditions starts from scratch, except the one for no condition.
@@ -118,7 +138,8 @@ def load_pretrained(
     for name in target.keys() & weights.keys():
         found, wanted = weights[name], target[name]
         if name == _CLASSES and found.ndim == 2 and found.shape[1] == wanted.shape[1]:
-            adapted: _Adapted | None = _class_table(found, wanted, classes, source_names, target_names)
+            counts = Classes.of(None, len(found) - 1), Classes.of(None, len(wanted) - 1)
+            adapted: _Adapted | None = _class_table(found, wanted, classes or match_classes(*counts))
         else:
             adapted = _adapt(name, found, wanted, source_pyramid, transformer.pyramid)
         if adapted is None:
@@ -165,38 +186,44 @@ def _misfits(what: str, names: set[str]) -> list[str]:
     return [f"{what} {', '.join(sorted(names)[:6])}{more}"] if names else []
 
 
-def _class_table(
-    found: Tensor,
-    wanted: Tensor,
-    classes: Classes,
-    source_names: Sequence[str] | None,
-    target_names: Sequence[str] | None,
-) -> _Adapted:
-    """The class table that a model starts from; see `load_pretrained`."""
+def match_classes(source: Classes, target: Classes, choice: str = "auto") -> ClassRows:
+    """Which row of the weights' class table each class starts from; `choice` is one of CHOICES.
+
+    * auto: that of the same class. Where both sides have names, names say which that is, whatever the order; where a
+      side has none, numbers do if there are as many classes.
+    * by-number: class N starts from row N, whatever they are called.
+    * new: all start from scratch.
+
+    Raises:
+        ConfigError: Another choice, or both sides have names and none agrees.
+    """
+    choice = FORMER_CHOICES.get(choice, choice)
+    if choice not in CHOICES:
+        raise ConfigError(f"--classes {shown(choice)} is not known. {nearest(choice, CHOICES)}")
+    if choice == "by-number":
+        rows = tuple(index if index < source.count else None for index in range(target.count))
+        return ClassRows(source.count, rows, "number")
+    positions, by = target.match(source)
+    unclear = by == "order" or (source.names is None and target.names is None)
+    if choice == "auto" and by == "name" and target.count > 1 and not any(row is not None for row in positions):
+        ours, theirs = (f"{', '.join((side.names or ())[:3])}, …" for side in (target, source))
+        raise ConfigError(
+            f"{target.origin} has {target.count} classes ({ours}); {source.origin} has none of them ({theirs}).",
+            "Use --classes new to train them from scratch, or --classes by-number if class N is class N there.",
+        )
+    if choice == "new" or (unclear and source.count != target.count) or not any(r is not None for r in positions):
+        return ClassRows(source.count, (None,) * target.count, None)
+    return ClassRows(source.count, positions, by if by == "name" else "number")
+
+
+def _class_table(found: Tensor, wanted: Tensor, classes: ClassRows) -> _Adapted:
+    """The class table that a model starts from."""
     value = found.to(device=wanted.device, dtype=wanted.dtype)
-    before, now = len(found) - 1, len(wanted) - 1
-    counts = f"{before} classes in the weights, {now} here"
-    if classes == "auto":
-        classes = "keep" if before == now else "reinit"
-    if classes == "keep":
-        if before != now:
-            raise CheckpointError(
-                f"These weights do not fit the model: {counts}.",
-                "Choose what becomes of the class table: --classes resize or --classes reinit.",
-            )
-        return value, ParameterReport(_CLASSES, "loaded")
-    if classes == "reinit":
-        table = wanted.clone()
-        table[-1] = value[-1]
-        return table, ParameterReport(_CLASSES, "initialised", f"{counts}: all but the null label start from scratch")
-    numbers = {name: number for number, name in reversed(list(enumerate(source_names or ())))}
-    rows = [numbers.get(name, before) for name in target_names or ()]
-    named = any(row != before for row in rows)
-    if not named:
-        rows = [min(number, before) for number in range(now)]
-    copied = sum(row != before for row in rows)
-    note = f"{counts}: {copied} copied by {'name' if named else 'number'}, {now - copied} start as the null label"
-    return value[[*rows, before]], ParameterReport(_CLASSES, "resized", note)
+    if classes.by is None:
+        return torch.cat([wanted[:-1], value[-1:]]), ParameterReport(_CLASSES, "initialised", classes.note())
+    rows = [len(found) - 1 if row is None else row for row in classes.rows]
+    same = rows == list(range(len(found) - 1))
+    return value[[*rows, -1]], ParameterReport(_CLASSES, "loaded" if same else "resized", classes.note())
 
 
 def _adapt(name: str, found: Tensor, wanted: Tensor, source: ScalePyramid, target: ScalePyramid) -> _Adapted | None:

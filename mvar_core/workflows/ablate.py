@@ -587,7 +587,7 @@ class Scorer:
         extractor = self._measurer.extractor
         found = collect(extractor, itertools.chain(kept, batches), images.count)
         scores = evaluate_features(found, self._expected)
-        scores["classifier_accuracy"] = classifier_accuracy(found, images.labels)
+        scores["classifier_accuracy"] = classifier_accuracy(found, images)
         if self._digits and isinstance(extractor, DemoExtractor) and images.labels is not None:
             labelled = torch.cat(kept), torch.from_numpy(images.labels)
             scores.update(asdict(score_samples(extractor.classifier, labelled, *self._digits)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from mvar_core.analysis.attention import AttentionReport, images_at_once, measur
 from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.findings import find
 from mvar_core.analysis.recommendation import check_keep, preset_values, savings
+from mvar_core.classes import Classes
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config, read_preset
 from mvar_core.data.images import ImageRows, open_images
@@ -231,9 +232,13 @@ def _measured(
         cache = TokenCache.open(Path(tokens))
         cache.check(official.tokenizer_hash_of(checkpoint, tokenizer), pipeline.config.pyramid)
         source, count = f"{tokens} ({cache.manifest.source})", len(cache)
+        if pipeline.config.conditioning.dim is None:
+            cache.labels = _model_labels(pipeline, cache.class_names, cache.labels, str(tokens))
         batch = cache.conditioned(pipeline.config.conditioning).batch
     elif data is not None:
-        images = ImageRows(open_images(str(data), max_pixels=machine.max_pixels), pipeline.config.image_shape)
+        opened = open_images(str(data), max_pixels=machine.max_pixels)
+        opened.labels = _model_labels(pipeline, opened.class_names, opened.labels, str(data))
+        images = ImageRows(opened, pipeline.config.image_shape)
         source, count, batch = f"images of {data}", len(images), partial(_encode, pipeline, images)
     else:
         samples = _own_samples(pipeline, num, seed, progress)
@@ -293,6 +298,19 @@ def _encode(pipeline: Pipeline, images: ImageRows, rows: NDArray[np.int64]) -> t
     at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
     tokens_BL = torch.cat([pipeline.encode(some) for some in pixels.split(at_once)])
     return tokens_BL, pipeline.conditions_of(labels.tolist())
+
+
+def _model_labels(
+    pipeline: Pipeline, names: Sequence[str], labels: NDArray[np.int64], source: str
+) -> NDArray[np.int64]:
+    """Labels in the model's numbering; images of a class that it does not have are measured under none."""
+    matched, null_label = Classes.of(names, origin=source).match(pipeline.classes), pipeline.classes.count
+    log, lacking = logging.getLogger("mvar"), matched.positions.count(None)
+    if matched.by == "order":
+        log.warning("%s: classes are matched with the model's by number, since one side has no names.", source)
+    elif lacking:
+        log.info("%s: %d of %d classes are not the model's and are measured under none.", source, lacking, len(names))
+    return np.array([null_label if there is None else there for there in matched.positions])[labels]
 
 
 def _own_samples(pipeline: Pipeline, num: int, seed: int, progress: Progress) -> TensorDataset:

@@ -133,7 +133,7 @@ def edit(
             f"encode {len(given)} images, and keep their tokens where the region says so",
             f"generate the others, {spec.total} times in all",
         )
-        return Plan(spec, generate, resolved, steps, {"edits": edits})
+        return Plan(spec, generate, resolved, steps, {"edits": edits, "classes": chosen.described()})
 
     job = SampleJob(
         SampleOutput.of(Path(out), format, save_tokens), checkpoint, tokenizer, machine, num, seed, batch_size,

@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core import __version__
+from mvar_core.classes import Classes, align
 from mvar_core.config import Machine, SamplingConfig
 from mvar_core.distributed import connect, world
-from mvar_core.errors import ConfigError, DataError, nearest
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
 from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_values, open_measured_images
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
 from mvar_core.evaluation.references import is_reference, save_reference
-from mvar_core.evaluation.scores import ClassScore, check_counts, check_metrics, evaluate_features, per_class_scores
+from mvar_core.evaluation.scores import check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
@@ -117,6 +118,7 @@ def evaluate(
     metrics: str | Sequence[str] = "all",
     kid_subset: int | None = None,
     per_class: bool = False,
+    class_names: Sequence[str] | str | None = None,
     features: Network = "auto",
     inception_weights: str | Path | None = None,
     download: bool = False,
@@ -143,7 +145,9 @@ def evaluate(
         num_samples: How many to generate (by default 50,000 for Inception features, else 1,000), or to read.
         metrics: "all", or names of metrics: those that are named must be computable.
         kid_subset: Images per subset of KID; by default 1000, or all.
-        per_class: Also score each class.
+        per_class: Also score each class; classes are matched by name.
+        class_names: Names of the classes of a side that has only numbers: a list, a file with one per line, "imagenet",
+            or "by-number", where the order is that of the other side's names.
         features: The network that measures images.
         inception_weights: The file of the Inception weights, where it is not in torch's cache.
         download: Whether they may be downloaded.
@@ -185,13 +189,18 @@ def evaluate(
         # Metrics that are named must be computable; of "all", those that are not say why.
         named = asked if metrics != "all" else ("kid",) if kid_subset is not None else ()
         check_counts(named, images.count, known.count, kid_subset)
+        aligned = None
         if per_class:
             for labels, lacking in ((images.labels, "the samples lack"), (known.labels, f"{known.name} lacks")):
                 if labels is None:
                     raise DataError(
                         f"--per-class needs the class of every image, which {lacking}.",
-                        "Class folders have it, an npz with labels, a checkpoint, digits.",
+                        "Class folders have it, samples of `mvar sample`, an npz with labels, a checkpoint, digits.",
                     )
+            used = np.unique(images.labels).tolist()  # type: ignore[arg-type]
+            aligned = align(classes_of(images), classes_of(known), class_names, used)
+        elif class_names is not None:
+            raise ConfigError("--class-names only matters with --per-class.", "Add --per-class, or leave it out.")
         if dry_run:
             steps = (
                 f"{'read' if sampled is None else 'sample'} {images.count} images of {images.name}",
@@ -216,11 +225,14 @@ def evaluate(
             if sampled is not None and images.count % sampled.num_classes:
                 why_not.append(f"{images.count:,} samples cannot be balanced over {sampled.num_classes:,} classes")
             scores = evaluate_features(sample_set, reference_set, asked, seed=seed, kid_subset_size=kid_subset)
-            classes = _class_scores(images, known, sample_set, reference_set, seed) if per_class else None
+            classes = None
+            if aligned is not None and images.labels is not None and known.labels is not None:
+                labels, names = aligned[0][images.labels], [*map(aligned[1].name, range(aligned[1].count))]
+                classes = per_class_scores(sample_set, labels, reference_set, known.labels, names, seed=seed)
             rows = comparable_rows(extractor.name, images.image_shape, known.name)
             return Evaluation(
                 **scores,
-                classifier_accuracy=classifier_accuracy(sample_set, images.labels),
+                classifier_accuracy=classifier_accuracy(sample_set, images),
                 per_class=None if classes is None else tuple(asdict(row) for row in classes),
                 published=tuple(asdict(row) for row in rows),
                 **circumstances(images, known, extractor, reference_set, machine, seed, why_not),
@@ -385,28 +397,18 @@ def circumstances(
     }
 
 
-def classifier_accuracy(samples: FeatureSet, labels: NDArray[np.int64] | None) -> float | None:
-    """Fraction of the samples that the demo classifier assigns to their class; None for other features."""
-    if samples.extractor != "demo" or samples.logits is None or labels is None:
+def classifier_accuracy(samples: FeatureSet, images: ImageSet) -> float | None:
+    """Fraction of the samples that the demo classifier assigns to their class; None where that is no certain digit."""
+    if samples.extractor != "demo" or samples.logits is None or images.labels is None:
         return None
-    if labels.max() >= samples.logits.shape[1]:
+    digits = classes_of(images).match(Classes.of(None, samples.logits.shape[1]))
+    expected = np.array([-1 if digit is None else digit for digit in digits.positions])[images.labels]
+    if digits.by == "order" or expected.min() < 0:
         return None
-    return float((samples.logits.argmax(dim=1).numpy() == labels).mean())
+    return float((samples.logits.argmax(dim=1).numpy() == expected).mean())
 
 
-def _class_scores(
-    images: ImageSet, known: Reference, sample_set: FeatureSet, reference_set: FeatureSet, seed: int
-) -> list[ClassScore]:
-    """Scores per class; classes are matched by name where both sides name them."""
-    ours, theirs, labels = images.class_names, known.class_names, images.labels
-    assert labels is not None
-    assert known.labels is not None
-    if ours is not None and theirs is not None and ours != theirs:
-        index = {name: number for number, name in enumerate(theirs)}
-        for name in ours:
-            if name not in index:
-                raise DataError(
-                    f"Class {name!r} of the samples is not a class of the reference. {nearest(name, theirs)}"
-                )
-        labels = np.asarray([index[name] for name in ours], np.int64)[labels]
-    return per_class_scores(sample_set, labels, reference_set, known.labels, class_names=theirs or ours, seed=seed)
+def classes_of(images: ImageSet | Reference) -> Classes:
+    """The classes of images that have labels."""
+    assert images.labels is not None
+    return Classes.of(images.class_names, int(images.labels.max()) + 1, images.name)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core.analysis.likelihood import LikelihoodReport, measure_likelihood
-from mvar_core.config import Machine, ModelConfig
+from mvar_core.classes import Classes, align
+from mvar_core.config import Machine
 from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.tokens import TokenCache
 from mvar_core.distributed import connect
@@ -26,7 +27,6 @@ from mvar_core.models.official import tokenizer_hash_of
 from mvar_core.progress import Progress, stage
 from mvar_core.results import DryRun
 from mvar_core.runtime import peak_memory_bytes
-from mvar_core.sampling.conditions import parse_classes
 from mvar_core.untrusted import check_whole
 from mvar_core.workflows.evaluate import load_pipeline
 
@@ -63,6 +63,7 @@ def evaluate_likelihood(
     tokens: str | Path | None = None,
     data: str | Path | None = None,
     classes: Sequence[str | int] | None = None,
+    class_names: Sequence[str] | str | None = None,
     zero_shot: bool = True,
     num_samples: int | None = None,
     tokenizer: str | Path | None = None,
@@ -83,6 +84,7 @@ def evaluate_likelihood(
         tokens: A token cache; one of this and `data`.
         data: Images.
         classes: Score only images of these classes, which compete in zero-shot classification; by default all.
+        class_names: Names of classes that have only numbers, as of `evaluate`.
         zero_shot: Score each image under all classes; otherwise only under its own and under none.
         num_samples: At most so many images, chosen by the seed.
         tokenizer: The published tokenizer, where `checkpoint` is a .pth file.
@@ -105,7 +107,7 @@ def evaluate_likelihood(
     machine, start = machine or Machine(), time.monotonic()
     with connect(machine.device) as here:
         pipeline = load_pipeline(checkpoint, tokenizer, machine)
-        config, num_classes = pipeline.config, pipeline.transformer.config.num_classes
+        config = pipeline.config
         if config.conditioning.kind != "class":
             raise ConfigError(f"{config.name} is conditioned on vectors; likelihoods are scored under classes.")
         if tokens is not None:
@@ -113,7 +115,7 @@ def evaluate_likelihood(
             cache.check(
                 tokenizer_hash_of(Path(checkpoint), None if tokenizer is None else Path(tokenizer)), config.pyramid
             )
-            labels, count = model_labels(cache.class_names, cache.labels, config, source), cache.num_images
+            names, numbers = cache.class_names, cache.labels
 
             def read(rows: NDArray[np.int64]) -> Tensor:
                 return cache.tokens_of(rows, np.zeros_like(rows))  # none of the augmented views
@@ -121,15 +123,16 @@ def evaluate_likelihood(
         else:
             opened, source = open_images(str(data), max_pixels=machine.max_pixels), str(data)
             images = ImageRows(opened, config.image_shape)
-            labels, count = model_labels(tuple(opened.class_names), opened.labels, config, source), len(images)
+            names, numbers = opened.class_names, opened.labels
             at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
 
             def read(rows: NDArray[np.int64]) -> Tensor:
                 pixels, _ = images.batch(rows)
                 return torch.cat([pipeline.encode(few) for few in pixels.split(at_once)])
 
-        asked = parse_classes(classes or ["all"], num_classes, config.class_names)
-        rows = np.arange(count)
+        rows, known_classes = np.arange(len(numbers)), Classes.of_model(config)
+        labels = model_labels(Classes.of(names, origin=source), numbers, known_classes, class_names)
+        asked = known_classes.resolve(classes or "all")
         if labels is None:
             logger.info("%s has no classes: its images are scored under no class only.", source)
         elif classes:
@@ -175,22 +178,9 @@ def evaluate_likelihood(
 
 
 def model_labels(
-    names: Sequence[str], labels: NDArray[np.int64], config: ModelConfig, source: str
+    classes: Classes, labels: NDArray[np.int64], model: Classes, class_names: Sequence[str] | str | None
 ) -> NDArray[np.int64] | None:
-    """Labels in the model's numbering; None where the images have no classes.
-
-    Classes are matched by name, or by their number where there are as many as the model has.
-    """
-    assert config.transformer is not None
-    known = {name: label for label, name in enumerate(config.class_names or ())}
-    if known and all(name in known for name in names):
-        return np.array([known[name] for name in names], np.int64)[labels]
-    if len(names) == config.transformer.num_classes:
-        return labels
-    if len(names) <= 1:
+    """Labels in the model's numbering; None where the images are of one class, which the model does not have."""
+    if classes.count == 1 and class_names is None and classes.match(model)[0] == (None,):
         return None
-    raise DataError(
-        f"{source} has {len(names)} classes ({', '.join(names[:3])}, …), which are not the model's"
-        f" {config.transformer.num_classes}.",
-        "Name its folders as the model's classes, or put all images into one folder to score them under no class.",
-    )
+    return align(classes, model, class_names, np.unique(labels).tolist())[0][labels]

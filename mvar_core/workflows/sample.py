@@ -53,6 +53,7 @@ class SampleResult(Result):
         batch_size: Images that advanced from scale to scale together, at most.
         processes: How many shared the work.
         settings: Guidance, filters and seed, resolved.
+        classes: Name and index of each class; of a text or vector that is no class, the index is None.
         interrupted: Whether the run was stopped; the same call resumes it.
     """
 
@@ -68,6 +69,7 @@ class SampleResult(Result):
     processes: int = 1
     device: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[Mapping[str, Any], ...] = ()
     interrupted: bool = False
 
 
@@ -102,7 +104,7 @@ def sample_to(
     Args:
         out: A directory for png, a file for npz and grid.
         checkpoint: A model directory, a run, or a published .pth file.
-        classes: Labels, names, comma lists of them, or "all".
+        classes: Names, "#N" for class N, comma lists of them, or "all"; a number that is no text is a position.
         words: Texts, for a model that is conditioned on words.
         vectors: A file of vectors, for a model that is conditioned on vectors.
         num: Images per class, text or vector.
@@ -134,7 +136,7 @@ def sample_to(
             return job.pipeline.stream(indices=indices, progress=report, **options)
 
         step = f"generate {spec.total} images: {num} of each of {len(chosen.classes)} conditions"
-        return Plan(spec, generate, resolved, (step,))
+        return Plan(spec, generate, resolved, (step,), {"classes": chosen.described()})
 
     job = SampleJob(
         SampleOutput.of(Path(out), format, save_tokens), checkpoint, tokenizer, machine, num, seed, batch_size,
@@ -256,6 +258,7 @@ class SampleJob:
             self.pipeline  # noqa: B018  (loaded before the clock starts, and before the directory is locked)
         began = time.monotonic()
         known = {"out": self.output.target, "total": total, "settings": spec.settings, "device": str(self.device)}
+        known["classes"] = plan.facts["classes"]
         values.update(known, processes=world.world_size)
         resumed, speed = total, None
         try:

@@ -10,15 +10,16 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 from typing_extensions import Unpack
 
+from mvar_core.classes import Classes, align
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config, parse_setting
 from mvar_core.config.training import DataConfig
@@ -26,7 +27,7 @@ from mvar_core.data.images import Views, open_images
 from mvar_core.data.tokens import MANIFEST, PARTIAL, TokenCache
 from mvar_core.data.vectors import ENCODER
 from mvar_core.distributed import connect, world
-from mvar_core.errors import CheckpointError, ConfigError, DataError, nearest
+from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.io.files import atomic_directory, remove, write_json
 from mvar_core.io.pixels import make_grid, save_png
 from mvar_core.kernels import check_backend
@@ -39,7 +40,14 @@ from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize, mvar_windows, read_sizes
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.conditions import by_labels
-from mvar_core.training.finetune import START_REPORT, Classes, check_start, describe_reports, load_pretrained
+from mvar_core.training.finetune import (
+    START_REPORT,
+    ClassRows,
+    check_start,
+    describe_reports,
+    load_pretrained,
+    match_classes,
+)
 from mvar_core.training.metrics import check_trackers
 from mvar_core.training.objective import PICTURES
 from mvar_core.training.order import planned_steps
@@ -73,11 +81,13 @@ class TrainResult(TrainingResult):
         best_step: The step of the lowest validation loss, whose weights are in `model`/best.
         skipped: Steps that were left out because their loss or gradient was not finite.
         command: What to type next.
+        classes: Where it started from other weights: how many classes were matched, new, and dropped.
     """
 
     validation_loss: float | None = None
     best_step: int | None = None
     skipped: int = 0
+    classes: Mapping[str, int] | None = None
     command: str = field(default="", metadata={"hidden": True})
 
 
@@ -85,12 +95,13 @@ class TrainResult(TrainingResult):
 class Start:
     """The model directory that a transformer starts from, and the published file that it was made of.
 
-    `classes` says what becomes of the class table (mvar_core.training.finetune.Classes).
+    `choice` says what becomes of the class table, and `classes` what that means for these classes.
     """
 
     directory: Path
     file: Path | None = None
-    classes: str = "auto"
+    choice: str = "auto"
+    classes: ClassRows | None = None
 
     @property
     def origin(self) -> str:
@@ -166,9 +177,8 @@ def finetune_from_var(
             that of `settings` ("patch_sizes=1,2,3x4").
         scale_prefixes: Scales that a token sees, its own included, or "all".
         windows: One odd number for the windowed scales, one per scale (0 = whole scale), or "auto".
-        classes: What becomes of the class table: "keep" refuses another number of classes, "resize" copies rows by name
-            or number, "reinit" starts it from scratch but for the null label; "auto" keeps where the numbers agree and
-            starts from scratch otherwise.
+        classes: What each class starts from: "auto" from the same class of the weights, which names decide, and numbers
+            only where a side has no names; "by-number" from the class of its number; "new" from scratch.
         machine: Device, dtype, attention backend, compilation; whether hashes of weights and token shards are compared.
         progress: Called after every step.
         **options: As of `train`. `tokenizer` is by default the VAR's own; it may be the published file of it, by
@@ -178,13 +188,11 @@ def finetune_from_var(
         MvarError: As of `train`, or weights that do not fit the configuration.
     """
     checkpoint, given, settings = Path(var_checkpoint), options.get("tokenizer"), options.get("settings", ())
-    if classes not in get_args(Classes):
-        raise ConfigError(f"--classes {classes!r} is not known. {nearest(classes, get_args(Classes))}")
     if options.get("preset") is None and any(text.startswith(("transformer.", "tokenizer.")) for text in settings):
         raise ConfigError("Without a preset, sizes are read off the weights.", "Leave out --set transformer.*.")
     attention = {"scale_prefixes": _number(scale_prefixes), "windows": _number(windows)}
     with ExitStack() as stack:
-        start = Start(checkpoint, classes=classes)
+        start = Start(checkpoint, choice=classes)
         file = Path(given) if given is not None and Path(given).is_file() else None
         if checkpoint.is_file():
             directory = Path(out).parent / f"{Path(out).name}-start"
@@ -257,12 +265,18 @@ def _train(
     config = load_config(preset, settings, flags, base=base)
     config = fit_to_tokens(config, made_by, images.class_names)
     if start is not None:
-        check_start(config, read_model_config(start.directory), start.origin)
+        source = read_model_config(start.directory)
+        check_start(config, source, start.origin)
+        if source.conditioning.kind == config.conditioning.kind == "class":
+            ours = Classes.of(images.class_names, origin=str(data if cache is None else cache.path))
+            theirs = replace(Classes.of_model(source), origin=start.origin)
+            start = replace(start, classes=match_classes(theirs, ours, start.choice))
     rows = len(cache) if cache is not None else count * len(Views(config.data, config.seed))
     total, batch = planned_steps(config.train, rows), config.train.batch_size
     plan = [f"encode {count} images in {rows // count} views into {out / 'tokens'}"] if cache is None else []
     if start is not None:
-        plan.append(f"start from the transformer of {start.origin}")
+        how = f": {start.classes.note()}" if start.classes is not None else ""
+        plan.append(f"start from the transformer of {start.origin}{how}")
     assert config.transformer is not None
     plan.append(
         f"train {total} steps of {batch} of {rows} rows ({total * batch / max(rows, 1):.3g} epochs of {count} images):"
@@ -317,13 +331,14 @@ def _train(
         validation_loss=outcome.val_loss,
         best_step=outcome.best_step,
         skipped=outcome.skipped,
+        classes=None if start is None or start.classes is None else start.classes.counts(),
         command=sample_command(out, config),
     )
 
 
 def sample_command(model: Path, config: ModelConfig) -> str:
     """A command that shows what a model generates."""
-    chosen = ["--class", "all" if len(config.class_names or ()) <= LISTED_CLASSES else "0,1,2,3"]
+    chosen = ["--class", "all" if len(config.class_names or ()) <= LISTED_CLASSES else "#0,#1,#2,#3"]
     if config.conditioning.dim is not None:
         words = config.conditioning.encoder == ENCODER and config.class_names
         chosen = ["--words", words[0]] if words else ["--vectors", "FILE"]
@@ -356,6 +371,9 @@ def train_on_tokens(
         # What made the tokens' vectors is recorded, so that one knows what to sample with.
         named = conditioning.model_copy(update={"encoder": vectors.encoder})
         config = config.model_copy(update={"conditioning": named})
+    if validation is not None and conditioning.dim is None:
+        theirs, ours = (Classes.of(each.class_names, origin=str(each.path)) for each in (validation, tokens))
+        validation.labels = align(theirs, ours, used=np.unique(validation.labels).tolist())[0][validation.labels]
     digest = tokenizer_hash(tokenizer)
     for cache in (tokens, validation):
         if cache is not None:
@@ -504,9 +522,7 @@ def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out
         transformer,
         load_transformer(start.directory, source, verify=verify).state_dict(),
         source.pyramid,
-        classes=cast("Classes", start.classes),
-        source_names=source.class_names,
-        target_names=config.class_names,
+        classes=start.classes,
     )
     ignored = (
         [name for name in official.read_official(start.file, checksums=False) if official.is_buffer(name)]
@@ -517,6 +533,8 @@ def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out
         write_json(out / START_REPORT, describe_reports(start.origin, reports, ignored))
     counts = Counter(report.action for report in reports)
     logger.info("%s: %d of %d parameters loaded as they are.", start.origin, counts["loaded"], len(reports))
+    if start.classes is not None and start.classes.by == "number":
+        logger.warning("Classes are matched by number, not by name: %s.", start.classes.note())
     for report in reports:
         if report.action != "loaded":
             logger.info("  %s: %s, %s", report.name, report.action, report.note)

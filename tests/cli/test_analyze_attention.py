@@ -18,9 +18,9 @@ from mvar_core import Machine, Pipeline
 from mvar_core.analysis.attention import measure_attention
 from mvar_core.config.presets import load_config
 from mvar_core.config.training import DataConfig
-from mvar_core.data.images import open_images
+from mvar_core.data.images import ImageRows, open_images
 from mvar_core.data.token_writer import write_token_cache
-from mvar_core.errors import ConfigError, DataError, MvarError
+from mvar_core.errors import DataError, MvarError
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, read_model_config, save_model, state_hash, tokenizer_hash
 from mvar_core.models.transformer import Transformer
@@ -246,13 +246,19 @@ def test_a_preset_keeps_the_training_of_the_run_that_it_comes_from(mvar, preset,
 
 
 def test_conditions_that_are_not_the_models(config, model, images, tmp_path):
-    """Images of more classes than the model has; and a model that is conditioned on vectors."""
+    """Images of classes that the model does not have; and a model that is conditioned on vectors."""
     more = tmp_path / "images"
     for number in range(5):
         (more / f"c{number}").mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(more / f"c{number}" / "0.png")
-    with pytest.raises(ConfigError, match="classes 0 … 2"):
-        analyze(model, tmp_path / "a", data=more)
+    (more / "c4").rename(more / "dog")
+    foreign = analyze(model, tmp_path / "a", data=more)
+    own = Pipeline.from_pretrained(model, device="cpu", dtype="float32")
+    pixels, _ = ImageRows(open_images(str(more)), own.config.image_shape).batch(range(5))
+    expected = measure_attention(
+        own.transformer, own.quantizer, [(own.encode(pixels), torch.tensor([3, 3, 3, 3, 1]))], config.model
+    )
+    assert np.allclose(foreign.scale_mass, expected.scale_mass, atol=1e-5)
     path = tmp_path / "vectors"
     values = config.model.model_dump() | {"conditioning": {"kind": "vector", "dim": 4}}
     of_vectors = type(config.model).model_validate(values)

@@ -32,7 +32,7 @@ def labels() -> np.ndarray:
 
 @pytest.fixture
 def samples(tmp_path: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
-    np.savez(tmp_path / "samples.npz", arr_0=pixels, labels=labels)
+    np.savez(tmp_path / "samples.npz", arr_0=pixels, labels=labels, class_names=["cat", "dog", "golden retriever"])
     return tmp_path / "samples.npz"
 
 
@@ -189,6 +189,39 @@ def test_classes_are_matched_by_name(mvar, images, demo, tmp_path):
     assert by_name["cat"]["num_samples"] == 0
     (tmp_path / "some" / "dog").rename(tmp_path / "some" / "dgo")
     assert "dog" in mvar("evaluate", "--samples", tmp_path / "some", "--per-class", *demo).error
+
+
+def test_samples_know_their_classes_by_name(mvar, samples, demo, pixels, labels, tmp_path):
+    """An npz in another order, one without names, and a folder as `mvar sample` writes it."""
+
+    def scores(path: Path, *options: Any) -> dict[str, Any]:
+        return {
+            row["name"]: row["score"]
+            for row in mvar("evaluate", "--samples", path, "--per-class", *demo, *options).json["per_class"]
+        }
+
+    expected = scores(samples)
+    names = np.array(["golden retriever", "cat", "dog"])
+    turned = tmp_path / "turned.npz"
+    np.savez(turned, arr_0=pixels, labels=(labels + 1) % 3, class_names=names)
+    assert scores(turned) == pytest.approx(expected)
+    np.savez(tmp_path / "numbers.npz", arr_0=pixels, labels=(labels + 1) % 3)
+    error = mvar("evaluate", "--samples", tmp_path / "numbers.npz", "--per-class", *demo).error
+    assert "--class-names" in error
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert scores(tmp_path / "numbers.npz", "--class-names", tmp_path / "names.txt") == pytest.approx(expected)
+    assert scores(tmp_path / "numbers.npz", "--class-names", "by-number") != pytest.approx(expected)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, (image, label) in enumerate(zip(pixels, (labels + 1) % 3, strict=True)):
+        Image.fromarray(image).save(folder / f"{number:05d}_{label}.png")
+    assert "class of every image" in mvar("evaluate", "--samples", folder, "--per-class", *demo).error
+    (folder / "classes.json").write_text(json.dumps(names.tolist()))
+    assert scores(folder) == pytest.approx(expected)
+    (folder / "classes.json").write_text("[1, 2]")
+    assert "classes.json" in mvar("evaluate", "--samples", folder, "--per-class", *demo).error
+    np.savez(tmp_path / "bad.npz", arr_0=pixels, labels=labels, class_names=names[:2])
+    assert "bad.npz" in mvar("evaluate", "--samples", tmp_path / "bad.npz", "--per-class", *demo).error
 
 
 def test_a_tokenizer_is_scored_by_its_reconstructions(mvar, model, images, classifier):

@@ -104,8 +104,42 @@ def test_what_does_not_add_up_is_refused_before_anything_is_written(mvar, var, c
     other = ("--preset", "mvar-d16-256-ft", "--set", f"image_size={var.spec['patch_nums'][-1] * 16}")
     assert "depth is" in mvar(*options(var, cache, out, *other)).error
     assert not out.exists()
-    assert "Did you mean" in mvar(*options(var, cache, out, "--classes", "kep")).error
+    assert "by-number" in mvar(*options(var, cache, out, "--classes", "by-numbr")).error
     assert "must be odd" in mvar(*options(var, cache, out, "--windows", 4)).error
+
+
+def test_classes_start_from_the_row_of_their_name(mvar, var, cache, tmp_path):
+    """Weights that name the same classes in another order; then some others, none, and none in common."""
+    start = tmp_path / "start"
+    config = import_official(var.model, var.tokenizer, start, kind="var", **var.options)
+    count = config.transformer.num_classes
+    names = [f"c{number:02}" for number in range(count)]
+    values = json.loads((start / "config.json").read_text())
+
+    def run(listed, *more):
+        (start / "config.json").write_text(json.dumps({**values, "class_names": listed}))
+        given = ["finetune-from-var", "--var-checkpoint", start, "--tokens", cache, "--steps", 1, "--batch-size", 2,
+                 "--set", "train.optimizer.lr=1e-30", "--device", "cpu", "--overwrite", "--json"]  # fmt: skip
+        return mvar(*given, "--out", tmp_path / "run", *more)
+
+    def table(path):
+        return Pipeline.from_pretrained(path, device="cpu", dtype="float32").transformer.class_embedding.weight.detach()
+
+    assert run(names[::-1]).json["classes"] == {"matched": count, "new": 0, "dropped": 0}
+    source = table(start)
+    assert torch.equal(table(tmp_path / "run"), source[[*reversed(range(count)), count]])
+    assert run([*names[1:], "lion"]).json["classes"] == {"matched": count - 1, "new": 1, "dropped": 1}
+    assert torch.equal(table(tmp_path / "run"), source[[count, *range(count - 1), count]])
+    numbered = run(None)
+    assert numbered.json["classes"] == {"matched": count, "new": 0, "dropped": 0}
+    assert "by number" in numbered.err
+    assert torch.equal(table(tmp_path / "run"), source)
+    others = [f"other {number}" for number in range(count)]
+    assert "--classes new" in run(others).error
+    assert run(others, "--classes", "by-number").json["classes"]["matched"] == count
+    assert torch.equal(table(tmp_path / "run"), source)
+    assert run(others, "--classes", "new").json["classes"] == {"matched": 0, "new": count, "dropped": count}
+    assert torch.equal(table(tmp_path / "run")[-1], source[-1])
 
 
 def test_a_start_made_of_another_file_is_not_mistaken(mvar, var, cache, tmp_path):

@@ -12,48 +12,9 @@ from mvar_cli import console
 from mvar_cli.console import format_cell
 from mvar_cli.options import parse_numbers
 from mvar_core.config.machine import parse_bytes
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import ConfigError
 from mvar_core.formatting import format_bytes, format_count, format_seconds
 from mvar_core.results import Result, plain
-from mvar_core.sampling.conditions import parse_classes
-
-NAMES = ("tench, Tinca tinca", "golden retriever", "crane", "crane")
-
-
-@pytest.mark.parametrize(
-    ("texts", "labels"),
-    [
-        (["2"], [2]),
-        (["2,0", "1"], [2, 0, 1]),
-        (["all"], [0, 1, 2, 3]),
-        (["Golden  Retriever"], [1]),
-        (["tench, Tinca tinca"], [0]),
-        (["tinca tinca,3"], [0, 3]),
-        (["1", "golden retriever"], [1]),
-    ],
-)
-def test_classes_by_number_and_name(texts, labels):
-    assert parse_classes(texts, 4, NAMES) == labels
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("golden retreiver", "golden retriever"),
-        ("4", r"0 … 3"),
-        ("-1", r"0 … 3"),
-        ("crane", "2, 3"),
-        (",", "no class"),
-    ],
-)
-def test_classes_that_do_not_exist(text, message):
-    with pytest.raises(DataError, match=message):
-        parse_classes([text], 4, NAMES)
-
-
-def test_names_need_a_model_that_records_them():
-    with pytest.raises(DataError, match="no class names"):
-        parse_classes(["cat"], 4, None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`mvar evaluate likelihood`: a model's own probabilities of held-out images."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -78,7 +79,25 @@ def test_images_without_classes_and_with_others(mvar, model, images, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "two" / "wolf" / "0.png")
     (tmp_path / "two" / "fox").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "two" / "fox" / "0.png")
-    assert "which are not the model's 3" in evaluate(mvar, model, "--data", tmp_path / "two").error
+    error = evaluate(mvar, model, "--data", tmp_path / "two").error
+    assert "fox" in error
+    assert "golden retriever" in error
+
+
+def test_classes_are_never_matched_by_a_guess(mvar, model, images, tmp_path):
+    """Numbered classes against named ones: refused, unless names or a word for their order are given."""
+    expected = evaluate(mvar, model, "--data", images, "--json").json
+    for number, name in enumerate(("dog", "golden retriever", "cat")):
+        shutil.copytree(images / name, tmp_path / "numbers" / str(number))
+    assert "--class-names" in evaluate(mvar, model, "--data", tmp_path / "numbers").error
+    named = "dog,golden retriever,cat"
+    found = evaluate(mvar, model, "--data", tmp_path / "numbers", "--class-names", named, "--json").json
+    assert found["nll_by_class"] == pytest.approx(expected["nll_by_class"])
+    assert found["zero_shot_accuracy"] == expected["zero_shot_accuracy"]
+    by_number = evaluate(mvar, model, "--data", tmp_path / "numbers", "--class-names", "by-number", "--json").json
+    assert by_number["nll_by_class"] != pytest.approx(expected["nll_by_class"])
+    assert "2 names" in evaluate(mvar, model, "--data", tmp_path / "numbers", "--class-names", "dog,cat").error
+    assert "have names" in evaluate(mvar, model, "--data", images, "--class-names", named).error
 
 
 def test_contradictions(mvar, model, images, tokens, other_tokenizer, tmp_path):

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 
-from mvar_core.errors import CheckpointError
+from mvar_core.classes import Classes, imagenet_names
+from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.pyramid import ScalePyramid
 from mvar_core.training.finetune import (
     check_start,
     describe_reports,
     interpolate_positions,
     load_pretrained,
+    match_classes,
     matching_scale,
 )
 
@@ -47,7 +49,6 @@ def test_another_number_of_classes_keeps_only_no_class(transformers):
     before = target.class_embedding.weight.detach().clone()
     reports = {report.name: report for report in load_pretrained(target, weights, pyramid)}
     assert reports["class_embedding.weight"].action == "initialised"
-    assert "3 classes" in reports["class_embedding.weight"].note
     table = target.class_embedding.weight
     assert table[:5].equal(before[:5])
     assert table[5].equal(weights["class_embedding.weight"][3])
@@ -164,25 +165,61 @@ def test_a_pyramid_that_is_not_the_weights_own_is_refused(transformers):
         load_pretrained(target, weights, ScalePyramid.from_patch_sizes([1, 3, 4]))
 
 
-def test_classes_as_asked(transformers):
+def rows_of(source, target, choice="auto"):
+    """Rows, and what they were matched by."""
+    found = match_classes(Classes.of(source, 3, "weights"), Classes.of(target, 5, "data"), choice)
+    assert found.counts()["matched"] + found.counts()["new"] == len(found.rows)
+    return list(found.rows), found.by
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "choice", "rows", "by"),
+    [
+        (["cat", "dog", "cow"], ["dog", "owl", "cat"], "auto", [1, None, 0], "name"),
+        (["cat", "dog", "cow"], ["dog", "owl", "cat"], "by-number", [0, 1, 2], "number"),
+        (["cat", "dog", "cow"], ["dog", "owl", "cat"], "new", [None] * 3, None),
+        (["cat", "dog", "cow"], ["dog", "owl", "cat"], "keep", [1, None, 0], "name"),
+        (["cat", "dog", "cow"], ["a", "b", "c", "d"], "by-number", [0, 1, 2, None], "number"),
+        (["cat", "dog", "cow"], ["holiday"], "auto", [None], None),
+        (None, ["dog", "owl", "cat"], "auto", [0, 1, 2], "number"),
+        (None, ["dog", "owl"], "auto", [None, None], None),
+        (None, ["0", "2"], "auto", [0, 2], "number"),
+        (None, None, "auto", [None] * 5, None),
+        (imagenet_names(), ["n02099601", "n01440764", "my dog"], "auto", [207, 0, None], "name"),
+        (imagenet_names(), ["goldfish", "Tinca_tinca"], "auto", [1, 0], "name"),
+    ],
+)
+def test_classes_start_from_the_row_of_the_same_class(source, target, choice, rows, by):
+    assert rows_of(source, target, choice) == (rows, by)
+
+
+@pytest.mark.parametrize("target", [["a", "b"], ["0", "1", "2"]])
+def test_classes_of_which_no_name_agrees_are_refused(target):
+    with pytest.raises(ConfigError, match=r"data.*weights.*--classes new.*--classes by-number"):
+        rows_of(["cat", "dog", "cow"], target)
+    assert rows_of(["cat", "dog", "cow"], target, "new")[1] is None
+
+
+def test_what_is_reported_of_classes():
+    found = match_classes(Classes.of(["cat", "dog", "cow"]), Classes.of(["dog", "owl", "ant", "cat"]))
+    assert found.counts() == {"matched": 2, "new": 2, "dropped": 1}
+    with pytest.raises(ConfigError, match="by-number"):
+        match_classes(Classes.of(["cat"]), Classes.of(["cat"]), "by-numbr")
+
+
+def test_rows_of_the_class_table_are_copied(transformers):
     weights, pyramid, target = transformers("transformer.num_classes=5")
     source = weights["class_embedding.weight"]
-    with pytest.raises(CheckpointError, match=r"3 classes in the weights, 5 here.*--classes resize"):
-        load_pretrained(target, weights, pyramid, classes="keep")
-    reports = load_pretrained(target, weights, pyramid, classes="resize")
+    rows = match_classes(Classes.of(["cat", "dog", "cow"]), Classes.of(["dog", "owl", "cat", "fox", "ant"]))
+    reports = load_pretrained(target, weights, pyramid, rows)
     assert next(r for r in reports if r.name == "class_embedding.weight").action == "resized"
-    assert target.class_embedding.weight.equal(source[[0, 1, 2, 3, 3, 3]])
-    names = ("dog", "owl", "cat", "fox", "ant")
-    load_pretrained(target, weights, pyramid, classes="resize", source_names=("cat", "dog", "cow"), target_names=names)
     assert target.class_embedding.weight.equal(source[[1, 3, 0, 3, 3, 3]])
-    load_pretrained(target, weights, pyramid, classes="resize", source_names=("a", "b", "c"), target_names=names)
-    assert target.class_embedding.weight.equal(source[[0, 1, 2, 3, 3, 3]])  # no name in common: by number
 
 
-def test_classes_start_anew_where_asked_although_their_number_agrees(transformers):
+def test_classes_start_from_scratch_where_asked_although_their_number_agrees(transformers):
     weights, pyramid, target = transformers()
     before = target.class_embedding.weight.detach().clone()
-    load_pretrained(target, weights, pyramid, classes="reinit")
+    load_pretrained(target, weights, pyramid, match_classes(Classes.of(None, 3), Classes.of(None, 3), "new"))
     assert target.class_embedding.weight[:-1].equal(before[:-1])
     assert target.class_embedding.weight[-1].equal(weights["class_embedding.weight"][-1])
 

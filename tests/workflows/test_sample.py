@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,37 @@ def test_samples_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
     with np.load(out) as file:
         assert np.array_equal(file["arr_0"], same.images.numpy())
         assert file["labels"].tolist() == [2, 2, 0, 0]
+        assert file["class_names"].tolist() == ["cat", "dog", "golden retriever"]
+    assert result.to_dict()["classes"] == [{"name": "golden retriever", "index": 2}, {"name": "cat", "index": 0}]
+
+
+def test_classes_that_are_called_by_numbers(model: Path, tmp_path: Path) -> None:
+    """A number is a name first; folders and their names say which class is which."""
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "class_names": ["1", "2", "10"]}))
+
+    def chosen(classes: Any) -> list[tuple[str, int]]:
+        out = tmp_path / f"out-{classes}"
+        result = mvar.sample_to(out, checkpoint=tmp_path / "model", classes=classes, machine=CPU)
+        assert json.loads((out / "classes.json").read_text()) == ["1", "2", "10"]
+        assert [path.name.partition("_")[2] for path in result.outputs] == [f"{c['index']}.png" for c in result.classes]
+        return [(each["name"], each["index"]) for each in result.classes]
+
+    assert chosen("2") == [("2", 1)]
+    assert chosen("#2") == [("10", 2)]
+    assert chosen([2, "10,1"]) == [("10", 2), ("1", 0)]
+    with pytest.raises(DataError, match="'#0'"):
+        chosen("0")
+    pipe = mvar.Pipeline.from_pretrained(tmp_path / "model", machine=CPU)
+    assert pipe.classes.resolve("10, #0") == [2, 0]
+    assert pipe.sample(["10", "10", 0]).labels == pipe.sample([2, 2, 0]).labels
+    edited = mvar.edit(
+        tmp_path / "out-2" / "00000_1.png", tmp_path / "e.npz", checkpoint=model, box=(0, 0, 8, 8), machine=CPU
+    )
+    with np.load(tmp_path / "e.npz") as file:
+        assert edited.classes == ()
+        assert "class_names" not in file
 
 
 def test_nothing_to_generate_and_dry_runs(model: Path, tmp_path: Path) -> None:

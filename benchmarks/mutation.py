@@ -160,11 +160,8 @@ FAULTS = (
     Fault("sigma=total[2] / (self.count - 1)", "sigma=total[2] / self.count"),
     Fault("np.outer(delta, delta) * (merged * count / total)", "np.outer(delta, delta) * (count / total)"),
     Fault("return (1 if num_samples == num_reference == size else KID_SUBSETS), size", "return KID_SUBSETS, size"),
-    Fault("shuffle=True, rng_seed=seed", "shuffle=False, rng_seed=seed"),
-    Fault(
-        "if min(len(samples), len(reference)) <= neighbourhood:",
-        "if min(len(samples), len(reference)) < neighbourhood:",
-    ),
+    Fault('"shuffle": True', '"shuffle": False'),
+    Fault('check_whole("neighbourhood", neighbourhood, 1) + 1', 'check_whole("neighbourhood", neighbourhood, 1)'),
     Fault("base = (self._start, super().tell(), self._stop)[whence]", "base = self._start"),
     Fault('key = f"{folder}/{stem}"', "key = stem"),
     Fault(

@@ -64,11 +64,11 @@ class DemoClassifier(nn.Module):
 
     def initialise(self, source: torch.Generator) -> None:
         """Sample the weights, scaled for rectified units (He et al. 2015)."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=source)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=source)
+            else:
+                nn.init.zeros_(parameter)
 
     def check_shape(self, image_shape: tuple[int, ...]) -> None:
         """Raise DataError for images of another size than the classifier's."""

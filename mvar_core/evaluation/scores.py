@@ -55,11 +55,8 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
         if not (np.isfinite(gaussian["mu"]).all() and np.isfinite(gaussian["sigma"]).all()):
             raise DataError("The mean or covariance of a set is not finite.", "Check its images and the network.")
     metric = fidelity_module("metric_fid")
-    first, second = (
-        Statistics(mu=np.asarray(gaussian["mu"], np.float64), sigma=np.asarray(gaussian["sigma"], np.float64))
-        for gaussian in (first, second)
-    )
-    return float(metric.fid_statistics_to_metric(first, second, verbose=False)[metric.KEY_METRIC_FID])
+    doubles = ({name: np.asarray(each[name], np.float64) for name in ("mu", "sigma")} for each in (first, second))
+    return float(metric.fid_statistics_to_metric(*doubles, verbose=False)[metric.KEY_METRIC_FID])
 
 
 def inception_score(
@@ -72,32 +69,17 @@ def inception_score(
     _check_rows(logits)
     if len(logits) < check_whole("splits", splits, 1):
         raise DataError(f"The inception score in {splits} splits needs at least as many images, found {len(logits)}.")
-    metric = fidelity_module("metric_isc")
-    result = metric.isc_features_to_metric(logits.double(), splits=splits, shuffle=True, rng_seed=seed % SEEDS)
-    return float(result[metric.KEY_METRIC_ISC_MEAN]), float(result[metric.KEY_METRIC_ISC_STD])
+    options = {"splits": splits, "shuffle": True, "rng_seed": seed % SEEDS}
+    return _fidelity("isc", ("ISC_MEAN", "ISC_STD"), logits, **options)
 
 
 def precision_recall(
     samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"], *, neighbourhood: int = NEIGHBOURHOOD
 ) -> tuple[float, float]:
     """Precision and recall of the k-nearest-neighbour manifolds (Kynkäänniemi et al. 2019)."""
-    _check_pair(samples, reference)
-    check_whole("neighbourhood", neighbourhood, 1)
-    if min(len(samples), len(reference)) <= neighbourhood:
-        raise DataError(
-            f"Precision and recall need more than {neighbourhood} images in both sets,"
-            f" found {len(samples)} and {len(reference)}."
-        )
-    metric = fidelity_module("metric_prc")
-    result = metric.prc_features_to_metric(
-        samples.double(),
-        reference.double(),
-        prc_neighborhood=neighbourhood,
-        prc_batch_size=NEIGHBOURHOOD_BLOCK,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return float(result[metric.KEY_METRIC_PRECISION]), float(result[metric.KEY_METRIC_RECALL])
+    _check_pair(samples, reference, check_whole("neighbourhood", neighbourhood, 1) + 1, "Precision and recall need")
+    options = {"prc_neighborhood": neighbourhood, "prc_batch_size": NEIGHBOURHOOD_BLOCK, "save_cpu_ram": True}
+    return _fidelity("prc", ("PRECISION", "RECALL"), samples, reference, **options, verbose=False)
 
 
 def check_counts(
@@ -129,20 +111,18 @@ def kernel_distance(
 
     Mean and standard deviation over subsets that `seed` decides, of 1000 images, or `subset_size`, or what there is.
     """
-    _check_pair(samples, reference)
+    _check_pair(samples, reference, 2, "KID needs")
     subsets, size = kid_subsets(len(samples), len(reference), subset_size)
-    if size < 2:
-        raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
-    metric = fidelity_module("metric_kid")
-    result = metric.kid_features_to_metric(
-        samples.double(),
-        reference.double(),
-        kid_subsets=subsets,
-        kid_subset_size=size,
-        rng_seed=seed % SEEDS,
-        verbose=False,
-    )
-    return float(result[metric.KEY_METRIC_KID_MEAN]), float(result[metric.KEY_METRIC_KID_STD])
+    options = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": seed % SEEDS}
+    return _fidelity("kid", ("KID_MEAN", "KID_STD"), samples, reference, **options, verbose=False)
+
+
+def _fidelity(metric: str, keys: tuple[str, str], *features: Tensor, **options: Any) -> tuple[float, float]:
+    """Two values of a metric of torch-fidelity."""
+    module = fidelity_module(f"metric_{metric}")
+    found = getattr(module, f"{metric}_features_to_metric")(*(rows.double() for rows in features), **options)
+    first, second = (float(found[getattr(module, f"KEY_METRIC_{key}")]) for key in keys)
+    return first, second
 
 
 def evaluate_features(
@@ -237,18 +217,8 @@ def per_class_scores(
 
     The measure is KID (unbiased, kernel (xᵀy/F + 1)³, of all images of the class, up to 1000) where both sets have at
     least 20 images of every class that they share, and else, for all classes, the Euclidean distance between the mean
-    features.
-
-    Args:
-        samples: The images that are scored, with their features.
-        sample_labels: Their classes, (N,).
-        reference: What they are compared with, with its features.
-        reference_labels: Its classes, (M,).
-        class_names: One name per class; None numbers them.
-        seed: Decides which images KID reads of a class of more than 1000.
-
-    Raises:
-        DataError: A set's features are unknown, or labels do not match.
+    features. `seed` decides which images KID reads of a class of more than 1000. DataError where a set's features are
+    unknown, or its labels, (N,) and (M,), are not one for each image.
     """
     sample_labels, reference_labels = np.asarray(sample_labels), np.asarray(reference_labels)
     sample_rows = _labelled("sample", samples, sample_labels)
@@ -257,21 +227,18 @@ def per_class_scores(
     labels = np.union1d(sample_labels, reference_labels).tolist()
     if labels[0] < 0:
         raise DataError(f"Labels must not be negative, found {labels[0]}.")
-    members = {
-        label: (np.flatnonzero(sample_labels == label), np.flatnonzero(reference_labels == label)) for label in labels
-    }
-    smaller = {label: min(len(ours), len(theirs)) for label, (ours, theirs) in members.items()}
-    measure = "kid" if min(filter(None, smaller.values()), default=0) >= KID_CLASS_MINIMUM else "mean_distance"
+    members = [(np.flatnonzero(sample_labels == each), np.flatnonzero(reference_labels == each)) for each in labels]
+    shared = [min(len(ours), len(theirs)) for ours, theirs in members]
+    measure = "kid" if min(filter(None, shared), default=0) >= KID_CLASS_MINIMUM else "mean_distance"
     scores = []
-    for label, (ours, theirs) in members.items():
+    for label, (ours, theirs) in zip(labels, members, strict=True):
         score = None
-        if smaller[label]:
-            if measure == "kid":
-                ours_read, theirs_read = _at_most(ours, seed, label, 0), _at_most(theirs, seed, label, 1)
-                score = unbiased_kernel_distance(sample_rows[ours_read], reference_rows[theirs_read])
-            else:
-                difference = sample_rows[ours].double().mean(dim=0) - reference_rows[theirs].double().mean(dim=0)
-                score = float(difference.norm())
+        if len(ours) and len(theirs) and measure == "kid":
+            ours_read, theirs_read = _at_most(ours, seed, label, 0), _at_most(theirs, seed, label, 1)
+            score = unbiased_kernel_distance(sample_rows[ours_read], reference_rows[theirs_read])
+        elif len(ours) and len(theirs):
+            difference = sample_rows[ours].double().mean(dim=0) - reference_rows[theirs].double().mean(dim=0)
+            score = float(difference.norm())
         name = class_names[label] if class_names is not None and label < len(class_names) else str(label)
         scores.append(ClassScore(label, name, len(ours), len(theirs), score, measure))
     return sorted(scores, key=lambda row: (row.score is None, -(row.score or 0.0), row.label))
@@ -279,9 +246,7 @@ def per_class_scores(
 
 def unbiased_kernel_distance(samples: Float[Tensor, "N F"], reference: Float[Tensor, "M F"]) -> float:
     """Unbiased squared maximum mean discrepancy of two whole sets, kernel (xᵀy/F + 1)³ (Gretton et al. 2012, eq. 3)."""
-    _check_pair(samples, reference)
-    if min(len(samples), len(reference)) < 2:
-        raise DataError(f"KID needs at least 2 images in both sets, found {len(samples)} and {len(reference)}.")
+    _check_pair(samples, reference, 2, "KID needs")
     ours, theirs = samples.double(), reference.double()
 
     def kernel(first: Tensor, second: Tensor) -> Tensor:
@@ -317,10 +282,13 @@ def _check_rows(rows: Tensor) -> None:
     check_finite(rows)
 
 
-def _check_pair(first: Tensor, second: Tensor) -> None:
+def _check_pair(first: Tensor, second: Tensor, least: int, what: str) -> None:
     _check_rows(first)
     _check_rows(second)
     _check_widths(first.shape[1], second.shape[1])
+    if min(len(first), len(second)) < least:
+        found = f"{len(first)} and {len(second)}"
+        raise DataError(f"{what} at least {least} images in both sets, found {found}.")
 
 
 def _check_widths(first: int, second: int) -> None:

@@ -291,7 +291,7 @@ def test_few_images_leave_reasons_and_not_faults(mvar, images, demo, tmp_path):
     for count in (2, 3):
         found = mvar("evaluate", "--samples", images, "--num-samples", count, *demo).json
         assert found["precision"] is None
-        assert "more than 3" in found["reasons"]["precision"]
+        assert "at least 4" in found["reasons"]["precision"]
         assert found["inception_score"] is None
         assert found["fid"] is not None
 
@@ -312,6 +312,6 @@ def test_too_few_images_for_what_is_asked_by_name(mvar, samples, demo, options, 
 def test_too_few_images_for_some_of_all_metrics_say_why(mvar, samples, demo):
     found = mvar("evaluate", "--samples", samples, *demo, "--num-samples", 3).json
     assert (found["precision"], found["inception_score"]) == (None, None)
-    assert "more than 3 images" in found["reasons"]["precision"]
+    assert "at least 4 images" in found["reasons"]["precision"]
     subset = mvar("evaluate", "--samples", samples, *demo, "--kid-subset", 6).json
     assert subset["settings"]["kid_subset_size"] == 6

@@ -139,7 +139,7 @@ def test_precision_and_recall_of_known_sets() -> None:
 def test_a_neighbourhood_needs_more_images_than_neighbours() -> None:
     points = torch.randn(20, 4, generator=generator(0))
     precision_recall(points[:4], points, neighbourhood=3)
-    with pytest.raises(DataError, match="more than 3 images"):
+    with pytest.raises(DataError, match="at least 4 images"):
         precision_recall(points[:3], points, neighbourhood=3)
 
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_computed_is_none_with_a_reason() -> None:
     scores = evaluate_features(few, reference)
     assert scores["reasons"]["sfid"] == "pixels features have no spatial map."
     assert scores["reasons"]["inception_score"] == "pixels features have no classes."
-    assert "more than 3 images" in scores["reasons"]["precision"]
+    assert "at least 4 images" in scores["reasons"]["precision"]
     assert scores["kid"] is not None
 
 

@@ -28,8 +28,12 @@ def tokenize(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")
     ] = False,
+    image_key: Annotated[
+        str | None,
+        typer.Option("--image-key", metavar="NAME", help="Suffix or column of the images, where samples have several."),
+    ] = None,
     words: Annotated[
-        bool, typer.Option("--words", help="Also vectors of the classes' names, for models conditioned on words.")
+        bool, typer.Option("--words", help="Also vectors of captions or class names, for models conditioned on words.")
     ] = False,
     vectors: options.VectorsFile = None,
     encoder: Annotated[
@@ -56,6 +60,7 @@ def tokenize(
         batch_size=batch_size or 64,
         seed=seed,
         skip_bad=skip_bad,
+        image_key=image_key,
         words=words,
         vectors=vectors,
         encoder=encoder,

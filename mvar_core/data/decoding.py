@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from os.path import splitext
 from pathlib import Path
 from threading import Lock
 from typing import IO
@@ -147,7 +148,8 @@ def _opened(file: Path | Opener, where: str | None, max_pixels: int) -> Iterator
             if content.seek(0, 2) > LARGEST_FILE:
                 raise ValueError(f"it has {content.tell():,} bytes")
             content.seek(0)
-            with Image.open(content, formats=_formats(Path(where).suffix.lower())) as image:
+            suffix = splitext(where)[1].lower()  # of a row of a table it is that of no image
+            with Image.open(content, formats=_formats(suffix if suffix in EXTENSIONS else "")) as image:
                 short, long = sorted(image.size)
                 size = f"it has {image.width}×{image.height} pixels"
                 if long > LONGEST_SHAPE * short:

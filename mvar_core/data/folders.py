@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import IO
@@ -108,19 +108,8 @@ def split_folder(root: Path, split: str) -> tuple[Path, Path]:
     splits = find_splits(root)
     if not splits and kind == "train":
         return root, root
-    same = [name for name in splits if name.casefold() == split.casefold()]
-    chosen = same or [name for name in splits if split_of(name) == kind]
-    if len(chosen) != 1:
-        problem = f"has {len(chosen)} folders for the split" if chosen else "has no split"
-        found = f"is divided into {', '.join(splits)}" if splits else "is not divided into splits"
-        hint = (
-            f"Choose one of its folders, as in {root / (chosen or splits)[0]}." if splits else f"Use {root} as it is."
-        )
-        raise DataError(f"{root} {problem} {split!r}: it {found}.", hint)
-    others = [f"{root}:{name}" for name in splits if name != chosen[0]]
-    if kind == "train" and others:
-        logger.info("%s is divided into splits; %s is used. The others: %s.", root, chosen[0], _few(others))
-    return root / chosen[0], root / next((name for name in splits if split_of(name) == "train"), chosen[0])
+    chosen, train = choose_split(str(root), splits, split)
+    return root / chosen, root / train
 
 
 def find_splits(root: Path) -> list[str]:
@@ -129,18 +118,45 @@ def find_splits(root: Path) -> list[str]:
     They are splits where two of them have sub-folders of the same name, or where no other sub-folder holds images.
     """
     folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
-    named = [name for name in folders if split_of(name) and _holds_images(root, name)]
-    if not named:
+    if not any(map(split_of, folders)):
         return []
-    others = [name for name in folders if name not in named and _holds_images(root, name)]
-    inside = [{entry.name for entry in _entries(root / name) if _is_folder(entry)} for name in named]
-    if any(one & other for one, other in combinations(inside, 2)):
+    inside = {name: set[str]() for name in folders if _holds_images(root, name)}
+    for name in filter(split_of, inside):
+        inside[name] = {entry.name for entry in _entries(root / name) if _is_folder(entry)}
+    return are_splits(str(root), inside)
+
+
+def are_splits(where: str, inside: Mapping[str, Collection[str]]) -> list[str]:
+    """Which of several folders with images are splits, by the names of the folders within each, see `find_splits`."""
+    named = [name for name in inside if split_of(name)]
+    others = [name for name in inside if name not in named]
+    if any(set(inside[one]) & set(inside[other]) for one, other in combinations(named, 2)):
         if others:
-            logger.warning("%s is divided into splits; the images in %s are left out.", root, _few(others))
+            logger.warning("%s is divided into splits; the images in %s are left out.", where, few(others))
         return named
     if others and len(named) > 1:
-        logger.warning("%s: %s are counted as classes, since %s is one.", root, _few(named), others[0])
-    return named if not others and (len(named) > 1 or inside[0]) else []
+        logger.warning("%s: %s are counted as classes, since %s is one.", where, few(named), others[0])
+    return named if not others and (len(named) > 1 or any(inside.values())) else []
+
+
+def choose_split(where: str, splits: Sequence[str], split: str) -> tuple[str, str]:
+    """The one of a data set's splits, as it spells them, that is asked for, and the one that is train.
+
+    Where there is no train, the classes are those of the split itself.
+
+    Raises:
+        DataError: No such split, or several.
+    """
+    same = [name for name in splits if name.casefold() == split.casefold()]
+    chosen = same or [name for name in splits if split_of(name) == split_of(split)]
+    if len(chosen) != 1:
+        problem = f"has {len(chosen)} splits {few(chosen)}" if chosen else f"has no split {split!r}"
+        found = f"is divided into {few(splits)}" if splits else "is not divided into splits"
+        raise DataError(f"{where} {problem}: it {found}.", f"Use {':'.join((where, *(chosen or splits)[:1]))}.")
+    if split_of(split) == "train" and len(splits) > 1:
+        others = few([f"{where}:{name}" for name in splits if name != chosen[0]])
+        logger.info("%s is divided into splits; %s is used. The others: %s.", where, chosen[0], others)
+    return chosen[0], next((name for name in splits if split_of(name) == "train"), chosen[0])
 
 
 def find_classes(folder: Path, warn: bool = True) -> dict[str, list[str]]:
@@ -161,14 +177,14 @@ def find_classes(folder: Path, warn: bool = True) -> dict[str, list[str]]:
         raise DataError(f"{folder} holds no images; found {kinds or 'nothing'}.", f"Images are {' '.join(EXTENSIONS)}.")
     if len(loose) > inside > 0:
         raise DataError(
-            f"{folder} holds {len(loose)} images ({_few(loose)}) next to {inside} in folders ({_few(list(classes))}),"
+            f"{folder} holds {len(loose)} images ({few(loose)}) next to {inside} in folders ({few(list(classes))}),"
             " so its classes are not clear.",
             "Put every image into its class's folder, or all of them into one folder.",
         )
     if warn:
         empty = [name for name in found if not found[name]]
-        beside = f"{len(loose)} images next to the class folders ({_few(loose)})" if loose and inside else ""
-        left_out = [kinds, beside, f"folders without images ({_few(empty)})" if empty else ""]
+        beside = f"{len(loose)} images next to the class folders ({few(loose)})" if loose and inside else ""
+        left_out = [kinds, beside, f"folders without images ({few(empty)})" if empty else ""]
         if any(left_out):
             logger.warning("%s: left out: %s.", folder, "; ".join(filter(None, left_out)))
         only, files = next(iter(classes.items()), ("", []))
@@ -219,14 +235,14 @@ def _walk(folder: Path, directory: str) -> Iterator[str]:
             directories.clear()
             continue
         visited.add(real)
-        directories[:] = filter(_is_visible, directories)
+        directories[:] = filter(is_visible, directories)
         below = Path(parent).relative_to(folder).as_posix()
-        yield from (f"{below}/{file}" for file in files if _is_visible(file))
+        yield from (f"{below}/{file}" for file in files if is_visible(file))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if _is_visible(entry.name)), key=lambda entry: entry.name)
+        return sorted((entry for entry in entries if is_visible(entry.name)), key=lambda entry: entry.name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -243,14 +259,15 @@ def _is_flat(classes: Mapping[str, list[str]]) -> bool:
     return len(classes) == 1 and all("/" not in file or file.startswith("images/") for file in files)
 
 
-def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "__MACOSX")) and name.casefold() not in JUNK
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor left by a system or an archiver."""
+    return not name.startswith((".", "__MACOSX", "PaxHeader")) and name.casefold() not in JUNK
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
     """Names as a message lists them."""
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

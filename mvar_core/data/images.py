@@ -18,7 +18,7 @@ from mvar_core.data.bundled import DigitsSource, PhotographsSource
 from mvar_core.data.decoding import LARGEST_IMAGE
 from mvar_core.data.folders import FolderSource, split_name
 from mvar_core.data.parquet import ParquetSource
-from mvar_core.data.shards import find_shards
+from mvar_core.data.shards import IMAGE_KEY, find_shards
 from mvar_core.data.sources import ImageSource, in_threads
 from mvar_core.data.tar import TarSource
 from mvar_core.data.transforms import Views
@@ -44,6 +44,8 @@ def open_images(source: str, split: str = "train", max_pixels: int | None = None
     A folder has one sub-folder per class, or all images in itself, or holds shards, which a pattern can name too:
     `shard-{000..146}.tar`, `shard-*.tar`. A folder called digits is `./digits`. `:test` at the end chooses a split.
     Images of more than `max_pixels` (by default `LARGEST_IMAGE`) are refused when they are read.
+    Where samples of tar shards have several images, or tables several columns of them, `NAME:image=KEY` names the
+    suffix or the column.
 
     Raises:
         DataError: No such data or split, or a folder without images.
@@ -51,17 +53,18 @@ def open_images(source: str, split: str = "train", max_pixels: int | None = None
     if not source:
         raise DataError("The name of the data is empty.", "Use `digits`, or a folder of images.")
     try:
-        name, split = split_name(source, split)
+        given, split = split_name(source, split)
+        name, _, image_key = (given, "", "") if Path(given).exists() else given.partition(IMAGE_KEY)
         if name == "digits":
             return DigitsSource(split)
         if name == "photographs":
             return PhotographsSource(split)
         shards = find_shards(name, split)
         if shards is None:
-            found: ImageSource = FolderSource(Path(name).expanduser(), split, name)
+            found: ImageSource = FolderSource(Path(given).expanduser(), split, given)
         else:
-            found = (TarSource if shards.suffix == ".tar" else ParquetSource)(shards)
-        found.max_pixels = max_pixels or LARGEST_IMAGE
+            found = (TarSource if shards.suffix == ".tar" else ParquetSource)(shards, image_key or None)
+        found.name, found.max_pixels = given, max_pixels or LARGEST_IMAGE
         return found
     except (OSError, RuntimeError) as error:  # links in a circle; "~" without a home
         raise DataError(f"{source[:1000]!r} cannot be read: {one_line(error)[:1000]}.") from None

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import glob
-import itertools
+import logging
+import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvar_core.data.decoding import EXTENSIONS
-from mvar_core.data.folders import SPLITS, split_of
+from mvar_core.data.folders import are_splits, choose_split, is_visible, split_of
 from mvar_core.data.sources import StoredSource, in_threads
-from mvar_core.errors import DataError, nearest
+from mvar_core.errors import DataError, nearest, shown
+from mvar_core.untrusted import read_json
 
 Label = int | str | None
 
 MOST_SHARDS = 100_000
 MOST_CLASSES = 1_000_000
 """A label of a billion would ask for as many names of classes."""
-MOST_IMAGES = 100_000_000
+
+DATASET_DICT, STATE = "dataset_dict.json", "state.json"
+"""Files by which `datasets` lists the splits of what it saves, and the files of each."""
+
+IMAGE_KEY = ":image="
+"""What stands in the name of data before the suffix or column of the image to use, where samples have several."""
 
 SUFFIXES = (".tar", ".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_CACHED = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")
+"""What `datasets` leaves next to its data: results of map, filter and shuffle."""
+
+logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True)
@@ -38,13 +50,14 @@ class Shards:
     Attributes:
         files: In the order in which their images count.
         name: What the user typed.
-        reference: The files of the split train, whose classes count; those of this split where there is no other.
+        reference: The files of the split train, whose classes count; None where the files are not divided into splits,
+            so that folders within them may be.
     """
 
     files: tuple[Path, ...]
     name: str
     split: str
-    reference: tuple[Path, ...]
+    reference: tuple[Path, ...] | None = None
 
     def __post_init__(self) -> None:
         kinds = {_suffix(path.name) for path in self.files}
@@ -60,110 +73,235 @@ class Shards:
         return _suffix(self.files[0].name)
 
 
-@dataclass
-class ShardIndex:
-    """What one file holds: names and labels of its images, in order, and names of classes by number."""
+class Item(NamedTuple):
+    """An image in a file, as `index` finds it.
 
-    names: list[str] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
+    `place` is the position of the file, and two numbers that tell where in it the image is.
+    """
+
+    name: str
+    label: Label
+    place: tuple[int, int, int]
+    caption: str | None = None
+
+
+@dataclass
+class Contents:
+    """What files hold: images, names of classes that are numbers, and how much of what kind is no image."""
+
+    items: list[Item] = field(default_factory=list)
     class_names: dict[int, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 class ShardSource(StoredSource):
     """Images within larger files, which are indexed once.
 
-    Labels are numbers or names; without any, all images are one class, which is called as the files' folder. Numbers
-    are named by a list of all classes, else by what the files say, else they are their own names. The classes are those
-    of the split train.
+    Labels are numbers or names. Numbers are named by a list of all classes, else by what the files say, else they are
+    their own names; what one file numbers otherwise than the first is found by its name. The classes are those of the
+    split train. Folders within the files are splits as they would be if unpacked and, without labels, classes; so are
+    files of one class each (`cat.tar`, `dog.tar`). Otherwise images without labels are one class.
+
+    Attributes:
+        places: int64 (N, 3), see `Item`.
 
     Raises:
-        DataError: No images, images with and without labels, a number below 0 or without a name, or a class that train
-            lacks.
+        DataError: No images, images with and without labels, a number below 0 or without a name, no such split, or a
+            class that train lacks.
     """
 
-    def __init__(self, shards: Shards):
-        self.files = shards.files
-        indices = list(in_threads(self.index, shards.files))
-        names = [name for index in indices for name in index.names]
-        if not names:
-            raise DataError(f"{shards.name} holds no images ({' '.join(EXTENSIONS)}).")
-        self._starts = np.cumsum([0, *(len(index.names) for index in indices)])
-        class_names, labels = self._classes(shards, indices, names)
-        super().__init__(shards.name, shards.split, class_names, labels, names)
+    def __init__(self, shards: Shards, image_key: str | None = None):
+        self.files, self.image_key = shards.files, image_key and image_key.lower().removeprefix(".")
+        every = self._contents(shards, shards.reference or shards.files, {})
+        images = train = every.items
+        if shards.reference is None:
+            images, train = _inner_split(shards, images)
+        elif shards.reference != shards.files:
+            every = self._contents(shards, shards.files, every.class_names)
+            images = every.items
+        if all(item.label is None for item in images):
+            train, images = _by_folder(shards, train), images if images is not train else []
+            images = _by_folder(shards, images, {item.label for item in train}) if images else train
+        class_names, labels = self._classes(shards, images, train, every.class_names)
+        self.places = np.asarray([item.place for item in images], np.int64)
+        self._captions = [item.caption for item in images]
+        super().__init__(shards.name, shards.split, class_names, labels, [item.name for item in images])
 
     @abstractmethod
-    def index(self, path: Path) -> ShardIndex:
-        """Look through one file."""
-
-    @abstractmethod
-    def open(self, index: int) -> IO[bytes]:
-        """The file of an image, open for reading."""
+    def index(self, path: Path, number: int) -> Contents:
+        """Look through one file, which is at position `number`."""
 
     def listed_names(self) -> Sequence[str] | None:
         """Names of all classes, if they are listed somewhere."""
         return None
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Which file an image is in, and which of the file's images it is."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, index - int(self._starts[shard])
+    def captions(self) -> Sequence[str] | None:
+        """See `ImageSource.captions`."""
+        missing = [name for name, caption in zip(self.item_names, self._captions, strict=True) if not caption]
+        if missing and len(missing) < len(self):
+            hint = "Give every image a caption, or none."
+            raise DataError(f"{self.name}: {missing[0]} has no caption ({len(missing)} of {len(self)}).", hint)
+        return None if missing else [str(caption) for caption in self._captions]
+
+    def _contents(self, shards: Shards, files: Sequence[Path], known: Mapping[int, str]) -> Contents:
+        """What some files hold, with classes numbered as in `known`, else as in the first file that names them."""
+        every = Contents(class_names=dict(known))
+        for number, found in enumerate(in_threads(lambda pair: self.index(pair[1], pair[0]), enumerate(files))):
+            renumbered: dict[Label, int] = {}
+            for label, name in found.class_names.items():
+                if every.class_names.setdefault(label, name) != name:
+                    same = [other for other, called in every.class_names.items() if called == name]
+                    if len(same) != 1:
+                        raise DataError(
+                            f"{files[number]} calls class {label} {shown(name)}, which is"
+                            f" {shown(every.class_names[label])} in the files before it.",
+                            "Write all files with the same list of classes.",
+                        )
+                    renumbered[label] = same[0]
+            if renumbered:
+                found.items = [each._replace(label=renumbered.get(each.label, each.label)) for each in found.items]
+            every.items += found.items
+            every.left_out += found.left_out
+        if every.left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in every.left_out.most_common(8))
+            logger.warning("%s: left out: %s.", shards.name, kinds)
+        if not every.items:
+            kind = f"called {self.image_key}" if self.image_key else f"({' '.join(EXTENSIONS)})"
+            raise DataError(f"{shards.name} holds no images {kind}.")
+        return every
 
     def _classes(
-        self, shards: Shards, indices: Sequence[ShardIndex], items: Sequence[str]
+        self, shards: Shards, images: Sequence[Item], train: Sequence[Item], called: Mapping[int, str]
     ) -> tuple[Sequence[str], NDArray[np.int64]]:
-        labels = [label for index in indices for label in index.labels]
+        labels, others = [item.label for item in images], {item.label for item in train} - {None}
         missing = labels.count(None)
         if missing == len(labels):
+            if others:
+                logger.warning("%s: the images of the split %s have no classes.", shards.name, shards.split)
             folder = self.files[0].resolve().parent
-            return [folder.parent.name if folder.name == "data" else folder.name], np.zeros(len(labels), np.int64)
+            name = _within(images)[0] or (folder.parent if folder.name == "data" else folder).name
+            return [name], np.zeros(len(labels), np.int64)
         if missing:
-            item = items[labels.index(None)]
             raise DataError(
-                f"{shards.name}: {item} has no class ({missing} of {len(labels)} images have none).",
+                f"{shards.name}: {images[labels.index(None)].name} has no class ({missing} of {len(labels)} images have"
+                " none).",
                 "Give every image a label, or none of them.",
             )
         numbers = [label for label in labels if isinstance(label, int)]
-        if len(numbers) < len(labels):
-            known = sorted({str(label) for index in self._reference(shards, indices) for label in index.labels})
+        if len(numbers) < len(labels) or any(isinstance(label, str) for label in others):
+
+            def name_of(label: Label) -> str:
+                return called.get(label, str(label)) if isinstance(label, int) else str(label)
+
+            known = sorted(set(map(name_of, others)))
             positions = {name: position for position, name in enumerate(known)}
-            for label in map(str, labels):
+            for label in map(name_of, labels):
                 if label not in positions:
                     raise DataError(
                         f"{shards.name}: class {label!r} is not among the {len(known)} classes of the split train."
                         f" {nearest(label, known)}"
                     )
-            return known, np.asarray([positions[str(label)] for label in labels], np.int64)
-        if min(numbers) < 0:
-            raise DataError(
-                f"{shards.name}: {items[numbers.index(min(numbers))]} has the class {min(numbers)}, which means none.",
-                "Choose a split with labels, for example :val.",
-            )
-        if max(numbers) >= MOST_CLASSES:
-            raise DataError(
-                f"{shards.name}: {items[numbers.index(max(numbers))]} has the class {max(numbers)}; at most"
-                f" {MOST_CLASSES:,} classes are supported.",
-                "Number classes from 0.",
-            )
+            return known, np.asarray([positions[name_of(label)] for label in labels], np.int64)
+        for number in (min(numbers), max(numbers)):
+            if not 0 <= number < MOST_CLASSES:
+                raise DataError(
+                    f"{shards.name}: {images[labels.index(number)].name} has the class {number}; expected 0 to"
+                    f" {MOST_CLASSES - 1:,}, for a negative one means none.",
+                    f"Choose a split with labels, for example {shards.name}:val.",
+                )
         names = self.listed_names()
         if names is None:
-            reference = self._reference(shards, indices)
-            found = {number: name for index in reference for number, name in index.class_names.items()}
-            known_numbers = [label for index in reference for label in index.labels if isinstance(label, int)]
-            count = min(max(numbers + known_numbers) + 1, MOST_CLASSES)
-            names = [found.get(number, str(number)) for number in range(count)]
+            last = max(label for label in (*numbers, *others, *called) if isinstance(label, int))
+            names = [called.get(number, str(number)) for number in range(min(last + 1, MOST_CLASSES))]
         if max(numbers) >= len(names):
             raise DataError(f"{shards.name} has images of class {max(numbers)}, and names for {len(names)} classes.")
         return names, np.asarray(numbers, np.int64)
 
-    def _reference(self, shards: Shards, indices: Sequence[ShardIndex]) -> Sequence[ShardIndex]:
-        return indices if shards.reference == shards.files else list(in_threads(self.index, shards.reference))
+
+def call(names: dict[int, str], number: int, name: str, where: str) -> None:
+    """Note what a class is called; DataError where it was called something else before."""
+    if (known := names.setdefault(number, name)) != name:
+        raise DataError(f"{where}: class {number} is called {shown(name)} here and {shown(known)} before.",
+                        "Correct one of the names.")  # fmt: skip
+
+
+def as_label(value: Any, where: str, numbers: bool = False) -> Label:
+    """A class's number or name as a file holds it; with `numbers` a text of figures is a number.
+
+    Raises:
+        DataError: Several values, or none that can be a class.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    text = value.strip() if isinstance(value, str) else ""
+    if "\n" in text or not isinstance(value, str):
+        raise DataError(f"{where}: the label is {shown(value)}; expected one number or one name.")
+    return int(text) if numbers and len(text) < 20 and text.removeprefix("-").isdecimal() else text or None
+
+
+def _within(images: Sequence[Item], classes: Collection[Label] = ()) -> tuple[str | None, list[list[str]]]:
+    """The last of the folders that all images are in and that is no class, and the paths of the images within it."""
+    root = None
+    paths = [[part for part in item.name.split("/")[1:] if part not in ("", ".", "..")] or [""] for item in images]
+    while (
+        len({path[0] if len(path) > 1 else None for path in paths}) == 1 < len(paths[0]) and paths[0][0] not in classes
+    ):
+        root, paths = paths[0][0], [path[1:] for path in paths]
+    return root, paths
+
+
+def _inner_split(shards: Shards, images: list[Item]) -> tuple[list[Item], list[Item]]:
+    """The images of a split and those of train, where folders within the files are splits; else all of them, twice."""
+    paths = _within(images)[1]
+    inside: dict[str, set[str]] = {}
+    for path in paths:
+        if len(path) > 1:
+            inside.setdefault(path[0], set()).update(path[1:-1][:1])
+    splits = are_splits(shards.name, inside)
+    if not splits and split_of(shards.split) == "train":
+        return images, images
+    chosen, train = (
+        [item for item, path in zip(images, paths, strict=True) if len(path) > 1 and path[0] == folder]
+        for folder in choose_split(shards.name, splits, shards.split)
+    )
+    return chosen, train
+
+
+def _by_folder(shards: Shards, images: list[Item], classes: Collection[Label] = ()) -> list[Item]:
+    """Images without labels, labelled with the folder or the file that each is in; unchanged where all are in one.
+
+    Files that differ in more than a number, or are called by WordNet ids, hold a class each.
+    """
+    paths = _within(images, classes)[1]
+    inside = [item._replace(label=path[0]) for item, path in zip(images, paths, strict=True) if len(path) > 1]
+    if not inside:
+        files = [item.name.partition("/")[0].partition(".")[0] for item in images]
+        kinds = {file if re.fullmatch(r"n\d{8}", file) else re.sub(r"\d", "", file) for file in files}
+        is_each_a_class = len(kinds) == len(set(files)) > 1
+        return (
+            [item._replace(label=file) for item, file in zip(images, files, strict=True)] if is_each_a_class else images
+        )
+    loose = [item.name for item, path in zip(images, paths, strict=True) if len(path) == 1]
+    if len(loose) > len(inside):
+        raise DataError(
+            f"{shards.name} holds {len(loose)} images ({loose[0]}, …) next to {len(inside)} in folders"
+            f" ({inside[0].name}, …), so its classes are not clear.",
+            "Put every image into its class's folder, or all of them into one.",
+        )
+    if loose:
+        logger.warning("%s: left out: %d images next to folders (%s, …).", shards.name, len(loose), loose[0])
+    return inside
 
 
 def find_shards(name: str, split: str = "train") -> Shards | None:
     """The shards that `--data` names: one file, a pattern with braces or `*`, or a folder that holds shards.
 
-    A folder's splits are its sub-folders train and test (or val), or a word of its files' names, as in
-    `train-00000-of-00040.parquet`; files in a sub-folder `data` count as the folder's own.
+    A folder's splits are what `datasets` lists when it saves a data set, sub-folders called as splits, or a word of the
+    files' names, as in `train-00000-of-00040.parquet`. Shards in its only sub-folder count as the folder's own.
 
     None where the name means something else.
 
@@ -174,7 +312,16 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
     if name.lower().endswith(_COMPRESSED):
         raise _compressed(name)
     if path.is_dir():
-        return _of_folder(path, name, split)
+        groups = _by_split(path)
+        if not groups:
+            return None
+        if set(groups) == {""}:
+            return Shards(tuple(groups[""]), name, split)
+        other = groups.pop("", [])
+        chosen, train = choose_split(name, list(groups), split)
+        if other:
+            logger.warning("%s: left out: %d files of no split (%s, …).", name, len(other), other[0].name)
+        return Shards(tuple(groups[chosen]), name, split, tuple(groups[train]))
     if not _suffix(name):
         return None
     files = [path]
@@ -189,12 +336,7 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
             if not matches or not matches[0].is_file():
                 raise DataError(f"{name} names {expanded}, which does not exist.")
             files += matches
-    if split != "train":
-        raise DataError(
-            f"{name} has no split {split!r}: the name says which files to read.",
-            "Name the files of that split, or their folder.",
-        )
-    return Shards(tuple(files), name, split, tuple(files))
+    return Shards(tuple(files), name, split)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -205,70 +347,74 @@ def expand_braces(pattern: str) -> list[str]:
     """
     names = [""]
     for position, piece in enumerate(_BRACES.split(pattern)):
-        choices: Iterable[str] = [piece]
-        count = 1
+        choices: Sequence[str] | range = [piece]
+        width = 0
         if position % 2:  # what is inside of braces
-            span = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", piece)
             choices = piece.split(",") if "," in piece else []
-            count = len(choices)
-            if span:
-                first, last = int(span[1]), int(span[2])
+            if span := re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", piece):
+                choices = range(int(span[1]), int(span[2]) + 1)
                 width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
-                count = max(0, last + 1 - first)
-                choices = (f"{number:0{width}d}" for number in range(first, last + 1))
-            if not count:
+            if not choices:
                 raise DataError(f"{pattern[:1000]}: {{{piece[:100]}}} is not a range.", "Write shard-{000..146}.tar.")
-        if count * len(names) > MOST_SHARDS:
+        if len(choices) * len(names) > MOST_SHARDS:
             raise DataError(f"{pattern[:1000]} names more than {MOST_SHARDS:,} files.", "Name those that exist.")
-        names = [name + choice for name, choice in itertools.product(names, choices)]
+        names = [
+            f"{name}{choice:0{width}d}" if isinstance(choice, int) else name + choice
+            for name in names
+            for choice in choices
+        ]
     return names
 
 
-def _of_folder(root: Path, name: str, split: str) -> Shards | None:
-    folder = reference = root
-    splits = {split_of(path.name): path for path in sorted(root.iterdir()) if path.is_dir() and _listed(path)}
-    if splits.get("train") and not _listed(root):
-        if split_of(split) not in splits:
-            found = ", ".join(path.name for kind, path in splits.items() if kind)
-            raise DataError(f"{name} has no split {split!r}; found {found}. {nearest(split, SPLITS)}")
-        folder, reference = splits[split_of(split)], splits["train"]
-    elif not _listed(root) and _listed(root / "data"):
-        folder = reference = root / "data"
-    files, known = _listed(folder), _listed(reference)
-    if not files:
-        return None
-    if folder == reference:
-        by_split: dict[str | None, list[Path]] = {}
-        for path in files:
-            by_split.setdefault(_split_of(path), []).append(path)
-        if set(by_split) == {None}:
-            by_split = {"train": files}
-        kind = split_of(split)
-        if kind not in by_split:
-            words = ", ".join(sorted(word for word in by_split if word))
-            raise DataError(f"{name} has no split {split!r}; found {words}. {nearest(split, SPLITS)}")
-        files, known = by_split[kind], by_split.get("train", by_split[kind])
-    return Shards(tuple(files), name, split, tuple(known))
+def _by_split(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
+    """The shards in a folder by the word that names their split, "" where none does; none next to images."""
+    if (folder / DATASET_DICT).is_file():
+        return {word: _listed(folder / word) for word in _names_in(folder / DATASET_DICT, "splits")}
+    names = sorted(entry.name for entry in folder.iterdir() if is_visible(entry.name))
+    folders = {name: folder / name for name in names if (folder / name).is_dir()}
+    here = _listed(folder)
+    if inside := {name: files for name, path in folders.items() if split_of(name) and (files := _listed(path))}:
+        return inside | ({"": here} if here else {})
+    groups: dict[str, list[Path]] = {}
+    for path in here:  # the last word that names a split
+        words = [word for word in re.split(r"[-_.]", path.name.lower()) if split_of(word)]
+        groups.setdefault(words[-1] if words and not (folder / STATE).is_file() else "", []).append(path)
+    return groups if here or len(folders) != 1 or not depth else _by_split(next(iter(folders.values())), depth - 1)
 
 
 def _listed(folder: Path) -> list[Path]:
-    """The shards in a folder, sorted; none where images are next to them."""
-    if not folder.is_dir():
-        return []
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    """The shards in a folder, sorted, or those that `datasets` says are its own; none where images are next to them."""
+    if (folder / STATE).is_file():
+        return [folder / name for name in _names_in(folder / STATE, "_data_files")]
+    names = sorted(entry.name for entry in folder.iterdir() if is_visible(entry.name)) if folder.is_dir() else []
     if any(name.lower().endswith(EXTENSIONS) for name in names):
         return []
-    files = [folder / name for name in names if _suffix(name)]
+    files = [folder / name for name in names if _suffix(name) and not _CACHED.fullmatch(name)]
     compressed = [name for name in names if name.lower().endswith(_COMPRESSED)]
     if compressed and not files:
         raise _compressed(str(folder / compressed[0]))
     return files
 
 
-def _split_of(path: Path) -> str | None:
-    """The split that a file's name speaks of: its last word that names one."""
-    words = list(filter(None, map(split_of, re.split(r"[-_.]", path.name))))
-    return words[-1] if words else None
+def _names_in(path: Path, key: str) -> list[str]:
+    """What a file of `datasets` lists: names of files or folders next to it."""
+    values = read_json(path, finite=False)
+    listed = values.get(key) if isinstance(values, dict) else None
+    named = [
+        each.get("filename") if isinstance(each, dict) else each for each in listed or () if isinstance(listed, list)
+    ]
+    names = [name for name in named if isinstance(name, str) and Path(name).name == name]
+    if not names or len(names) < len(named):
+        raise DataError(f"{path} does not list {key} in its folder.", "Write or download the data set again.")
+    if any(values[each] for each in values if each.startswith("_indices")):
+        raise DataError(
+            f"{path}: rows of the data set are chosen or ordered by further files, which is not supported.",
+            "Save it as a whole: `datasets.load_from_disk(A).flatten_indices().save_to_disk(B)`, in the version of"
+            " `datasets` that wrote it.",
+        )
+    if missing := [name for name in names if not (path.parent / name).exists()]:
+        raise DataError(f"{path} lists {missing[0]}, which does not exist.", "Write or download the data set again.")
+    return names
 
 
 def _suffix(name: str) -> str | None:

@@ -118,6 +118,14 @@ class ImageSource(ABC):
         """Size of an item where it is stored; 0 where that says nothing."""
         return 0
 
+    def captions(self) -> Sequence[str] | None:
+        """A text for each image; None where there are none.
+
+        Raises:
+            DataError: Only some images have one.
+        """
+        return None
+
     def fingerprint(self) -> str:
         """SHA-256 over the names, labels and stored sizes of all items: equal for equal sources, wherever they are."""
         digest = hashlib.sha256("\t".join(self.class_names).encode("utf-8", "surrogateescape"))

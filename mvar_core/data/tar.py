@@ -1,90 +1,117 @@
-"""Tar shards in webdataset's layout: members are indexed once, then read at their offsets in any order."""
+"""Tar shards as webdataset defines them: members are indexed once, then read at their offsets in any order."""
 
 from __future__ import annotations
 
 import io
+import logging
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from mvar_core.data.decoding import EXTENSIONS
-from mvar_core.data.shards import Label, ShardIndex, Shards, ShardSource
+from mvar_core.data.folders import is_visible
+from mvar_core.data.shards import IMAGE_KEY, Contents, Item, Label, ShardSource, as_label, call
 from mvar_core.errors import DataError, one_line
 from mvar_core.untrusted import open_regular, parse_json, read_text
 
 LARGEST_TEXT = 2**24
 """Bytes of a label or caption, or of a header."""
-LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index")
-NAME_KEYS = ("class_name", "label_name", "name")
+LABEL_KEYS = ("label", "cls", "class", "class_index", "class_id")
+NAME_KEYS = ("class_name", "label_name", "class")
 CLASS_FILES = ("classes.json", "class_names.json", "classes.txt", "class_names.txt")
 """Files next to the shards that may name the classes: a list, {"0": name} or {name: 0}; or one name per line."""
 
+logger = logging.getLogger("mvar")
+
+
+@dataclass
+class _Sample:
+    """What the members of one key hold: the image's name, offset and size; the .cls; label and name of the .json."""
+
+    __slots__ = ("caption", "cls", "image", "label", "name", "other")
+    image: tuple[str, int, int] | None
+    cls: Label
+    label: Label
+    name: str | None
+    caption: str | None
+    other: str
+
 
 class TarSource(ShardSource):
-    """Images in tar files: `KEY.jpg` with `KEY.cls` or `KEY.json` next to it, one after the other.
+    """Images in tar files: `KEY.jpg`, and `KEY.cls`, `KEY.json` or `KEY.txt` anywhere in the same file.
 
-    A `.cls` holds the class's number or name as text; a `.json` holds it under label, cls, class, class_id or
-    class_index, and the name under class_name. A file classes.json or classes.txt next to the shards lists names.
+    A key is a member's path up to the first dot of its file name. A `.cls` holds the class's number or name; a `.json`
+    holds it under label, cls, class, class_index or class_id, and its name under class_name. Where both are there the
+    `.cls` decides, and a `.json` that contradicts it is refused. A file classes.json or classes.txt next to the shards
+    lists names. A `.txt` is a caption, as is "caption" in a `.json`.
 
     Raises:
-        DataError: A damaged file, or what `ShardSource` refuses.
+        DataError: A damaged file, several images of one key, contradicting labels, or what `ShardSource` refuses.
     """
 
-    def __init__(self, shards: Shards):
-        # Offset and size of each image in its file, by file. Threads fill it in.
-        self._spans: dict[Path, list[tuple[int, int]]] = {}
-        super().__init__(shards)
-        spans = [span for path in self.files for span in self._spans.pop(path)]
-        self._offsets, self._sizes = np.asarray(spans, np.int64).T
-
-    def index(self, path: Path) -> ShardIndex:
-        """Read the headers of a shard's members, and the labels; images are skipped."""
-        index = ShardIndex()
-        spans: list[tuple[int, int]] = []
+    def index(self, path: Path, number: int) -> Contents:
+        """Read the headers of a shard's members, and the texts; images are skipped."""
+        samples: dict[str, _Sample] = {}
+        contents = Contents()
         nested = None
         try:
             with open_regular(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
-                size = file.seek(0, 2)
-                file.seek(0)
-                for members in _samples(archive):
-                    image = next((members[ext] for ext in (e[1:] for e in EXTENSIONS) if ext in members), None)
-                    if image is None:
-                        nested = nested or (members["tar"].name if "tar" in members else None)
+                for member in _members(archive, file, path):
+                    parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+                    if member.isdir() or not parts or not all(map(is_visible, parts)):
                         continue
-                    if image.offset_data + image.size > size:
-                        raise tarfile.ReadError(f"it ends within {image.name}")
-                    index.names.append(f"{path.name}/{image.name.removeprefix('./')}")
-                    index.labels.append(_label(path, archive, members, index.class_names))
-                    spans.append((image.offset_data, image.size))
+                    if not member.isfile() or member.issparse():
+                        contents.left_out["links"] += 1
+                        continue
+                    stem, _, suffix = parts[-1].lower().partition(".")
+                    key = "/".join((*parts[:-1], parts[-1][: len(stem)]))
+                    sample = samples.setdefault(key, _Sample(None, None, None, None, None, ""))
+                    kind = suffix.rpartition(".")[2]
+                    if suffix == self.image_key or (self.image_key is None and f".{kind}" in EXTENSIONS):
+                        if sample.image is not None:
+                            raise _two_images(path, sample.image[0], member.name, suffix)
+                        sample.image = (member.name, member.offset_data, member.size)
+                    elif kind in ("cls", "json", "txt"):
+                        _read_text(sample, kind, archive, member, f"{path}: {member.name}")
+                    else:
+                        sample.other = suffix
+                        nested = nested or (member.name if suffix == "tar" else None)
         except DataError:
             raise
         except Exception as error:  # whatever a damaged header makes of the reader
             problem = f"{path} is not a whole tar file: {one_line(error)[:300]}."
             raise DataError(problem, "Write or download it again.") from None
-        if not spans and nested:
-            raise DataError(
-                f"{path} holds no images ({' '.join(EXTENSIONS)}).",
-                f"It holds further tar files ({nested}, …): unpack them, one folder for each.",
-            )
-        self._spans[path] = spans
-        return index
+        for sample in samples.values():
+            if sample.image is None:
+                contents.left_out[f".{sample.other}" if sample.other else "labels or captions without an image"] += 1
+                continue
+            member_name, offset, size = sample.image
+            name = sample.name or (sample.label if isinstance(sample.label, str) else None)
+            label = next((each for each in (sample.cls, sample.label, name) if each is not None), None)
+            if isinstance(label, int) and name:
+                call(contents.class_names, label, name, f"{path}: {member_name}")
+            member_name = f"{path.name}/{member_name.removeprefix('./')}"
+            contents.items.append(Item(member_name, label, (number, offset, size), sample.caption))
+        if nested and not contents.items:
+            hint = f"It holds further tar files ({nested}, …): unpack it, and name the folder of those."
+            raise DataError(f"{path} holds no images.", hint)
+        return contents
 
     def open(self, index: int) -> IO[bytes]:
         """A member, read at its offset in its shard."""
-        path = self.files[self.place(index)[0]]
-        return io.BufferedReader(_Member(path, int(self._offsets[index]), int(self._sizes[index])), 1 << 16)
+        file, offset, size = self.places[index].tolist()
+        return io.BufferedReader(_Member(self.files[file], offset, size), 1 << 16)
 
     def where(self, index: int) -> str:
         """Path of the shard, and the member's name."""
-        path = self.files[self.place(index)[0]]
+        path = self.files[self.places[index, 0]]
         return f"{path}: {self.item_names[index][len(path.name) + 1 :]}"
 
     def item_bytes(self, index: int) -> int:
         """Size of the member."""
-        return int(self._sizes[index])
+        return int(self.places[index, 2])
 
     def listed_names(self) -> list[str] | None:
         """Names of classes from a file next to the shards."""
@@ -142,59 +169,63 @@ class _Member(io.FileIO):
         return super().readinto(memoryview(buffer)[: max(0, self._stop - super().tell())])
 
 
-def _samples(archive: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """Members that follow each other and share a name up to the first dot, by what comes after it."""
-    current: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
-    place = -1
+def _members(archive: tarfile.TarFile, file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a file that is whole, up to the end that it marks."""
+    size, place = file.seek(0, 2), -1
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every member that it has seen
         if member.size < 0 or member.offset <= place:  # it would lead back, for ever
             raise tarfile.ReadError(f"{member.name!r:.100} has {member.size} bytes")
+        if member.isreg() and member.offset_data + member.size > size:
+            raise tarfile.ReadError(f"it ends within {member.name}")
         place = member.offset
-        folder, _, name = member.name.rpartition("/")
-        if not member.isfile() or member.issparse() or name.startswith((".", "__MACOSX")):
-            continue
-        stem, _, extension = name.partition(".")
-        key = f"{folder}/{stem}"
-        if key != current and members:
-            yield members
-            members = {}
-        current = key
-        members[extension.lower()] = member
-    if members:
-        yield members
+        yield member
+    file.seek(archive.offset)  # where tarfile found no further member
+    if not (block := file.read(tarfile.BLOCKSIZE)):
+        logger.warning("%s has no mark at its end: should it be cut short, images are missing.", path)
+    while block:
+        if block.strip(b"\0"):
+            raise DataError(
+                f"{path} holds something else than a member at byte {archive.offset:,}, so what follows would be lost.",
+                "Write or download it again; `tar --ignore-zeros -xf` unpacks files that were joined into one.",
+            )
+        block = file.read(1 << 20)
 
 
-def _label(
-    path: Path, archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], class_names: dict[int, str]
-) -> Label:
-    """The label of an image, from the members that share its name; names of numbers are added to `class_names`."""
-
-    def text(member: tarfile.TarInfo) -> str:
-        file = archive.extractfile(member)
-        assert file is not None
-        try:
-            if member.size > LARGEST_TEXT:
-                raise ValueError
-            return file.read(member.size).decode().strip()
-        except ValueError:
-            raise DataError(f"{path}: {member.name} is not a label or a caption ({member.size:,} bytes).") from None
-
-    label: Label = None
-    if "json" in members:
-        values = parse_json(text(members["json"]), f"{path}: {members['json'].name}")
-        if isinstance(values, dict):
-            label = next((_number(values[key]) for key in LABEL_KEYS if key in values), None)
-            name = next((values[key] for key in NAME_KEYS if isinstance(values.get(key), str)), None)
-            if isinstance(label, int) and name is not None:
-                class_names.setdefault(label, name)
-            label = name if label is None and "class_name" in values else label
-    return _number(text(members["cls"])) if "cls" in members else label
+def _read_text(sample: _Sample, kind: str, archive: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> None:
+    """Note what a .cls, .json or .txt says about its sample."""
+    file = archive.extractfile(member)
+    assert file is not None
+    try:
+        if member.size > LARGEST_TEXT:
+            raise ValueError
+        text = file.read(member.size).decode("utf-8-sig").strip()
+    except ValueError:
+        raise DataError(f"{where} is not a label or a caption ({member.size:,} bytes).") from None
+    if kind == "txt":
+        sample.caption = text
+    elif kind == "cls":
+        sample.cls = _agreed(as_label(text, where, numbers=True), sample.cls, where)
+    elif isinstance(values := parse_json(text, where, finite=False), dict):
+        for key in LABEL_KEYS if set(LABEL_KEYS[:3]).isdisjoint(values) else LABEL_KEYS[:3]:
+            label = as_label(values.get(key), where, numbers=True)
+            sample.label = label if sample.label is None else _agreed(sample.label, label, where)
+        sample.name = next((values[key] for key in NAME_KEYS if isinstance(values.get(key), str)), sample.name)
+        if sample.caption is None and isinstance(values.get("caption"), str):
+            sample.caption = values["caption"]
+    _agreed(sample.cls, sample.label, where)
 
 
-def _number(value: Any) -> Label:
-    if isinstance(value, bool) or value is None:
-        return None
-    text = str(value)
-    return int(text) if len(text) < 20 and text.removeprefix("-").isdecimal() else text
+def _agreed(first: Label, second: Label, where: str) -> Label:
+    """The first of two labels of a sample that does not contradict the other; a number and a name never do."""
+    if None not in (first, second) and first != second and isinstance(first, str) == isinstance(second, str):
+        raise DataError(f"{where} contradicts another label of its sample: {first!r:.200} and {second!r:.200}.",
+                        "Correct or remove one of them.")  # fmt: skip
+    return second if first is None else first
+
+
+def _two_images(path: Path, first: str, second: str, suffix: str) -> DataError:
+    return DataError(
+        f"{path} holds {first} and {second}, two images of one sample: its key ends at the first dot of the file name.",
+        f"Choose one, as in {path}{IMAGE_KEY}{suffix}; or rename the members so that keys hold no dots.",
+    )

@@ -72,6 +72,11 @@ def word_vectors(class_names: Sequence[str], dim: int) -> Vectors:
     return Vectors.of("class", values, ENCODER, "class names")
 
 
+def caption_vectors(captions: Sequence[str], dim: int) -> Vectors:
+    """Vectors of the images' captions by `embed_words`."""
+    return Vectors.of("image", embed_words(captions, dim)[:, None], ENCODER, "captions")
+
+
 def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None = None) -> Vectors:
     """The vectors of a file, one for each of the images of a source (first choice) or for each of its classes.
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config
-from mvar_core.data.images import ImageSource, open_images
+from mvar_core.data.images import ImageSource, open_images, split_name
+from mvar_core.data.shards import IMAGE_KEY
 from mvar_core.data.token_writer import write_token_cache
 from mvar_core.data.tokens import smallest_unsigned
 from mvar_core.data.transforms import Views
-from mvar_core.data.vectors import ENCODER, Vectors, file_vectors, word_vectors
+from mvar_core.data.vectors import ENCODER, Vectors, caption_vectors, file_vectors, word_vectors
 from mvar_core.distributed import connect
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
@@ -67,6 +68,7 @@ def tokenize(
     batch_size: int = 64,
     seed: int | None = None,
     skip_bad: bool = False,
+    image_key: str | None = None,
     words: bool = False,
     vectors: Path | str | None = None,
     encoder: str | None = None,
@@ -95,7 +97,10 @@ def tokenize(
         batch_size: Views encoded together.
         seed: Of random crops and augmented views; by default the preset's.
         skip_bad: Leave out images that cannot be read, and list them.
-        words: Store vectors of the classes' names too, for models that are conditioned on words.
+        image_key: Suffix in tar shards, or column of tables, of the images, where samples have several; `data` may
+            also be "NAME:image=KEY".
+        words: Store vectors of the classes' names too, for models that are conditioned on words; of the images'
+            captions where they have captions and no classes.
         vectors: Store the vectors of this file (.npy, .npz, .safetensors), one for each class or image.
         encoder: Name of what made `vectors`; by default the name in the file.
         overwrite: Replace what is in `out`.
@@ -106,10 +111,18 @@ def tokenize(
     Raises:
         MvarError: Images, tokenizer, preset or cache do not fit.
     """
+    if image_key is not None:
+        name, split = split_name(str(data))
+        data = f"{name}{IMAGE_KEY}{image_key}:{split}"
     own = read_model_config(Path(tokenizer))
     section = {"tokenizer": own.tokenizer.model_dump()}
     base = {"name": own.name, "image_size": own.image_size, "patch_sizes": own.patch_sizes, **section}
-    flags = {"image_size": image_size, "data": {"flip": flip, "crops": crops}, "seed": seed, **section}
+    flags = {
+        "image_size": image_size,
+        "data": {"flip": flip, "crops": crops},
+        "seed": seed,
+        **section,
+    }
     config = load_config(preset, settings, flags, base=base).model_copy(update={"transformer": None})
     if words and vectors is not None:
         raise ConfigError("--words and --vectors both specify vectors.", "Use one of them.")
@@ -191,7 +204,7 @@ def write_tokens(
 
 
 def _vectors(source: ImageSource, config: RunConfig, file: Path | str | None, encoder: str | None) -> Vectors | None:
-    """The vectors to store with the images: those of a file, those of the classes' names, or none."""
+    """The vectors to store with the images: those of a file, of captions or of the classes' names, or none."""
     dim = config.conditioning.dim
     if file is not None:
         found = file_vectors(Path(file), classes=len(source.class_names), images=len(source), encoder=encoder)
@@ -203,7 +216,8 @@ def _vectors(source: ImageSource, config: RunConfig, file: Path | str | None, en
             )
         return found
     if dim is not None and config.conditioning.encoder == ENCODER:
-        return word_vectors(source.class_names, dim)
+        captions = source.captions() if len(source.class_names) == 1 else None
+        return caption_vectors(captions, dim) if captions else word_vectors(source.class_names, dim)
     return None
 
 

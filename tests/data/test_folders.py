@@ -122,7 +122,7 @@ def test_splits_without_train_must_be_named(tmp_path, write):
 def test_two_folders_of_one_split_must_be_told_apart(tmp_path, write):
     for number, name in enumerate(["train/a/0.png", "dev/a/1.png", "eval/a/2.png"]):
         write(f"set/{name}", number)
-    with pytest.raises(DataError, match="2 folders for the split 'val'.*dev"):
+    with pytest.raises(DataError, match="2 splits dev, eval.*set:dev"):
         open_images(f"{tmp_path}/set:val")
     assert open_images(f"{tmp_path}/set:eval").where(0).endswith("eval/a/2.png")
 

@@ -233,7 +233,7 @@ def test_tars(tmp_path, kind):
 
 def test_a_name_in_a_tar_writes_nothing(tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/0.tar").write_bytes(tar_of(("../../out.png", encoded("PNG")), ("/tmp/abs.png", encoded("PNG"))))
+    (tmp_path / "in/0.tar").write_bytes(tar_of(("../../out.png", encoded("PNG")), ("/abs.png", encoded("PNG"))))
     source = open_images(str(tmp_path / "in/0.tar"))
     assert source.read(1, (8, 8)).shape == (8, 8, 3)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["0.tar", "in"]

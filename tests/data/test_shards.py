@@ -50,32 +50,35 @@ def test_other_names_are_not_shards(tmp_path, class_folders):
     assert find_shards(str(class_folders)) is None  # images are next to it
 
 
-def test_splits_are_words_of_file_names(tmp_path):
-    touch(tmp_path, *(f"data/{name}.parquet" for name in ("train-00000-of-00002", "train-00001-of-00002", "test-0")))
+def test_splits_are_words_of_file_names(tmp_path, caplog):
+    touch(tmp_path, *(f"data/{name}.parquet" for name in ("train-00000-of-00002", "train-00001-of-00002", "Test-0")))
     assert found(tmp_path) == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    assert found(tmp_path, "test") == ["test-0.parquet"]
-    with pytest.raises(DataError, match="has no split 'val'; found test, train"):
-        find_shards(str(tmp_path), "val")
+    assert found(tmp_path, "test") == ["Test-0.parquet"]
     shards = find_shards(str(tmp_path), "test")
     assert shards is not None
-    assert [path.name for path in shards.reference] == found(tmp_path)
-    touch(tmp_path, "data/validation-0.parquet")
+    assert [path.name for path in shards.reference or ()] == found(tmp_path)
+    with pytest.raises(DataError, match="has no split 'val'.* test, train"):
+        find_shards(str(tmp_path), "val")
+    touch(tmp_path, "data/validation-0.parquet", "data/more.parquet")
     assert found(tmp_path, "val") == found(tmp_path, "validation") == ["validation-0.parquet"]
+    assert "1 files of no split (more.parquet" in caplog.text
+    touch(tmp_path, "data/valid-0.parquet")
+    assert found(tmp_path, "valid") == ["valid-0.parquet"]
+    with pytest.raises(DataError, match="has 2 splits valid, validation"):
+        find_shards(str(tmp_path), "val")
 
 
 def test_splits_are_folders_too(tmp_path):
-    touch(tmp_path, "train/a.tar", "val/b.tar")
-    assert (found(tmp_path), found(tmp_path, "val")) == (["a.tar"], ["b.tar"])
-    with pytest.raises(DataError, match="has no split 'test'; found train, val"):
-        find_shards(str(tmp_path), "test")
+    touch(tmp_path / "a", "train/a.tar", "val/b.tar")
+    assert (found(tmp_path / "a"), found(tmp_path / "a", "validation")) == (["a.tar"], ["b.tar"])
+    touch(tmp_path / "b", "default/Training/0000.parquet", "default/testing/0001.parquet")
+    assert (found(tmp_path / "b"), found(tmp_path / "b", "test")) == (["0000.parquet"], ["0001.parquet"])
 
 
 def test_a_split_that_is_not_there_is_refused(tmp_path):
     touch(tmp_path, "train-0.tar")
-    with pytest.raises(DataError, match="has no split 'test'; found train"):
+    with pytest.raises(DataError, match="has no split 'test'.* train"):
         find_shards(str(tmp_path), "test")
-    with pytest.raises(DataError, match="the name says which files to read"):
-        find_shards(f"{tmp_path}/train-0.tar", "test")
 
 
 def test_compressed_and_mixed_shards_are_refused(tmp_path):

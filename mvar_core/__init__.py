@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mvar_core.workflows.evaluate import Measured as Measured
     from mvar_core.workflows.evaluate import evaluate as evaluate
     from mvar_core.workflows.evaluate import make_reference as make_reference
-    from mvar_core.workflows.likelihood import Likelihood as Likelihood
-    from mvar_core.workflows.likelihood import evaluate_likelihood as evaluate_likelihood
-    from mvar_core.workflows.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mvar_core.workflows.evaluate import Likelihood as Likelihood
+    from mvar_core.workflows.evaluate import evaluate_likelihood as evaluate_likelihood
+    from mvar_core.workflows.evaluate import evaluate_reconstruction as evaluate_reconstruction
     from mvar_core.workflows.quickstart import quickstart as quickstart
     from mvar_core.workflows.attention import analyze_attention as analyze_attention
     from mvar_core.workflows.tokenize import tokenize as tokenize
@@ -62,11 +62,16 @@ _MODULES = {
     "mvar_core.workflows.convert": ("convert",),
     "mvar_core.workflows.doctor": ("doctor",),
     "mvar_core.workflows.edit": ("edit",),
-    "mvar_core.workflows.evaluate": ("Measured", "evaluate", "make_reference"),
-    "mvar_core.workflows.likelihood": ("Likelihood", "evaluate_likelihood"),
+    "mvar_core.workflows.evaluate": (
+        "Likelihood",
+        "Measured",
+        "evaluate",
+        "evaluate_likelihood",
+        "evaluate_reconstruction",
+        "make_reference",
+    ),
     "mvar_core.workflows.plan": ("PresetList", "list_presets", "plan"),
     "mvar_core.workflows.quickstart": ("quickstart",),
-    "mvar_core.workflows.reconstruction": ("evaluate_reconstruction",),
     "mvar_core.workflows.sample": ("SampleResult", "sample_to"),
     "mvar_core.workflows.tokenize": ("tokenize",),
     "mvar_core.workflows.runs": ("TrainOptions", "TrainTokenizerOptions"),

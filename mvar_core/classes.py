@@ -72,6 +72,10 @@ class Classes:
         """What a class is called: its name, or its number."""
         return self.names[index] if self.names is not None and index < len(self.names) else str(index)
 
+    def all_names(self) -> tuple[str, ...]:
+        """What the classes are called."""
+        return tuple(map(self.name, range(self.count)))
+
     @cached_property
     def _tables(self) -> tuple[dict[str, list[int]], ...]:
         """Positions by name, by folded name, and by synonym: parts between commas, and what ImageNet's table knows."""

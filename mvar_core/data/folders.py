@@ -27,6 +27,8 @@ SPLITS = {
 JUNK = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 """What file servers and systems leave in folders, besides what is hidden and __MACOSX."""
 
+FILES_OF_SAMPLES = ("classes.json", "tokens.npz")
+"""What `mvar sample` writes next to its images."""
 ANNOTATIONS = "val_annotations.txt"
 """In Tiny ImageNet's split val, which has no class folders: name and class of each image, and a box."""
 
@@ -205,7 +207,8 @@ def find_images(folder: Path, others: Counter[str] | None = None) -> dict[str, l
         images = sorted(filter(_is_image, files))
         found.setdefault(entry.name if in_folder else "", []).extend(images)
         if others is not None and len(images) < len(files):
-            others.update(Path(file).suffix.lower() or "without suffix" for file in files if not _is_image(file))
+            rest = [file for file in files if not _is_image(file) and file not in FILES_OF_SAMPLES]
+            others.update(Path(file).suffix.lower() or "without suffix" for file in rest)
     return found
 
 

@@ -32,7 +32,6 @@ class ExtractorChoice:
         self,
         network: Network,
         reference: str,
-        *,
         inception_weights: str | Path | None = None,
         download: bool = False,
         progress: Progress | None = None,

@@ -73,7 +73,7 @@ def choose_conditions(
             )
         table = class_vectors(config)
         vectors_of_classes = None if table is None else table[labels]
-        return ChosenConditions(tuple(labels), None, vectors_of_classes, tuple(map(known.name, range(known.count))))
+        return ChosenConditions(tuple(labels), None, vectors_of_classes, known.all_names())
     if not words and vectors is None:
         return ChosenConditions()
     if dim is None:

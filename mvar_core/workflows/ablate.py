@@ -552,7 +552,7 @@ class Scorer:
         self.identity: dict[str, Any] = {"features": None, "reference": None, "weights_hash": None}
         name = reference or training_images
         try:
-            choice = ExtractorChoice(features, name, inception_weights=inception_weights)
+            choice = ExtractorChoice(features, name, inception_weights)
             self._reference = Reference.open(name, shape, choice.name, max_pixels)
             extractor = choice.load(shape, device, nearby)
             self._reference.check(extractor)

@@ -1,4 +1,4 @@
-"""`mvar evaluate`: scores of images against a reference; and references that are measured once."""
+"""`mvar evaluate` and its sub-commands: images, reconstructions, likelihoods, and references that are made once."""
 
 from __future__ import annotations
 
@@ -16,23 +16,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvar_core import __version__
+from mvar_core.analysis.likelihood import LikelihoodReport, measure_likelihood
 from mvar_core.classes import Classes, align
 from mvar_core.config import Machine, SamplingConfig
+from mvar_core.data.evaluation_images import EvaluationImages
+from mvar_core.data.images import ImageRows, open_images
+from mvar_core.data.tokens import TokenCache
 from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_values, open_measured_images
+from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_values, open_measured_images, shards
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
+from mvar_core.evaluation.reconstruction import ReconstructionMeter
 from mvar_core.evaluation.references import is_reference, save_reference
 from mvar_core.evaluation.scores import check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
+from mvar_core.io.pixels import from_uint8, to_uint8
+from mvar_core.models.micro_batches import DECODED_AT_ONCE
+from mvar_core.models.official import tokenizer_hash_of
 from mvar_core.pipeline import Pipeline
-from mvar_core.progress import Progress
+from mvar_core.progress import Progress, stage
 from mvar_core.pyramid import read_size
 from mvar_core.results import DryRun, Result
-from mvar_core.runtime import resolve_device
+from mvar_core.runtime import peak_memory_bytes, resolve_device
 from mvar_core.sampling.conditions import by_labels
+from mvar_core.untrusted import check_whole
 
 logger = logging.getLogger("mvar")
 
@@ -170,13 +179,7 @@ def evaluate(
     if (samples is None) == (checkpoint is None):
         raise ConfigError("There must be something to measure.", "Use one of --samples PATH and --checkpoint DIR.")
     with connect(machine.device) as here:
-        choice = ExtractorChoice(
-            features,
-            str(reference),
-            inception_weights=inception_weights,
-            download=download and not dry_run,
-            progress=progress,
-        )
+        choice = ExtractorChoice(features, str(reference), inception_weights, download and not dry_run, progress)
         sampled: SampledImages | None = None
         images: ImageSet
         if checkpoint is None:
@@ -189,16 +192,9 @@ def evaluate(
         # Metrics that are named must be computable; of "all", those that are not say why.
         named = asked if metrics != "all" else ("kid",) if kid_subset is not None else ()
         check_counts(named, images.count, known.count, kid_subset)
-        aligned = None
         if per_class:
-            for labels, lacking in ((images.labels, "the samples lack"), (known.labels, f"{known.name} lacks")):
-                if labels is None:
-                    raise DataError(
-                        f"--per-class needs the class of every image, which {lacking}.",
-                        "Class folders have it, samples of `mvar sample`, an npz with labels, a checkpoint, digits.",
-                    )
-            used = np.unique(images.labels).tolist()  # type: ignore[arg-type]
-            aligned = align(classes_of(images), classes_of(known), class_names, used)
+            (ours, labels), (theirs, known_labels) = labelled(images), labelled(known)
+            positions, theirs = align(ours, theirs, class_names, np.unique(labels).tolist())
         elif class_names is not None:
             raise ConfigError("--class-names only matters with --per-class.", "Add --per-class, or leave it out.")
         if dry_run:
@@ -225,21 +221,276 @@ def evaluate(
             if sampled is not None and images.count % sampled.num_classes:
                 why_not.append(f"{images.count:,} samples cannot be balanced over {sampled.num_classes:,} classes")
             scores = evaluate_features(sample_set, reference_set, asked, seed=seed, kid_subset_size=kid_subset)
-            classes = None
-            if aligned is not None and images.labels is not None and known.labels is not None:
-                labels, names = aligned[0][images.labels], [*map(aligned[1].name, range(aligned[1].count))]
-                classes = per_class_scores(sample_set, labels, reference_set, known.labels, names, seed=seed)
+            by_class = None
+            if per_class:
+                sets = sample_set, positions[labels], reference_set, known_labels
+                by_class = tuple(asdict(row) for row in per_class_scores(*sets, theirs.all_names(), seed=seed))
             rows = comparable_rows(extractor.name, images.image_shape, known.name)
             return Evaluation(
                 **scores,
                 classifier_accuracy=classifier_accuracy(sample_set, images),
-                per_class=None if classes is None else tuple(asdict(row) for row in classes),
+                per_class=by_class,
                 published=tuple(asdict(row) for row in rows),
                 **circumstances(images, known, extractor, reference_set, machine, seed, why_not),
                 seconds=time.monotonic() - start,
             )
 
         return here.run_on_rank_zero(scored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction(Measured):
+    """What a tokenizer makes of images.
+
+    Attributes:
+        rfid: FID of the reconstructions against their originals; None where `reasons` says why.
+        psnr: Peak signal-to-noise ratio in dB, the mean over the images of each one's own.
+        code_usage: Fraction of the codebook that some scale uses.
+        usage_per_scale: Fraction of the codebook that each scale uses.
+        scales: The scales, as height×width of their grids of tokens.
+    """
+
+    rfid: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    code_usage: float | None = None
+    usage_per_scale: tuple[float, ...] = ()
+    scales: tuple[str, ...] = ()
+    images: int = 0
+
+
+def evaluate_reconstruction(
+    *,
+    checkpoint: str | Path,
+    reference: str | Path,
+    num_samples: int | None = None,
+    features: Network = "auto",
+    inception_weights: str | Path | None = None,
+    download: bool = False,
+    cache: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    batch_size: int | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Reconstruction:
+    """rFID, PSNR and SSIM of a tokenizer's reconstructions, and how much of its codebook it uses; in one process.
+
+        mvar.evaluate_reconstruction(checkpoint="runs/tokenizer", reference="digits:test").psnr
+
+    Arguments and errors are as of `evaluate`, but for these:
+
+    * reference: Images to reconstruct: a folder, an npz, "digits" or "digits:test".
+    * num_samples: At most so many of them.
+    * cache: Only the originals' features are saved.
+    """
+    machine = machine or Machine()
+    check_values(cache, num_samples=num_samples, batch_size=batch_size)
+    with connect(machine.device) as here:
+        if here.world_size > 1:
+            raise ConfigError(f"Reconstructions are measured in one process, found {here.world_size}.")
+        choice = ExtractorChoice(features, str(reference), inception_weights, download and not dry_run, progress)
+        pipeline = load_pipeline(checkpoint, tokenizer, machine)
+        originals = open_measured_images(str(reference), num_samples, pipeline.config.image_shape, machine.max_pixels)
+        if dry_run:
+            steps = (
+                f"encode and decode {originals.count} images of {reference}",
+                f"measure rFID, PSNR, SSIM and code usage with {choice.name} features",
+            )
+            facts = {"num_samples": originals.count, "features": choice.name}
+            return Reconstruction(dry_run=DryRun(configuration={}, steps=steps, facts=facts))
+        start = time.monotonic()
+        images = ReconstructedImages(str(checkpoint), pipeline, originals)
+        known = Reference(str(reference), originals)
+        nearby = [Path(checkpoint), Path(checkpoint).parent]
+        extractor = choice.load(originals.image_shape, resolve_device(machine.device), nearby)
+        measurer = Measurer(extractor, cache, False, batch_size, progress)
+        reference_set = known.measure(measurer)
+        scores = evaluate_features(measurer.measure(images, "reconstructions"), reference_set, ("fid",))
+        # Papers compare reconstructions with their originals too, so a reference of images is no reason.
+        why_not = comparability(extractor, images.count) + input_reasons(images, known)
+        fields = circumstances(images, known, extractor, reference_set, machine, 0, why_not)
+        return Reconstruction(
+            **{**fields, "sampling": model_description(pipeline)},
+            rfid=scores["fid"],
+            **images.meter.result(),
+            scales=tuple(f"{grid.height}×{grid.width}" for grid in pipeline.config.pyramid.grids),
+            reasons={"rfid": scores["reasons"]["fid"]} if "fid" in scores["reasons"] else {},
+            seconds=time.monotonic() - start,
+        )
+
+
+class ReconstructedImages:
+    """Reconstructions of images; each is compared with its original as it is made."""
+
+    def __init__(self, name: str, pipeline: Pipeline, originals: EvaluationImages):
+        self.name = name
+        self.pipeline = pipeline
+        self.originals = originals
+        self.count, self.image_shape = originals.count, originals.image_shape
+        self.labels, self.class_names = originals.labels, originals.class_names
+        config = pipeline.config
+        self.meter = ReconstructionMeter(config.pyramid.spans, config.tokenizer.codebook_size)
+
+    def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
+        """The reconstructions `start` up to `stop`, uint8 (B, 3, H, W)."""
+        # One by one on a CPU, where convolutions choose their algorithm, and so their rounding, by the batch size.
+        size = 1 if self.pipeline.device.type == "cpu" else batch_size
+        for originals in self.originals.batches(batch_size, start, stop):
+            pieces = originals.permute(0, 2, 3, 1).split(size)
+            tokens = torch.cat([self.pipeline.encode(from_uint8(piece)) for piece in pieces])
+            pixels = torch.cat([to_uint8(self.pipeline.decode(piece)) for piece in tokens.split(size)])
+            images = pixels.cpu().permute(0, 3, 1, 2).contiguous()
+            self.meter.update(originals, images, tokens.cpu())
+            yield images
+
+    def fingerprint(self) -> None:
+        """None: every image must be decoded, as its pixels are compared as well as its features."""
+
+
+IMAGES_AT_ONCE = 16
+"""Images whose inputs are held together; what goes through the model at once is smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood(LikelihoodReport):
+    """Likelihoods of images, and what they depend on.
+
+    Attributes:
+        source: The cache or the images.
+        seed: Of the choice of images.
+        conditions: Conditions under which each image was scored.
+        peak_memory_bytes: Of this process on its device.
+    """
+
+    model: str
+    source: str
+    seed: int
+    conditions: int
+    device: str = ""
+    processes: int = 1
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+def evaluate_likelihood(
+    *,
+    checkpoint: str | Path,
+    tokens: str | Path | None = None,
+    data: str | Path | None = None,
+    classes: Sequence[str | int] | None = None,
+    class_names: Sequence[str] | str | None = None,
+    zero_shot: bool = True,
+    num_samples: int | None = None,
+    tokenizer: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Likelihood:
+    """Bits per token of held-out images under a model, scale by scale, and zero-shot classification by it.
+
+        mvar.evaluate_likelihood(checkpoint="runs/mvar", data="digits:test").bits_per_token
+
+    Under torchrun the processes share the images, and each returns the figures of one process.
+
+    Arguments that are not named here are as of `evaluate`.
+
+    * checkpoint: A model that is conditioned on classes.
+    * tokens, data: A token cache, or images.
+    * classes: Score only images of these classes, which compete in zero-shot classification; by default all.
+    * zero_shot: Score each image under all classes; otherwise only under its own and under none.
+    * num_samples: At most so many images, chosen by the seed.
+
+    Raises:
+        ConfigError: A model that is not conditioned on classes, or both or neither of `tokens` and `data`.
+        DataError: Images, tokens or classes that are not the model's.
+    """
+    if (tokens is None) == (data is None):
+        raise ConfigError("Likelihoods are of tokens or of images.", "Use one of --tokens CACHE and --data IMAGES.")
+    for name, value in (("--num-samples", num_samples), ("--batch-size", batch_size)):
+        if value is not None:
+            check_whole(name, value, 1)
+    check_whole("--seed", seed)
+    machine, start = machine or Machine(), time.monotonic()
+    with connect(machine.device) as here:
+        pipeline = load_pipeline(checkpoint, tokenizer, machine)
+        config = pipeline.config
+        if config.conditioning.kind != "class":
+            raise ConfigError(f"{config.name} is conditioned on vectors; likelihoods are scored under classes.")
+        if tokens is not None:
+            cache, source = TokenCache.open(Path(tokens)), str(tokens)
+            cache.check(
+                tokenizer_hash_of(Path(checkpoint), None if tokenizer is None else Path(tokenizer)), config.pyramid
+            )
+            names, numbers = cache.class_names, cache.labels
+
+            def read(rows: NDArray[np.int64]) -> Tensor:
+                return cache.tokens_of(rows, np.zeros_like(rows))  # none of the augmented views
+
+        else:
+            opened, source = open_images(str(data), max_pixels=machine.max_pixels), str(data)
+            images = ImageRows(opened, config.image_shape)
+            names, numbers = opened.class_names, opened.labels
+            at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
+
+            def read(rows: NDArray[np.int64]) -> Tensor:
+                pixels, _ = images.batch(rows)
+                return torch.cat([pipeline.encode(few) for few in pixels.split(at_once)])
+
+        rows, known_classes = np.arange(len(numbers)), Classes.of_model(config)
+        labels = model_labels(Classes.of(names, origin=source), numbers, known_classes, class_names)
+        asked = known_classes.resolve(classes or "all")
+        if labels is None:
+            logger.info("%s has no classes: its images are scored under no class only.", source)
+        elif classes:
+            rows = rows[np.isin(labels, asked)]
+            if not len(rows):
+                raise DataError(f"{source} holds no image of the classes that --class names.")
+        if num_samples is not None and num_samples < len(rows):
+            rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_samples])
+        competing = asked if zero_shot and labels is not None else None
+        conditions = 1 if labels is None else 2 if competing is None else 1 + len(competing)
+        known: dict[str, Any] = {"model": str(checkpoint), "source": source, "seed": seed, "conditions": conditions}
+        if dry_run:
+            steps = (
+                f"{'encode' if tokens is None else 'read the tokens of'} {len(rows)} images of {source}",
+                f"score each under {conditions} conditions: {len(rows) * conditions} passes of one image",
+            )
+            facts = {"num_samples": len(rows), "pairs": len(rows) * conditions}
+            return Likelihood(**known, dry_run=DryRun(configuration={}, steps=steps, facts=facts))
+        block = shards(len(rows))[here.rank]
+        own = rows[block.start : block.stop]
+        size = batch_size or IMAGES_AT_ONCE
+        batches = (own[start : start + size] for start in range(0, len(own), size))
+        report_pairs = stage(progress, "scoring", "passes")
+        report = measure_likelihood(
+            pipeline.transformer,
+            pipeline.quantizer,
+            ((read(batch), None if labels is None else torch.from_numpy(labels[batch])) for batch in batches),
+            config,
+            classes=competing,
+            attention=pipeline.attention,
+            gather=here.all_gather_object,
+            progress=lambda done: report_pairs(done, len(own) * conditions),
+        )
+        return Likelihood(
+            **vars(report) | known,
+            device=str(pipeline.device),
+            processes=here.world_size,
+            seconds=time.monotonic() - start,
+            peak_memory_bytes=peak_memory_bytes(pipeline.device),
+        )
+
+
+def model_labels(
+    classes: Classes, labels: NDArray[np.int64], model: Classes, class_names: Sequence[str] | str | None
+) -> NDArray[np.int64] | None:
+    """Labels in the model's numbering; None where the images are of one class, which the model does not have."""
+    if classes.count == 1 and class_names is None and classes.match(model)[0] == (None,):
+        return None
+    return align(classes, model, class_names, np.unique(labels).tolist())[0][labels]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,17 +524,12 @@ def make_reference(
         mvar.make_reference("digits.npz", data="digits")      # calling it again changes nothing
         mvar.evaluate(samples="out", reference="digits.npz", features="demo")
 
-    Args:
-        out: The npz file to write.
-        data: A folder, an npz, "digits" or "digits:test".
-        image_size: Resize and crop the images to this size first: N, (height, width), or text such as "48x64".
-        features: As of `evaluate`.
-        inception_weights: As of `evaluate`.
-        download: As of `evaluate`.
-        batch_size: Images at a time.
-        overwrite: Whether the file may be replaced.
-        machine: The device.
-        progress: Called as images are measured.
+    Arguments that are not named here are as of `evaluate`.
+
+    * out: The npz file to write.
+    * data: A folder, an npz, "digits" or "digits:test".
+    * image_size: Resize and crop the images to this size first: N, (height, width), or text such as "48x64".
+    * overwrite: Whether the file may be replaced.
 
     Raises:
         DataError: Images or weights that cannot be used, or another file that is already there.
@@ -298,9 +544,7 @@ def make_reference(
         raise ConfigError(f"--image-size: {error}.") from None
     image_shape = (size, size) if isinstance(size, int) else size
     with connect(machine.device) as here:
-        choice = ExtractorChoice(
-            features, str(data), inception_weights=inception_weights, download=download, progress=progress
-        )
+        choice = ExtractorChoice(features, str(data), inception_weights, download, progress)
         images = open_measured_images(str(data), None, image_shape, machine.max_pixels)
         extractor = choice.load(images.image_shape, resolve_device(here.device(machine.device)))
         if overwrite or not here.run_on_rank_zero(lambda: is_reference(out, extractor, images)):
@@ -401,14 +645,19 @@ def classifier_accuracy(samples: FeatureSet, images: ImageSet) -> float | None:
     """Fraction of the samples that the demo classifier assigns to their class; None where that is no certain digit."""
     if samples.extractor != "demo" or samples.logits is None or images.labels is None:
         return None
-    digits = classes_of(images).match(Classes.of(None, samples.logits.shape[1]))
-    expected = np.array([-1 if digit is None else digit for digit in digits.positions])[images.labels]
+    classes, labels = labelled(images)
+    digits = classes.match(Classes.of(None, samples.logits.shape[1]))
+    expected = np.array([-1 if digit is None else digit for digit in digits.positions])[labels]
     if digits.by == "order" or expected.min() < 0:
         return None
     return float((samples.logits.argmax(dim=1).numpy() == expected).mean())
 
 
-def classes_of(images: ImageSet | Reference) -> Classes:
-    """The classes of images that have labels."""
-    assert images.labels is not None
-    return Classes.of(images.class_names, int(images.labels.max()) + 1, images.name)
+def labelled(images: ImageSet | Reference) -> tuple[Classes, NDArray[np.int64]]:
+    """The classes of images, and their labels; DataError where they have none."""
+    if images.labels is None:
+        raise DataError(
+            f"--per-class needs the class of every image, which {images.name} lacks.",
+            "Class folders have it, samples of `mvar sample`, an npz with labels, a checkpoint, digits.",
+        )
+    return Classes.of(images.class_names, int(images.labels.max()) + 1, images.name), images.labels

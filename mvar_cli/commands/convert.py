@@ -18,7 +18,12 @@ def convert(
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", metavar="FILE", help="Published VQVAE. Default: the one next to it.")
     ] = None,
-    kind: Annotated[str | None, typer.Option("--kind", metavar="var|mvar", help="Default: as the file says.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="NAME", help="Which of several in a file. Default: an EMA's.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="var|mvar", help="Default: as its mask or a name says.")
+    ] = None,
     pyramid: Annotated[
         str | None, typer.Option("--pyramid", metavar="1,2,3x4…", help="Sides of the scales, or height x width.")
     ] = None,
@@ -26,7 +31,10 @@ def convert(
     scale_prefixes: options.ScalePrefixes = None,
     to: Annotated[str, typer.Option("--to", metavar="directory|official", help="What to write.")] = "directory",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of the weights: float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            "--dtype", metavar="NAME", help="float32, bfloat16 or float16; quantizer and head stay in float32."
+        ),
     ] = "float32",
     verify: options.Verify = True,
     overwrite: options.Overwrite = False,
@@ -41,6 +49,7 @@ def convert(
         out=out,
         model=model,
         tokenizer=tokenizer,
+        weights=weights,
         kind=kind,
         pyramid=pyramid,
         windows=windows,
@@ -62,7 +71,13 @@ def convert(
         ]
         if config.transformer is not None:
             size = f"depth {config.transformer.depth}, {console.format_count(result.parameters)}"
-            rows = [("transformer", size), *rows, ("recommended sampling", config.sampling.summary)]
+            found = {"option": "--kind", "file": "the file's name", "weights": "the weights' name", "mask": "its mask"}
+            told = f"{result.kind.upper()}, by {found.get(result.kind_from or '', 'assumption')}"
+            read = [("weights", result.weights)] if result.weights else []
+            rows = [*read, ("kind", told), ("transformer", size), *rows]
+            rows.append(("recommended sampling", config.sampling.summary))
+        if dtype != "float32":
+            rows.append(("in float32, not " + dtype, ", ".join(result.float32_modules)))
         console.table(config.name, ("what", "as read from the file"), rows)
     console.show(result)
     if result.dry_run is None:

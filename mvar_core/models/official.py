@@ -6,8 +6,10 @@ configuration, and so do the buffers of an export. (A VAR file carries VAR's mas
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +20,7 @@ from mvar_core.classes import imagenet_names
 from mvar_core.config import AttentionConfig, ModelConfig, SamplingConfig, TokenizerConfig, TransformerConfig
 from mvar_core.errors import CheckpointError, ConfigError
 from mvar_core.io.files import atomic_path
-from mvar_core.io.weights import check_finite, is_safetensors, load_torch_file, read_weights, state_dict_in
+from mvar_core.io.weights import check_tensors, finite, is_dense, read_tensors
 from mvar_core.models import directory
 from mvar_core.models.meta import meta_device
 from mvar_core.models.transformer import Transformer
@@ -26,7 +28,17 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePrefixes, ScalePyramid, auto_windows, mvar_windows, spread_window
 
 Kind = Literal["var", "mvar"]
+Part = Literal["transformer", "tokenizer"]
 State = dict[str, Tensor]
+
+logger = logging.getLogger("mvar")
+
+ANCHORS: dict[Part, str] = {"transformer": "word_embed.weight", "tokenizer": "quantize.embedding.weight"}
+"""A published name that every set of such weights has, and nothing else; what stands before it is the set's name."""
+OWN_NAMES = ("input_projection.weight", "quantizer.codebook")
+"""Ours for the same."""
+AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)($|[._\d])", re.IGNORECASE)
+"""In the name of a set of weights that is an average over steps, which samples better than a step's own."""
 
 BUFFERS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
 """Last components of the names of published buffers, which follow from the configuration."""
@@ -108,29 +120,205 @@ def is_buffer(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in BUFFERS
 
 
-def read_official(path: Path, *, mapped: bool = True, checksums: bool = True) -> State:
-    """The tensors of a file, .pth or .safetensors; other arguments as of `load_torch_file`.
+class FoundWeights(NamedTuple):
+    """One set of weights in a file: its name there, empty where there is none, and its tensors by published names."""
+
+    name: str
+    state: State
+
+
+def find_weights(
+    path: Path, part: Part | None = None, weights: str | None = None, *, mapped: bool = True, checksums: bool = True
+) -> FoundWeights:
+    """The weights of a transformer or a tokenizer in a file, .pth or .safetensors, however deep they are nested in it.
+
+    Of several sets it is the one that `weights` names, in full or by its end; without it an average over steps (EMA)
+    where there is one, or else the first, which is logged. Without a part it is the transformer, where there is one.
+    Other arguments are as of `read_tensors`.
 
     Raises:
-        CheckpointError: The file is missing or damaged, holds code, or what it holds is no weights.
+        CheckpointError: The file cannot be read, or it holds no such weights, or no set of that name.
     """
-    if is_safetensors(path):
-        state = read_weights(path)
-    else:
-        content = load_torch_file(path, mapped=mapped, checksums=checksums)
-        for wrapper in ("trainer", "mvar_wo_ddp", "var_wo_ddp", "state_dict", "model"):
-            if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-        state = state_dict_in(content, path, is_buffer)
-    # Wrappers for compiling and distribution put prefixes before a name.
-    return {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state.items()}
+    tensors = read_tensors(path, mapped=mapped, checksums=checksums)
+    bases = {each: [n.removesuffix(a) for n in tensors if f".{n}".endswith(f".{a}")] for each, a in ANCHORS.items()}
+    part = part or ("transformer" if bases["transformer"] else "tokenizer")
+    named = {base.removesuffix("."): base for base in bases[part]}
+    listed = ", ".join(name or "weights without a name" for name in named)
+    if not named:
+        raise _no_such_weights(path, part, tensors, any(bases.values()))
+    chosen = list(named)
+    if weights is not None:
+        chosen = [weights] if weights in named else [name for name in named if name.endswith(f".{weights}")]
+        if len(chosen) != 1:
+            hint = "Use one of these names." if any(named) else "Leave out --weights."
+            raise CheckpointError(f"{path} holds {listed}; --weights {weights} does not name one of them.", hint)
+    name = next(filter(AVERAGED.search, chosen), chosen[0])
+    if len(chosen) > 1:
+        logger.info("%s holds %s: %s is read; `mvar convert --weights NAME` reads another.", path, listed, name)
+    base = named[name]
+    inner = tuple(other for each in bases.values() for other in each if other != base and other.startswith(base))
+    # A number of the whole network is not a weight: an average's n_averaged, or its decay.
+    state = {
+        full.removeprefix(base): tensor
+        for full, tensor in tensors.items()
+        if full.startswith(base)
+        and not full.startswith(inner)
+        and (tensor.is_nested or tensor.ndim or "." in full.removeprefix(base))
+    }
+    return FoundWeights(name, check_tensors(state, path, is_buffer))
 
 
-def kind_of_file(path: Path) -> Kind:
-    """Which system wrote a transformer's file: MVAR files name themselves, bare ones are VAR's."""
-    content = {} if is_safetensors(path) else load_torch_file(path, checksums=False)
-    inner = content.get("trainer", content) if isinstance(content, Mapping) else {}
-    return "mvar" if isinstance(inner, Mapping) and "mvar_wo_ddp" in inner else "var"
+def _no_such_weights(path: Path, part: Part, tensors: State, other: bool) -> CheckpointError:
+    """What to raise for a file without the weights of a part; `other` says that it holds those of the other."""
+    if other:
+        held, hint = {
+            "transformer": ("tokenizer (VQVAE)", "Name it as --tokenizer, and the transformer's file in its place."),
+            "tokenizer": (
+                "transformer",
+                "Name the tokenizer's file (vae*.pth); this one is for --model or --checkpoint.",
+            ),
+        }[part]
+        return CheckpointError(f"{path} holds a {held}, not a {part}.", hint)
+    if any(f".{name}".endswith(f".{own}") for name in tensors for own in OWN_NAMES):
+        directory = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        hint = f"If {directory} is a model directory, name it as it is, as in `mvar sample --checkpoint {directory}`."
+        return CheckpointError(f"{path} holds weights by mvar's own names, not a published file.", hint)
+    shown = ", ".join(list(tensors)[:3])
+    return CheckpointError(
+        f"{path} holds the weights of another network ({len(tensors)} tensors: {shown} …), not of a {part}; there is no"
+        f" {ANCHORS[part]} among them.",
+        "Expected a VAR, MVAR or VQVAE with the parameter names of the published files.",
+    )
+
+
+def read_official(path: Path, part: Part | None = None, *, checksums: bool = True) -> State:
+    """The tensors that `find_weights` finds in a file, by published names."""
+    return find_weights(path, part, checksums=checksums).state
+
+
+def tell_kind(found: FoundWeights, path: Path, kind: Kind | None = None) -> tuple[Kind, str]:
+    """Whose attention a published transformer was trained with, and what says so: option, mask, weights, file, nothing.
+
+    A mask that hides earlier scales is MVAR's. A causal one proves nothing: MVARs that were fine-tuned from a VAR carry
+    it. Then the name of the weights decides, or that of the file. Where nothing does, VAR is assumed, with a warning.
+
+    Raises:
+        CheckpointError: They contradict each other, or `kind`.
+    """
+    signs: dict[str, Kind] = {"mask": "mvar"} if _mask_in(found.state)[0] else {}
+    for sign, text in (("weights", found.name), ("file", path.stem)):
+        if re.search(r"mvar|(?<![a-z])var(?![a-z])", text.lower()):
+            signs[sign] = "mvar" if "mvar" in text.lower() else "var"
+    shown = {
+        "mask": "its attention mask hides earlier scales",
+        "weights": f"its weights are called {found.name}",
+        "file": f"its name is {path.name}",
+    }
+    said = " but ".join(f"{shown[sign]} ({each})" for sign, each in signs.items())
+    if kind == "var" and "mvar" in (signs.get("mask"), signs.get("weights")):
+        raise CheckpointError(
+            f"{path} is not a VAR: {said}.",
+            "Leave out --kind; add --scale-prefixes all --windows 0 for VAR's attention.",
+        )
+    if kind is None and len(set(signs.values())) > 1:
+        raise CheckpointError(f"{path} may be a VAR or an MVAR: {said}.", "Say which with `mvar convert --kind mvar`.")
+    if kind is None and not signs:
+        logger.warning(
+            "%s does not say whether it is a VAR or an MVAR: VAR is assumed. If it is an MVAR, make a model directory"
+            " of it with `mvar convert --kind mvar`.", path,
+        )  # fmt: skip
+    return (kind, "option") if kind else (next(iter(signs.values()), "var"), next(iter(signs), "nothing"))
+
+
+def _mask_in(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The first token that the last one attends to by the mask in a file, and how many tokens the mask is for.
+
+    (0, 0) where there is no mask that can be read.
+    """
+    mask, positions = state.get("attn_bias_for_masking"), state.get("pos_1LC")
+    if mask is None or positions is None or not is_dense(mask) or not mask.is_floating_point() or mask.ndim < 2:
+        return 0, 0
+    if 0 in mask.shape or mask.shape[-1] > positions.shape[1 if positions.ndim > 1 else 0]:
+        return 0, 0
+    seen = (mask[(0,) * (mask.ndim - 2)][-1] == 0).nonzero()
+    return int(seen[0]) if len(seen) else 0, mask.shape[-1]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published files whose shapes have been read.
+
+    Attributes:
+        model: The transformer's file; None for a tokenizer alone.
+        tokenizer: The VQVAE's file.
+        config: What the shapes tell.
+        kind: Whose attention the transformer was trained with.
+        kind_from: What says so, see `tell_kind`.
+        weights: The name of the transformer's weights in its file, or else the tokenizer's; None where they have none.
+    """
+
+    model: Path | None
+    tokenizer: Path
+    config: ModelConfig
+    kind: Kind
+    kind_from: str
+    weights: str | None
+
+    def states(self, dtype: torch.dtype = torch.float32) -> Iterator[State | None]:
+        """The tokenizer's state under our names, then the transformer's, or None; read as they are asked for.
+
+        They are in `dtype`, but for `FLOAT32_MODULES`.
+
+        Raises:
+            CheckpointError: Names that do not fit, or values that are not finite or too large for the dtype.
+        """
+        # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
+        mapped, config = dtype == torch.float32, self.config
+        own = self.weights if self.model is None else None
+        with meta_device():
+            ours = VQVAE(config.tokenizer, config.pyramid).state_dict()
+        state = find_weights(self.tokenizer, "tokenizer", own, mapped=mapped).state
+        yield _from_official(state, ours, lambda name: tokenizer_name(name, config.tokenizer), self.tokenizer, dtype)
+        if self.model is None:
+            yield None
+            return
+        with meta_device():
+            ours = Transformer(config).state_dict()
+        state = find_weights(self.model, "transformer", self.weights, mapped=mapped).state
+        yield _from_official(state, ours, transformer_name, self.model, dtype)
+
+
+def open_official(
+    model: Path | None, tokenizer: Path, *, kind: Kind | None = None, weights: str | None = None, **attention: Any
+) -> Published:
+    """Published files, of which nothing but the shapes is read.
+
+    Args:
+        model: Published transformer, or None for a tokenizer alone.
+        tokenizer: Published VQVAE.
+        kind: None as the file says (`tell_kind`).
+        weights: Which set of weights of the model, or of the tokenizer alone, where the file holds several.
+        **attention: patch_sizes, windows and scale_prefixes of `infer_config`.
+
+    Raises:
+        CheckpointError: A file cannot be read or does not fit.
+        ConfigError: A pyramid, windows or prefixes that do not fit.
+    """
+    parts = find_weights(tokenizer, "tokenizer", None if model else weights, checksums=False)
+    tokenizer_state, transformer_state, kind_from = parts.state, None, "option" if kind else "nothing"
+    if model is not None:
+        parts = find_weights(model, "transformer", weights, checksums=False)
+        transformer_state = parts.state
+        if kind is None or attention.get("windows") is None or attention.get("scale_prefixes") is None:
+            kind, kind_from = tell_kind(parts, model, kind)
+    kind = kind or "var"
+    try:
+        config = infer_config(transformer_state, tokenizer_state, kind, name=(model or tokenizer).stem, **attention)
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"{model or tokenizer}: {error.message}", error.hint) from None
+    provenance = {"source": (model or tokenizer).name, "source_tokenizer": tokenizer.name}
+    config = config.model_copy(update={"provenance": provenance})
+    return Published(model, tokenizer, config, kind, kind_from, parts.name or None)
 
 
 class Converted(NamedTuple):
@@ -141,43 +329,20 @@ class Converted(NamedTuple):
     transformer: State | None
 
 
-def convert(model: Path | None, tokenizer: Path, **overrides: Any) -> Converted:
-    """Read published files; arguments as of `read_config`.
-
-    Raises:
-        CheckpointError: A file cannot be read or does not fit.
-        ConfigError: A pyramid, windows or prefixes that do not fit.
-    """
-    config = read_config(model, tokenizer, **overrides)
-    return Converted(
-        config,
-        tokenizer_from_official(read_official(tokenizer), config, tokenizer),
-        transformer_from_official(read_official(model), config, model) if model else None,
-    )
-
-
-def read_config(model: Path | None, tokenizer: Path, *, kind: Kind | None = None, **overrides: Any) -> ModelConfig:
-    """The configuration of published files, of whose tensors nothing but the shapes is read.
-
-    Args:
-        model: Published transformer, or None for a tokenizer alone.
-        tokenizer: Published VQVAE.
-        kind: None as the file says.
-        **overrides: patch_sizes, windows and scale_prefixes of `infer_config`.
-    """
-    kind = kind or (kind_of_file(model) if model else "var")
-    states = (read_official(model, checksums=False) if model else None, read_official(tokenizer, checksums=False))
-    try:
-        config = infer_config(*states, kind, name=(model or tokenizer).stem, **overrides)
-    except (CheckpointError, ConfigError) as error:
-        raise type(error)(f"{model or tokenizer}: {error.message}", error.hint) from None
-    provenance = {"source": (model or tokenizer).name, "source_tokenizer": tokenizer.name}
-    return config.model_copy(update={"provenance": provenance})
+def convert(model: Path | None, tokenizer: Path, **options: Any) -> Converted:
+    """Read published files; arguments and errors as of `open_official` and `Published.states`."""
+    published = open_official(model, tokenizer, **options)
+    vqvae, transformer = published.states()
+    assert vqvae is not None
+    return Converted(published.config, vqvae, transformer)
 
 
 def tokenizer_next_to(model: Path) -> Path:
-    """The published tokenizer next to a published transformer; CheckpointError for none or more than one."""
-    found = sorted(path for path in model.parent.glob("*.pth") if path.name.startswith(("vae", "vqvae")))
+    """The tokenizer next to a published transformer, or in the same file; CheckpointError for none or several."""
+    beside = (path for path in model.parent.glob("v*") if path.suffix in (".pth", ".pt", ".safetensors"))
+    found = sorted(path for path in beside if path.name.startswith(("vae", "vqvae")) and path != model)
+    if not found and any(f".{n}".endswith(f".{ANCHORS['tokenizer']}") for n in read_tensors(model, checksums=False)):
+        return model
     if len(found) != 1:
         what = f"{len(found)} of them lie" if found else "none lies"
         raise CheckpointError(
@@ -187,34 +352,15 @@ def tokenizer_next_to(model: Path) -> Path:
     return found[0]
 
 
-def import_official(
-    model: Path | None, tokenizer: Path, out: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> ModelConfig:
-    """Write a model directory from published files, as `convert` reads them.
-
-    Tokenizer and transformer are converted one after the other, so that the peak of memory is one of them. Quantizer
-    and head stay in float32 whatever the dtype.
-    """
-    config = read_config(model, tokenizer, **overrides)
-    # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
-    mapped = dtype == torch.float32
-    state = tokenizer_from_official(read_official(tokenizer, mapped=mapped), config, tokenizer)
-    directory.save_tensors(out / directory.TOKENIZER_FILE, _cast(state, dtype))
-    del state
-    if model is not None:
-        state = transformer_from_official(read_official(model, mapped=mapped), config, model)
-        directory.save_tensors(out / directory.TRANSFORMER_FILE, _cast(state, dtype))
-    directory.save_config(out, config)
-    return config
-
-
-def _cast(state: State, dtype: torch.dtype) -> State:
-    """The state in another dtype; empties the original to free memory."""
-    cast = {}
-    for name in list(state):
-        value = state.pop(name)
-        cast[name] = value if name.startswith(FLOAT32_MODULES) else value.to(dtype)
-    return cast
+def import_official(published: Published, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model directory; one part after the other, so that the peak of memory is one of them."""
+    for name, state in zip(
+        (directory.TOKENIZER_FILE, directory.TRANSFORMER_FILE), published.states(dtype), strict=True
+    ):
+        if state is not None:
+            directory.save_tensors(out / name, state)
+            state.clear()
+    directory.save_config(out, published.config)
 
 
 def kind_of(config: ModelConfig) -> Kind:
@@ -247,7 +393,7 @@ def tokenizer_hash_of(checkpoint: Path, tokenizer: Path | None = None) -> str:
     """The hash by which a token cache knows the tokenizer of a model directory or published file."""
     if checkpoint.is_dir():
         return directory.tokenizer_hash(checkpoint)
-    return directory.state_hash(convert(checkpoint, tokenizer or tokenizer_next_to(checkpoint)).tokenizer)
+    return directory.state_hash(convert(None, tokenizer or tokenizer_next_to(checkpoint)).tokenizer)
 
 
 def infer_config(
@@ -303,8 +449,12 @@ def infer_config(
         windows = windows[0] if len(windows) == 1 else windows
     if isinstance(windows, int):
         windows = spread_window(windows, (0,) * pyramid.num_scales)
-    if scale_prefixes is None:
-        scale_prefixes = 1 if kind == "mvar" else "all"
+    if scale_prefixes is None and kind == "mvar":  # as many as the mask in the file shows, or else one
+        first, tokens = _mask_in(transformer or {})
+        scales = pyramid.scale_of_token
+        scale_prefixes = scales[tokens - 1] - scales[first] + 1 if first and tokens <= len(scales) else 1
+    elif scale_prefixes is None:
+        scale_prefixes = "all"
     height, width = (side * tokenizer_config.downsample for side in pyramid.latent_grid)
     depth = transformer_config.depth if transformer_config else 0
     sampling = PUBLISHED_SAMPLING.get((kind, depth), SamplingConfig(cfg=1.5, top_k=900, top_p=0.96))
@@ -385,28 +535,19 @@ def _infer_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
     )
 
 
-def transformer_from_official(state: Mapping[str, Tensor], config: ModelConfig, source: str | Path) -> State:
-    """Our transformer state from a published one, without buffers; CheckpointError names keys that do not fit."""
-    with meta_device():
-        ours = Transformer(config).state_dict()
-    return _from_official(state, ours, transformer_name, source)
-
-
-def tokenizer_from_official(state: Mapping[str, Tensor], config: ModelConfig, source: str | Path) -> State:
-    """Our VQVAE state from a published one, likewise."""
-    with meta_device():
-        ours = VQVAE(config.tokenizer, config.pyramid).state_dict()
-    return _from_official(state, ours, lambda name: tokenizer_name(name, config.tokenizer), source)
-
-
-def _from_official(state: Mapping[str, Tensor], ours: State, named: Callable[[str], str], source: str | Path) -> State:
+def _from_official(state: State, ours: State, named: Callable[[str], str], source: Path, dtype: torch.dtype) -> State:
+    """A published state under our names, in a dtype, without buffers; the original is emptied to free memory."""
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_buffer(name)}
     expected = {named(name): published_shape(named(name), tensor) for name, tensor in ours.items()}
     directory.check_state(found, expected, source)
-    return {
-        name: check_finite(state[named(name)], named(name), Path(source)).reshape(tensor.shape)
-        for name, tensor in ours.items()
-    }
+    names, converted = {named(name): name for name in ours}, {}
+    for published, value in finite(((name, state.pop(name)) for name in names), source):
+        name = names[published]
+        kept = name.startswith(FLOAT32_MODULES)
+        cast = converted[name] = value.reshape(ours[name].shape).to(torch.float32 if kept else dtype)
+        if cast.dtype != value.dtype and cast.isinf().any() and value.isfinite().all():
+            raise CheckpointError(f"{source}: {published} holds values too large for {dtype}.", "Use --dtype float32.")
+    return converted
 
 
 def transformer_to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:

@@ -346,7 +346,7 @@ def _planned(
     checkpoint: Path, tokenizer: Path | None, source: str, num: int, out: Path, preset: Path | None
 ) -> AttentionResult:
     if checkpoint.is_file():
-        config = official.read_config(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint))
+        config = official.open_official(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
     else:
         config = read_model_config(checkpoint)
     steps = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]

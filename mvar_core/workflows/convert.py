@@ -37,6 +37,10 @@ class ConvertResult(Result):
         model: The model directory that was written, or read.
         outputs: The files or the directory that were written.
         kind: Whose attention the model has: var or mvar.
+        kind_from: What says so: the `mask` in the file, the name of its `weights`, the `file`'s name, the `option`, or
+            `nothing`: then VAR is assumed. None for a tokenizer alone and for published files that are written.
+        weights: The name of the weights that were read in the file; None where they have none.
+        float32_modules: What is in float32 whatever the dtype.
         parameters: Parameters of the transformer; 0 for a tokenizer alone.
         configuration: The model's configuration without its class names, as config.json holds it.
         config: The same as an object.
@@ -45,6 +49,9 @@ class ConvertResult(Result):
     model: Path
     outputs: tuple[Path, ...]
     kind: str
+    kind_from: str | None = None
+    weights: str | None = None
+    float32_modules: tuple[str, ...] = ()
     parameters: int
     configuration: Mapping[str, Any]
     config: ModelConfig = field(metadata={"hidden": True})
@@ -55,6 +62,7 @@ def convert(
     out: Path | str,
     model: Path | str | None = None,
     tokenizer: Path | str | None = None,
+    weights: str | None = None,
     kind: str | None = None,
     pyramid: str | Sequence[int | tuple[int, int]] | None = None,
     windows: str | int | Sequence[int] | None = None,
@@ -76,7 +84,9 @@ def convert(
         out: The directory to write.
         model: A published transformer; with `to="official"` a model directory.
         tokenizer: The published VQVAE; None for the one next to the transformer.
-        kind: var or mvar; None as the file says.
+        weights: Which set of weights to read from a file that holds several; None for the average (EMA) of the
+            weights where there is one, or else the first.
+        kind: var or mvar; None as mask, names of weights and name of the file say.
         pyramid: Sizes of the scales, also as text such as "1,2,3x4"; None for a published pyramid.
         windows: Of each scale, one number for the last two, or auto (auto:K) for those where windows pay.
         scale_prefixes: Scales that a token sees, its own included, or all.
@@ -100,9 +110,10 @@ def convert(
             raise ConfigError(f"--{name} {value!r} is not known.", f"Use {', '.join(filter(None, known))}.")
     if model is None and (tokenizer is None or to == "official"):
         raise ConfigError("There is nothing to convert.", "Pass --model and --tokenizer, or --tokenizer alone.")
-    if to == "official" and any(value is not None for value in (pyramid, windows, scale_prefixes, tokenizer)):
+    reading = (pyramid, windows, scale_prefixes, tokenizer, weights)
+    if to == "official" and (dtype != "float32" or any(value is not None for value in reading)):
         raise ConfigError(
-            "--to official writes a model directory as it is.", "Pass the directory as --model, and --out."
+            "--to official writes a model directory as it is, in float32.", "Pass the directory as --model, and --out."
         )
     try:
         sizes = None if pyramid is None else read_sizes(pyramid)
@@ -110,36 +121,40 @@ def convert(
         raise ConfigError(f"--pyramid {pyramid!r}: {error}.") from None
     if dry_run or not any((out / name).exists() for name in (RECORD_FILE, FOLDER)):
         require_new_directory(out, overwrite)
-    source = None if model is None else Path(model)
+    source, published = None if model is None else Path(model), None
+    chosen = cast("official.Kind | None", kind)
     if to == "official":
         assert source is not None
         config, result, steps = read_model_config(source), source, [f"write published files to {out}"]
-        sources = [
-            source / name for name in (CONFIG_FILE, TOKENIZER_FILE, TRANSFORMER_FILE) if (source / name).exists()
-        ]
-        outputs = tuple(out / name for name in official.published_names(config, cast("official.Kind | None", kind)))
+        names = (CONFIG_FILE, TOKENIZER_FILE, TRANSFORMER_FILE)
+        sources = [source / name for name in names if (source / name).exists()]
+        outputs = tuple(out / name for name in official.published_names(config, chosen))
     else:
-        files = (source, official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer))
-        sources = [file for file in files if file is not None]
+        vqvae = official.tokenizer_next_to(Path(model or "")) if tokenizer is None else Path(tokenizer)
+        sources = [vqvae] if source is None else [source, vqvae]
         result, outputs, steps = out, (out,), [f"read {source or tokenizer}", f"write {out} in {dtype}"]
-        chosen: dict[str, Any] = {
-            "kind": kind, "patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes
-        }  # fmt: skip
-        config = official.read_config(*files, **chosen)
+        attention: dict[str, Any] = {"patch_sizes": sizes, "windows": windows, "scale_prefixes": scale_prefixes}
+        published = official.open_official(source, vqvae, kind=chosen, weights=weights, **attention)
+        config = published.config
     if not dry_run:
         record = {"to": to, "dtype": dtype, "sources": fingerprint(sources), "config": config.model_dump(mode="json")}
+        if weights is not None:
+            record["weights"] = weights
         with _output(out, {**record, "kind": kind}, sources, overwrite) as temporary:
-            if temporary is not None and to == "official":
-                official.export_official(result, temporary, kind=cast("official.Kind | None", kind), verify=verify)
-            elif temporary is not None:
-                official.import_official(*files, temporary, dtype=DTYPES[dtype], **chosen)
+            if temporary is not None and published is None:
+                official.export_official(result, temporary, kind=chosen, verify=verify)
+            elif temporary is not None and published is not None:
+                official.import_official(published, temporary, DTYPES[dtype])
     cost = cost_of(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
     planned = DryRun(configuration=values, steps=tuple(steps), cost=cost, facts={"parameters": cost.parameters})
     return ConvertResult(
         model=result,
         outputs=outputs if not dry_run or to == "directory" else (),
-        kind=kind or official.kind_of(config),
+        kind=published.kind if published and source else kind or official.kind_of(config),
+        kind_from=published.kind_from if published and source else None,
+        weights=published.weights if published else None,
+        float32_modules=tuple(name.removesuffix(".") for name in official.FLOAT32_MODULES) if published else (),
         parameters=cost.parameters,
         configuration=values,
         config=config,

@@ -506,7 +506,10 @@ def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequ
                 raise ConfigError(f"--set patch_sizes={named}: {error}.", hint) from None
             tokenizer = tokenizer or official.tokenizer_next_to(file)
             with atomic_directory(directory) as temporary:
-                official.import_official(file, tokenizer, temporary, kind="var", patch_sizes=sizes)
+                # Whatever attention the file is of: here it follows from the configuration.
+                whole: dict[str, Any] = {"scale_prefixes": "all", "windows": 0}
+                published = official.open_official(file, tokenizer, kind="var", patch_sizes=sizes, **whole)
+                official.import_official(published, temporary)
     lock.unlink(missing_ok=True)
     made_from = read_model_config(directory).provenance.get("source")
     if made_from != file.name:
@@ -525,7 +528,11 @@ def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out
         classes=start.classes,
     )
     ignored = (
-        [name for name in official.read_official(start.file, checksums=False) if official.is_buffer(name)]
+        [
+            name
+            for name in official.read_official(start.file, "transformer", checksums=False)
+            if official.is_buffer(name)
+        ]
         if start.file
         else []
     )

@@ -156,7 +156,9 @@ def test_published_files(golden_mvar, monkeypatch, tmp_path):
     # Published files do not hold their pyramid; the golden ones have another than the published.
     sides = tuple(golden_mvar.spec["patch_nums"])
     monkeypatch.setattr(official, "PUBLISHED_PYRAMIDS", {256: sides})
-    config = official.import_official(golden_mvar.model, golden_mvar.tokenizer, tmp_path / "directory")
+    published = official.open_official(golden_mvar.model, golden_mvar.tokenizer)
+    official.import_official(published, tmp_path / "directory")
+    config = published.config
     folder = tmp_path / "images"
     for number in range(config.transformer.num_classes):
         (folder / f"c{number:02}").mkdir(parents=True)

@@ -13,7 +13,7 @@ from mvar_core import Pipeline
 from mvar_core.config import RunConfig
 from mvar_core.data.token_writer import write_token_cache
 from mvar_core.models.directory import load_tokenizer, read_model_config, tokenizer_hash
-from mvar_core.models.official import import_official
+from mvar_core.models.official import import_official, open_official
 from mvar_core.pyramid import ScalePyramid
 
 
@@ -39,7 +39,9 @@ def cache(var: golden_models.GoldenCase, tmp_path_factory: pytest.TempPathFactor
 
     folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     directory = tmp_path_factory.mktemp("directory") / "var"
-    config = import_official(var.model, var.tokenizer, directory, kind="var", **var.options)
+    published = open_official(var.model, var.tokenizer, kind="var", **var.options)
+    import_official(published, directory)
+    config = published.config
     assert config.transformer is not None
     for number in range(config.transformer.num_classes):
         (folder / f"c{number:02}").mkdir()

@@ -36,23 +36,6 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         official.read_official(tmp_path / "other.pth")
 
 
-def test_every_published_wrapper_is_opened(golden_mvar: GoldenCase, tmp_path: Path) -> None:
-    state = official.read_official(golden_mvar.model)
-    wrapped = {
-        "bare": state,
-        "mvar": {"mvar_wo_ddp": state},
-        "trainer": {"trainer": {"var_wo_ddp": state}, "epoch": 3},
-        "compiled": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
-        "parallel": {f"module.{name}": tensor for name, tensor in state.items()},
-    }
-    kinds = {}
-    for name, content in wrapped.items():
-        torch.save(content, tmp_path / f"{name}.pth")
-        assert official.read_official(tmp_path / f"{name}.pth").keys() == state.keys()
-        kinds[name] = official.kind_of_file(tmp_path / f"{name}.pth")
-    assert kinds == {"bare": "var", "mvar": "mvar", "trainer": "var", "compiled": "var", "parallel": "var"}
-
-
 def test_keys_that_do_not_fit_are_named(golden_mvar: GoldenCase, tmp_path: Path) -> None:
     state = dict(official.read_official(golden_mvar.model))
     state["surplus"] = torch.zeros(1)
@@ -79,8 +62,6 @@ def test_what_does_not_belong_together(golden_mvar: GoldenCase, tmp_path: Path) 
     torch.save(tokenizer, tmp_path / "vae.pth")
     with pytest.raises(CheckpointError, match="do not belong together"):
         official.convert(golden_mvar.model, tmp_path / "vae.pth", **golden_mvar.options)
-    with pytest.raises(CheckpointError, match=r"word_embed.weight is missing"):
-        official.convert(golden_mvar.tokenizer, golden_mvar.tokenizer, **golden_mvar.options)
 
 
 @pytest.mark.parametrize("preset", ["var-d16-256", "mvar-d24-256", "var-d36-512", "mvar-d24-1024"])
@@ -121,6 +102,7 @@ def test_published_shapes_tell_the_configuration(preset: str) -> None:
 
 def test_the_tokenizer_next_to_a_model(golden_mvar: GoldenCase, tmp_path: Path) -> None:
     assert official.tokenizer_next_to(golden_mvar.model) == golden_mvar.tokenizer
+    (tmp_path / "model.pth").write_bytes(golden_mvar.model.read_bytes())
     with pytest.raises(CheckpointError, match="none lies next to it"):
         official.tokenizer_next_to(tmp_path / "model.pth")
     for name in ("vae_a.pth", "vqvae_b.pth"):

@@ -71,11 +71,10 @@ class Pipeline:
         self.attention = attention
         self.memory = memory
         if self.device.type == "meta":
-            raise CheckpointError(f"The tokenizer of {config.name} has no weights: it is on the meta device.",
-                                  "Load it with Pipeline.from_pretrained.")  # fmt: skip
+            message = f"The tokenizer of {config.name} has no weights: it is on the meta device."
+            raise CheckpointError(message, "Load it with Pipeline.from_pretrained.")
         if transformer is not None:
-            dtype = transformer.input_projection.weight.dtype
-            check_backend(attention, config.patterns, self.device, dtype)
+            check_backend(attention, config.patterns, self.device, transformer.input_projection.weight.dtype)
 
     @classmethod
     @checked
@@ -103,10 +102,6 @@ class Pipeline:
             compile: Compile the transformer's blocks for sampling: the first images wait for it, later ones do not.
             verify: Compare a directory's weights with the hashes that were recorded when they were saved.
             machine: These five, and the memory that sampling may use, in place of the keywords.
-
-        Raises:
-            CheckpointError: Nothing there that can be loaded.
-            BackendError: An attention backend or device that is not available.
         """
         path = Path(path)
         machine = machine or Machine(
@@ -166,9 +161,8 @@ class Pipeline:
     def transformer(self) -> Transformer:
         """The transformer; CheckpointError where the pipeline holds a tokenizer alone."""
         if self._transformer is None:
-            raise CheckpointError(
-                f"{self.config.name} is a tokenizer without a transformer.", "Train one with `mvar train`."
-            )
+            message = f"{self.config.name} is a tokenizer without a transformer."
+            raise CheckpointError(message, "Train one with `mvar train`.")
         return self._transformer
 
     @property
@@ -179,10 +173,10 @@ class Pipeline:
     @checked
     def save_pretrained(self, path: str | Path) -> None:
         """Write a model directory that `from_pretrained` reads."""
-        transformer = self._transformer.state_dict() if self._transformer is not None else None
-        model_directory.save_model(
-            Path(path), self.config, tokenizer=self.tokenizer.state_dict(), transformer=transformer
-        )
+        weights = {"tokenizer": self.tokenizer.state_dict()}
+        if self._transformer is not None:
+            weights["transformer"] = self._transformer.state_dict()
+        model_directory.save_model(Path(path), self.config, **weights)
 
     @torch.no_grad()
     def encode(self, images: TensorLike) -> Int[Tensor, "B L"]:
@@ -204,8 +198,7 @@ class Pipeline:
     def logits(self, tokens: TensorLike, labels: TensorLike) -> Float[Tensor, "B L V"]:
         """Teacher-forced logits (float32) of every token given the condition and the true tokens of earlier scales.
 
-        No condition is dropped. `labels` holds one class label per image, or vectors (B, X) where the model is
-        conditioned on them. ConfigError or DataError where conditions or tokens are not the model's.
+        `labels` holds one class label per image, or vectors (B, X) where the model is conditioned on them.
         """
         tokens_BL, conditions = self._checked(tokens), self.transformer.conditioner.read(self._by_name(labels))
         _require_count(conditions, len(tokens_BL), "labels", "images of tokens")
@@ -222,13 +215,8 @@ class Pipeline:
         """
         tokens_BL = self._checked(tokens)
         conditions, several = read_candidates(self.transformer.conditioner, labels, len(tokens_BL))
-        scored_BKS = log_likelihoods(
-            self.transformer,
-            self._tokenizer.quantizer,
-            tokens_BL,
-            conditions.to(self.device),
-            attention=self.attention,
-        )
+        conditions = conditions.to(self.device)
+        scored_BKS = log_likelihoods(self.transformer, self.quantizer, tokens_BL, conditions, attention=self.attention)
         return scored_BKS if several else scored_BKS.squeeze(1)
 
     def sampling_settings(self, settings: SamplingConfig | None = None, **shorthand: Any) -> SamplingConfig:
@@ -245,11 +233,7 @@ class Pipeline:
         memory: PositiveInt | None = None,
         stages: bool = False,
     ) -> MicroBatches:
-        """How many images run together when `images` are sampled; the arguments are those of `stream`.
-
-        Raises:
-            ConfigError: Too little memory for one image.
-        """
+        """How many images run together when `images` are sampled; the arguments are those of `stream`."""
         memory, budget = self.memory if memory is None else memory, None
         if memory is not None:
             modules = (self.transformer, self._tokenizer)
@@ -257,13 +241,8 @@ class Pipeline:
             budget = memory - weights - (PROCESS_BYTES if self.device.type == "cpu" else 0)
         elif (free := free_memory(self.device)) is not None:
             budget = int(SHARE_OF_FREE_MEMORY * free)
-        setting = Setting(
-            dtype_bytes=self.transformer.input_projection.weight.element_size(),
-            sampling=settings,
-            device=self.device.type,
-            keep_stages=stages,
-            bfloat16_unit=has_bfloat16_unit(),
-        )
+        each = self.transformer.input_projection.weight.element_size()
+        setting = Setting(each, settings, self.device.type, keep_stages=stages, bfloat16_unit=has_bfloat16_unit())
         return choose(self.config, images, setting, budget=budget, batch_size=batch_size)
 
     def sample(self, labels: TensorLike | None = None, **options: Any) -> Samples:
@@ -319,8 +298,7 @@ class Pipeline:
             **shorthand: Any field of `SamplingConfig`, over `settings`; None is as if it were not there.
 
         Raises:
-            ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image; before
-                anything is sampled.
+            ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
         """
         settings = self.sampling_settings(settings, **shorthand)
         conditioner = self.transformer.conditioner
@@ -331,15 +309,14 @@ class Pipeline:
         read = conditioner.read(asked)
         marks, count = conditioner.labels(read), len(read)
         noun = "labels" if read.ndim == 1 else "vectors"
+
+        def numbers_of(values: TensorLike, what: str) -> list[int]:
+            expected = f"{what} are whole numbers, {count} for {count} {noun}"
+            return tensor_argument(values, expected, "whole", (count,), error=ConfigError).tolist()
+
         if conditions is not None and labels is not None:
-            marks = tensor_argument(labels, f"labels are whole numbers, {count} for {count} {noun}", "whole", (count,),
-                                    error=ConfigError).tolist()  # fmt: skip
-        if indices is None or isinstance(indices, range):
-            numbers: Sequence[int] = range(count) if indices is None else indices
-            _require_count(numbers, count, "indices", noun)
-        else:
-            numbers = tensor_argument(indices, f"indices are whole numbers, {count} for {count} {noun}", "whole",
-                                      (count,), error=ConfigError).tolist()  # fmt: skip
+            marks = numbers_of(labels, "labels")
+        numbers = numbers_of(range(count) if indices is None else indices, "indices")
         if min(numbers, default=0) < 0:
             raise ConfigError(f"indices hold {min(numbers)}.", "Count samples from 0.")
         if kept is not None:

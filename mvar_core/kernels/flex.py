@@ -115,17 +115,9 @@ def block_mask(pattern: AttentionPattern, device: torch.device) -> Any:
     # Tensors made under inference_mode could not be kept for a later backward pass.
     with torch.inference_mode(False):
         partly_RC, wholly_RC = _blocks(pattern)
-        partly_count, partly_index = _ordered(partly_RC, device)
-        wholly_count, wholly_index = _ordered(wholly_RC, device)
-        return BlockMask.from_kv_blocks(
-            partly_count,
-            partly_index,
-            wholly_count,
-            wholly_index,
-            BLOCK_SIZE=BLOCK,
-            mask_mod=_visibility(pattern),
-            seq_lengths=(pattern.queries, pattern.keys),
-        )
+        blocks = (*_ordered(partly_RC, device), *_ordered(wholly_RC, device))
+        lengths = (pattern.queries, pattern.keys)
+        return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=_visibility(pattern), seq_lengths=lengths)
 
 
 # Checks of types that tests add to every function would be compiled with it.

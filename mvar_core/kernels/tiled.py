@@ -96,18 +96,10 @@ class _WithTiledBackward(torch.autograd.Function):
     """Each piece's attention is computed again in the backward pass, which bounds its memory."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        compute: Attend,
-        q_BHQD: Tensor,
-        k_BHKD: Tensor,
-        v_BHKD: Tensor,
-        pattern: AttentionPattern,
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, compute: Attend, *arguments: Any) -> Tensor:
+        q_BHQD, k_BHKD, v_BHKD, ctx.pattern, ctx.scale = arguments
         ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD)
-        ctx.pattern, ctx.scale = pattern, scale
-        return compute(q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), pattern, scale)
+        return compute(q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), ctx.pattern, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,10 +113,9 @@ class _WithTiledBackward(torch.autograd.Function):
         dk_BHKD, dv_BHKD = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (k_BHKD, v_BHKD))
         for piece in _pieces(pattern, q_BHQD):
             q_GTqD, k_GTkD, v_GTkD = leaves = [x.requires_grad_() for x in piece.tiles_of(inputs)]
+            mask = piece.mask(q_BHQD)
             with torch.enable_grad():
-                o_GTqD = F.scaled_dot_product_attention(
-                    q_GTqD, k_GTkD, v_GTkD, attn_mask=piece.mask(q_BHQD), scale=ctx.scale
-                )
+                o_GTqD = F.scaled_dot_product_attention(q_GTqD, k_GTkD, v_GTkD, attn_mask=mask, scale=ctx.scale)
             dq_GTqD, *key_gradients = torch.autograd.grad(o_GTqD, leaves, piece.queries(inputs, "gradients", do_BHYXD))
             piece.write_queries(dq_GTqD, dq_BHYXD)
             for dx_GTkD, dx_BHKD in zip(key_gradients, (dk_BHKD, dv_BHKD), strict=True):
@@ -173,8 +164,7 @@ class _Piece:
 
     def queries(self, maps: _Maps, name: str, x_BHYXD: Tensor) -> Tensor:
         """A copy of each tile's queries (G, T, q, D), of whatever there is one for each query."""
-        x_GyxD = self._copy(maps, name, x_BHYXD, self._query_rows, self.strip.columns)
-        return x_GyxD.view(x_GyxD.shape[0], len(self.tiles), -1, x_GyxD.shape[-1])
+        return self._copy(maps, name, x_BHYXD, self._query_rows, self.strip.columns, self.tiling.tile_rows)
 
     def write_queries(self, x_GTqD: Tensor, x_BHYXD: Tensor) -> None:
         """The inverse of `queries`."""
@@ -185,14 +175,8 @@ class _Piece:
 
     def _keys(self, maps: _Maps, name: str, x_BHYXD: Tensor, x_BHPD: Tensor) -> Tensor:
         """The keys of each tile (G, T, k, D): prefix, then halo. Without a prefix, a view in which tiles overlap."""
-        x_GyxD = self._copy(maps, name, x_BHYXD, self._key_rows, self.strip.key_columns)
-        count, _, width, depth = x_GyxD.shape
-        by_piece, by_row, by_column, by_number = x_GyxD.stride()
-        x_GTkD = x_GyxD.as_strided(
-            (count, len(self.tiles), self.tiling.halo_rows * width, depth),
-            (by_piece, self.tiling.tile_rows * by_row, by_column, by_number),
-        )
-        if x_BHPD.shape[2]:
+        x_GTkD = self._copy(maps, name, x_BHYXD, self._key_rows, self.strip.key_columns, self.tiling.halo_rows)
+        if self.prefix:
             x_GPD = x_BHPD[self.batch, self.heads].flatten(0, 1)
             x_GTkD = torch.cat([x_GPD.unsqueeze(1).expand(-1, len(self.tiles), -1, -1), x_GTkD], dim=2)
         return x_GTkD
@@ -205,14 +189,13 @@ class _Piece:
         target = own_BHYXD[self.batch, self.heads, rows, self.strip.key_columns]
         dx_GTyxD = dx_GTkD[:, :, prefix:].unflatten(2, (halo, width))
         sum_GyxD = dx_BHKD.new_zeros(dx_GTkD.shape[0], len(self._key_rows), width, dx_GTkD.shape[-1])
-        by_piece, by_row, by_column, by_number = sum_GyxD.stride()
+        by_map, by_row, by_column, by_element = sum_GyxD.stride()
+        strides = (by_map, step * by_row, by_row, by_column, by_element)
         # Rows that lie one step apart belong to different tiles, so that one addition serves all tiles.
         for first in range(0, halo, step):
             part_GTyxD = dx_GTyxD[:, :, first : first + step]
-            sums = sum_GyxD[:, first:].as_strided(
-                part_GTyxD.shape, (by_piece, step * by_row, by_row, by_column, by_number)
-            )
-            sums += part_GTyxD
+            sums_GTyxD = sum_GyxD[:, first:].as_strided(part_GTyxD.shape, strides)
+            sums_GTyxD += part_GTyxD
         target += sum_GyxD[:, copied].view(target.shape)
         if prefix:
             prefix_BHPD = dx_BHKD[self.batch, self.heads, :prefix]
@@ -245,15 +228,19 @@ class _Piece:
         first, stop = max(rows.start, 0), min(rows.stop, self.tiling.pattern.grid.height)
         return slice(first, stop), slice(first - rows.start, stop - rows.start)
 
-    def _copy(self, maps: _Maps, name: str, x_BHYXD: Tensor, rows: range, columns: slice) -> Tensor:
-        """Rows and columns of the map (G, y, x, D), zero where the map has no such row."""
+    def _copy(self, maps: _Maps, name: str, x_BHYXD: Tensor, rows: range, columns: slice, each: int) -> Tensor:
+        """Rows and columns of the map, zero where it has no such row; seen as tiles of `each` rows, (G, T, y·x, D)."""
         inside, copied = self._inside(rows)
         source = x_BHYXD[self.batch, self.heads, inside, columns]
         copy = maps.room(name, (*source.shape[:2], len(rows), *source.shape[3:]))
         copy[:, :, copied].copy_(source)
         copy[:, :, : copied.start].zero_()
         copy[:, :, copied.stop :].zero_()
-        return copy.flatten(0, 1)
+        x_GyxD = copy.flatten(0, 1)
+        count, _, width, depth = x_GyxD.shape
+        by_map, by_row, by_column, by_element = x_GyxD.stride()
+        strides = (by_map, self.tiling.tile_rows * by_row, by_column, by_element)
+        return x_GyxD.as_strided((count, len(self.tiles), each * width, depth), strides)
 
 
 def _pieces(pattern: AttentionPattern, q_BHQD: Tensor) -> Iterator[_Piece]:

@@ -102,7 +102,8 @@ def read_rgb(file: Path | Opener, where: str | None = None, max_pixels: int = LA
         factor = _reduction(image)
         with _one_large_image if factor > 1 else nullcontext():
             _load(image, content)
-            picture = _to_rgb(ImageOps.exif_transpose(image), image.format)
+            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what is upright
+            picture = _to_rgb(image, image.format)
             return picture.reduce(factor) if _reduction(picture) > 1 else picture
 
 
@@ -151,13 +152,12 @@ def _opened(file: Path | Opener, where: str | None, max_pixels: int) -> Iterator
             suffix = splitext(where)[1].lower()  # of a row of a table it is that of no image
             with Image.open(content, formats=_formats(suffix if suffix in EXTENSIONS else "")) as image:
                 short, long = sorted(image.size)
-                size = f"it has {image.width}×{image.height} pixels"
-                if long > LONGEST_SHAPE * short:
-                    raise ValueError(size)
                 limit = min(max_pixels, LARGEST_QOI) if image.format == "QOI" else max_pixels
-                if short * long > limit:
-                    hint = "" if limit < max_pixels else f", or allow it: --max-pixels {short * long}"
-                    raise DataError(f"{where} cannot be read: {size}, more than {limit:,}.", f"Remove it{hint}.")
+                if short * long > limit or long > LONGEST_SHAPE * short:
+                    is_final = long > LONGEST_SHAPE * short or limit < max_pixels
+                    hint = "" if is_final else f", or allow it: --max-pixels {short * long}"
+                    problem = f"{where} cannot be read as an image: it has {image.width}×{image.height} pixels."
+                    raise DataError(problem, f"Remove it{hint}.")
                 yield image, content
     except DataError:
         raise

@@ -64,9 +64,9 @@ class FolderSource(StoredSource):
         known = classes = find_classes(self.folder)
         if reference != self.folder:
             known = find_classes(reference, warn=False)
-            if _is_flat(classes) and _is_flat(known):
+            if _is_flat(self.folder, classes) and _is_flat(reference, known):
                 classes = known = dict(zip(known, classes.values(), strict=True))
-            elif _is_flat(classes):
+            elif _is_flat(self.folder, classes):
                 known = classes
                 logger.warning("%s is not divided into classes: its images are one class, %s.", self.folder, *classes)
         for missing in classes.keys() - known.keys():
@@ -125,16 +125,20 @@ def find_splits(root: Path) -> list[str]:
     inside = {name: set[str]() for name in folders if _holds_images(root, name)}
     for name in filter(split_of, inside):
         inside[name] = {entry.name for entry in _entries(root / name) if _is_folder(entry)}
-    return are_splits(str(root), inside)
+    loose = [entry.name for entry in _entries(root) if _is_image(entry.name) and not _is_folder(entry)]
+    return are_splits(str(root), inside, loose)
 
 
-def are_splits(where: str, inside: Mapping[str, Collection[str]]) -> list[str]:
-    """Which of several folders with images are splits, by the names of the folders within each, see `find_splits`."""
+def are_splits(where: str, inside: Mapping[str, Collection[str]], loose: Sequence[str] = ()) -> list[str]:
+    """Which of several folders with images are splits, by the names of the folders within each, see `find_splits`.
+
+    `loose` are images next to these folders.
+    """
     named = [name for name in inside if split_of(name)]
     others = [name for name in inside if name not in named]
     if any(set(inside[one]) & set(inside[other]) for one, other in combinations(named, 2)):
-        if others:
-            logger.warning("%s is divided into splits; the images in %s are left out.", where, few(others))
+        if others or loose:
+            logger.warning("%s is divided into splits; left out: images in %s.", where, few([*others, *loose]))
         return named
     if others and len(named) > 1:
         logger.warning("%s: %s are counted as classes, since %s is one.", where, few(named), others[0])
@@ -185,7 +189,7 @@ def find_classes(folder: Path, warn: bool = True) -> dict[str, list[str]]:
         )
     if warn:
         empty = [name for name in found if not found[name]]
-        beside = f"{len(loose)} images next to the class folders ({few(loose)})" if loose and inside else ""
+        beside = f"images next to the class folders: {len(loose)} ({few(loose)})" if loose and inside else ""
         left_out = [kinds, beside, f"folders without images ({few(empty)})" if empty else ""]
         if any(left_out):
             logger.warning("%s: left out: %s.", folder, "; ".join(filter(None, left_out)))
@@ -256,10 +260,10 @@ def _holds_images(root: Path, name: str) -> bool:
     return any(map(_is_image, _walk(root, name)))
 
 
-def _is_flat(classes: Mapping[str, list[str]]) -> bool:
+def _is_flat(folder: Path, classes: Mapping[str, list[str]]) -> bool:
     """Whether images are of one class only because they lie in one folder."""
-    files = next(iter(classes.values()))
-    return len(classes) == 1 and all("/" not in file or file.startswith("images/") for file in files)
+    is_one = len(classes) == 1 and not (folder / ANNOTATIONS).is_file()
+    return is_one and ("images" in classes or all("/" not in file for files in classes.values() for file in files))
 
 
 def is_visible(name: str) -> bool:

@@ -108,7 +108,7 @@ def test_folders_next_to_splits_are_left_out(tmp_path, write, caplog):
     for number, name in enumerate(["train/a/0.png", "test/a/0.png", "unlabeled/0.png"]):
         write(f"set/{name}", number)
     assert open_images(str(tmp_path / "set")).item_names == ["a/0.png"]
-    assert "images in unlabeled are left out" in caplog.text
+    assert "left out: images in unlabeled" in caplog.text
 
 
 def test_splits_without_train_must_be_named(tmp_path, write):
@@ -196,7 +196,7 @@ def test_folders_without_images_are_refused(tmp_path):
 def test_images_next_to_class_folders_are_left_out_and_counted(class_folders, write, caplog):
     write("pictures/stray.png")
     assert len(open_images(str(class_folders))) == 7
-    assert "1 images next to the class folders (stray.png)" in caplog.text
+    assert "images next to the class folders: 1 (stray.png)" in caplog.text
 
 
 def test_more_images_next_to_folders_than_in_them_are_refused(tmp_path, write):

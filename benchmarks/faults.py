@@ -50,7 +50,7 @@ from tiny import CLASSES, TINY  # noqa: E402
 
 import mvar_core as mvar  # noqa: E402
 from mvar_cli.__main__ import main  # noqa: E402
-from mvar_cli.app import COMMANDS, SUBCOMMANDS, load_command  # noqa: E402
+from mvar_cli.app import COMMANDS, load_command  # noqa: E402
 from mvar_core.config.presets import load_config  # noqa: E402
 from mvar_core.evaluation.demo import DemoClassifier  # noqa: E402
 from mvar_core.models.directory import save_model  # noqa: E402
@@ -425,7 +425,7 @@ def option_cases(world: World) -> Iterator[Case]:
     """Absurd values of every option of every command."""
     commands = world.commands("out")
     commands["quickstart"] = ["quickstart", "--out", "out", "--dry-run"]
-    for entry in [*COMMANDS, *SUBCOMMANDS]:
+    for entry in COMMANDS:
         for parameter in load_command(entry).params:
             option = parameter.opts[-1]
             if parameter.is_flag or option in ("--nproc", "--help"):

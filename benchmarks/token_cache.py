@@ -90,7 +90,7 @@ def bytes_read() -> int:
 def seconds_to_first_batch(out: Path, verify: bool) -> dict[str, float]:
     """From opening to a first batch, and the 50 batches behind it, with hashes compared in a thread or never."""
     from mvar_core.data.tokens import TokenCache
-    from mvar_core.training.order import batch_rows
+    from mvar_core.training.trainer import batch_rows
 
     batches = [batch_rows(step, BATCH, IMAGES * VIEWS, seed=0) for step in range(51)]
     start = time.perf_counter()
@@ -110,7 +110,7 @@ def measure(out: Path) -> dict[str, Any]:
     import torch
 
     from mvar_core.data.tokens import TokenCache
-    from mvar_core.training.order import batch_rows
+    from mvar_core.training.trainer import batch_rows
 
     torch.zeros(8, dtype=torch.long)
     gc.collect()

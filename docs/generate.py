@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvar_cli.app import COMMANDS, SUBCOMMANDS, CommandEntry, load_command
+from mvar_cli.app import COMMANDS, CommandEntry, load_command
 from mvar_core.analysis.cost import Plan, cost_of
 from mvar_core.config import Machine, RunConfig
 from mvar_core.config.machine import parse_bytes
@@ -29,7 +29,7 @@ A configuration is built from `--preset`, then any number of `--set key=value`, 
 
 def commands() -> str:
     """docs/commands.md: every command and option."""
-    return "\n".join([COMMANDS_INTRODUCTION, *map(_command, (*COMMANDS, *SUBCOMMANDS))]).rstrip() + "\n"
+    return "\n".join([COMMANDS_INTRODUCTION, *map(_command, COMMANDS)]).rstrip() + "\n"
 
 
 def _command(entry: CommandEntry) -> str:

@@ -12,10 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from mvar_cli import console, options
-from mvar_cli.groups import grouped, signature
+from mvar_cli.options import grouped, signature
 from mvar_core import __version__
 from mvar_core.environment import inside_torchrun, report_failure, torchrun_number
-from mvar_core.errors import ConfigError, MvarError, nearest, one_line, write_hint
+from mvar_core.errors import ConfigError, MvarError, is_out_of_memory, nearest, one_line, write_hint
 
 
 class CommandEntry(NamedTuple):
@@ -36,9 +36,7 @@ COMMANDS = (
     CommandEntry("train-tokenizer", "train_tokenizer", "Train a multi-scale residual VQVAE on images.", "Train", True),
     CommandEntry("tokenize", "tokenize", "Turn images into a cache of token indices.", "Train", True),
     CommandEntry("train", "train", "Train a VAR or MVAR on a token cache or on images.", "Train", True),
-    CommandEntry(
-        "finetune-from-var", "finetune_from_var", "Train an MVAR that starts from VAR weights.", "Train", True
-    ),
+    CommandEntry("finetune-from-var", "finetune_from_var", "Train an MVAR that starts from a VAR.", "Train", True),
     CommandEntry("sample", "sample", "Generate class-conditional images.", "Use", True),
     CommandEntry("edit", "edit", "In-painting, out-painting and class editing of given images.", "Use", True),
     CommandEntry("evaluate", "evaluate", "FID, sFID, IS, precision, recall and KID against a reference.", "Use", True),
@@ -46,21 +44,11 @@ COMMANDS = (
     CommandEntry("ablate", "ablate", "What scale prefixes and windows cost in quality, over seeds.", "Use"),
     CommandEntry("bench", "bench", "Measure VAR against MVAR in one run: time, memory, stages.", "Use"),
     CommandEntry("convert", "convert", "Published .pth files to a model directory, and back.", "Use"),
-)
-"""Every command, in the order of the help. Listing them here lets the help answer without importing any."""
-
-SUBCOMMANDS = (
     CommandEntry("evaluate make-reference", "make_reference", "Measure a reference once, for `evaluate`.", "Use", True),
     CommandEntry("evaluate reconstruction", "evaluate_reconstruction", "rFID, PSNR, SSIM of a tokenizer.", "Use"),
-    CommandEntry(
-        "evaluate likelihood",
-        "evaluate_likelihood",
-        "Bits per token of held-out images, zero-shot classes.",
-        "Use",
-        True,
-    ),
+    CommandEntry("evaluate likelihood", "evaluate_likelihood", "Bits per token, zero-shot classes.", "Use", True),
 )
-"""Commands that are words behind another command."""
+"""Every command, in the order of the help, which lists those of one word; so the help imports none of them."""
 
 _LOOP = {
     "--accumulate": "Use --micro-batch N, the images computed together, or --set {}.accumulate=N.",
@@ -74,11 +62,6 @@ _LOOP = {
 def _loop(section: str) -> dict[str, str]:
     return {option: instead.format(section) for option, instead in _LOOP.items()}
 
-
-LONGEST_MESSAGE = 1200
-"""Characters of an error that are shown."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""What torch's errors say of memory, on processors and GPUs."""
 
 MOVED: dict[str, dict[str, str]] = {
     "ablate": {
@@ -120,9 +103,7 @@ MOVED: dict[str, dict[str, str]] = {
 def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
     """Import a command's module and build its command from the function of the module's name.
 
-    Args:
-        entry: Which command.
-        arguments: What was typed after its name, for the processes that --nproc starts.
+    `arguments` are what was typed after its name, for the processes that --nproc starts.
     """
     function = getattr(importlib.import_module(f"mvar_cli.commands.{entry.module}"), entry.module)
     typed = [*entry.name.split(), *arguments]  # now: the parser takes its list apart
@@ -154,23 +135,25 @@ def load_command(entry: CommandEntry, arguments: Sequence[str] = ()) -> Any:
 
 
 def starts_processes(nproc: int) -> bool:
-    """Whether --nproc starts processes here: not inside torchrun, which has started them.
-
-    Raises:
-        ConfigError: torchrun has started another number of them.
-    """
-    started = torchrun_number("LOCAL_WORLD_SIZE", nproc)
-    if inside_torchrun() and nproc != started:
+    """Whether --nproc starts processes here: not inside torchrun, which must have started as many (ConfigError)."""
+    if not inside_torchrun():
+        return True
+    if (started := torchrun_number("LOCAL_WORLD_SIZE", nproc)) != nproc:
         raise ConfigError(
             f"--nproc {nproc} inside torchrun, which has started {started} processes here.",
             "Leave out --nproc: torchrun's --nproc-per-node says how many.",
         )
-    return not inside_torchrun()
+    return False
 
 
 def distributed() -> Any:
     """`mvar_core.distributed`, and torch with it, loaded when it is needed."""
     return importlib.import_module("mvar_core.distributed")
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of this job has gone."""
+    return "RANK" in os.environ and bool(distributed().lost_connection(error))
 
 
 def without_bare_preset(args: list[str]) -> list[str]:
@@ -184,11 +167,11 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The real command in place of its stub; an unknown name fails with the nearest ones."""
-        below = next((entry for entry in SUBCOMMANDS if entry.name.split() == args[:2]), None)
-        entry = below or next((entry for entry in COMMANDS if entry.name == args[0]), None)
+        known = {entry.name: entry for entry in COMMANDS}
+        entry = known.get(" ".join(args[:2])) or known.get(args[0])
         if entry is None:
             if not ctx.resilient_parsing and not args[0].startswith("-"):
-                ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], [entry.name for entry in COMMANDS])}")
+                ctx.fail(f"No such command {args[0]!r}. {nearest(args[0], known)}")
             return super().resolve_command(ctx, args)
         if inside_torchrun() and not entry.shared:
             raise ConfigError(f"`mvar {entry.name}` runs in one process.", "Start it without torchrun.")
@@ -220,10 +203,8 @@ class LazyGroup(TyperGroup):
                 if hasattr(error, "format_message"):
                     console.show_json({"error": error.format_message(), "hint": "--help lists the options."})
                 raise
-            in_job = "RANK" in os.environ
-            remote = in_job and isinstance(error, distributed().RemoteError)
-            followed = remote or (in_job and distributed().lost_connection(error))
-            report_failure(f"error: {problem}", consequence=followed, silent=remote)
+            remote = "RANK" in os.environ and isinstance(error, distributed().RemoteError)
+            report_failure(f"error: {problem}", consequence=remote or lost_connection(error), silent=remote)
             console.show_json({"error": problem.message, "hint": problem.hint})
             code = 1
         finally:
@@ -246,17 +227,17 @@ def leave(code: int) -> typer.Exit:
 def explained(error: Exception) -> MvarError | None:
     """An exception as a message and what to do about it; None for those that typer itself handles."""
     if isinstance(error, MvarError):
-        return MvarError(shortened(error.message), error.hint)
+        return error
     if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message"):
         return None
-    text = shortened(one_line(error))
-    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+    text = one_line(error)
+    if is_out_of_memory(error):
         hint = "Use a smaller --batch-size, or give the process more memory; `mvar plan` predicts what fits."
         return MvarError(f"out of memory: {text.rstrip('.')}.", hint)
     if isinstance(error, OSError):
-        path = f"{shortened(str(error.filename))}: " if error.filename and error.strerror else ""
+        path = f"{error.filename}: " if error.filename and error.strerror else ""
         return MvarError(f"{path}{error.strerror or text}.", write_hint(error.errno))
-    if "RANK" in os.environ and distributed().lost_connection(error):
+    if lost_connection(error):
         return MvarError(
             f"the connection to another process of this job is lost: {text}",
             "Run the same command again: what can be resumed continues from where it was last saved.",
@@ -265,11 +246,6 @@ def explained(error: Exception) -> MvarError | None:
         f"unexpected {type(error).__name__}: {text}",
         "This is a fault in mvar, not in your input. MVAR_DEBUG=1 shows where it happened; please report it.",
     )
-
-
-def shortened(text: str) -> str:
-    """A message without the middle of what is too long to read, such as a value of a thousand digits."""
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 2 :]}"
 
 
 app = typer.Typer(
@@ -305,4 +281,5 @@ def _stub() -> None:  # pragma: no cover
 
 
 for _entry in COMMANDS:  # stubs carry name and summary for the help; `resolve_command` replaces them
-    app.command(_entry.name, help=_entry.summary, rich_help_panel=_entry.panel)(_stub)
+    if " " not in _entry.name:
+        app.command(_entry.name, help=_entry.summary, rich_help_panel=_entry.panel)(_stub)

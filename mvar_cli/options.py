@@ -1,26 +1,86 @@
-"""Options that several commands share, so that a name means the same everywhere, and the groups of them."""
+"""Options that several commands share, so that a name means the same everywhere, and the groups of them.
 
+A command is written with typed parameters, some of which are groups of options. `signature` is the flat one that typer
+reads, and `grouped` turns what was typed back into the command's own parameters.
+"""
+
+import inspect
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import typer
 
 import mvar_core as mvar
-from mvar_cli.groups import Group
 
 MACHINE, LOOP, OUTPUT = "Machine", "Training loop", "Output"
 
+CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
+
+
+class Group:
+    """Some options that belong together: the fields that `names` lists, or all, annotated as typer reads options.
+
+    What was typed becomes an object of the class of `mvar_core` that `builds` names, from the fields that are not None;
+    without `builds`, a dictionary of them.
+    """
+
+    builds: ClassVar[str | None] = None
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def only(cls, *names: str) -> type["Group"]:
+        """The group with some of its fields, for commands where the others have no effect."""
+        return type(cls.__name__, (cls,), {"names": names, "__module__": cls.__module__})
+
+    @classmethod
+    def parameters(cls) -> list[inspect.Parameter]:
+        """One keyword parameter for each field."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        names = cls.names or [name for name in hints if name not in typing.get_type_hints(Group)]
+        return [_parameter(name, hints[name], getattr(cls, name)) for name in names]
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> Any:
+        """The group's object, from what was typed."""
+        given = {name: value for name, value in values.items() if value is not None}
+        return given if cls.builds is None else getattr(mvar, cls.builds)(**given)
+
+
+def signature(run: CommandFunction, **further: tuple[Any, Any]) -> inspect.Signature:
+    """The signature of a command's function, with the fields of its groups in the groups' places.
+
+    `further` are annotation and default of options that all commands share.
+    """
+    hints = typing.get_type_hints(run, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(run).parameters.items():
+        group = _group(hints[name])
+        parameters += group.parameters() if group else [_parameter(name, hints[name], parameter.default)]
+    return inspect.Signature([*parameters, *(_parameter(name, *option) for name, option in further.items())])
+
+
+def grouped(run: CommandFunction, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a command's function, from the values of its flat signature."""
+    for name, hint in typing.get_type_hints(run, include_extras=True).items():
+        if group := _group(hint):
+            values[name] = group.build({option.name: values.pop(option.name) for option in group.parameters()})
+    return values
+
+
+def _group(hint: Any) -> type[Group] | None:
+    return hint if inspect.isclass(hint) and issubclass(hint, Group) else None
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
 
 def option(names: str, metavar: str | None, text: str, panel: str | None = None, **further: Any) -> Any:
-    """An option as typer reads it.
+    """An option as typer reads it: its spellings, separated by spaces, and `further` arguments such as min.
 
-    Args:
-        names: Its spellings, separated by spaces.
-        metavar: What the help shows for its value; None for a switch.
-        text: Its help.
-        panel: The section of the help that lists it.
-        further: More arguments of typer.Option, such as min.
+    The help shows `metavar` for its value, None for a switch, and lists it in the section `panel`.
     """
     return typer.Option(*names.split(), metavar=metavar, help=text, rich_help_panel=panel, **further)
 
@@ -243,18 +303,11 @@ else:
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Whole numbers from a comma list.
-
-    Raises:
-        ConfigError: Something between the commas is not a whole number.
-    """
+    """Whole numbers from a comma list (ConfigError)."""
     try:
         return tuple(int(number.replace("_", "?")) for number in text.split(","))
     except ValueError:
         raise mvar.ConfigError(f"{option} {text!r} is not a comma list of whole numbers.") from None
-
-
-CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 
 
 def command(*, example: str) -> Callable[[CommandFunction], CommandFunction]:

@@ -42,13 +42,7 @@ class RemoteError(MvarError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share one job.
-
-    Attributes:
-        rank: This process's number.
-        world_size: How many there are.
-        local_rank: This process's number on its machine, which is also the number of its GPU.
-    """
+    """The processes that share one job; `local_rank` is this one's number on its machine, and that of its GPU."""
 
     rank: int = 0
     world_size: int = 1
@@ -112,12 +106,8 @@ class World:
     def run_on_rank_zero(self, compute: Callable[[], Value]) -> Value:
         """What `compute` returns in rank 0, in all processes; the others wait for it.
 
-        Raises:
-            MvarError, OSError: What `compute` raised; in the other processes a RemoteError, so that none waits for one
-                that has failed.
+        An MvarError or OSError of `compute` is raised there, and a RemoteError in the others, so that none waits.
         """
-        if self.world_size == 1:
-            return compute()
         value: Any = None
         failed: Exception | None = None
         try:
@@ -128,17 +118,6 @@ class World:
         if problem is not None:
             raise failed or RemoteError(problem)
         return cast("Value", value)
-
-
-def environment() -> World:
-    """This process as torchrun's environment describes it; alone where torchrun did not start it.
-
-    Raises:
-        ConfigError: Variables that are missing, contradict each other or are no numbers.
-    """
-    if not inside_torchrun():
-        return World()
-    return World(torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1), torchrun_number("LOCAL_RANK", 0))
 
 
 def world() -> World:
@@ -153,18 +132,13 @@ def connect(device: str = "cpu") -> Iterator[World]:
     """The processes that torchrun started, connected while the block runs; without torchrun, this one alone.
 
     Inside another `connect` it yields the world that is connected already. A process that dies without closing its
-    connections, because its machine is gone, ends the others within a minute.
-
-    Args:
-        device: As the user named it. Tensors on a GPU travel between GPUs (NCCL), results between processors (gloo).
+    connections, because its machine is gone, ends the others within a minute. `device` is as the user named it: tensors
+    on a GPU travel between GPUs (NCCL), results between processors (gloo).
     """
-    if dist.is_available() and dist.is_initialized():
+    if (dist.is_available() and dist.is_initialized()) or not inside_torchrun():
         yield world()
         return
-    here = environment()
-    if here.world_size == 1:
-        yield World()
-        return
+    here = World(*(torchrun_number(name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if not here.is_rank_zero:
         logging.getLogger("mvar").setLevel(logging.ERROR)
     own = here.device(device)
@@ -185,19 +159,12 @@ class Heartbeat:
 
     A process that fails closes its connections, and the others notice at once. One whose machine loses power or
     network does not, and the collectives' own timeout must be long: writing a checkpoint may take many minutes. Rank 0
-    watches all others, and all others watch rank 0.
-
-    Args:
-        rank: This process's number.
-        world_size: How many there are.
-        silence: Seconds without a sign of life after which a process counts as dead.
+    watches all others, and all others watch rank 0; after `silence` seconds without a sign of life one counts as dead.
     """
 
     def __init__(self, rank: int, world_size: int, silence: float = SECONDS_OF_SILENCE):
-        self.rank = rank
+        self.rank, self.world_size, self.silence = rank, world_size, silence
         self.watched = range(1, world_size) if rank == 0 else range(1)
-        self.world_size = world_size
-        self.silence = silence
         self._beats = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._stopped = threading.Event()
@@ -213,12 +180,7 @@ class Heartbeat:
         self._thread.join()
 
     def problem(self, store: Any, now: float) -> str | None:
-        """Give a sign of life and look for the others'; what is wrong, if anything is.
-
-        Args:
-            store: The store that all processes share.
-            now: Seconds on any clock that does not jump.
-        """
+        """Give a sign of life in the shared store and look for the others'; what is wrong at `now` (s), if anything."""
         self._beats += 1
         store.set(f"mvar/beat/{self.rank}", str(self._beats))
         if store.check([_ENDED]):
@@ -258,10 +220,8 @@ class Heartbeat:
 @contextmanager
 def _handling(*numbers: signal.Signals, by: Callable[[int, Any], None]) -> Iterator[None]:
     """Signals handled while the block runs; outside the main thread, where handlers cannot be set, as before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, by) for number in numbers}
+    here = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, by) for number in numbers} if here else {}
     try:
         yield
     finally:
@@ -269,48 +229,34 @@ def _handling(*numbers: signal.Signals, by: Callable[[int, Any], None]) -> Itera
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-class InterruptFlag:
-    """While entered, the first Ctrl-C or SIGTERM sets `raised` and lets the current step finish.
+@contextmanager
+def interrupt_flag() -> Iterator[threading.Event]:
+    """A flag that the first Ctrl-C or SIGTERM sets while the block runs, so that the current step can finish.
 
     A second Ctrl-C interrupts at once. A second SIGTERM does not: launchers and batch systems send several.
     """
+    flag = threading.Event()
 
-    def __init__(self) -> None:
-        self.raised = False
-        self._handling = _handling(signal.SIGINT, signal.SIGTERM, by=self._handle)
-
-    def __enter__(self) -> InterruptFlag:
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self._handling.__exit__(*raised)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.raised and number == signal.SIGINT:
+    def handle(number: int, frame: Any) -> None:
+        if flag.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.raised = True
+        flag.set()
+
+    with _handling(signal.SIGINT, signal.SIGTERM, by=handle):
+        yield flag
 
 
 def sigterm_as_interrupt() -> AbstractContextManager[None]:
     """SIGTERM, with which batch systems and launchers end processes, raises KeyboardInterrupt in the main thread."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    return _handling(signal.SIGTERM, by=interrupt)
+    return _handling(signal.SIGTERM, by=signal.default_int_handler)
 
 
 def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[int, str]:
     """Run `python -m mvar_cli` with these arguments in `nproc` processes through torchrun's own launcher.
 
     Signals are passed on, and the processes may finish what they are doing. The first one that fails ends the others.
-
-    Returns:
-        The exit code, and what the process that failed first has to say; empty where nothing is left to say.
-
-    Raises:
-        ConfigError: More processes than GPUs.
+    Returns the exit code, and what the process that failed first has to say; empty where nothing is left to say.
+    ConfigError where there are more processes than GPUs.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -334,17 +280,9 @@ def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[
     known = "shutdown_timeout" in LaunchConfig.__dataclass_fields__
     further: dict[str, Any] = {"shutdown_timeout": SECONDS_TO_SAVE} if known else {}
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-        **further,
-    )
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=str(uuid.uuid4()), rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, logs_specs=DefaultLogsSpecs(), **further,
+    )  # fmt: skip
     try:
         launch_agent(config, sys.executable, ["-u", "-m", "mvar_cli", *arguments])
     except ChildFailedError as error:
@@ -359,24 +297,22 @@ def launch(arguments: Sequence[str], nproc: int, device: str = "auto") -> tuple[
 def first_failure(failures: Mapping[int, Any], nproc: int) -> tuple[int, str]:
     """Exit code and line for processes that failed: of the first one that did not fail because another had."""
 
+    def reported(failure: Any) -> dict[str, Any]:  # by `report_failure`, in the process that failed
+        return failure.error_file_data if isinstance(failure.error_file_data, dict) else {}
+
     def order(item: tuple[int, Any]) -> tuple[bool, int, int]:
         rank, failure = item
         # SIGTERM is how the launcher ends the others.
-        followed = bool(_reported(failure).get("consequence")) or failure.exitcode == -signal.SIGTERM
+        followed = bool(reported(failure).get("consequence")) or failure.exitcode == -signal.SIGTERM
         return followed, failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
     process = f"error: process {rank + 1} of {nproc}"
     if failure.exitcode < 0:
         return 1, f"{process} was ended by {failure.signal_name()}, and the others with it. {_RESUME}"
-    if "line" not in _reported(failure) and failure.exitcode == 1:
+    if "line" not in reported(failure) and failure.exitcode == 1:
         return 1, f"{process} ended with exit code 1 and no message."
-    return failure.exitcode, str(_reported(failure).get("line", ""))
-
-
-def _reported(failure: Any) -> dict[str, Any]:
-    """What `report_failure` wrote in the process that failed."""
-    return failure.error_file_data if isinstance(failure.error_file_data, dict) else {}
+    return failure.exitcode, str(reported(failure).get("line", ""))
 
 
 def lost_connection(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-LONGEST = 2000
+LONGEST = 1200
 """Letters of a message: a value or a name from a file can have any length."""
 
 
@@ -70,6 +70,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of torch or of Python, says that the machine or its GPU has no memory left."""
+    signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: what is long is cut."""
     short = reprlib.Repr()
@@ -83,8 +89,6 @@ def shown(value: object) -> str:
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A phrase that offers the choices most like what the user typed, or lists the choices when none is near."""
     names = sorted(choices)
-    matches = get_close_matches(name, names, cutoff=0.5)
-    if matches:
+    if matches := get_close_matches(name, names, cutoff=0.5):
         return f"Did you mean {' or '.join(matches)}?"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f"Known: {shown}."
+    return f"Known: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}."

@@ -5,14 +5,14 @@ import threading
 
 import pytest
 
-from mvar_core.distributed import InterruptFlag
+from mvar_core.distributed import interrupt_flag
 
 
 def test_first_interrupt_sets_the_flag_and_second_one_raises():
     before = signal.getsignal(signal.SIGINT)
-    with InterruptFlag() as flag:
+    with interrupt_flag() as flag:
         signal.raise_signal(signal.SIGINT)
-        assert flag.raised
+        assert flag.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -22,8 +22,8 @@ def test_other_threads_are_left_alone():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def enter() -> None:
-        with InterruptFlag() as flag:
-            seen.append((flag.raised, signal.getsignal(signal.SIGINT)))
+        with interrupt_flag() as flag:
+            seen.append((flag.is_set(), signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=enter)
     thread.start()
@@ -33,8 +33,8 @@ def test_other_threads_are_left_alone():
 
 def test_sigterm_sets_the_flag_however_often_it_comes():
     before = signal.getsignal(signal.SIGTERM)
-    with InterruptFlag() as flag:
+    with interrupt_flag() as flag:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert flag.raised
+        assert flag.is_set()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -8,9 +8,9 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -21,7 +21,7 @@ from mvar_core.errors import DataError, WriteError
 LOCK_FILE = ".lock"
 """What a process holds while it writes in a directory; one that was killed leaves it there."""
 SCARCE_BYTES = 1 << 24
-_making, _live, _tidied = Lock(), set[Path](), set[Path]()
+_making, _live, _tidied = Lock(), set[Path](), set[Path]()  # temporary paths of this process; directories seen
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
@@ -31,58 +31,49 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     With `durable` the bytes are on the disk before they get their name: losing power leaves no empty file there.
     """
-    with naming(path):
-        temporary = _temporary(path, lambda **name: _close(tempfile.mkstemp(**name)))
-        try:
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())
-            if durable:
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            _live.discard(temporary)
-            temporary.unlink(missing_ok=True)
+    with _temporary(path) as temporary:
+        temporary.touch()
+        yield temporary
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A temporary directory next to `path` that takes its name when the block ends well, replacing what was there."""
-    with naming(path):
-        temporary = _temporary(path, tempfile.mkdtemp)
-        try:
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.replace(path)
-        finally:
-            _live.discard(temporary)
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
 
 
-def _temporary(path: Path, make: Callable[..., str]) -> Path:
-    """A new temporary path next to `path`, whose name says which process it belongs to.
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new name next to `path` that says which process it belongs to; what still has it at the end is removed.
 
     With its first in a directory, a process removes what those that were killed have left there.
     """
     directory, host = path.parent, hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-    directory.mkdir(parents=True, exist_ok=True)
-    with _making:
-        if directory not in _tidied:
-            _tidied.add(directory)
-            for left in directory.glob(f".*.{host}-*.tmp"):
-                number = int(found[1]) if (found := re.search(rf"\.{host}-(\d+)\.\w+\.tmp$", left.name)) else 0
-                if number and left not in _live and (number == os.getpid() or not _runs(number)):
-                    remove(left)
-        temporary = Path(make(prefix=f".{path.name}.{host}-{os.getpid()}.", suffix=".tmp", dir=directory))
-        _live.add(temporary)
-    return temporary
-
-
-def _close(made: tuple[int, str]) -> str:
-    os.close(made[0])
-    return made[1]
+    with naming(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        with _making:
+            if directory not in _tidied:
+                _tidied.add(directory)
+                for left in directory.glob(f".*.{host}-*.tmp"):
+                    number = int(found[1]) if (found := re.search(rf"\.{host}-(\d+)\.\w+\.tmp$", left.name)) else 0
+                    if number and left not in _live and (number == os.getpid() or not _runs(number)):
+                        remove(left)
+            temporary = directory / f".{path.name}.{host}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
+            _live.add(temporary)
+        try:
+            yield temporary
+        finally:
+            remove(temporary)
+            _live.discard(temporary)
 
 
 def _runs(number: int) -> bool:
@@ -91,7 +82,7 @@ def _runs(number: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        return True
+        pass
     return True
 
 
@@ -115,12 +106,6 @@ def naming(path: Path) -> Iterator[None]:
             full = shutil.disk_usage(path.parent).free < SCARCE_BYTES  # torch does not say why
             raise WriteError(path, errno.ENOSPC if full else errno.EIO) from error
         raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def remove(path: Path) -> None:
@@ -160,7 +145,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # hashlib.file_digest is there from Python 3.11 on
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -168,11 +153,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def require_new_directory(path: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds files, unless it may be overwritten.
-
-    Raises:
-        DataError: `path` is a file, or a directory that is not empty.
-    """
+    """Refuse an output that is a file, or a directory with files in it that may not be overwritten (DataError)."""
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file; expected a directory to write to.", "Choose another --out.")
     leftovers = {path / LOCK_FILE, *path.glob(".*.tmp")}  # of writers that were killed

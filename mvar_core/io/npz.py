@@ -37,13 +37,10 @@ def read_npz_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Those of the named arrays that an npz file has.
+    """Those of the named arrays that an npz file has; DataError where it is no regular, whole npz file.
 
     Nothing in the file is executed, a header that promises more than the file holds is refused before memory is
     allocated, and arrays are bounded by the size of the file.
-
-    Raises:
-        DataError: No such file, not a regular file, or not a whole npz file.
     """
     if not path.is_file():
         raise DataError(f"{path} is not a regular file." if path.exists() else f"{path} does not exist.")

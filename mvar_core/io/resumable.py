@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,7 @@ class DirectoryLock:
         self._lock: FileLock | None = None
 
     def acquire(self) -> None:
-        """Take the right; in the process that has it already nothing happens.
-
-        Raises:
-            DataError: Another process has it; says which.
-        """
+        """Take the right; DataError where another process has it, and which. Nothing where this one has it already."""
         if self._lock is not None:
             return
         lock = FileLock(self.path)
@@ -66,7 +62,6 @@ class DirectoryLock:
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # what needs the lock could not write either, and would say so less clearly
-            return
 
     def release(self) -> None:
         """Give the right back; a directory that holds nothing else is removed."""
@@ -109,7 +104,8 @@ class Resumable:
         self.record_path = directory / record_file
         self.piece_name = piece_name
         self.ignore = frozenset(ignore)
-        self._lock = DirectoryLock(directory)
+        lock = DirectoryLock(directory)
+        self.acquire, self.release = lock.acquire, lock.release
 
     def piece(self, number: int) -> Path:
         """The file whose presence says that a piece is done."""
@@ -144,27 +140,16 @@ class Resumable:
         return differences(found, self.record, self.ignore)
 
     def require_same(self, hint: str = "Use those settings to resume it, or add --overwrite to start over.") -> None:
-        """Refuse to continue other work.
-
-        Raises:
-            DataError: Names what differs, with both values.
-        """
+        """Refuse to continue other work; the DataError names what differs, with both values."""
         if difference := self.difference():
             raise DataError(f"{self.directory} holds unfinished work with other settings: {difference}.", hint)
 
     def begin(self) -> set[int]:
-        """Lock the directory and prepare it; returns the pieces that are done.
+        """Lock the directory and prepare it; returns the pieces that are done. DataError where others work here.
 
         What belongs to other work, is not whole, or was left by killed writers is removed.
-
-        Raises:
-            DataError: Another process works here.
         """
         self.acquire()
-        return self.begin_locked()
-
-    def begin_locked(self) -> set[int]:
-        """`begin`, in a directory that is locked."""
         if self.difference() or not self.begun:
             self.clear()
             write_json(self.record_path, self.record)
@@ -179,14 +164,6 @@ class Resumable:
         for path in self.directory.iterdir():
             if path.name != LOCK_FILE:
                 remove(path)
-
-    def acquire(self) -> None:
-        """Let no other process work here, see `DirectoryLock`."""
-        self._lock.acquire()
-
-    def release(self) -> None:
-        """Let other processes work here."""
-        self._lock.release()
 
     def discard(self) -> None:
         """Remove the directory."""
@@ -211,7 +188,7 @@ def differences(
         return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
 
     before, now = (
-        _flattened({key: value for key, value in as_json(values).items() if key not in ignore})
+        dict(_flattened({key: value for key, value in as_json(values).items() if key not in ignore}))
         for values in (found, wanted)
     )
     pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in [*now, *before]}
@@ -226,12 +203,10 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as one, by dotted keys as `--set` writes them."""
-    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flattened(value, f"{prefix}{key}."))
+            yield from _flattened(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            yield f"{prefix}{key}", value

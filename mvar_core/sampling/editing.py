@@ -63,16 +63,10 @@ def kept_pixels(mask: Bool[Tensor, "*N H W"], keep: str) -> Bool[Tensor, "*N H W
 
 
 def kept_tokens(pixels: Bool[Tensor, "*N H W"], pyramid: ScalePyramid, coverage: float = 0.5) -> Bool[Tensor, "*N L"]:
-    """Which tokens stay, at every scale.
+    """Which tokens stay, at every scale, from where pixels stay, on the CPU.
 
-    Args:
-        pixels: Where pixels stay, on the CPU; H and W are multiples of the latent grid's sides.
-        pyramid: The scales.
-        coverage: How much of a coarser scale's cell must stay at the last scale for its token to stay, in (0, 1].
-
-    Raises:
-        ConfigError: The coverage is out of range.
-        DataError: The pixels do not divide into the latent grid.
+    `coverage`, in (0, 1], is how much of a coarser scale's cell must stay at the last scale for its token to stay;
+    others raise ConfigError. DataError where the pixels do not divide into the latent grid.
     """
     if not 0 < coverage <= 1:
         raise ConfigError(f"coverage is {coverage}; it must be above 0 and at most 1.")

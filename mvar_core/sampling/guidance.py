@@ -21,38 +21,32 @@ def guidance_strengths(settings: SamplingConfig, pyramid: ScalePyramid) -> tuple
     """Guidance t of each scale: (1 + t)·conditional - t·unconditional.
 
     With the ratio r from 0 at the first scale to 1 at the last: linear (as published) is cfg·r, cosine is
-    cfg·(1 - cos πr)/2, constant is cfg; a list says t itself. Scales outside `cfg_scales` are not guided.
-
-    Raises:
-        ConfigError: A list of another length than the pyramid, or scales that it does not have.
+    cfg·(1 - cos πr)/2, constant is cfg; a list says t itself. Scales outside `cfg_scales` are not guided. ConfigError
+    for a list of another length than the pyramid, or scales that it does not have.
     """
     schedule, last = settings.cfg_schedule, pyramid.num_scales - 1
-    if not isinstance(schedule, str) and len(schedule) != pyramid.num_scales:
+    ratios = [pyramid.ratio(scale) for scale in range(pyramid.num_scales)]
+    if schedule == "linear":
+        strengths = [settings.cfg * ratio for ratio in ratios]
+    elif schedule == "cosine":
+        strengths = [settings.cfg * (1 - math.cos(math.pi * ratio)) / 2 for ratio in ratios]
+    elif schedule == "constant":
+        strengths = [settings.cfg] * len(ratios)
+    elif len(schedule) == len(ratios):
+        strengths = [float(strength) for strength in schedule]
+    else:
         raise ConfigError(
-            f"cfg-schedule has {len(schedule)} numbers; the pyramid has {pyramid.num_scales} scales ({pyramid}).",
+            f"cfg-schedule has {len(schedule)} numbers; the pyramid has {len(ratios)} scales ({pyramid}).",
             "Give one number per scale, or linear, constant or cosine.",
         )
     first_guided, last_guided = settings.cfg_scales or (0, last)
     if last_guided > last:
         raise ConfigError(f"cfg-scales ends at scale {last_guided}; the model has scales 0 … {last}.")
-    strengths = []
-    for scale in range(pyramid.num_scales):
-        ratio, strength = pyramid.ratio(scale), settings.cfg
-        if not isinstance(schedule, str):
-            strength = schedule[scale]
-        elif schedule == "linear":
-            strength = settings.cfg * ratio
-        elif schedule == "cosine":
-            strength = settings.cfg * (1 - math.cos(math.pi * ratio)) / 2
-        strengths.append(strength if first_guided <= scale <= last_guided else 0.0)
-    return tuple(strengths)
+    return tuple(strength if first_guided <= scale <= last_guided else 0.0 for scale, strength in enumerate(strengths))
 
 
 def unconditional_scales(strengths: Sequence[float], first_visible: Sequence[int]) -> tuple[bool, ...]:
-    """At which scales the unconditional half must run: the guided ones, and those whose keys these see.
-
-    `first_visible` is, for each scale, the earliest that it sees.
-    """
+    """At which scales the unconditional half must run: the guided ones, and those from `first_visible` on they see."""
     needed = [strength > 0 for strength in strengths]
     for scale in reversed(range(len(needed))):
         if needed[scale]:
@@ -147,10 +141,8 @@ def sample_codes(
 ) -> Int[Tensor, "B l"]:
     """One token per row by the inverse of the cumulative distribution, in the codebook's order.
 
-    Args:
-        logits_BlV: Filtered logits; codes at -∞ are never chosen.
-        uniforms_Bl: One number in [0, 1) per token, from the sample's own stream.
-        min_p: As if `keep_min_p` had filtered, without a copy of the logits.
+    Codes with logits of -∞ are never chosen. `uniforms_Bl` holds one number in [0, 1) per token, from the sample's own
+    stream. `min_p` acts as if `keep_min_p` had filtered, without a copy of the logits.
     """
     probabilities_BlV = _exact(logits_BlV).softmax(dim=-1)
     if min_p > 0:

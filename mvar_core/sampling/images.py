@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mvar_core.config import SamplingConfig
-from mvar_core.errors import CheckpointError, ConfigError, one_line
+from mvar_core.errors import CheckpointError, ConfigError, is_out_of_memory, one_line
 from mvar_core.io.pixels import to_uint8
 from mvar_core.models.compilation import is_compiled, room_for_shapes
 from mvar_core.models.micro_batches import MicroBatches
@@ -51,21 +51,16 @@ class Samples:
 
     def rows(self, rows: slice) -> Samples:
         """Some of them."""
-        stages, kept = (None if values is None else values[rows] for values in (self.stages, self.kept))
-        return Samples(self.images[rows], self.tokens[rows], self.labels[rows], stages, kept)
+        return replace(self, **{name: values[rows] for name, values in vars(self).items() if values is not None})
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
     """Samples one after the other; at least one part."""
     if len(parts) == 1:
         return parts[0]
-
-    def joined(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    labels = tuple(label for part in parts for label in part.labels)
-    return Samples(joined("images"), joined("tokens"), labels, joined("stages"), joined("kept"))
+    names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+    joined: dict[str, Any] = {name: torch.cat([vars(part)[name] for part in parts]) for name in names}
+    return replace(parts[0], labels=tuple(chain.from_iterable(part.labels for part in parts)), **joined)
 
 
 def sample_images(
@@ -102,25 +97,16 @@ def sample_images(
     def sampled(batch: slice, given: KeptTokens | None) -> Samples:
         with room_for_shapes(transformer):
             found = sample_tokens(
-                transformer,
-                tokenizer.quantizer,
-                conditions[batch],
-                indices[batch],
-                seed,
-                settings,
-                kept=given,
-                micro_batches=sizes.scales,
-                attention=attention,
-                keep_stages=stages,
+                transformer, tokenizer.quantizer, conditions[batch], indices[batch], seed, settings, kept=given,
+                micro_batches=sizes.scales, attention=attention, keep_stages=stages,
                 static_shapes=is_compiled(transformer),
                 on_tokens=lambda count: add(count / transformer.pyramid.num_tokens, total - 1),
-            )
+            )  # fmt: skip
         # The last image of a batch is only done when the batch is.
         images_NHWC = _decode(tokenizer, found.fhat_NZhw, sizes.decoder, lambda count: add(count, total - 1))
         strips = None
-        if found.stages_NSZhw is not None:
-            shape = found.stages_NSZhw.shape[:2]
-            strips = _decode(tokenizer, found.stages_NSZhw.flatten(0, 1), sizes.decoder).unflatten(0, shape)
+        if (fhats := found.stages_NSZhw) is not None:
+            strips = _decode(tokenizer, fhats.flatten(0, 1), sizes.decoder).unflatten(0, fhats.shape[:2])
         stays = given.kept_NL.cpu() if given is not None else None
         return Samples(images_NHWC, found.tokens_NL.cpu(), tuple(labels[batch]), strips, stays)
 
@@ -148,13 +134,6 @@ def sample_images(
         yield samples
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the machine, has no memory left."""
-    text = str(error).lower()
-    signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in signs)
-
-
 @torch.no_grad()
 def _decode(
     tokenizer: VQVAE,
@@ -164,7 +143,7 @@ def _decode(
 ) -> UInt8[Tensor, "N H W 3"]:
     """Bytes of images on the CPU, decoded a few at a time; copies from a GPU overlap the next decoding."""
     on_gpu = fhat_NZhw.device.type == "cuda"
-    pixels_NHWC = None
+    pixels_NHWC = torch.empty(0)
     for start in range(0, len(fhat_NZhw), at_once):
         decoded = tokenizer.decode_features(fhat_NZhw[start : start + at_once])
         if not decoded.isfinite().all():
@@ -173,15 +152,13 @@ def _decode(
                 "Its weights hold nan or inf, or overflow: use --dtype float32, or other weights.",
             )
         decoded = to_uint8(decoded)
-        if pixels_NHWC is None:
-            shape = (len(fhat_NZhw), *decoded.shape[1:])
-            pixels_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+        if start == 0:
+            pixels_NHWC = torch.empty(len(fhat_NZhw), *decoded.shape[1:], dtype=torch.uint8, pin_memory=on_gpu)
         pixels_NHWC[start : start + at_once].copy_(decoded, non_blocking=on_gpu)
         if on_images is not None:
             on_images(len(decoded))
     if on_gpu:
         torch.cuda.synchronize(fhat_NZhw.device)
-    assert pixels_NHWC is not None
     return pixels_NHWC
 
 
@@ -194,8 +171,4 @@ def free_memory(device: torch.device) -> int | None:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
         return None

@@ -52,9 +52,8 @@ class SampledTokens:
 def resolve_settings(config: ModelConfig, settings: SamplingConfig | None = None, **shorthand: Any) -> SamplingConfig:
     """The settings to sample with: `shorthand` over `settings` over what the model recommends.
 
-    Raises:
-        ConfigError: No such setting, a value out of range, a top-k above the codebook, or guidance of scales that the
-            model does not have.
+    ConfigError for an unknown setting, a value out of range, a top-k above the codebook, or guidance of scales that the
+    model does not have.
     """
     if settings is not None and not isinstance(settings, SamplingConfig):
         raise ConfigError(f"settings is of type {type(settings).__name__}.", "Pass a SamplingConfig.")
@@ -86,21 +85,14 @@ def sample_tokens(
 ) -> SampledTokens:
     """Sample images that advance together from scale to scale.
 
-    Args:
-        transformer: In evaluation mode.
-        quantizer: The tokenizer's, on the same device.
-        conditions: Class label of each sample, or vectors (N, X), as the model is conditioned.
-        indices: Global index of each sample; its random stream follows from it and the seed.
-        seed: The run's seed.
-        settings: Guidance and filters, from `resolve_settings`.
-        kept: Tokens of given images, one for each sample, which replace sampled ones where they stay.
-        micro_batches: For each scale how many images go through the transformer in one pass; by default all. Decides
-            speed and memory, never the result.
-        attention: Attention backend.
-        keep_stages: Keep f̂ after each scale.
-        static_shapes: Fill the last micro-batch of a scale up, so that a compiled transformer sees one shape per scale;
-            only where no keys are kept.
-        on_tokens: Called with the number of tokens sampled since the last call.
+    The transformer is in evaluation mode, the tokenizer's quantizer on the same device; `conditions` are class labels
+    or vectors (N, X), as the model is conditioned. The random stream of a sample follows from its global index and the
+    seed; `kept` are tokens of given images, one for each sample, which replace sampled ones where they stay.
+
+    `micro_batches` says for each scale how many images go through the transformer in one pass, by default all: speed
+    and memory, never the result. `keep_stages` keeps f̂ after each scale. `static_shapes` fills up the last micro-batch
+    of a scale where no keys are kept, so that a compiled transformer sees one shape per scale. `on_tokens` is called
+    with the number of tokens sampled since the last call.
 
     Raises:
         CheckpointError: The logits of a scale are not finite; names the scale.

@@ -1,8 +1,8 @@
 """Samples on their way to an output: shards of consecutive images next to it, and the output that is made of them.
 
-Samples are numbered globally and cut into shards, whose size depends on the number of samples alone. A shard is done
-once its file has its name, and has the same bytes whoever makes it: a run that was stopped makes what is missing. The
-finished output is marked with a hash of everything that it depends on, so that the same command finds it done.
+Samples are numbered globally and cut into shards, whose size depends on their number alone. A shard has the same bytes
+whoever makes it. The finished output is marked with a hash of everything that it depends on, so that the same command
+finds it done.
 """
 
 from __future__ import annotations
@@ -126,11 +126,7 @@ class SampleOutput:
             hint = "Choose another --out, or add --overwrite to replace it."
             if self.target.exists():
                 raise DataError(f"{self.target} already exists, with other content.", hint)
-            if (
-                self.target != self.out
-                and self.out.is_dir()
-                and any(path != self.shards for path in self.out.iterdir())
-            ):
+            if self.target != self.out and self.out.is_dir() and {*self.out.iterdir()} - {self.shards}:
                 raise DataError(f"{self.out} is not empty.", hint)
 
 
@@ -145,7 +141,7 @@ class SampleSpec:
         output: The format: png, npz or grid.
         device: Kind of device: others round differently.
         names: What files are named after, one for each of `classes`; None for their labels.
-        vectors: float32 (classes, X) for a model that is conditioned on vectors, one for each of `classes`.
+        vectors: float32 (classes, X) for a model that is conditioned on vectors.
         class_names: What the labels stand for, written next to them; follows from `weights`.
     """
 
@@ -253,6 +249,8 @@ class SampleShards(Resumable):
         self.overwrite = overwrite
         self.images = self.directory / "images"
         self.strips = self.directory / "strips"
+        folders = (self.images, self.strips) if spec.stages else (self.images,)
+        self._folders = folders if output.format == "png" else ()
         counted = {key: value for key, value in self.record.items() if key not in self.ignore}
         self.mark = f"{MARK} {hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()}"
         self._begun_here = False
@@ -289,18 +287,17 @@ class SampleShards(Resumable):
             )
         return done
 
-    def begin_locked(self) -> set[int]:
+    def begin(self) -> set[int]:
         """As of `Resumable`; DataError where another process has finished the output in the meantime."""
+        self.acquire()
         self._begun_here = True
         if not self.difference() and self.is_assembled():
             return set(self.pieces)
         if not self.overwrite and self.output.mark() == self.mark:
             raise DataError(f"Another process has just finished {self.output.target}.", "Nothing is left to do.")
-        done = super().begin_locked()
-        if self.output.format == "png":
-            self.images.mkdir(exist_ok=True)
-            if self.spec.stages:
-                self.strips.mkdir(exist_ok=True)
+        done = super().begin()
+        for folder in self._folders:
+            folder.mkdir(exist_ok=True)
         return done
 
     def is_whole(self, number: int) -> bool:
@@ -313,10 +310,9 @@ class SampleShards(Resumable):
             return False
 
     def _sizes(self, shard: int) -> list[list[int]]:
-        """Bytes of the pictures of a shard, and of their strips."""
-        folders = (self.images, self.strips) if self.spec.stages else (self.images,)
+        """Bytes of the pictures of a shard, and of their strips (0 where there are none)."""
         names = [self.spec.file_name(index) for index in self.spec.span(shard)]
-        return [([(folder / name).stat().st_size for folder in folders] + [0])[:2] for name in names]
+        return [([(folder / name).stat().st_size for folder in self._folders] + [0])[:2] for name in names]
 
     def samples_in(self, shards: Iterable[int]) -> int:
         """How many samples some shards hold."""
@@ -424,25 +420,21 @@ class SampleShards(Resumable):
 
         DataError where an output has appeared under that name in the meantime.
         """
-        finals = {self.directory / f"final{self.output.target.suffix}": self.output.target}
-        if self.output.format == "png":
-            finals = {
-                self.images: self.output.target,
-                **({self.strips: self.output.strips} if self.spec.stages else {}),
-            }
+        made = self._folders or (self.directory / f"final{self.output.target.suffix}",)
+        finals = dict(zip(made, (self.output.target, self.output.strips), strict=False))
         if not self.is_assembled():
-            self._build(next(iter(finals)), progress)
+            self._build(made[0], progress)
             for final in finals.values():
                 if not self.overwrite and (final.is_file() or (final.is_dir() and any(final.iterdir()))):
                     raise DataError(f"{final} has appeared during sampling.",
                                     "Move it away and run the same command again.")  # fmt: skip
-        for made, final in finals.items():
-            if made.exists():
-                old = self.directory / f"old-{made.name}"
+        for new, final in finals.items():
+            if new.exists():
+                old = self.directory / f"old-{new.name}"
                 remove(old)
                 if final.is_dir():
                     final.rename(old)
-                made.replace(final)
+                new.replace(final)
         self.discard()
 
     def _build(self, path: Path, progress: Callable[[int, int], None] | None) -> None:
@@ -455,9 +447,8 @@ class SampleShards(Resumable):
             grid = make_grid(images, grid_columns(spec.groups, spec.num, spec.stages))
             Image.fromarray(grid).save(path, pnginfo=self._text())
         elif self.output.format == "npz":
-            further = {"tokens": spec.save_tokens, "stages": spec.stages}
-            names = ("arr_0", *spec.known, *(name for name, wanted in further.items() if wanted))
-            self._merge(names, path, progress)
+            tokens, stages = ("tokens",) if spec.save_tokens else (), ("stages",) if spec.stages else ()
+            self._merge(("arr_0", *spec.known, *tokens, *stages), path, progress)
         else:
             if spec.class_names is not None and type(spec) is SampleSpec:  # edits are called by their images as well
                 write_json(path / CLASSES_FILE, spec.class_names)

@@ -14,7 +14,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import MISSING, field
+from dataclasses import field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,20 +70,13 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
 
 @dataclass(config=ConfigDict(arbitrary_types_allowed=True, strict=True))
 class TrainingState:
-    """Everything that a resumed run needs and that does not follow from (seed, step).
+    """Everything that a resumed run needs, after `step` steps, and that does not follow from (seed, step).
 
-    Attributes:
-        step: Steps done.
-        settings: What the run was asked to do: nested mappings of plain values; compared when resuming.
-        optimizer: The optimizer's state of each parameter, by its name.
-        scaler: State dict of the fp16 gradient scaler; empty without one.
-        objective: Further tensors that the objective carries from step to step.
-        window: The recorder's `window`; `loss` and `seconds` are the recorder's too.
-        average: Exponential average of the weights, where there is one.
-        random: State of the global random number generators.
-        best_score: Of the best validation so far, which `best_step` had; lower is better.
-        course: The watched loss: first, highest and last (mvar_core.training.metrics.Recorder).
-        good_step: The last checkpoint at which the run had not diverged.
+    `settings` are what the run was asked to do: nested mappings of plain values, compared when resuming. `optimizer` is
+    its state of each parameter, by name; `scaler` the state dict of the fp16 gradient scaler; `objective` further
+    tensors that the objective carries along; `average` the EMA, and `random` the state of the global generators.
+    `window`, `loss`, `seconds` and `course` are the recorder's. `best_score` is that of the best validation so far, at
+    `best_step`; lower is better. `good_step` is the last checkpoint at which the run had not diverged.
     """
 
     step: Annotated[int, Field(ge=0, le=10**12)]
@@ -136,8 +129,7 @@ def checkpoint_path(out: Path, step: int, ending: str = ".pt") -> Path:
     return out / CHECKPOINTS / f"step-{step:08d}{ending}"
 
 
-def state_content(state: TrainingState) -> dict[str, Any]:
-    """What a checkpoint holds of a state."""
+def _content(state: TrainingState) -> dict[str, Any]:
     # Settings are stored as JSON, and compared as such: tuples are lists there.
     return {**vars(state), "format": _FORMAT, "settings": json.dumps(state.settings, sort_keys=True)}
 
@@ -149,31 +141,43 @@ def save_checkpoint(out: Path, state: TrainingState, keep: int = 2) -> Path:
     """
     path = checkpoint_path(out, state.step)
     with atomic_path(path, durable=True) as temporary:
-        torch.save(state_content(state), temporary)
+        torch.save(_content(state), temporary)
     prune_checkpoints(out, state, keep)
     return path
 
 
 def prune_checkpoints(out: Path, state: TrainingState, keep: int) -> None:
     """Remove all checkpoints but the last `keep` and those that the state names, and what killed writers left."""
-    steps = sorted({_step(path) for path in checkpoints(out)})
-    kept = {*steps[-keep:], state.best_step, state.good_step}
     newest = {_step(path): path for path in checkpoints(out)}
+    named = (*list(newest)[-keep:], state.best_step, state.good_step)
+    kept = [path for step, path in newest.items() if step in named]
     for old in checkpoints(out):
-        if _step(old) not in kept or old != newest[_step(old)]:
+        if old not in kept:
             _remove(old)
     remove_leftovers(out / CHECKPOINTS)
 
 
-def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint of any kind to the CPU; what is missing, damaged, or holds code raises CheckpointError."""
-    if path.is_dir():
-        return state_of_content(path, load_shards(path))
+def load_checkpoint(path: Path, mesh: DeviceMesh | None = None) -> TrainingState:
+    """Read a checkpoint to the CPU; what is missing, damaged, holds code, or is no checkpoint raises CheckpointError.
+
+    Of one that was sharded, each of the processes of `mesh` reads a shard; they call this together.
+    """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     try:
-        return state_of_content(path, _load_checked(path))
-    except (*UNREADABLE, TypeError) as error:
+        content = _load_shards(path, mesh) if path.is_dir() else _load_checked(path)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            found = f"format {content.get('format')!r}" if isinstance(content, dict) else type(content).__name__
+            raise CheckpointError(
+                f"{path} is not a training checkpoint of this version (found {found}, expected format {_FORMAT}).",
+                "Start over with --overwrite or another --out.",
+            )
+        values = {name: content[name] for name in TrainingState.__dataclass_fields__ if name in content}
+        return TrainingState(**{**values, "settings": json.loads(content["settings"])})
+    except ValidationError as report:
+        first = report.errors()[0]
+        raise damaged(path, ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+    except (*UNREADABLE, LookupError, TypeError) as error:
         raise damaged(path, error) from None
 
 
@@ -188,25 +192,6 @@ def _load_checked(path: Path) -> Any:
         return load_torch_file(path, mapped=False)
     except MvarError as error:
         raise ValueError(error.message) from None
-
-
-def state_of_content(path: Path, content: Any) -> TrainingState:
-    """The state that a checkpoint holds; CheckpointError where it is of another version, or no checkpoint."""
-    fields = TrainingState.__dataclass_fields__
-    needed = {name for name, entry in fields.items() if entry.default is MISSING and entry.default_factory is MISSING}
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or not needed <= content.keys():
-        found = f"format {content.get('format')!r}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            f"{path} is not a training checkpoint of this version (found {found}, expected format {_FORMAT}).",
-            "Start over with --overwrite or another --out.",
-        )
-    values = {name: content[name] for name in fields if name in content}
-    values["settings"] = json.loads(content["settings"])
-    try:
-        return TrainingState(**values)
-    except ValidationError as report:
-        first = report.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -225,18 +210,18 @@ def _step(path: Path) -> int:
 def _remove(path: Path) -> None:
     if path.is_dir():
         # Renamed first: what is half removed must not be resumed from.
-        gone = path if path.name.startswith(".") else path.replace(path.with_name(f".{path.name}.tmp"))
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(path.replace(path.with_name(f".{path.name}.tmp")), ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
-    """Write nested mappings with sharded tensors to `path`, whole or not at all; all processes call this together."""
+def save_shards(out: Path, state: TrainingState, keep: int, world: World) -> None:
+    """`save_checkpoint` of a sharded model, as a directory; all processes call this together."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    sharded, rest, places = _separated(content)
+    path = checkpoint_path(out, state.step, SHARDED)
+    sharded, rest, places = _separated(_content(state))
     temporary = path.with_name(f".{path.name}.tmp")
     if world.is_rank_zero:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -254,15 +239,14 @@ def save_shards(path: Path, content: Mapping[str, Any], world: World) -> None:
         shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
         sync_directory(path.parent)
+        prune_checkpoints(out, state, keep)
     world.barrier()
 
 
-def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """Read a directory that any number of processes wrote; CheckpointError where it is damaged, or holds code.
-
-    The processes of `mesh` each read a shard, and call this together; without it, tensors are whole and on the CPU.
-    """
+def _load_shards(path: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
+    """What a directory that any number of processes wrote holds; without `mesh`, tensors are whole and on the CPU."""
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
@@ -273,14 +257,20 @@ def load_shards(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
         wrong = [name for name in here.share(sorted(hashes)) if sha256_of_file(path / name) != hashes[name]]
         if here.any_rank(bool(wrong)):
             raise ValueError(f"{', '.join(wrong) or 'a file'} has changed since it was written")
-        reader = _reader(path)
-        described = reader.read_metadata().state_dict_metadata
+        with (path / _METADATA).open("rb") as file:  # torch would run any code that it names
+            metadata = IndexUnpickler(file).load()
+        if any("/" in entry.relative_path for entry in metadata.storage_data.values()):
+            raise ValueError("its index names files elsewhere")
+        reader = FileSystemReader(path)
+        metadata.storage_meta.load_id = reader.load_id
+        vars(reader)["read_metadata"] = lambda *_, **__: metadata
+        described = metadata.state_dict_metadata
         tensors = {key: _empty(described[key].size, described[key].properties.dtype, mesh) for key in places}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it says that it reads alone
             load(tensors, storage_reader=reader, no_dist=mesh is None)
-    except (*UNREADABLE, KeyError, TypeError, CheckpointException) as error:
-        raise damaged(path, error) from None
+    except CheckpointException as error:
+        raise ValueError(one_line(error)) from None
     for key, tensor in tensors.items():
         target = content
         *parents, name = places[key]
@@ -320,22 +310,6 @@ def _empty(size: Any, dtype: torch.dtype, mesh: DeviceMesh | None) -> Tensor:
     return empty(*size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
 
 
-def _reader(path: Path) -> Any:
-    """Torch's reader of such directories, with a safe reader of the index: torch would run any code it names."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with (path / _METADATA).open("rb") as file:
-                metadata = IndexUnpickler(file).load()
-            if any("/" in entry.relative_path for entry in metadata.storage_data.values()):
-                raise ValueError("its index names files elsewhere")
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
-
-    return Reader(path)
-
-
 class IndexUnpickler(pickle.Unpickler):
     """Accepts the plain classes that an index consists of, and nothing else."""
 
@@ -358,12 +332,11 @@ def _enum_member(kind: Any, name: str) -> Enum:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """State of the global generators of torch, numpy and Python, which a user's data source or callback may use."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
-        "python": (version, internal, gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "python": random.getstate(),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,7 +23,11 @@ from mvar_core.config.training import TrainConfig
 from mvar_core.models.transformer import Transformer
 from mvar_core.pyramid import AttentionPattern, ScalePyramid
 from mvar_core.runtime import RowDraws
-from mvar_core.training.cross_entropy import cross_entropy
+
+CHUNK_ELEMENTS = 1 << 21
+"""Logits that are turned into gradients at a time."""
+WORTHWHILE_ELEMENTS = 1 << 22
+"""Logits below which the three buffers of the usual cross-entropy do not matter."""
 
 
 class ScaleLosses(NamedTuple):
@@ -31,13 +36,6 @@ class ScaleLosses(NamedTuple):
     loss: Tensor
     scale_losses: Tensor
     scale_accuracies: Tensor
-
-
-def token_losses(
-    logits_BLV: Float[Tensor, "B L V"], tokens_BL: Int[Tensor, "B L"], label_smoothing: float = 0.0
-) -> Float[Tensor, "B L"]:
-    """Cross-entropy of every token, in float32; the logits must not be used afterwards (`cross_entropy`)."""
-    return cross_entropy(logits_BLV.flatten(0, 1).float(), tokens_BL.flatten(), label_smoothing).view_as(tokens_BL)
 
 
 def per_scale_means(
@@ -60,15 +58,10 @@ class Curriculum:
     n each. Published are ratio_k = 8 and n = 2 on ten scales: eight steps train scales 1 … 8, the ninth scale 9, the
     tenth scale 10, and so on. Where a scale sees earlier ones (more than one scale prefix, or VAR), those are computed
     in its step too, without a loss of their own but with gradient, so that the steps' gradients always add up to the
-    joint one.
+    joint one. `alone` is at most all scales but one; 0 trains all of them jointly.
 
-    Args:
-        pyramid: The scales.
-        label_smoothing: Probability spread evenly over the codebook.
-        scale_weights: Relative weight of a token's loss, one per scale, empty for all alike; they are scaled so that
-            the mean over an image's tokens is 1.
-        alone: How many of the last scales have steps of their own, at most all but one; 0 trains all scales jointly.
-        ratio_k: Steps on the first scales per step on each of the last.
+    `label_smoothing` is the probability spread evenly over the codebook; `scale_weights` are relative weights of a
+    token's loss, one per scale, scaled so that the mean over an image's tokens is 1, or empty for all alike.
     """
 
     def __init__(
@@ -79,9 +72,7 @@ class Curriculum:
         alone: int = 0,
         ratio_k: int = 1,
     ):
-        self.pyramid = pyramid
-        self.label_smoothing = label_smoothing
-        self.ratio_k = ratio_k
+        self.pyramid, self.label_smoothing, self.ratio_k = pyramid, label_smoothing, ratio_k
         self.together = max(1, pyramid.num_scales - alone)
         self.period = ratio_k + pyramid.num_scales - self.together
         self.weights_L: Tensor | None = None
@@ -125,7 +116,7 @@ class Curriculum:
         tokens_Bl = tokens_BL[:, span]
         with torch.no_grad():
             hits_Bl = (logits_BlV.argmax(dim=-1) == tokens_Bl).float()
-        losses_Bl = token_losses(logits_BlV, tokens_Bl, self.label_smoothing)
+        losses_Bl = cross_entropy(logits_BlV, tokens_Bl, self.label_smoothing)
         del logits_BlV
         by_scale = per_scale_means(losses_Bl.detach(), self.pyramid, scales)
         if self.weights_L is not None:
@@ -155,3 +146,48 @@ def build_curriculum(
         alone = config.scales_alone or scales_alone(patterns)
         return Curriculum(pyramid, config.label_smoothing, config.scale_weights, alone, config.ratio_k)
     return Curriculum(pyramid, config.label_smoothing, config.scale_weights)
+
+
+def cross_entropy(
+    logits_NV: Float[Tensor, "*N V"], targets_N: Int[Tensor, " *N"], label_smoothing: float = 0.0
+) -> Float[Tensor, " *N"]:
+    """Cross-entropy of each token, in float32; `label_smoothing` is the probability spread evenly over the codebook.
+
+    Of many logits that need a gradient, the gradient is written over the logits: they must not be used afterwards, and
+    the result can be differentiated once.
+    """
+    flat_NV, flat_N = logits_NV.flatten(0, -2).float(), targets_N.flatten()
+    overwrites = flat_NV.requires_grad and flat_NV.numel() >= WORTHWHILE_ELEMENTS
+    if overwrites and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        losses_N: Tensor = _CrossEntropy.apply(flat_NV, flat_N, label_smoothing)
+    else:
+        losses_N = F.cross_entropy(flat_NV, flat_N, reduction="none", label_smoothing=label_smoothing)
+    return losses_N.view_as(targets_N)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient by the logits is softmax minus the (smoothed) one-hot target, times that of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, label_smoothing: float) -> Tensor:
+        losses = []
+        rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
+        uniform = label_smoothing / logits_NV.shape[1]
+        gradient_NV = logits_NV.detach()
+        for logits_nV, targets_n in zip(gradient_NV.split(rows), targets_N.split(rows), strict=True):
+            log_probabilities_nV = logits_nV.log_softmax(dim=-1)
+            true_n = log_probabilities_nV.gather(1, targets_n[:, None]).squeeze(1)
+            losses.append(-(1 - label_smoothing) * true_n - uniform * log_probabilities_nV.sum(dim=-1))
+            torch.exp(log_probabilities_nV, out=logits_nV)
+            if uniform:
+                logits_nV.sub_(uniform)
+            logits_nV.scatter_add_(1, targets_n[:, None], logits_nV.new_full((len(targets_n), 1), label_smoothing - 1))
+        ctx.gradient_NV = gradient_NV
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradient_NV is None:
+            raise RuntimeError("this cross-entropy can be differentiated once: its gradient was written in place")
+        gradient_NV, ctx.gradient_NV = ctx.gradient_NV, None
+        return gradient_NV.mul_(gradients[0][:, None]), None, None

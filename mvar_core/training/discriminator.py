@@ -82,18 +82,14 @@ def balance(
     """Reconstruction + λ·adversarial, with λ = weight · min(‖∂reconstruction/∂w‖ / (‖∂adversarial/∂w‖ + 1e-4), max).
 
     Both losses, scalars, must depend on parameters through the images alone. Their networks are passed backward once:
-    the gradients at the images serve the norms at the decoder's last layer w and the step itself.
-
-    Returns:
-        The sum, whose gradient with respect to the images is the sum's; and λ.
+    the gradients at the images serve the norms at the decoder's last layer w and the step itself. Returns the sum, with
+    its gradient with respect to the images, and λ.
     """
     at_images = [torch.autograd.grad(loss, images_BCHW)[0] for loss in (reconstruction, adversarial)]
     weight = reconstruction.new_tensor(config.weight, dtype=torch.float32)
     if config.adaptive:
-        norms = [
-            torch.autograd.grad(images_BCHW, last_layer, gradient, retain_graph=True)[0].float().norm()
-            for gradient in at_images
-        ]
+        at_weights = [torch.autograd.grad(images_BCHW, last_layer, at, retain_graph=True)[0] for at in at_images]
+        norms = [gradient.float().norm() for gradient in at_weights]
         weight = weight * (norms[0] / (norms[1] + _EPSILON)).clamp(max=config.max_weight)
     value = (reconstruction + weight * adversarial).detach()
     carrier = (images_BCHW * (at_images[0] + weight * at_images[1])).sum()
@@ -103,10 +99,8 @@ def balance(
 class Adversary:
     """The discriminator of a tokenizer's run, its optimizer, and what it carries from step to step.
 
-    `dtype` is what autocast computes in; `seed` is that of the first weights.
-
-    Raises:
-        ConfigError: Images are too small for so many layers.
+    `dtype` is what autocast computes in; `seed` is that of the first weights. ConfigError where images are too small
+    for so many layers.
     """
 
     def __init__(self, run: RunConfig, *, device: torch.device, dtype: torch.dtype, seed: int):
@@ -191,15 +185,13 @@ class Adversary:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        network: dict[str, Tensor] = {}
-        optimizer: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            kind, _, rest = name.partition(".")
-            if kind == "network":
-                network[rest] = value
-            elif kind == "optimizer":
-                index, key = rest.split(".")
-                optimizer.setdefault(int(index), {})[key] = value
-        self.network.load_state_dict(network)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": optimizer})
+        self.network.load_state_dict(under("network.", state))
+        slots = {index: under(f"optimizer.{index}.", state) for index, _ in enumerate(self.network.parameters())}
+        kept = {index: values for index, values in slots.items() if values}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": kept})
         self.lecam_means, self.window = state["lecam_means"].to(self.device), state["window"].to(self.device)
+
+
+def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

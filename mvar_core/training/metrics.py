@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from mvar_core.config.training import LoopConfig
 from mvar_core.errors import ConfigError
 from mvar_core.io.files import naming, write_text
 from mvar_core.runtime import peak_memory_bytes
-from mvar_core.training.objective import Objective, Plan
+
+if TYPE_CHECKING:
+    from mvar_core.training.trainer import Objective, Plan
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 

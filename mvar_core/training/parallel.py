@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,19 +22,7 @@ from torch import Tensor, nn
 from mvar_core.distributed import World, world
 from mvar_core.errors import ConfigError
 from mvar_core.models.transformer import Transformer
-from mvar_core.training.checkpoints import (
-    SHARDED,
-    TrainingState,
-    checkpoint_path,
-    load_checkpoint,
-    load_shards,
-    prune_checkpoints,
-    save_checkpoint,
-    save_shards,
-    state_content,
-    state_of_content,
-)
-from mvar_core.training.objective import BatchPart
+from mvar_core.training.checkpoints import TrainingState, load_checkpoint, save_checkpoint, save_shards
 from mvar_core.training.optim import by_kind
 
 _WHOLE = ("log_head_scale", "modulation_offset")
@@ -71,6 +60,26 @@ def check_batch(batch_size: int, world_size: int, *, fsdp: bool = False) -> None
         f" expected {rule}.",
         f"Try --batch-size {max(1, math.ceil(batch_size / world_size)) * world_size}.",
     )
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Rows `start` … `stop` - 1 of a batch of `total` that are computed together: a micro-batch, a process's share."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows the part has."""
+        return self.stop - self.start
+
+    def split(self, size: int) -> list[BatchPart]:
+        """Parts of `size` rows at most, in order."""
+        return [
+            BatchPart(start, min(start + size, self.stop), self.total) for start in range(self.start, self.stop, size)
+        ]
 
 
 class Parallel:
@@ -202,16 +211,13 @@ class Sharded(Parallel):
 
     def save(self, out: Path, state: TrainingState, keep: int) -> None:
         """Write a directory into which every process writes its shards."""
-        save_shards(checkpoint_path(out, state.step, SHARDED), state_content(state), self.world)
-        if self.world.is_rank_zero:
-            prune_checkpoints(out, state, keep)
-        self.world.barrier()
+        save_shards(out, state, keep, self.world)
 
     def load(self, path: Path, module: nn.Module) -> TrainingState:
         """Read a checkpoint of any kind into this process's shards."""
+        state = load_checkpoint(path, self.mesh)
         if path.is_dir():
-            return state_of_content(path, load_shards(path, self.mesh))
-        state = load_checkpoint(path)
+            return state
         for name, parameter in module.named_parameters():
             for values in (state.model, state.average):
                 if name in values:

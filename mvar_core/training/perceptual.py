@@ -99,14 +99,9 @@ class PerceptualLoss(nn.Module):
         return found
 
     def load_published(self, vgg: Mapping[str, Tensor], lpips: Mapping[str, Tensor]) -> None:
-        """Load weights by their published names.
+        """Load torchvision's VGG16 without its classifier, and LPIPS' weights of channels (`lin0.model.1.weight` …).
 
-        Args:
-            vgg: torchvision's VGG16; its classifier is left out.
-            lpips: The weights of the channels, `lin0.model.1.weight` … `lin4.model.1.weight`.
-
-        Raises:
-            CheckpointError: A tensor is missing or has another shape.
+        CheckpointError where a tensor is missing or has another shape.
         """
         state = {}
         for name, expected in self.state_dict().items():
@@ -130,9 +125,7 @@ def load_perceptual_loss(
 ) -> tuple[PerceptualLoss, dict[str, str]]:
     """The loss with weights from files that `WeightsFile.find` finds, and the SHA-256 of each file by its name.
 
-    Raises:
-        DataError: A file is absent or damaged.
-        CheckpointError: A file cannot be read, or does not hold these weights.
+    DataError where a file is absent or damaged, CheckpointError where it does not hold these weights.
     """
     hashes, contents = {}, []
     for file, path in ((VGG16, VGG16.find(vgg)), (LPIPS, LPIPS.find(lpips))):

@@ -1,36 +1,38 @@
 """Training of the tokenizer: reconstruction, quantizer, perceptual and adversarial losses, a codebook in use."""
 
-# Shape suffixes: B batch, C channels, H W pixels, S scales, V codebook entries.
+# Shape suffixes: B batch, C channels, H W pixels, L tokens of all scales, N vectors, S scales, V codebook entries,
+# Z latent channels, h w the latent grid.
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mvar_core.config import RunConfig
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.models.directory import save_model
+from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.vqvae import VQVAE
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.runtime import generator
 from mvar_core.training.checkpoints import BEST, best_weights
-from mvar_core.training.codebook import code_usage, count_codes, revive_dead_codes, start_codebook
-from mvar_core.training.discriminator import Adversary, balance
-from mvar_core.training.objective import BatchPart, Objective, OnStep, Outcome, Plan, comparable_settings
-from mvar_core.training.order import batch_rows
-from mvar_core.training.parallel import Parallel, choose_parallel
+from mvar_core.training.discriminator import Adversary, balance, under
+from mvar_core.training.parallel import BatchPart, Parallel, choose_parallel
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
-from mvar_core.training.trainer import Trainer
+from mvar_core.training.trainer import Objective, OnStep, Outcome, Plan, Trainer, batch_rows, comparable_settings
 
 _ADVERSARY = "adversary."
+_VECTORS_PER_CODE = 256  # more do not move k-means' centres noticeably
+_REFINEMENTS = 2  # rounds of k-means after the first one that has seen every scale
 _MEASURED_IMAGES = 2048
 _COMPARED_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "data")
 
@@ -49,15 +51,11 @@ class ImageBatchSource(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerMeasures:
-    """How well a tokenizer reconstructs, and how it uses its codes.
+    """How well a tokenizer reconstructs `images`, and how it uses its codes.
 
-    Attributes:
-        psnr: Mean over images, clamped, in dB.
-        usage_per_scale: Fraction of the codebook that each scale uses.
-        perplexity_per_scale: How many codes each scale uses as if evenly.
-        code_usage: Fraction of the codebook that some scale uses.
-        images: How many images were measured.
-        psnr_by_scales: Of what the first scale, the first two, … decode to; empty where not asked for.
+    `psnr` is the mean over images, clamped, in dB; `psnr_by_scales` that of what the first scale, the first two, …
+    decode to, empty where not asked for. Each scale uses a fraction `usage_per_scale` of the codebook, as many codes as
+    `perplexity_per_scale` if it used them evenly; some scale uses `code_usage` of it.
     """
 
     psnr: float = math.nan
@@ -68,6 +66,7 @@ class TokenizerMeasures:
     psnr_by_scales: tuple[float, ...] = ()
 
 
+@dataclass(eq=False)
 class TokenizerObjective(Objective):
     """What a tokenizer is trained on: its losses, a k-means start of the codebook and restarts of unused codes.
 
@@ -75,38 +74,36 @@ class TokenizerObjective(Objective):
     the codebook is one that was trained before, and k-means does not touch it.
     """
 
-    def __init__(
-        self,
-        vqvae: VQVAE,
-        images: ImageBatchSource,
-        validation: ImageBatchSource | None,
-        config: RunConfig,
-        *,
-        device: torch.device,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-        perceptual: PerceptualLoss | None = None,
-        keep_codebook: bool = False,
-        parallel: Parallel | None = None,
-    ):
-        train = config.train_tokenizer
-        self.vqvae, self.images, self.validation, self.train = vqvae, images, validation, train
-        self.device, self.seed, self.keep_codebook = device, seed, keep_codebook
-        self.parallel = parallel or Parallel()
+    vqvae: VQVAE
+    images: ImageBatchSource
+    validation: ImageBatchSource | None
+    config: RunConfig
+    _: KW_ONLY
+    device: torch.device
+    seed: int
+    dtype: torch.dtype = torch.float32
+    perceptual: PerceptualLoss | None = None
+    keep_codebook: bool = False
+    parallel: Parallel = field(default_factory=Parallel)
+
+    def __post_init__(self) -> None:
+        vqvae, device, dtype = self.vqvae, self.device, self.dtype
+        train = self.train = self.config.train_tokenizer
         self._autocasts = dtype != torch.float32
         self.revival_end = train.revive_until * train.steps if train.revive_every else 0
         self.pyramid = vqvae.quantizer.pyramid
-        self.perceptual = perceptual.to(device) if perceptual is not None and train.perceptual.weight else None
+        if self.perceptual is not None:
+            self.perceptual = self.perceptual.to(device) if train.perceptual.weight else None
         self.adversary = None
         if train.adversarial.weight:
-            self.adversary = Adversary(config, device=device, dtype=dtype, seed=seed)
+            self.adversary = Adversary(self.config, device=device, dtype=dtype, seed=self.seed)
         self.metric_names: tuple[str, ...] = (
             *("reconstruction", "quantizer", "psnr"),
             *(("perceptual",) if self.perceptual else ()),
             *(("adversarial", "adversarial_weight") if self.adversary else ()),
         )
         self.watched = ("reconstruction", "quantizer")  # an adversarial loss may rise
-        self.num_rows = len(images)
+        self.num_rows = len(self.images)
         self.tokens_per_image = self.pyramid.num_tokens
         codes = vqvae.quantizer.codebook.shape[0]
         self.line_counts_SV = torch.zeros(self.pyramid.num_scales, codes, dtype=torch.long, device=device)
@@ -196,38 +193,26 @@ class TokenizerObjective(Objective):
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
         """Mean losses and PSNR, and the use of codes since the last line."""
         counts_SV = self.parallel.world.all_reduce_sum(self.line_counts_SV)
-        line = {
-            **{name: means[name] for name in self.metric_names},
-            **code_usage(counts_SV),
-            "revived": int(self.revived),
-            **(self.adversary.describe() if self.adversary else {}),
-        }
         self.line_counts_SV = torch.zeros_like(counts_SV)
-        return line
+        line = {name: means[name] for name in self.metric_names} | code_usage(counts_SV)
+        return line | {"revived": int(self.revived)} | (self.adversary.describe() if self.adversary else {})
 
-    def validate(self) -> dict[str, Any]:
-        """PSNR and use of codes on held-out images."""
+    def validate(self) -> tuple[dict[str, Any], float]:
+        """PSNR and use of codes on held-out images; the highest PSNR is the best."""
         if self.validation is None or len(self.validation) == 0:
-            return {}
+            return {}, math.inf
         by_scales = self.train.scale_dropout > 0
         measures = measure_tokenizer(self.vqvae, self.validation, batch_size=self.train.batch_size, by_scales=by_scales)
         line: dict[str, Any] = {"val_psnr": measures.psnr, "val_code_usage": measures.code_usage}
-        return {**line, "val_psnr_by_scales": measures.psnr_by_scales} if by_scales else line
-
-    def score(self, measures: Mapping[str, Any]) -> float | None:
-        """The PSNR, negated."""
-        return -measures["val_psnr"] if "val_psnr" in measures else None
+        more = {"val_psnr_by_scales": measures.psnr_by_scales} if by_scales else {}
+        return line | more, -measures.psnr
 
     def state(self) -> dict[str, Tensor]:
         """Counts since the last line and the last restart, and the discriminator with its optimizer."""
         total = self.parallel.world.all_reduce_sum
         adversary = self.adversary.state() if self.adversary else {}
-        return {
-            "line": total(self.line_counts_SV),
-            "revival": total(self.revival_counts_V),
-            "revived": self.revived,
-            **{_ADVERSARY + name: value for name, value in adversary.items()},
-        }
+        counts = {"line": total(self.line_counts_SV), "revival": total(self.revival_counts_V), "revived": self.revived}
+        return counts | {_ADVERSARY + name: value for name, value in adversary.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
@@ -236,9 +221,7 @@ class TokenizerObjective(Objective):
         self.revival_counts_V = state["revival"].to(self.device) * own
         self.revived = state["revived"]
         if self.adversary is not None:
-            self.adversary.load_state(
-                {name.removeprefix(_ADVERSARY): x for name, x in state.items() if name.startswith(_ADVERSARY)}
-            )
+            self.adversary.load_state(under(_ADVERSARY, state))
 
     def _on_device(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
@@ -266,18 +249,12 @@ def train_tokenizer(
     Running it again in the same `out` resumes from the last checkpoint; a finished run is only measured again.
     Processes that torch.distributed connects share every batch.
 
-    The tokenizer is float32; it is moved to `device`, channels last, and left there in eval mode. Measures are of
-    `validation`, or else of training images; those of an interrupted run are nan. `perceptual` is needed where the
-    configuration gives that loss a weight; `started_from` identifies the files that the run started from, on which a
-    resumed run must agree; `keep_codebook` keeps the codebook rather than start it by k-means. `device` and `seed` are
-    by default those of the tokenizer and of `config`; `dtype` is what autocast computes the convolutions in; without
-    `resume` the checkpoints in `out` are ignored; `provenance` is for config.json.
-
-    Raises:
-        CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
-        ConfigError: The losses do not fit the size of the images, or the perceptual one is missing.
-        DataError: No images, or images of another size than the model's.
-        MvarError: Ten steps in a row were not finite.
+    The tokenizer is float32; it is moved to `device` (by default its own), channels last, and left there in eval mode.
+    Measures are of `validation`, or else of training images; those of an interrupted run are nan. `perceptual` is
+    needed where the configuration gives that loss a weight; `started_from` identifies the files that the run started
+    from, on which a resumed run must agree; `keep_codebook` keeps the codebook rather than start it by k-means. `seed`
+    is by default that of `config`; for `dtype`, `resume` and `provenance`, and what is raised, see `train_transformer`.
+    ConfigError also where the losses do not fit the size of the images, or the perceptual one is missing.
     """
     train = config.train_tokenizer
     device = device or next(vqvae.parameters()).device
@@ -296,18 +273,18 @@ def train_tokenizer(
     no_decay = {"quantizer.codebook"}
     trainer = Trainer(vqvae, objective, plan, out, parallel=parallel, no_decay=no_decay, on_step=on_step)
     outcome = trainer.run(config)
-    measures = TokenizerMeasures()
-    if not outcome.interrupted and outcome.diverged is None:
+    measures, finished = TokenizerMeasures(), not outcome.interrupted and outcome.diverged is None
+    if finished:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)
 
     def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
         facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": steps, "seed": seed}
         save_model(directory, config.model.model_copy(update={"provenance": facts}), tokenizer=state)
 
-    if parallel.world.is_rank_zero and outcome.diverged is not None and outcome.best_step is not None:
-        save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
-    elif parallel.world.is_rank_zero and not outcome.interrupted and outcome.diverged is None:
+    if parallel.world.is_rank_zero and finished:
         save(out, vqvae.state_dict(), outcome.steps)
+    elif parallel.world.is_rank_zero and outcome.diverged is not None and outcome.best_step is not None:
+        save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
     parallel.world.barrier()
     if outcome.diverged is not None:
         raise outcome.diverged
@@ -357,8 +334,8 @@ def measure_tokenizer(
     rows = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(np.int64))
     if len(rows) == 0:
         raise DataError("There are no images to measure the tokenizer on.")
-    codebook = vqvae.quantizer.codebook
-    pyramid, codes = vqvae.quantizer.pyramid, codebook.shape[0]
+    quantizer, codebook = vqvae.quantizer, vqvae.quantizer.codebook
+    pyramid, codes = quantizer.pyramid, codebook.shape[0]
     counts_SV = torch.zeros(pyramid.num_scales, codes, dtype=torch.long, device=codebook.device)
     ratios, partial = [], []
     for start in range(0, len(rows), batch_size):
@@ -367,7 +344,8 @@ def measure_tokenizer(
         ratios.append(psnr(vqvae.decode(tokens_BL).float(), images_BCHW))
         counts_SV += count_codes(tokens_BL, pyramid, codes)
         if by_scales:
-            partial.append(_psnr_by_scales(vqvae, tokens_BL, images_BCHW))
+            decoded = (vqvae.decode_features(fhat_BZhw) for fhat_BZhw in quantizer.partial_features(tokens_BL))
+            partial.append(torch.stack([psnr(made.clamp(-1, 1).float(), images_BCHW) for made in decoded], dim=1))
     return TokenizerMeasures(
         psnr=float(torch.cat(ratios).mean()),
         images=len(rows),
@@ -376,7 +354,92 @@ def measure_tokenizer(
     )
 
 
-def _psnr_by_scales(vqvae: VQVAE, tokens_BL: Tensor, images_BCHW: Tensor) -> Tensor:
-    """(B, S): of images decoded from their first 1, 2, … S scales."""
-    decoded = (vqvae.decode_features(fhat_BZhw) for fhat_BZhw in vqvae.quantizer.partial_features(tokens_BL))
-    return torch.stack([psnr(made.clamp(-1, 1).float(), images_BCHW) for made in decoded], dim=1)
+def kmeans_centres(vectors_NZ: Float[Tensor, "N Z"], count: int, seed: int) -> Float[Tensor, "V Z"]:
+    """Centres of `count` clusters, V; where there are fewer distinct vectors, slightly moved copies fill up."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    distinct_NZ = torch.unique(vectors_NZ, dim=0)
+    if len(distinct_NZ) <= count:
+        source = generator("k-means", seed)
+        extra = torch.randint(len(distinct_NZ), (count - len(distinct_NZ),), generator=source)
+        spread = 0.01 * vectors_NZ.std(unbiased=False).clamp_min(1e-4)
+        noise_NZ = torch.randn(len(extra), vectors_NZ.shape[1], generator=source).to(vectors_NZ) * spread
+        return torch.cat([distinct_NZ, distinct_NZ[extra.to(vectors_NZ.device)] + noise_NZ])
+    clusters = MiniBatchKMeans(
+        n_clusters=count, random_state=seed, n_init=1, batch_size=max(1024, 4 * count), max_iter=20
+    )
+    clusters.fit(vectors_NZ.cpu().double().numpy())
+    return torch.from_numpy(clusters.cluster_centers_).to(vectors_NZ)
+
+
+@torch.no_grad()
+def start_codebook(quantizer: MultiScaleQuantizer, features: Float[Tensor, "B Z h w"], seed: int) -> None:
+    """Set the codebook to k-means centres of what the scales have to quantize.
+
+    What a scale quantizes is what the codes of the scales before it leave over, so the codebook grows with the scales:
+    round s clusters the vectors of scales 1 … s. Scales weigh equally, or the few coarse vectors would get no codes.
+    """
+    codes, scales = quantizer.codebook.shape[0], quantizer.pyramid.num_scales
+    for turn in range(scales + _REFINEMENTS):
+        vectors = quantizer.residual_vectors(features)[: turn + 1]
+        pooled_NZ = balanced_sample(vectors, _VECTORS_PER_CODE * codes, generator("k-means vectors", seed, turn))
+        quantizer.codebook.copy_(kmeans_centres(pooled_NZ, codes, seed))
+
+
+def balanced_sample(
+    vectors: Sequence[Float[Tensor, "N Z"]], count: int, source: torch.Generator
+) -> Float[Tensor, "N Z"]:
+    """Up to `count` vectors, the same number from each scale as far as it has them."""
+    share = max(1, count // len(vectors))
+    chosen = []
+    for vectors_NZ in vectors:
+        order = torch.randperm(len(vectors_NZ), generator=source)[:share]
+        chosen.append(vectors_NZ[order.to(vectors_NZ.device)])
+    return torch.cat(chosen)
+
+
+def count_codes(tokens_BL: Int[Tensor, "B L"], pyramid: ScalePyramid, codes: int) -> Int[Tensor, "S V"]:
+    """How often each scale uses each code."""
+    return torch.stack([torch.bincount(tokens_BL[:, span].flatten(), minlength=codes) for span in pyramid.spans])
+
+
+def code_usage(counts_SV: Int[Tensor, "S V"]) -> dict[str, Any]:
+    """Fraction of the codebook that each scale uses, the perplexity of its use, and the fraction in any use."""
+    return {
+        "usage_per_scale": tuple((counts_SV > 0).double().mean(dim=1).tolist()),
+        "perplexity_per_scale": tuple(perplexity(counts_SV).tolist()),
+        "code_usage": float((counts_SV.sum(dim=0) > 0).double().mean()),
+    }
+
+
+def perplexity(counts_SV: Tensor) -> Float[Tensor, " S"]:
+    """Exponential of the entropy of each scale's use of codes: how many codes it uses as if evenly."""
+    shares_SV = counts_SV.double() / counts_SV.sum(dim=1, keepdim=True).clamp_min(1)
+    entropies_S: Tensor = torch.special.entr(shares_SV).sum(dim=1)
+    return entropies_S.exp()
+
+
+@torch.no_grad()
+def revive_dead_codes(
+    quantizer: MultiScaleQuantizer,
+    features: Float[Tensor, "B Z h w"],
+    counts_V: Int[Tensor, " V"],
+    optimizer: torch.optim.Optimizer,
+    source: torch.Generator,
+) -> int:
+    """Move codes that nothing used onto vectors of the current batch, and reset their optimizer state.
+
+    `counts_V` counts uses since the last call; `source` chooses the vectors. Returns how many codes were moved.
+    """
+    dead = (counts_V == 0).nonzero().flatten()
+    if len(dead) == 0:
+        return 0
+    vectors = quantizer.residual_vectors(features)
+    pooled_NZ = balanced_sample(vectors, len(dead) * len(vectors), source)
+    order = torch.randint(len(pooled_NZ), (len(dead),), generator=source)
+    quantizer.codebook[dead] = pooled_NZ[order.to(pooled_NZ.device)]
+    moments = optimizer.state.get(quantizer.codebook, {})
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in moments:
+            moments[name][dead] = 0
+    return len(dead)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,17 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import RowDraws, generator
 from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
-from mvar_core.training.objective import BatchPart, Objective, OnSample, OnStep, Outcome, Plan, comparable_settings
-from mvar_core.training.order import planned_steps
-from mvar_core.training.parallel import Parallel, choose_parallel
-from mvar_core.training.trainer import Trainer
+from mvar_core.training.parallel import BatchPart, Parallel, choose_parallel
+from mvar_core.training.trainer import (
+    Objective,
+    OnSample,
+    OnStep,
+    Outcome,
+    Plan,
+    Trainer,
+    comparable_settings,
+    planned_steps,
+)
 
 _MODEL_SECTIONS = ("image_size", "patch_sizes", "tokenizer", "transformer", "attention")
 
@@ -79,23 +87,19 @@ class TransformerObjective(Objective):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], step: int, part: BatchPart) -> tuple[Tensor, Tensor]:
         """Loss, and each scale's loss and accuracy."""
-        return self._losses(
-            model, batch, step, RowDraws(generator("train", self.plan.seed, step), part.start, part.total)
-        )
+        draws = RowDraws(generator("train", self.plan.seed, step), part.start, part.total)
+        return self._losses(model, batch, step, draws)
 
     def describe(self, means: Mapping[str, float]) -> dict[str, Any]:
         """Per-scale losses and accuracies as lists."""
         scales = range(self.num_scales)
-        return {
-            "scale_loss": [means[f"loss_{s}"] for s in scales],
-            "scale_accuracy": [means[f"accuracy_{s}"] for s in scales],
-        }
+        return {f"scale_{kind}": [means[f"{kind}_{s}"] for s in scales] for kind in ("loss", "accuracy")}
 
     @torch.no_grad()
-    def validate(self) -> dict[str, Any]:
-        """Loss and accuracy on the validation tokens, all of them, with nothing dropped."""
+    def validate(self) -> tuple[dict[str, Any], float]:
+        """Loss and accuracy on the validation tokens, all of them, with nothing dropped; the loss chooses."""
         if self.validation is None or len(self.validation) == 0:
-            return {}
+            return {}, math.inf
         device, dtype, size = self.plan.device, self.plan.dtype, self.plan.train.batch_size
         sums, rows = torch.zeros(1 + 2 * self.num_scales, device=device), len(self.validation)
         for start in range(0, rows, size):
@@ -108,16 +112,8 @@ class TransformerObjective(Objective):
                 mean_loss, by_scale = self._losses(self.transformer, batch, None, None)
             sums += torch.cat([mean_loss.view(1), by_scale]).float() * part.rows
         loss, *rest = (self.parallel.world.all_reduce_sum(sums) / rows).tolist()
-        self.val_loss = loss
-        return {
-            "val_loss": loss,
-            "val_scale_loss": rest[: self.num_scales],
-            "val_scale_accuracy": rest[self.num_scales :],
-        }
-
-    def score(self, measures: Mapping[str, Any]) -> float | None:
-        """The validation loss."""
-        return measures.get("val_loss")
+        self.val_loss, scales = loss, self.num_scales
+        return {"val_loss": loss, "val_scale_loss": rest[:scales], "val_scale_accuracy": rest[scales:]}, loss
 
     def state(self) -> dict[str, Tensor]:
         """The last validation loss, so that a finished run still knows it."""
@@ -172,10 +168,10 @@ def train_transformer(
     Raises:
         CheckpointError: The checkpoint in `out` is damaged or belongs to a run with other settings.
         ConfigError: A tracker is asked for that is not installed, or the processes cannot share the batch.
-        DataError: No tokens, or tokens or conditions that do not fit the model.
+        DataError: Nothing to train on, or data that do not fit the model.
         BackendError: The attention backend does not exist or cannot train this model here, or `train.compile` is set
             and there is no compiler.
-        MvarError: Ten steps in a row were not finite.
+        MvarError: Too many steps in a row were not finite.
     """
     train, quantizer = config.train, tokenizer.quantizer
     device = device or next(transformer.parameters()).device

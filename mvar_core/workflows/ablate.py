@@ -61,7 +61,7 @@ from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.metrics import read_metrics
-from mvar_core.training.order import planned_steps
+from mvar_core.training.trainer import planned_steps
 from mvar_core.training.transformer import TransformerOutcome
 from mvar_core.untrusted import read_json
 from mvar_core.workflows.bench_row import Request, measure_alone
@@ -274,9 +274,9 @@ def ablate(
     job.acquire()
     try:
         if overwrite:
-            job.record_path.unlink(missing_ok=True)  # so that `begin_locked` removes the rest
+            job.record_path.unlink(missing_ok=True)  # so that `begin` removes the rest
         job.require_same("Use those settings to resume it, choose another --out, or add --overwrite to start over.")
-        done = job.begin_locked()
+        done = job.begin()
         if tokenizer is None:
             tokenizer = out / "tokenizer"
             if not (tokenizer / "config.json").is_file():

@@ -23,7 +23,7 @@ from mvar_core.progress import Progress
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import generator, peak_memory_bytes
 from mvar_core.training.finetune import START_REPORT
-from mvar_core.training.objective import Outcome, StepReport
+from mvar_core.training.trainer import Outcome, StepReport
 
 RUN_FILES = ("config.yaml", "checkpoints", "tokens", START_REPORT)
 """Any of these in a directory says that a run was begun there."""

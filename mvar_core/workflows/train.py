@@ -49,8 +49,7 @@ from mvar_core.training.finetune import (
     match_classes,
 )
 from mvar_core.training.metrics import check_trackers
-from mvar_core.training.objective import PICTURES
-from mvar_core.training.order import planned_steps
+from mvar_core.training.trainer import PICTURES, planned_steps
 from mvar_core.training.transformer import TransformerOutcome, train_transformer
 from mvar_core.workflows import recipes
 from mvar_core.workflows.runs import (

@@ -12,7 +12,7 @@ import mvar_core
 from mvar_cli.__main__ import main
 from mvar_cli.app import COMMANDS, load_command
 from mvar_core import __version__
-from mvar_core.distributed import environment
+from mvar_core.distributed import connect
 from mvar_core.errors import DataError
 
 NAMES = [entry.name for entry in COMMANDS]
@@ -201,5 +201,5 @@ def test_variables_of_torchrun_that_make_no_sense(mvar, monkeypatch, variables):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("mvar_cli.app.leave", typer.Exit)
     assert next(name for name in variables if name in mvar("doctor").err)
-    with pytest.raises(mvar_core.ConfigError):
-        environment()
+    with pytest.raises(mvar_core.ConfigError), connect():
+        pass

@@ -8,7 +8,7 @@ import typer
 
 import mvar_core as mvar
 from mvar_cli import options
-from mvar_cli.groups import Group, grouped, signature
+from mvar_cli.options import Group, grouped, signature
 from mvar_core.config import RunConfig
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvar_cli.app import COMMANDS, SUBCOMMANDS, load_command
+from mvar_cli.app import COMMANDS, load_command
 from mvar_core.data.tokens import TokenCache
 from mvar_core.distributed import Heartbeat, first_failure, lost_connection
 from mvar_core.training.metrics import read_metrics
@@ -49,7 +49,7 @@ def processes_named(word: str) -> list[int]:
 
 
 def test_every_shared_command_has_the_option_and_no_other():
-    for entry in (*COMMANDS, *SUBCOMMANDS):
+    for entry in COMMANDS:
         names = {name for parameter in load_command(entry).params for name in parameter.opts}
         assert ("--nproc" in names) == entry.shared, entry.name
 

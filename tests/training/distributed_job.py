@@ -22,8 +22,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tiny_training import FakeImages, FakeTokens, FakeVectorTokens, make_config, make_models
 
 from mvar_core.distributed import World, connect
-from mvar_core.training.objective import StepReport
 from mvar_core.training.tokenizer import train_tokenizer
+from mvar_core.training.trainer import StepReport
 from mvar_core.training.transformer import train_transformer
 
 

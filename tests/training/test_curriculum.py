@@ -13,9 +13,9 @@ from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePyramid
 from mvar_core.training.curriculum import (
     Curriculum,
     build_curriculum,
+    cross_entropy,
     per_scale_means,
     scales_alone,
-    token_losses,
 )
 from mvar_core.training.metrics import read_metrics
 from mvar_core.training.transformer import train_transformer
@@ -55,7 +55,7 @@ def test_joint_pass_equals_the_sum_of_passes_that_see_one_scale_each(make_config
         if span.start >= first:
             own[:, span.start - first : span.stop - first] = inputs[:, span.start - first : span.stop - first]
         logits = transformer(labels, own, attention="reference")
-        loss = token_losses(logits, tokens)[:, span].sum() / tokens.numel()
+        loss = cross_entropy(logits, tokens)[:, span].sum() / tokens.numel()
         for sum_, gradient in zip(total, gradients(loss, transformer), strict=True):
             sum_ += 0 if gradient is None else gradient
     for sum_, gradient in zip(total, expected, strict=True):
@@ -80,9 +80,9 @@ def test_losses_and_accuracies_at_known_logits(make_config):
     tokens = torch.zeros(2, pyramid.num_tokens, dtype=torch.long)
     logits = torch.zeros(2, pyramid.num_tokens, 16)
     logits[:, 1:5, 0] = 100.0
-    losses = per_scale_means(token_losses(logits, tokens), pyramid)
+    losses = per_scale_means(cross_entropy(logits, tokens), pyramid)
     torch.testing.assert_close(losses, torch.tensor([math.log(16), 0.0, math.log(16)]))
-    smoothed = token_losses(logits, tokens, label_smoothing=0.16)[0, 1].item()
+    smoothed = cross_entropy(logits, tokens, label_smoothing=0.16)[0, 1].item()
     assert smoothed == pytest.approx(0.16 * 15 / 16 * 100)  # smoothing spreads over all 16 codes
 
 

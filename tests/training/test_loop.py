@@ -19,7 +19,7 @@ from mvar_core.errors import CheckpointError, DataError, MvarError
 from mvar_core.models.directory import load_transformer, read_model_config
 from mvar_core.training.checkpoints import checkpoints, latest_checkpoint, load_checkpoint
 from mvar_core.training.metrics import read_metrics
-from mvar_core.training.order import batch_rows
+from mvar_core.training.trainer import batch_rows
 from mvar_core.training.transformer import train_transformer
 
 FAST = ("train.steps=60", "train.checkpoint_every=30", "train.optimizer.lr=0.05", "transformer.gate_init=1.0")

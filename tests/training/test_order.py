@@ -5,7 +5,7 @@ import pytest
 
 from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.training.order import batch_rows, planned_steps, prefetch
+from mvar_core.training.trainer import batch_rows, planned_steps, prefetch
 
 
 def test_epochs_are_fresh_permutations_and_batches_straddle_them():

@@ -9,18 +9,21 @@ import torch
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.models.directory import load_tokenizer, read_model_config
 from mvar_core.training.checkpoints import latest_checkpoint, load_checkpoint
-from mvar_core.training.codebook import (
+from mvar_core.training.metrics import read_metrics
+from mvar_core.training.parallel import BatchPart
+from mvar_core.training.perceptual import PerceptualLoss
+from mvar_core.training.tokenizer import (
+    TokenizerObjective,
     balanced_sample,
     count_codes,
     kmeans_centres,
+    measure_tokenizer,
     perplexity,
+    psnr,
     revive_dead_codes,
     start_codebook,
+    train_tokenizer,
 )
-from mvar_core.training.metrics import read_metrics
-from mvar_core.training.objective import BatchPart
-from mvar_core.training.perceptual import PerceptualLoss
-from mvar_core.training.tokenizer import TokenizerObjective, measure_tokenizer, psnr, train_tokenizer
 
 
 @pytest.fixture

@@ -161,14 +161,14 @@ def require_new_directory(path: Path, overwrite: bool) -> None:
         raise DataError(f"{path} is not empty.", "Choose another --out, or add --overwrite to replace it.")
 
 
-def fingerprint(paths: Iterable[Path], blocks: int = 32, block_bytes: int = 1 << 16) -> str:
+def fingerprint(paths: Iterable[Path]) -> str:
     """A hash of some files that takes no longer for gigabytes than for megabytes, in hexadecimal.
 
     It covers sizes and evenly spread blocks (all of a small file): enough to tell one set of weights from another, in
     which training changes every value, and not to prove that a file is undamaged. Names of files do not count, their
     order does.
     """
-    digest = hashlib.sha256()
+    digest, blocks, block_bytes = hashlib.sha256(), 32, 1 << 16
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{size}/".encode())

@@ -104,19 +104,16 @@ def sample_likely_codes(
     code is sampled. Sums are float64 where the device has it. Without top-k and top-p the codes stay in the codebook's
     order.
     """
-    size, top_k, top_p, min_p = logits_BlV.shape[-1], settings.top_k, settings.top_p, settings.min_p
-    limited, nucleus = 0 < top_k < size, 0 < top_p < 1
-    if not limited:
-        if nucleus:
-            descending, order = logits_BlV.sort(dim=-1, descending=True)
-            return order.gather(-1, _sample_ranks(descending, uniforms_Bl, top_p, min_p).unsqueeze(-1)).squeeze(-1)
+    top_k, nucleus, min_p = settings.top_k, 0 < settings.top_p < 1, settings.min_p
+    limited = 0 < top_k < logits_BlV.shape[-1]
+    if not limited and not nucleus:
         return sample_codes(logits_BlV, uniforms_Bl, min_p)
     # One more than k tells whether the k-th is tied with a code that would be left out.
-    descending, order = logits_BlV.topk(top_k + 1, dim=-1)
-    ranks_Bl1 = _sample_ranks(descending[..., :-1], uniforms_Bl, top_p if nucleus else 1.0, min_p).unsqueeze(-1)
-    tokens_Bl = order.gather(-1, ranks_Bl1).squeeze(-1)
-    tied_Bl = descending[..., -2] == descending[..., -1]
-    if tied_Bl.any():
+    descending, order = logits_BlV.topk(top_k + 1, dim=-1) if limited else logits_BlV.sort(dim=-1, descending=True)
+    kept_Blk = descending[..., :-1] if limited else descending
+    ranks_Bl = _sample_ranks(kept_Blk, uniforms_Bl, settings.top_p if nucleus else 1.0, min_p)
+    tokens_Bl = order.gather(-1, ranks_Bl.unsqueeze(-1)).squeeze(-1)
+    if limited and (tied_Bl := descending[..., -2] == descending[..., -1]).any():
         rows_1nV = keep_top_k(logits_BlV[tied_Bl].unsqueeze(0), top_k)
         unlimited = settings.model_copy(update={"top_k": 0})
         tokens_Bl[tied_Bl] = sample_likely_codes(rows_1nV, uniforms_Bl[tied_Bl].unsqueeze(0), unlimited)[0]

@@ -268,7 +268,7 @@ class SampleShards(Resumable):
     def check(self) -> set[int]:
         """The shards that are done; refuses an output that exists, other settings, and a disk that is too small."""
         if not self.overwrite:
-            self.require_same("Use those settings to resume it, or add --overwrite to start over.")
+            self.require_same()
         if not self.difference() and self.is_assembled():
             return set(self.pieces)
         self.output.require_free(self.overwrite)

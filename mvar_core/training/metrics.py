@@ -107,19 +107,10 @@ class Recorder:
         means = dict(zip(("loss", *self.objective.metric_names), (sums / counts).tolist(), strict=True))
         self.loss = means.pop("loss")
         speed = self.images_per_second
-        self.write(
-            {
-                "step": step,
-                "loss": self.loss,
-                **self.objective.describe(means),
-                "lr": result.learning_rate,
-                "grad_norm": result.grad_norm,
-                "skipped": skipped,
-                "images_per_second": speed,
-                "tokens_per_second": speed * self.objective.tokens_per_image,
-                "peak_memory_bytes": peak_memory_bytes(self.plan.device),
-            }
-        )
+        line = {"step": step, "loss": self.loss, **self.objective.describe(means)}
+        line |= {"lr": result.learning_rate, "grad_norm": result.grad_norm, "skipped": skipped}
+        line |= {"images_per_second": speed, "tokens_per_second": speed * self.objective.tokens_per_image}
+        self.write(line | {"peak_memory_bytes": peak_memory_bytes(self.plan.device)})
         self.window.zero_()
 
     def _watched(self, values: Tensor) -> float:
@@ -201,13 +192,9 @@ class WeightsAndBiases:
         name = out / "wandb-id.txt"
         identifier = name.read_text(encoding="utf-8").strip() if name.is_file() else wandb.util.generate_id()
         write_text(name, identifier + "\n")
+        project = os.environ.get("WANDB_PROJECT", "mvar")
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "mvar"),
-            name=out.name,
-            id=identifier,
-            resume="allow",
-            dir=str(out),
-            config=dict(settings),
+            project=project, name=out.name, id=identifier, resume="allow", dir=str(out), config=dict(settings)
         )
         self._run.define_metric("*", step_metric="step")
         self.close = self._run.finish

@@ -47,7 +47,8 @@ from mvar_core.training.parallel import BatchPart, Parallel, local_tensor
 from mvar_core.untrusted import write_yaml
 
 MAX_OVERFLOWS_IN_A_ROW = 40  # fp16: the gradient scaler needs some to find its scale, and halves it each time
-
+_CARRIED = ("step", "skipped", "skipped_in_a_row", "best_step", "best_score", "good_step")
+"""Of a trainer, what a checkpoint holds under the same name."""
 BLOWN_UP, RECOVERED = 3, 0.9  # times the first loss: what no healthy training reaches, and what it falls below
 
 logger = logging.getLogger("mvar")
@@ -256,9 +257,7 @@ class Trainer:
         recorder, best, diverged = self.recorder, self.best_step, None
         if not interrupted and (reason := self.divergence()) is not None:
             best = self.good_step if best is None else best
-            kept = (
-                "there is no checkpoint from before" if best is None else f"{self.out / BEST} has those of step {best}"
-            )
+            kept = f"{self.out / BEST} has those of step {best}" if best else "there is no checkpoint from before"
             lower = self.plan.train.optimizer.lr / 10
             diverged = MvarError(
                 f"{self.out}: {reason}. Its weights are not saved as a model; {kept}.",
@@ -275,9 +274,8 @@ class Trainer:
             return f"the training diverged: {self.skipped} of {self.step} steps were not finite and left out"
         # The loss that blew up and is back where it began belongs to weights that have learned nothing since.
         if ratio and (last > ratio * first or (highest > BLOWN_UP * first and last > RECOVERED * first)):
-            return (
-                f"the training diverged: its loss began at {first:.4g}, rose to {highest:.4g} and ended at {last:.4g}"
-            )
+            course = f"its loss began at {first:.4g}, rose to {highest:.4g} and ended at {last:.4g}"
+            return f"the training diverged: {course}"
         return None
 
     def restore(self) -> None:
@@ -287,10 +285,8 @@ class Trainer:
             return
         state = self.parallel.load(path, self.module)
         check_settings(path, state.settings, self.plan.settings)
-        if state.step > self.plan.total_steps:
-            logger.warning(
-                "%s has already run %d steps, more than the %d asked for.", path, state.step, self.plan.total_steps
-            )
+        if state.step > (asked := self.plan.total_steps):
+            logger.warning("%s has already run %d steps, more than the %d asked for.", path, state.step, asked)
         try:
             self.apply(state)
         except (*UNREADABLE, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -310,10 +306,10 @@ class Trainer:
         self.objective.load_state(state.objective)
         if state.window is not None:
             self.recorder.window = state.window.to(self.plan.device).view_as(self.recorder.window)
-        self.step, self.best_step, self.best_score = state.step, state.best_step, state.best_score
-        self.skipped, self.skipped_in_a_row = state.skipped, state.skipped_in_a_row
+        for name in _CARRIED:
+            setattr(self, name, getattr(state, name))
         self.recorder.loss, self.recorder.earlier_seconds = state.loss, state.seconds
-        self.recorder.course, self.good_step = state.course, state.good_step
+        self.recorder.course = state.course
         set_random_state(state.random, self.plan.device)
 
     def save(self) -> None:
@@ -324,7 +320,7 @@ class Trainer:
         else:
             logger.warning("Step %d: %s so far.", self.step, reason.replace("ended", "is"))
         state = TrainingState(
-            step=self.step,
+            **{name: getattr(self, name) for name in _CARRIED},
             settings=dict(self.plan.settings),
             model=self.module.state_dict(),
             optimizer=optimizer_state(self.optimizer, self.module),
@@ -332,15 +328,10 @@ class Trainer:
             objective=self.objective.state(),
             window=self.recorder.window,
             loss=self.recorder.loss,
-            skipped=self.skipped,
+            course=self.recorder.course,
             seconds=self.recorder.seconds,
             average=self.ema.state() if self.ema is not None else {},
             random=random_state(self.plan.device),
-            skipped_in_a_row=self.skipped_in_a_row,
-            best_step=self.best_step,
-            best_score=self.best_score,
-            course=self.recorder.course,
-            good_step=self.good_step,
         )
         self.parallel.save(self.out, state, self.plan.train.keep)
 

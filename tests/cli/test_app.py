@@ -15,7 +15,7 @@ from mvar_core import __version__
 from mvar_core.distributed import connect
 from mvar_core.errors import DataError
 
-NAMES = [entry.name for entry in COMMANDS]
+NAMES = [entry.name for entry in COMMANDS if " " not in entry.name]
 HEAVY = ("torch", "sklearn", "matplotlib", "PIL", "safetensors", "natten", "torch_fidelity")
 
 
@@ -55,7 +55,7 @@ def test_help_of_every_command_loads_nothing_heavy_and_ends_with_an_example():
         assert example.startswith(f"mvar {name}"), page
 
 
-@pytest.mark.parametrize("entry", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: entry.name)
 def test_examples_fit_a_line_and_name_options_that_exist(entry):
     example = str(load_command(entry).epilog).split("\n\n", 1)[1]
     assert len(example) <= 78  # a terminal of 80 columns, less the margin

@@ -109,10 +109,13 @@ FAULTS = (
         'size=tuple(grid), mode="bilinear", align_corners=False',
         "models/quantizer.py",
     ),
-    Fault("strength = settings.cfg * ratio", "strength = settings.cfg"),
     Fault(
-        "strengths.append(strength if first_guided <= scale <= last_guided else 0.0)",
-        "strengths.append(strength if first_guided <= scale < last_guided else 0.0)",
+        "strengths = [settings.cfg * ratio for ratio in ratios]",
+        "strengths = [settings.cfg for ratio in ratios]",
+    ),
+    Fault(
+        "strength if first_guided <= scale <= last_guided else 0.0",
+        "strength if first_guided <= scale < last_guided else 0.0",
     ),
     Fault(
         "return (1 + strength) * conditional_BlV - strength * unconditional_BlV",

@@ -22,6 +22,7 @@ MACHINE_OPTIONS = {
     "attention",
     "compile",
     "memory",
+    "max_pixels",
     "nproc",
     "fsdp",
     "as_json",

@@ -7,7 +7,7 @@ from mvar_cli import console, options
 from mvar_cli.commands.evaluate import show_comparability
 
 
-@options.command(example="mvar evaluate reconstruction --checkpoint runs/quickstart/tokenizer --reference digits:test")
+@options.command(example="mvar evaluate reconstruction --checkpoint runs/tok --reference digits:test")
 def evaluate_reconstruction(
     checkpoint: options.Checkpoint,
     reference: Annotated[

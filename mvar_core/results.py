@@ -11,13 +11,9 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a function would do.
+    """What a function would do: every setting, resolved; the steps, in order; the predicted cost, where there is one.
 
-    Attributes:
-        configuration: Every setting, resolved.
-        steps: What would happen, in order.
-        cost: The predicted cost as `mvar plan --json` prints it; None where there is none.
-        facts: Further keys of the JSON object.
+    `facts` are further keys of the JSON object.
     """
 
     configuration: Mapping[str, Any]
@@ -36,9 +32,7 @@ class DryRun:
 class Result:
     """What is common to all results.
 
-    Attributes:
-        dry_run: What would have been done, where `dry_run=True` was asked for; nothing was done then, and the other
-            fields hold what is known before.
+    `dry_run` is what would have been done, where that was asked for; the other fields then hold what is known before.
     """
 
     dry_run: DryRun | None = None

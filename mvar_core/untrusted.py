@@ -41,11 +41,9 @@ _PLAIN = {
 
 
 def open_regular(path: Path, error: type[MvarError] = DataError) -> IO[bytes]:
-    """A file, open for reading.
+    """A file, open for reading; `error` where it does not exist, may not be read, or is not a regular file.
 
-    Raises:
-        MvarError: Of the kind `error`: the file does not exist, may not be read, or is not a regular file: opening a
-            pipe would wait for its writer, and reading a device might never end.
+    Opening a pipe would wait for its writer, and reading a device might never end.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -62,11 +60,7 @@ def open_regular(path: Path, error: type[MvarError] = DataError) -> IO[bytes]:
 
 
 def read_text(path: Path, largest: int = LARGEST_JSON, error: type[MvarError] = DataError) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        MvarError: Of the kind `error`: see `open_regular`; or the file is too large, or not UTF-8.
-    """
+    """The text of a UTF-8 file; `error` as in `open_regular`, and where it is too large or not UTF-8."""
     try:
         with open_regular(path, error) as file:
             content = file.read(largest + 1)
@@ -85,17 +79,10 @@ def read_json(path: Path, error: type[MvarError] = DataError, *, finite: bool = 
 
 
 def parse_json(text: str, where: str, error: type[MvarError] = DataError, *, finite: bool = True) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text, which messages call `where`.
 
-    Args:
-        text: The text.
-        where: What messages call it.
-        error: The kind of error to raise.
-        finite: Whether NaN and infinity are refused.
-
-    Raises:
-        MvarError: Of the kind `error`: it is not JSON, names a key twice, is nested too deep, or holds a number that is
-            not finite or too large.
+    `error` where it is not JSON, names a key twice, is nested too deep, or holds a number that is too large or, if
+    `finite`, is none.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,9 +139,8 @@ def write_yaml(values: Any) -> str:
 def parse_yaml(text: str, where: str, error: type[MvarError] = DataError) -> Any:
     """The value of a YAML text of plain texts, numbers, booleans, lists and mappings; aliases may be used sparingly.
 
-    Raises:
-        MvarError: Of the kind `error`: it is not YAML, uses tags, names a key twice, is nested too deep or means too
-            many values, or holds a number that is not finite or too large.
+    `error` where it is not YAML, uses tags, names a key twice, is nested too deep or means too many values, or holds a
+    number that is not finite or too large.
     """
     try:
         loader = _Loader(text)
@@ -220,11 +206,7 @@ def _check(value: Any, where: str, error: type[MvarError], finite: bool, most: i
 
 
 def check_whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
-    """A whole number that a user gave, as an int.
-
-    Raises:
-        ConfigError: It is of another kind, or out of range.
-    """
+    """A whole number that a user gave, as an int; ConfigError where it is of another kind, or out of range."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ConfigError(f"{name} is {value!r:.80}; expected a whole number from {least} to {most}.")
     return int(value)

@@ -53,20 +53,12 @@ class Machine(Section):
 
     @property
     def memory_bytes(self) -> int | None:
-        """`memory` as a number of bytes.
-
-        Raises:
-            ConfigError: Not an amount of memory.
-        """
+        """`memory` as a number of bytes; ConfigError where it is no amount of memory."""
         return parse_bytes(self.memory) if isinstance(self.memory, str) else self.memory
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from `24GB`, `16GiB`, `800MB` or a plain number.
-
-    Raises:
-        ConfigError: Not an amount of memory.
-    """
+    """Bytes from `24GB`, `16GiB`, `800MB` or a plain number; ConfigError for other text."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     stripped = text.strip().upper()
     number = stripped.rstrip("KMGTIB")

@@ -35,12 +35,8 @@ def preset_names() -> list[str]:
 def read_preset(name: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     """The mapping of a preset, by name or by path of a YAML file, with the presets it `extends` merged in.
 
-    Args:
-        name: The preset's name, or the path of a YAML file.
-        extended_by: The presets that lead to this one by what they extend.
-
-    Raises:
-        ConfigError: No such preset or file, not a YAML mapping, or presets that extend each other in a circle.
+    `extended_by` are the presets that lead to this one. ConfigError where there is no such preset or file, it is not a
+    YAML mapping, or presets extend each other in a circle.
     """
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_path else presets_directory() / f"{name}.yaml"
@@ -71,11 +67,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_setting(text: str) -> tuple[tuple[str, ...], Any]:
-    """Split `a.b=c` into its path and its value, read as YAML.
-
-    Raises:
-        ConfigError: There is no "=", or the value is not YAML.
-    """
+    """Split `a.b=c` into its path and its value, read as YAML."""
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"--set {shown(text)} has no value; use --set key.name=value.")
@@ -89,16 +81,10 @@ def load_config(
     *,
     base: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Merge defaults, a preset, `--set` settings and flags, in this order, and check the result.
+    """Merge defaults, a preset (or else `base`), settings `a.b=c` and overrides, in this order, and check the result.
 
-    Args:
-        preset: Name of a preset or path of a YAML file.
-        base: What to start from where there is no preset.
-        settings: Texts of the form `a.b=c`.
-        overrides: A mapping laid over everything else; None values are left out.
-
-    Raises:
-        ConfigError: An unknown preset or key (with the nearest names), or a value that does not fit.
+    In overrides None is as if it were not there. ConfigError for an unknown preset or key, with the nearest names, or a
+    value that does not fit.
     """
     values = read_preset(preset) if preset is not None else dict(base or {})
     if preset is not None:

@@ -17,7 +17,6 @@ from mvar_core.errors import ConfigError, nearest, shown
 LARGEST = 2**63 - 1
 """Of any whole number: what files and tensors can hold, and seeds with them."""
 
-
 _PydanticClass: Any = type(BaseModel)
 
 
@@ -52,27 +51,14 @@ def parse_number(text: str) -> float | None:
 
 
 def bounded(value: Any) -> Any:
-    """The value, which may be a list.
-
-    Raises:
-        ValueError: A whole number in it is beyond 64 bits.
-    """
+    """The value, which may be a list; ValueError for a whole number beyond 64 bits."""
     if any(type(one) is int and abs(one) > LARGEST for one in (value if isinstance(value, (list, tuple)) else [value])):
         raise ValueError("a number here is beyond 64 bits")
     return value
 
 
 def validate(section: type[Section], values: Mapping[str, Any], source: str) -> Any:
-    """Build a section.
-
-    Args:
-        section: The class to build.
-        values: Its values.
-        source: What they came from, for the message.
-
-    Raises:
-        ConfigError: An unknown key or a value that does not fit.
-    """
+    """Build a section; ConfigError, which begins with the `source` of the values, for one that does not fit."""
     try:
         return section.model_validate(values)
     except ValidationError as report:
@@ -83,10 +69,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def checked(function: Function) -> Function:
-    """A public function that checks its arguments against their annotations first: types, finite numbers, seeds.
+    """A public function that first checks its arguments against their annotations: types, finite numbers, seeds.
 
-    Raises:
-        ConfigError: An argument that does not fit, by name.
+    ConfigError names an argument that does not fit.
     """
     names = list(inspect.signature(function).parameters)
 

@@ -20,11 +20,7 @@ HELD_OUT = slice(240, 336)
 
 
 class DigitsSource(ImageSource):
-    """Handwritten digits (UCI, 8×8 pixels), split by class into 1,437 training and 360 test images.
-
-    Raises:
-        DataError: Another split.
-    """
+    """Handwritten digits (UCI, 8×8 pixels), split by class into 1,437 training and 360 test images."""
 
     in_memory = True
 
@@ -59,9 +55,6 @@ class PhotographsSource(ImageSource):
 
     A horizontal strip of 96 rows, through temple, lake, trees and flower, is held out: test crops lie within it,
     training crops above or below it. Crops keep the photographs' own pixels where they fit; larger sizes are enlarged.
-
-    Raises:
-        DataError: Another split.
     """
 
     in_memory = True

@@ -42,13 +42,9 @@ ImageShape = tuple[int, int]
 class EvaluationImages:
     """Images of one size that can be read from the start any number of times, never all at once.
 
-    Attributes:
-        name: What the user typed.
-        image_shape: Height and width in pixels.
-        labels: int64 (N,), or None where they are not known.
-        class_names: Names of the labels, or None.
-        num_lossy: How many images are stored with lossy compression, which moves features.
-        stored_shape: Height and width that some images have where they are stored, if not `image_shape`.
+    `name` is what the user typed; `labels`, int64 (N,), and `class_names` are None where they are not known.
+    `num_lossy` are stored with lossy compression, which moves features. `stored_shape` is the height and width that
+    some images have where they are stored, if not `image_shape`.
     """
 
     def __init__(self, name: str, source: ImageSource, image_shape: ImageShape | None):
@@ -79,11 +75,7 @@ class EvaluationImages:
         logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, *sizes)
 
     def batches(self, batch_size: int = 64, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """The images `start` up to `stop` in order: uint8 (B, 3, H, W); the last batch may be smaller.
-
-        Raises:
-            DataError: An image cannot be read.
-        """
+        """The images `start` up to `stop` in order: uint8 (B, 3, H, W); the last batch may be smaller."""
         rows = range(start, self.count if stop is None else min(stop, self.count))
         for pixels, _ in pixel_batches(self.source, self.image_shape, rows, batch_size):
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
@@ -100,9 +92,6 @@ def open_evaluation_images(
 
     Images are measured as they are: where no `image_shape` is given they must all have one size. With `image_shape`,
     which suits a reference of photographs, images of another size are resized and cropped as for training.
-
-    Raises:
-        DataError: No such images, images of several sizes, or an npz without uint8 images (N, H, W, 3).
     """
     path = Path(text).expanduser()
     is_npz = path.suffix.lower() == ".npz"

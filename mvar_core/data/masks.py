@@ -15,20 +15,12 @@ Mask = NDArray[np.bool_]
 
 
 def read_mask(path: Path, max_pixels: int = LARGEST_IMAGE) -> Mask:
-    """A mask from an image file: what is white, or nearer to white than to black, belongs to it.
-
-    Raises:
-        DataError: The file is missing, damaged, or not an image.
-    """
+    """A mask from an image file: what is white, or nearer to white than to black, belongs to it."""
     return np.asarray(read_rgb(path, max_pixels=max_pixels).convert("L")) >= 128
 
 
 def box_mask(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Mask:
-    """A mask of a box x0, y0, x1, y1 in pixels from the upper left corner; x1 and y1 are the first outside.
-
-    Raises:
-        DataError: The box is empty, or reaches beyond the picture.
-    """
+    """A mask of a box x0, y0, x1, y1 in pixels from the upper left corner; x1 and y1 are the first outside."""
     x0, y0, x1, y1 = box
     height, width = shape
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):

@@ -89,15 +89,11 @@ def is_reference(path: Path, extractor: FeatureExtractor, images: EvaluationImag
 
 
 def load_reference(path: Path) -> tuple[FeatureSet | None, ReferenceRecord | None]:
-    """Read what an npz file knows of a reference.
+    """Read what an npz file knows of a reference; DataError where it is damaged, or statistics are incomplete.
 
-    Returns:
-        The features and the record of a file that `save_reference` wrote; statistics alone, of Inception features, from
-        a file in the ADM evaluator's layout (mu, sigma, and mu_s, sigma_s for sFID); neither from other npz files, such
-        as those of images.
-
-    Raises:
-        DataError: No such file, not an npz file, statistics that are incomplete, or a file of ours that is damaged.
+    That is the features and the record of a file that `save_reference` wrote; statistics alone, of Inception features,
+    of a file in the ADM evaluator's layout (mu, sigma, and mu_s, sigma_s for sFID); nothing of other npz files, such as
+    those of images.
     """
     features, description = read_features(path)
     if description is None:

@@ -30,13 +30,8 @@ DIRECT_CONVOLUTION = 20480
 class Setting:
     """What the memory of sampling depends on, apart from the model and the number of images.
 
-    Attributes:
-        dtype_bytes: Bytes per value of the compute dtype.
-        sampling: Guidance, which doubles the rows, and filters.
-        device: cpu, cuda or mps.
-        keep_stages: f̂ is kept after every scale, and decoded.
-        bfloat16_unit: Whether a CPU computes in bfloat16 (mvar_core.runtime.has_bfloat16_unit), as those with AVX-512
-            do. Others compute GELU after the product, and convolve through a matrix of all neighbourhoods.
+    The compute dtype has `dtype_bytes`; with `keep_stages` f̂ is kept after every scale, and decoded. CPUs without a
+    `bfloat16_unit` compute GELU after the product, and convolve through a matrix of all neighbourhoods.
     """
 
     dtype_bytes: int = 4

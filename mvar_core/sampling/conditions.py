@@ -25,11 +25,9 @@ UNKNOWN = -1
 class ChosenConditions:
     """Conditions, each of which gets as many images as the user asks for.
 
-    Attributes:
-        classes: Class labels; -1 for a text or vector that is no class.
-        names: What files are named after instead of labels.
-        vectors: float32 (conditions, X), where the model is conditioned on vectors.
-        class_names: What the model's classes are called, where classes were chosen.
+    `classes` are labels, -1 for a text or vector that is no class; files are named after `names`, or else labels.
+    `vectors`, float32 (conditions, X), are there where the model is conditioned on them, and `class_names` are those of
+    the model's classes where classes were chosen.
     """
 
     classes: tuple[int, ...] = ()
@@ -52,12 +50,7 @@ def choose_conditions(
     words: Sequence[str] = (),
     vectors: str | Path | None = None,
 ) -> ChosenConditions:
-    """Conditions from what the user named, as of `sample_to`; none where nothing was named.
-
-    Raises:
-        MvarError: The model is a tokenizer alone, several of the three, one that the model is not conditioned on, no
-            such class, or a file without vectors.
-    """
+    """Conditions from what the user named, as of `sample_to`; none where nothing was named."""
     if config.transformer is None:
         raise CheckpointError(f"{config.name} is a tokenizer without a transformer.", "Train one with `mvar train`.")
     if sum((bool(classes), bool(words), vectors is not None)) > 1:

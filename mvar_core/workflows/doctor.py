@@ -67,8 +67,8 @@ def doctor() -> DoctorResult:
         _attention(),
         _natten(),
         _torch_fidelity(),
-        _weights("inception weights", lambda: str(find_inception_weights())),
-        _weights("perceptual weights", _perceptual, " (only for tokenizers)"),
+        _weights("inception weights", find_inception_weights),
+        _weights("perceptual weights", lambda: ", ".join(str(file.find()) for file in (VGG16, LPIPS)), " (tokenizers)"),
         _cache(),
     )
     return DoctorResult(findings=findings)
@@ -112,9 +112,8 @@ def _attention() -> Finding:
 
 
 def _natten() -> Finding:
-    fix = (
-        "pip install setuptools wheel && pip install --no-build-isolation natten   (optional; others do the same work)"
-    )
+    command = "pip install setuptools wheel && pip install --no-build-isolation natten"
+    fix = f"{command}   (optional; others do the same work)"
     try:
         version = importlib.metadata.version("natten")
         importlib.import_module("natten")
@@ -136,13 +135,9 @@ def _torch_fidelity() -> Finding:
     return Finding("torch-fidelity", True, f"{version}, torchvision {torchvision}")
 
 
-def _perceptual() -> str:
-    return ", ".join(str(file.find()) for file in (VGG16, LPIPS))
-
-
-def _weights(name: str, find: Callable[[], str], note: str = "") -> Finding:
+def _weights(name: str, find: Callable[[], object], note: str = "") -> Finding:
     try:
-        return Finding(name, True, find())
+        return Finding(name, True, str(find()))
     except MvarError as error:
         return Finding(name, False, error.message + note, error.hint)
 

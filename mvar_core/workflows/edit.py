@@ -37,10 +37,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EditResult(SampleResult):
-    """What `edit` leaves behind, with its arguments.
-
-    `edits` holds for every image its file, and how many tokens stay of how many at each scale.
-    """
+    """What `edit` leaves behind, with its arguments; `edits` says how many tokens of each image stay at each scale."""
 
     keep: str = "outside"
     coverage: float = 0.5
@@ -261,10 +258,10 @@ def _require_both(config: ModelConfig, path: Path, stays: torch.Tensor, what: st
     last, grid = stays[config.pyramid.spans[-1]], config.pyramid.latent_grid
     height, width = config.image_shape
     if last.all():
+        other = "outside" if keep == "inside" else "inside"
         raise DataError(
             f"Nothing of {path} would change: {what} keeps all that the model sees of it.",
-            f"The model sees its centre, resized to {_size((height, width))}; choose another region, or --keep"
-            f" {'outside' if keep == 'inside' else 'inside'}.",
+            f"The model sees its centre, resized to {_size((height, width))}; use another region, or --keep {other}.",
         )
     if not last.any():
         raise DataError(
@@ -281,9 +278,8 @@ def _edited(
     images = [spec.image_of(index) for index in indices]
     pixels_of = lru_cache(maxsize=4)(lambda image: given[image].read())
     encoded = {image: pipeline.encode(from_uint8(pixels_of(image)[None])).cpu() for image in dict.fromkeys(images)}
-    kept = KeptTokens(
-        torch.cat([encoded[image] for image in images]), torch.stack([given[image].stays for image in images])
-    )
+    tokens, stays = [encoded[image] for image in images], [given[image].stays for image in images]
+    kept = KeptTokens(torch.cat(tokens), torch.stack(stays))
     conditions = spec.conditions(indices) if spec.classes else {"labels": pipeline.null_conditions(len(indices))}
     done = 0
     for samples in pipeline.stream(**conditions, kept=kept, indices=indices, **options):
@@ -291,8 +287,8 @@ def _edited(
         done += len(samples)
         if spec.paste:
             own = torch.from_numpy(np.stack([pixels_of(image) for image in batch]))
-            stays = torch.from_numpy(np.stack([given[image].pixels for image in batch]))
-            samples = replace(samples, images=pasted(samples.images, own, stays))
+            unchanged = torch.from_numpy(np.stack([given[image].pixels for image in batch]))
+            samples = replace(samples, images=pasted(samples.images, own, unchanged))
         yield samples
 
 
@@ -301,9 +297,8 @@ def parse_box(text: str) -> Box:
     try:
         x0, y0, x1, y1 = (int(part.replace("_", "?")) for part in text.split(","))
     except ValueError:
-        raise ConfigError(
-            f"--box {shown(text)} is not four whole numbers.", "Use x0,y0,x1,y1, as in 64,64,192,192."
-        ) from None
+        problem = f"--box {shown(text)} is not four whole numbers."
+        raise ConfigError(problem, "Use x0,y0,x1,y1, as in 64,64,192,192.") from None
     return x0, y0, x1, y1
 
 

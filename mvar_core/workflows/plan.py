@@ -59,27 +59,20 @@ def resolve(
     settings: Sequence[str],
     image_size: PatchSize | str | None = None,
 ) -> ModelConfig:
-    """The configuration of a preset, or of a model directory.
-
-    Raises:
-        MvarError: Both are given, or there is no such preset or directory.
-    """
+    """The configuration of a preset, or of a model directory."""
     if checkpoint is None:
         return load_config(preset, settings, {"image_size": image_size})
     if preset is not None or settings or image_size is not None:
-        raise ConfigError(
-            "--checkpoint brings its own configuration.", "Leave out --preset, --set and --image-size, or --checkpoint."
-        )
+        hint = "Leave out --preset, --set and --image-size, or --checkpoint."
+        raise ConfigError("--checkpoint brings its own configuration.", hint)
     return read_model_config(Path(checkpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetList(Result):
-    """The presets that mvar ships.
+    """The presets that mvar ships: name, description, source, parameters, attention_gmacs, kv_cache_bytes, result.
 
-    Attributes:
-        presets: One mapping for each: name, description, source, parameters, attention_gmacs, kv_cache_bytes (of one
-            guided image in bfloat16), and the published result, where there is one.
+    KV caches are of one guided image in bfloat16; the result is what was published, where anything was.
     """
 
     presets: tuple[dict[str, Any], ...]
@@ -93,15 +86,9 @@ def list_presets() -> PresetList:
     presets = []
     for name in preset_names():
         config, cost = load_config(name), plan(name)
+        costs = {key: getattr(cost, key) for key in ("parameters", "attention_gmacs", "kv_cache_bytes")}
+        result = config.result.model_dump() if config.result else None
         presets.append(
-            {
-                "name": name,
-                "description": config.description,
-                "source": config.source,
-                "parameters": cost.parameters,
-                "attention_gmacs": cost.attention_gmacs,
-                "kv_cache_bytes": cost.kv_cache_bytes,
-                "result": config.result.model_dump() if config.result else None,
-            }
+            {"name": name, "description": config.description, "source": config.source, **costs, "result": result}
         )
     return PresetList(presets=tuple(presets))

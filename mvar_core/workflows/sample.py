@@ -42,19 +42,10 @@ log = logging.getLogger("mvar")
 class SampleResult(Result):
     """What `sample_to` leaves behind.
 
-    Attributes:
-        out: The file, or the directory.
-        images: Images in the output; those that are kept, where the run was interrupted.
-        total: Images asked for.
-        resumed: Images that earlier runs had made.
-        seconds: What this call took, without loading the model.
-        images_per_second: Speed of what this call sampled; None where nothing was missing.
-        outputs: Every file, in order.
-        batch_size: Images that advanced from scale to scale together, at most.
-        processes: How many shared the work.
-        settings: Guidance, filters and seed, resolved.
-        classes: Name and index of each class; of a text or vector that is no class, the index is None.
-        interrupted: Whether the run was stopped; the same call resumes it.
+    Of the `total` images asked for, `images` are in the output (or kept, where the run was `interrupted`: the same call
+    resumes it), and earlier runs had made `resumed`. `outputs` are all files, in order. Speed and `seconds` are of this
+    call, without loading the model. `settings` are resolved, with the seed. `classes` are name and index; of a text or
+    vector that is no class, the index is None.
     """
 
     out: Path = Path()

@@ -98,7 +98,25 @@ class Classes:
 
     def index(self, asked: str | int) -> int:
         """The position of one class that a user named, see `resolve`."""
-        return self._position(str(asked), asked) if isinstance(asked, int) else self._one(asked)
+        text = str(asked).strip()
+        number = re.fullmatch(r"(#?)\s*(-?\d{1,18})", text)
+        if isinstance(asked, str) and not (number and number[1]):
+            if len(found := self.find(text)) == 1:
+                return found[0]
+            if found:
+                raise DataError(
+                    f"--class {shown(text)} is the name of {len(found)} classes: {', '.join(map(self.label, found))}.",
+                    f"Choose one by its position, as in --class '#{found[0]}'.",
+                )
+            if number is None or any(name.strip().isdecimal() for name in self.names or ()):
+                problem = nearest(text, self.names) if self.names else f"{self.origin or 'The model'} records no names."
+                position = f"'#{int(number[2])}' is a position" if number else f"#0 … #{self.count - 1} are positions"
+                raise DataError(f"There is no class {shown(text)}. {problem}", f"--class {position}.")
+        if number is None or not 0 <= int(number[2]) < self.count:
+            raise DataError(
+                f"--class {text} is out of range.", f"There are classes #0 … #{self.count - 1}; or use all."
+            )
+        return int(number[2])
 
     def resolve(self, asked: Sequence[str | int] | str | int) -> list[int]:
         """Positions of the classes that a user named, in that order, each once.
@@ -117,35 +135,10 @@ class Classes:
             elif fold(each) == "all":
                 found += range(self.count)
             else:
-                found += [self._one(part) for part in each.split(",") if part.strip()]
+                found += [self.index(part) for part in each.split(",") if part.strip()]
         if not found:
             raise DataError("--class names no class.", f"Use a name, #N for class N of {self.count}, or all.")
         return list(dict.fromkeys(found))
-
-    def _one(self, text: str) -> int:
-        text = text.strip()
-        if found := self.find(text):
-            if len(found) > 1:
-                raise DataError(
-                    f"--class {shown(text)} is the name of {len(found)} classes: {', '.join(map(self.label, found))}.",
-                    f"Choose one by its position, as in --class '#{found[0]}'.",
-                )
-            return found[0]
-        number = re.fullmatch(r"#?\s*(-?\d{1,18})", text)
-        numbered = any(name.strip().isdecimal() for name in self.names or ())
-        if number and (text.startswith("#") or not numbered):
-            return self._position(text, int(number[1]))
-        if self.names is None:
-            raise DataError(f"--class {shown(text)}: {self.origin or 'this model'} records no class names.",
-                            f"Use a number 0 … {self.count - 1}.")  # fmt: skip
-        hint = f"--class '#{number[1]}' is {self.name(int(number[1]))}, by position." if number else None
-        raise DataError(f"There is no class {shown(text)}. {nearest(text, self.names)}", hint)
-
-    def _position(self, text: str, index: int) -> int:
-        if not 0 <= index < self.count:
-            raise DataError(f"--class {text} is out of range.",
-                            f"There are classes #0 … #{self.count - 1}; `all` is all of them.")  # fmt: skip
-        return index
 
     def label(self, index: int) -> str:
         """A class as messages write it: name and position, where the name is another."""
@@ -165,9 +158,13 @@ class Classes:
             return Match(tuple(found[0] if len(found) == 1 else None for found in both), "name")
         ours, theirs = self._numbers(other.count), other._numbers(self.count)
         if ours is None or theirs is None:
-            return Match(tuple(index if index < other.count else None for index in range(self.count)), "order")
+            return Match(self.by_position(other), "order")
         positions = {number: index for index, number in enumerate(theirs)}
         return Match(tuple(map(positions.get, ours)), "number")
+
+    def by_position(self, other: Classes) -> tuple[int | None, ...]:
+        """Class N of another list for class N of this one, None where that has fewer."""
+        return tuple(index if index < other.count else None for index in range(self.count))
 
     def _numbers(self, count: int) -> Sequence[int] | None:
         """The numbers that classes are called by, if all are, and are less than `count`."""
@@ -190,8 +187,7 @@ def align(
     """
     names = read_class_names(class_names) if class_names is not None else None
     if class_names is not None and names is None:
-        positions: Sequence[int | None] = [index if index < theirs.count else None for index in range(ours.count)]
-        theirs = replace(theirs, names=theirs.names or ours.names)
+        positions, theirs = ours.by_position(theirs), replace(theirs, names=theirs.names or ours.names)
     else:
         if names is not None:
             if not (ours.numbered or theirs.numbered):
@@ -213,9 +209,9 @@ def align(
             )
     for index in used:
         if positions[index] is None:
+            similar = nearest(ours.name(index), theirs.all_names())
             raise DataError(
-                f"{ours.origin} has images of class {ours.label(index)}, which {theirs.origin} lacks."
-                f" {nearest(ours.name(index), map(theirs.name, range(theirs.count)))}",
+                f"{ours.origin} has images of class {ours.label(index)}, which {theirs.origin} lacks. {similar}",
                 f"Rename it, or use --class-names {BY_NUMBER} where class N of one is class N of the other.",
             )
     return np.array([-1 if there is None else there for there in positions], np.int64), theirs

@@ -36,6 +36,7 @@ def test_the_table_of_imagenet_has_wnids_in_their_order():
         (Classes.of(["tench, Tinca tinca", "hen"]), "Tinca tinca, hen", [0, 1]),
         (Classes.of(None, 5), ["3,#4", "all"], [3, 4, 0, 1, 2]),
         (Classes.of(list("0123")), "3", [3]),
+        (Classes.of(["cat", "#0", "dog"]), "#0", [0]),
         (IMAGENET, "n02099601, crane, 5", [207, 517, 5]),
         (IMAGENET, "Tinca tinca", [0]),
         (Classes.of(["n01443537", "n01440764"]), "tench", [1]),

@@ -38,10 +38,8 @@ class ChosenConditions:
     def described(self) -> tuple[dict[str, Any], ...]:
         """Name and index of each condition's class; of a text or vector that is no class, the index is None."""
         named = self.names or [self.class_names[index] for index in self.classes if self.class_names]
-        return tuple(
-            {"name": name, "index": None if index == UNKNOWN else index}
-            for name, index in zip(named, self.classes, strict=True)
-        )
+        known = (None if index == UNKNOWN else index for index in self.classes)
+        return tuple({"name": name, "index": index} for name, index in zip(named, known, strict=True))
 
 
 def choose_conditions(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,37 +32,36 @@ FORMER_CHOICES = {"keep": "auto", "resize": "auto", "reinit": "new"}
 START_REPORT = "started-from.json"
 """The file of a run directory that lists what became of the weights that the run started from."""
 
-_CLASSES, _START, _POSITIONS, _SCALES = (
-    "class_embedding.weight",
-    "start_position",
-    "position_embedding",
-    "scale_embedding.weight",
-)
+_CLASSES, _SCALES = "class_embedding.weight", "scale_embedding.weight"
+_START, _POSITIONS = "start_position", "position_embedding"
+_SIZES = (
+    "transformer.depth", "transformer.embed_dim", "transformer.num_heads", "transformer.mlp_ratio",
+    "transformer.shared_adaln", "transformer.l2_attention",
+    "tokenizer.codebook_size", "tokenizer.latent_channels", "conditioning.dim",
+)  # fmt: skip
+"""What the weights and the model must have in common."""
 
 
 class ClassRows(NamedTuple):
-    """Which of the weights' `before` classes each class starts from, None for none, and by what they were matched."""
+    """The row of the weights' class table that each class starts from, None for none; how many rows none starts from.
 
-    before: int
+    `by` says what classes were matched by, name or number; None where all of them are new.
+    """
+
     rows: tuple[int | None, ...]
+    dropped: int
     by: str | None
 
     def counts(self) -> dict[str, int]:
         """How many classes are matched, how many new, and how many of the weights are dropped."""
-        matched = [row for row in self.rows if row is not None]
-        return {
-            "matched": len(matched),
-            "new": len(self.rows) - len(matched),
-            "dropped": self.before - len(set(matched)),
-        }
+        new = self.rows.count(None)
+        return {"matched": len(self.rows) - new, "new": new, "dropped": self.dropped}
 
     def note(self) -> str:
         """The same in words."""
-        counts = self.counts()
         how = f" by {self.by}" if self.by else ""
-        return (
-            f"{counts['matched']} classes matched{how}, {counts['new']} new, {counts['dropped']} of the weights dropped"
-        )
+        matched, new, dropped = self.counts().values()
+        return f"{matched} classes matched{how}, {new} new, {dropped} of the weights dropped"
 
 
 class ParameterReport(NamedTuple):
@@ -90,17 +90,9 @@ def check_start(config: ModelConfig, source: ModelConfig, origin: str) -> None:
     """Refuse weights of another size than the model's (CheckpointError), which are those of `source`, in `origin`."""
     if source.transformer is None:
         raise CheckpointError(f"{origin} is a tokenizer alone; fine-tuning starts from a transformer.")
-    assert config.transformer is not None
-    pairs = {
-        name: (getattr(source.transformer, name), getattr(config.transformer, name))
-        for name in ("depth", "embed_dim", "num_heads", "mlp_ratio", "shared_adaln", "l2_attention")
-    }
-    pairs |= {
-        name: (getattr(source.tokenizer, name), getattr(config.tokenizer, name))
-        for name in ("codebook_size", "latent_channels")
-    }
-    if None not in (dims := (source.conditioning.dim, config.conditioning.dim)):
-        pairs["conditioning.dim"] = dims
+    pairs = {name: (attrgetter(name)(source), attrgetter(name)(config)) for name in _SIZES}
+    if None in pairs["conditioning.dim"]:
+        del pairs["conditioning.dim"]
     if wrong := [f"{name} is {one} there and {two} here" for name, (one, two) in pairs.items() if one != two]:
         raise CheckpointError(
             f"The weights of {origin} do not fit the model: {'; '.join(wrong)}.",
@@ -200,20 +192,17 @@ def match_classes(source: Classes, target: Classes, choice: str = "auto") -> Cla
     choice = FORMER_CHOICES.get(choice, choice)
     if choice not in CHOICES:
         raise ConfigError(f"--classes {shown(choice)} is not known. {nearest(choice, CHOICES)}")
-    if choice == "by-number":
-        rows = tuple(index if index < source.count else None for index in range(target.count))
-        return ClassRows(source.count, rows, "number")
-    positions, by = target.match(source)
-    unclear = by == "order" or (source.names is None and target.names is None)
-    if choice == "auto" and by == "name" and target.count > 1 and not any(row is not None for row in positions):
-        ours, theirs = (f"{', '.join((side.names or ())[:3])}, …" for side in (target, source))
+    rows, by = (target.by_position(source), "number") if choice == "by-number" else target.match(source)
+    nothing, guess = set(rows) == {None}, by == "order" or source.names is target.names is None
+    if choice == "auto" and by == "name" and nothing and target.count > 1:
+        ours, theirs = (f"{', '.join(side.all_names()[:3])}, …" for side in (target, source))
         raise ConfigError(
             f"{target.origin} has {target.count} classes ({ours}); {source.origin} has none of them ({theirs}).",
             "Use --classes new to train them from scratch, or --classes by-number if class N is class N there.",
         )
-    if choice == "new" or (unclear and source.count != target.count) or not any(r is not None for r in positions):
-        return ClassRows(source.count, (None,) * target.count, None)
-    return ClassRows(source.count, positions, by if by == "name" else "number")
+    if choice == "new" or nothing or (choice == "auto" and guess and source.count != target.count):
+        return ClassRows((None,) * target.count, source.count, None)
+    return ClassRows(rows, source.count - len({*rows} - {None}), "name" if by == "name" else "number")
 
 
 def _class_table(found: Tensor, wanted: Tensor, classes: ClassRows) -> _Adapted:

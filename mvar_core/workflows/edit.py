@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import PositiveInt
+from typing_extensions import Unpack
 
-from mvar_core.config import Machine, ModelConfig, SamplingConfig
+from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.data.decoding import LARGEST_IMAGE, check_image, read_rgb
 from mvar_core.data.folders import find_images
 from mvar_core.data.masks import Mask, box_mask, crop_kept, read_mask
@@ -24,13 +25,12 @@ from mvar_core.errors import ConfigError, DataError, shown
 from mvar_core.io.files import fingerprint
 from mvar_core.io.pixels import Pixels, from_uint8
 from mvar_core.pipeline import Pipeline
-from mvar_core.progress import Progress
 from mvar_core.sampling.conditions import choose_conditions
 from mvar_core.sampling.editing import UNGUIDED, KeptTokens, kept_pixels, kept_tokens, pasted
 from mvar_core.sampling.images import Samples
 from mvar_core.sampling.sampler import resolve_settings
-from mvar_core.sampling.shards import SampleOutput, SampleSpec
-from mvar_core.workflows.sample import Plan, SampleJob, SampleResult
+from mvar_core.sampling.shards import SampleSpec
+from mvar_core.workflows.sample import Plan, SampleJob, SampleOptions, SampleResult
 
 Box = tuple[int, int, int, int]
 
@@ -61,16 +61,7 @@ def edit(
     paste: bool = False,
     coverage: float = 0.5,
     settings: SamplingConfig | None = None,
-    seed: int = 0,
-    batch_size: PositiveInt | None = None,
-    format: str | None = None,  # noqa: A002
-    save_tokens: bool = False,
-    stages: bool = False,
-    tokenizer: str | Path | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    machine: Machine = Machine(),
-    progress: Progress | None = None,
+    **options: Unpack[SampleOptions],
 ) -> EditResult:
     """Regenerate a region of images: in-painting, out-painting, and editing towards a class.
 
@@ -107,7 +98,7 @@ def edit(
         if not towards and settings is not None and settings.cfg and "cfg" in settings.model_fields_set:
             logging.getLogger("mvar").info("--cfg guides towards a class; without --class it has no effect.")
         resolved = resolve_settings(config, settings, **({} if towards else UNGUIDED))
-        given = read_given(config, images, region, mask, keep, coverage, machine.max_pixels)
+        given = read_given(config, images, region, mask, keep, coverage, job.machine.max_pixels)
         edits.extend(image.summary(config) for image in given)
         assert config.transformer is not None
         spec = EditSpec(
@@ -132,11 +123,7 @@ def edit(
         )
         return Plan(spec, generate, resolved, steps, {"edits": edits, "classes": chosen.described()})
 
-    job = SampleJob(
-        SampleOutput.of(Path(out), format, save_tokens), checkpoint, tokenizer, machine, num, seed, batch_size,
-        save_tokens, stages, overwrite, dry_run, progress,
-    )  # fmt: skip
-    values = job.run(plan)
+    values = SampleJob(Path(out), checkpoint, num, **options).run(plan)
     return EditResult(**values, keep=keep, coverage=coverage, paste=paste, box=region, mask=mask, edits=edits)
 
 

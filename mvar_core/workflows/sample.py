@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pydantic import PositiveInt
+from typing_extensions import TypedDict, Unpack
 
 from mvar_core import __version__
 from mvar_core.analysis.cost import cost_of
@@ -64,6 +65,21 @@ class SampleResult(Result):
     interrupted: bool = False
 
 
+class SampleOptions(TypedDict, total=False):
+    """What `sample_to` and `edit` both accept, as `sample_to` explains it."""
+
+    seed: int
+    batch_size: PositiveInt | None
+    format: str | None
+    save_tokens: bool
+    stages: bool
+    tokenizer: str | Path | None
+    overwrite: bool
+    dry_run: bool
+    machine: Machine
+    progress: Progress | None
+
+
 def sample_to(
     out: str | Path,
     *,
@@ -73,16 +89,7 @@ def sample_to(
     vectors: str | Path | None = None,
     num: PositiveInt = 1,
     settings: SamplingConfig | None = None,
-    seed: int = 0,
-    batch_size: PositiveInt | None = None,
-    format: str | None = None,  # noqa: A002
-    save_tokens: bool = False,
-    stages: bool = False,
-    tokenizer: str | Path | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    machine: Machine = Machine(),
-    progress: Progress | None = None,
+    **options: Unpack[SampleOptions],
 ) -> SampleResult:
     """Write images of classes to `out`; of texts or vectors, where the model is conditioned on them.
 
@@ -100,16 +107,17 @@ def sample_to(
         vectors: A file of vectors, for a model that is conditioned on vectors.
         num: Images per class, text or vector.
         settings: Guidance and filters; fields that are not set are as the model recommends.
-        seed: The run's seed.
-        batch_size: Images that advance from scale to scale together; decides speed and memory, never the result.
-        format: png, npz or grid; by default as `out` ends.
-        save_tokens: Also write the token indices.
-        stages: Also a strip per image that shows it after each scale.
-        tokenizer: The published tokenizer, where `checkpoint` is a .pth.
-        overwrite: Replace an output that exists.
-        dry_run: Only report what would be done.
-        machine: Device, dtype, attention backend, compilation and memory.
-        progress: Called with the images that are sampled, then assembled.
+        **options:
+            seed: The run's seed.
+            batch_size: Images that advance from scale to scale together; decides speed and memory, never the result.
+            format: png, npz or grid; by default as `out` ends.
+            save_tokens: Also write the token indices.
+            stages: Also a strip per image that shows it after each scale.
+            tokenizer: The published tokenizer, where `checkpoint` is a .pth.
+            overwrite: Replace an output that exists.
+            dry_run: Only report what would be done.
+            machine: Device, dtype, attention backend, compilation and memory.
+            progress: Called with the images that are sampled, then assembled.
 
     Raises:
         MvarError: Model, conditions, settings or output do not fit together.
@@ -129,11 +137,7 @@ def sample_to(
         step = f"generate {spec.total} images: {num} of each of {len(chosen.classes)} conditions"
         return Plan(spec, generate, resolved, (step,), {"classes": chosen.described()})
 
-    job = SampleJob(
-        SampleOutput.of(Path(out), format, save_tokens), checkpoint, tokenizer, machine, num, seed, batch_size,
-        save_tokens, stages, overwrite, dry_run, progress,
-    )  # fmt: skip
-    return SampleResult(**job.run(plan))
+    return SampleResult(**SampleJob(Path(out), checkpoint, num, **options).run(plan))
 
 
 class Plan(NamedTuple):
@@ -150,18 +154,22 @@ class Plan(NamedTuple):
 class SampleJob:
     """What `sample_to` and `edit` have in common: their arguments, a model that is loaded late, shards, an output."""
 
-    output: SampleOutput
+    out: Path
     checkpoint: str | Path
-    tokenizer: str | Path | None
-    machine: Machine
     num: int
-    seed: int
-    batch_size: int | None
-    save_tokens: bool
-    stages: bool
-    overwrite: bool
-    dry_run: bool
-    progress: Progress | None
+    seed: int = 0
+    batch_size: int | None = None
+    format: str | None = None
+    save_tokens: bool = False
+    stages: bool = False
+    tokenizer: str | Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    machine: Machine = Machine()
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self.output = SampleOutput.of(self.out, self.format, self.save_tokens)
 
     def run(self, plan: Callable[[SampleJob], Plan]) -> dict[str, Any]:
         """Do what `plan` returns for this job; returns the fields of a `SampleResult`."""

@@ -48,27 +48,8 @@ def tokenize(
     tokenizer's own unless a preset, --set or --image-size gives others. Running the same command again resumes where it
     stopped. Under torchrun the processes share the work.
     """
-    result = mvar.tokenize(
-        tokenizer=tokenizer,
-        data=data,
-        out=out,
-        preset=preset,
-        settings=settings or (),
-        image_size=image_size,
-        flip=flip,
-        crops=crops,
-        batch_size=batch_size or 64,
-        seed=seed,
-        skip_bad=skip_bad,
-        image_key=image_key,
-        words=words,
-        vectors=vectors,
-        encoder=encoder,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        machine=machine,
-        progress=console.progress,
-    )
+    given = {**locals(), "settings": settings or (), "batch_size": batch_size or 64}
+    result = mvar.tokenize(**given, progress=console.progress)
     console.show(result, ("images", "views", "encoded", "bytes", "bytes_per_view", "seconds"), title="tokens")
     if result.skipped:
         shown = ", ".join(result.skipped[:5]) + (", …" if len(result.skipped) > 5 else "")

@@ -72,11 +72,8 @@ class CacheWriter(Resumable):
     """Encodes all views of all images into a token cache, alone or as one of several processes.
 
     Rank 0 calls `prepare` and broadcasts the result; each process calls `accept` with it, `check`, `write` and
-    `finish`. They must see the same directory. The record of the unfinished work is the manifest without its files.
-
-    No batch of `batch_size` views spans two shards. `images_per_shard` is by default that of the cache that is there,
-    else as many as make a shard some tens of megabytes, and fewer where the images are few. `skip_bad` leaves out
-    images that cannot be read instead of raising an error; `vectors` are for models that are conditioned on them.
+    `finish`. The record of the unfinished work is the manifest without its files. No batch of `batch_size` views spans
+    two shards; `images_per_shard` is by default that of the cache that is there, else as `default_shard`.
     """
 
     out: Path
@@ -104,22 +101,13 @@ class CacheWriter(Resumable):
         self.manifest = Manifest(
             version=VERSION if self.vectors is None else VERSION_WITH_VECTORS,
             vectors=self.vectors.entry if self.vectors is not None else None,
-            tokenizer_hash=self.tokenizer_hash,
-            tokenizer=self.tokenizer and _line(self.tokenizer),
-            patch_sizes=config.pyramid.patch_sizes,
-            codebook_size=config.tokenizer.codebook_size,
-            image_size=config.image_size,
-            class_names=source.class_names,
-            images=len(source),
-            views=len(self.views),
-            view_names=self.views.names,
-            data=self.data,
-            seed=self.seed,
-            dtype=self.dtype.name,
-            source=_line(f"{source.name}:{source.split}"),
-            fingerprint=source.fingerprint(),
+            tokenizer_hash=self.tokenizer_hash, tokenizer=self.tokenizer and _line(self.tokenizer),
+            patch_sizes=config.pyramid.patch_sizes, codebook_size=config.tokenizer.codebook_size,
+            image_size=config.image_size, class_names=source.class_names, images=len(source),
+            views=len(self.views), view_names=self.views.names, data=self.data, seed=self.seed, dtype=self.dtype.name,
+            source=_line(f"{source.name}:{source.split}"), fingerprint=source.fingerprint(),
             images_per_shard=self.images_per_shard or default_shard(bytes_per_image, len(source)),
-        )
+        )  # fmt: skip
         super().__init__(self.out, self.manifest.to_json(), 0, record_file=PARTIAL, piece_name=RECEIPT)
 
     def is_whole(self, number: int) -> bool:
@@ -145,10 +133,21 @@ class CacheWriter(Resumable):
         Raises:
             DataError: `out` holds something else, or a cache of other settings; or another process works there.
         """
-        if self.directory.is_file():
-            require_new_directory(self.directory, overwrite)
+        out = self.directory
         self.acquire()
-        complete = self._is_complete(overwrite)
+        complete = (out / MANIFEST).exists()
+        if not complete and not self.begun:
+            require_new_directory(out, overwrite)
+        try:
+            if complete and overwrite:
+                raise DataError(f"{out} is to be replaced.")
+            if complete or self.begun:
+                self._require_same(complete)
+        except DataError as error:
+            if not overwrite:
+                raise DataError(error.message, "Choose another --out, or add --overwrite to replace it.") from None
+            self.clear()
+            complete = False
         self.accept(self.manifest.images_per_shard, ())
         if complete:
             self._tidy()
@@ -157,8 +156,20 @@ class CacheWriter(Resumable):
         if self.vectors is not None and self.vectors.entry.of == "class":
             self._save(VECTORS, self.vectors.values)
         if done:
-            logger.info("%s: resuming after %d of %d images.", self.directory, self._images(done), len(self.source))
+            logger.info("%s: resuming after %d of %d images.", out, self._images(done), len(self.source))
         return self.manifest.images_per_shard, tuple(number for number in self.pieces if number not in done)
+
+    def _require_same(self, complete: bool) -> None:
+        """Refuse a cache that is damaged or of other settings; the size of its shards is taken over."""
+        out = self.directory
+        there = TokenCache.open(out, verify=False).manifest if complete else Manifest.read(self.record_path)
+        if not complete and there.version < VERSION:
+            raise DataError(f"{out} holds an unfinished token cache of an earlier version of mvar.")
+        if self.images_per_shard is None:
+            self.manifest = self.manifest.model_copy(update={"images_per_shard": there.images_per_shard})
+        if found := there.differences(self.manifest):
+            kind = "a token cache" if complete else "an unfinished token cache"
+            raise DataError(f"{out} holds {kind} made with other settings: {found}.")
 
     def accept(self, images_per_shard: int, pending: tuple[int, ...]) -> None:
         """What is left to do, as `prepare` returns it."""
@@ -167,32 +178,6 @@ class CacheWriter(Resumable):
         self.pieces = range(-(-len(self.source) // images_per_shard))
         self.pending = pending
         self.share = pending[self.rank :: self.world_size]
-
-    def _is_complete(self, overwrite: bool) -> bool:
-        """Whether the cache is there already; what may not stay there is removed."""
-        out = self.directory
-        complete = (out / MANIFEST).exists()
-        if not complete and not self.begun:
-            require_new_directory(out, overwrite)
-            return False
-        if complete and overwrite:
-            self.clear()
-            return False
-        try:
-            there = TokenCache.open(out, verify=False).manifest if complete else Manifest.read(self.record_path)
-            if not complete and there.version < VERSION:
-                raise DataError(f"{out} holds an unfinished token cache of an earlier version of mvar.")
-            if self.images_per_shard is None:
-                self.manifest = self.manifest.model_copy(update={"images_per_shard": there.images_per_shard})
-            if found := there.differences(self.manifest):
-                kind = "a token cache" if complete else "an unfinished token cache"
-                raise DataError(f"{out} holds {kind} made with other settings: {found}.")
-            return complete
-        except DataError as error:
-            if not overwrite:
-                raise DataError(error.message, "Choose another --out, or add --overwrite to replace it.") from None
-            self.clear()
-            return False
 
     def check(self, progress: Report | None = None) -> None:
         """Look for damaged images among those that this process will encode, unless they may be left out.
@@ -242,10 +227,7 @@ class CacheWriter(Resumable):
             self._write_shard(number, tokens[:filled].reshape(len(kept), views, tokens.shape[1]), kept, images)
 
     def finish(self) -> tuple[Manifest, int]:
-        """Wait for the shards of all processes; rank 0 completes the cache with its manifest.
-
-        Returns:
-            The manifest, and how many images were encoded; the others were there already.
+        """Wait for all processes; rank 0 writes the manifest. Returns it, and how many images were encoded now.
 
         Raises:
             DataError: No image could be read.
@@ -337,8 +319,8 @@ def write_token_cache(
 ) -> tuple[Manifest, int]:
     """Encode all views of all images into a token cache; the processes that are connected share the work.
 
-    Finished shards are kept: the same call again resumes where it was interrupted, and leaves a complete cache of the
-    same settings as it is. `options` are those of `CacheWriter`; for what is returned see its `finish`.
+    The same call again resumes where it was interrupted, and leaves a complete cache of the same settings as it is.
+    `options` are those of `CacheWriter`; returns what its `finish` does.
 
     Raises:
         DataError: `out` holds something else, or an image cannot be read.

@@ -6,7 +6,6 @@ Nothing of the size of the data is ever in memory but the labels.
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,13 +71,9 @@ def find_problem(files: Iterable[FileEntry], directory: Path, verify: bool) -> s
 
 
 class Shard(_Record):
-    """Some consecutive images of a cache.
+    """Some consecutive images of a cache: tokens (images, views, L), vectors (images, X), a line with each one's name.
 
-    Attributes:
-        tokens: (images, views, L).
-        names: A line for each image; None in caches of version 1.
-        vectors: (images, X), where each image has one of its own.
-        skipped: Names of images that could not be read and were left out.
+    Caches of version 1 have no names here. `skipped` are names of images that could not be read.
     """
 
     images: NonNegativeInt
@@ -103,10 +98,9 @@ class Shard(_Record):
 
 
 class VectorsEntry(_Record):
-    """The vectors that a cache holds for models that are conditioned on them.
+    """The vectors that a cache holds for models that are conditioned on them: of classes, or one of each image.
 
     Attributes:
-        of: Whether each class has some or each image has one.
         dim: Values of a vector, X.
         phrasings: Vectors of a class, which its images use in turn.
         encoder: What made them: "hashed-words", or what the user called it.
@@ -130,10 +124,7 @@ class Manifest(_Record):
 
     Attributes:
         tokenizer_hash: SHA-256 of the tokenizer's weights file.
-        image_size: Side, or (height, width), of the images that were encoded.
-        images: Number of images, N, without those that were left out.
-        skipped: How many were left out because they could not be read.
-        data: The settings of the views.
+        images: Number of images, N, without the `skipped` ones, which could not be read.
         source: Name and split of the images, as typed.
         fingerprint: SHA-256 over names, labels and sizes of all images.
         images_per_shard: Images of the source in every shard but the last.
@@ -182,8 +173,7 @@ class Manifest(_Record):
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""
-        values: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
-        return values
+        return self.model_dump(mode="json", exclude_none=True)
 
     def differences(self, wanted: Manifest) -> str:
         """How this cache's settings differ from those of another, in words; empty where they are equal.
@@ -215,14 +205,8 @@ class Manifest(_Record):
 class TokenCache:
     """A complete token cache, or some of its images, read through memory maps.
 
-    Row r is view r % num_views of image r // num_views.
-
-    Attributes:
-        images: The images that count, in the order in which they are numbered here; None for all.
-        labels: int64 (N,), the class of each image.
-        num_images: Number of images, N.
-        num_views: Views of each.
-        class_names: One name per label.
+    Row r is view r % num_views of image r // num_views; `labels` are int64 (N,), the class of each image. `images` are
+    those that count, in the order in which they are numbered here; None for all.
     """
 
     def __init__(self, path: Path, manifest: Manifest, images: NDArray[np.int64] | None = None):
@@ -343,21 +327,19 @@ class TokenCache:
             return self
         entry = self.manifest.vectors
         if entry is None:
-            raise DataError(
-                f"{self.path} holds no vectors; the model is conditioned on vectors of {conditioning.dim} values.",
-                f"Make it again with --words, or with --vectors FILE: {self.manifest.command(self.path)}",
-            )
-        if entry.dim != conditioning.dim:
-            raise DataError(
-                f"{self.path} holds vectors of {entry.dim} values; the model accepts {conditioning.dim}.",
-                f"Set conditioning.dim={entry.dim}, or make the cache with other vectors.",
-            )
-        if conditioning.encoder not in (None, entry.encoder):
-            raise DataError(
-                f"{self.path} holds vectors by {entry.encoder or 'an unnamed encoder'}; the model accepts those by"
-                f" {conditioning.encoder}.",
-                f"Set conditioning.encoder={entry.encoder or 'null'}, or make the cache with other vectors.",
-            )
+            problem = f"no vectors; the model is conditioned on vectors of {conditioning.dim} values"
+            hint = f"Make it again with --words, or with --vectors FILE: {self.manifest.command(self.path)}"
+        elif entry.dim != conditioning.dim:
+            problem = f"vectors of {entry.dim} values; the model accepts {conditioning.dim}"
+            hint = f"Set conditioning.dim={entry.dim}, or make the cache with other vectors."
+        elif conditioning.encoder not in (None, entry.encoder):
+            by = entry.encoder or "an unnamed encoder"
+            problem = f"vectors by {by}; the model accepts those by {conditioning.encoder}"
+            hint = f"Set conditioning.encoder={entry.encoder or 'null'}, or make the cache with other vectors."
+        else:
+            problem = hint = ""
+        if problem:
+            raise DataError(f"{self.path} holds {problem}.", hint)
         with_vectors = copy.copy(self)
         with_vectors._gives_vectors = True
         return with_vectors
@@ -410,26 +392,22 @@ class TokenCache:
 
 
 class _Verifier:
-    """Compares the hashes of a cache's files once rows are read: of a small cache at once, else in a thread."""
+    """Compares the hashes of a cache's files: of a small cache with the first batch, else in a thread after it."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self._path, self._manifest = path, manifest
         self._is_small = sum(entry.bytes for entry in manifest.files) <= SMALL_CACHE
-        self._called = False
-        self._thread: Thread | None = None
+        self._thread = Thread(target=self._compare, daemon=True)
+        self._calls = 0
         self._problem: str | None = None
 
     def check(self, wait: bool = False) -> None:
-        """Raise DataError if a problem has been found by now, or with `wait` at the end.
-
-        A small cache is compared during the first call; else a thread begins with the second, after the first batch.
-        """
+        """Raise DataError if a problem has been found by now, or with `wait` at the end."""
         wait = wait or self._is_small
-        if self._thread is None and (wait or self._called):
-            self._thread = Thread(target=self._compare, daemon=True)
+        self._calls += 1
+        if self._thread.ident is None and (wait or self._calls > 1):
             self._thread.start()
-        self._called = True
-        if wait and self._thread is not None:
+        if wait:
             self._thread.join()
         if self._problem is not None:
             raise _damaged(self._path, self._manifest, self._problem)

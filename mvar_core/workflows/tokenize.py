@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mvar_core.config import Machine, ModelConfig, RunConfig
 from mvar_core.config.presets import load_config
@@ -29,15 +30,11 @@ class TokenizeResult(Result):
     """What `tokenize` leaves behind.
 
     Attributes:
-        images: Images in the cache.
-        views: Views of each image.
-        bytes: Size of its tokens and labels.
+        bytes: Size of tokens and labels.
         bytes_per_view: Size of one view's tokens, with its share of labels and headers.
-        seconds: What this call took.
         encoded: Images that this call encoded; the others were there already.
         skipped: Names of images that could not be read and were left out.
-        path: The cache's directory.
-        tokens: The same.
+        path: The cache's directory, as is `tokens`.
     """
 
     images: int
@@ -87,7 +84,7 @@ def tokenize(
         tokenizer: Model directory with the tokenizer; image size and pyramid are its own unless a preset, `settings`
             or `image_size` sets others.
         data: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files; `:test` chooses a
-            split.
+            split, `:image=KEY` one of several images of a sample.
         out: The cache's directory.
         preset: Name of a preset or a YAML file, for its image size and its `data.*`.
         settings: Changes to it, as `data.augmented_views=4`.
@@ -97,11 +94,9 @@ def tokenize(
         batch_size: Views encoded together.
         seed: Of random crops and augmented views; by default the preset's.
         skip_bad: Leave out images that cannot be read, and list them.
-        image_key: Suffix in tar shards, or column of tables, of the images, where samples have several; `data` may
-            also be "NAME:image=KEY".
-        words: Store vectors of the classes' names too, for models that are conditioned on words; of the images'
-            captions where they have captions and no classes.
-        vectors: Store the vectors of this file (.npy, .npz, .safetensors), one for each class or image.
+        image_key: As in `data`: a suffix in tar shards, a column of tables.
+        words: Also vectors of the classes' names, or of captions where images have some and no classes.
+        vectors: Also the vectors of this file (.npy, .npz, .safetensors), one for each class or image.
         encoder: Name of what made `vectors`; by default the name in the file.
         overwrite: Replace what is in `out`.
         dry_run: Only report what would be done.
@@ -139,18 +134,9 @@ def tokenize(
     if dry_run:
         return _plan(config, str(data), Path(out))
     return write_tokens(
-        Path(out),
-        data=str(data),
-        tokenizer=Path(tokenizer),
-        config=config,
-        batch_size=batch_size,
-        skip_bad=skip_bad,
-        vectors=vectors,
-        encoder=encoder,
-        overwrite=overwrite,
-        machine=machine,
-        progress=progress,
-    )
+        Path(out), data=str(data), tokenizer=Path(tokenizer), config=config, vectors=vectors, encoder=encoder,
+        machine=machine, progress=progress, batch_size=batch_size, skip_bad=skip_bad, overwrite=overwrite,
+    )  # fmt: skip
 
 
 def write_tokens(
@@ -159,17 +145,15 @@ def write_tokens(
     data: str,
     tokenizer: Path,
     config: RunConfig,
-    batch_size: int = 64,
-    skip_bad: bool = False,
     vectors: Path | str | None = None,
     encoder: str | None = None,
-    overwrite: bool = False,
     machine: Machine = Machine(),
     progress: Progress | None = None,
+    **writing: Any,
 ) -> TokenizeResult:
     """As `tokenize`, for a ready configuration: image size, pyramid, `data`, `seed` and `conditioning` are its own.
 
-    Its `tokenizer` section must be that of the tokenizer's directory.
+    Its `tokenizer` section must be that of the tokenizer's directory. `writing` is for `write_token_cache`.
     """
     start = time.monotonic()
     with connect(machine.device) as world:
@@ -181,16 +165,14 @@ def write_tokens(
             out,
             source,
             lambda images: model.encode(images.to(device)),
-            overwrite=overwrite,
             progress=progress,
             config=config,
             tokenizer_hash=tokenizer_hash(tokenizer),
             tokenizer=str(tokenizer),
             data=config.data,
             seed=config.seed,
-            batch_size=batch_size,
-            skip_bad=skip_bad,
             vectors=_vectors(source, config, vectors, encoder),
+            **writing,
         )
     return TokenizeResult(
         images=made.images,

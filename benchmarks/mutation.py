@@ -166,7 +166,7 @@ FAULTS = (
     Fault('"shuffle": True', '"shuffle": False'),
     Fault('check_whole("neighbourhood", neighbourhood, 1) + 1', 'check_whole("neighbourhood", neighbourhood, 1)'),
     Fault("base = (self._start, super().tell(), self._stop)[whence]", "base = self._start"),
-    Fault('key = "/".join((*parts[:-1], parts[-1][: len(stem)]))', "key = parts[-1][: len(stem)]"),
+    Fault('suffix, key = suffix.lower(), "/".join((*parts[:-1], stem))', "suffix, key = suffix.lower(), stem"),
     Fault(
         "return (rows, columns), ((rows - height) // 2, (columns - width) // 2)",
         "return (rows, columns), ((rows - height) // 2, (columns - width + 1) // 2)",

@@ -44,10 +44,9 @@ class _Table:
 class ParquetSource(ShardSource):
     """Images in parquet or arrow files: a column image {bytes, path} (or of bytes alone), and label where there is one.
 
-    The `datasets` package writes such files, but only pyarrow is needed, which it brings along. Class names come from
-    the data set's features (ClassLabel), from a column class_name, or are the labels themselves. Arrow files are mapped
-    into memory; of parquet files whole row groups are decoded and some kept, so that they suit reading in order better
-    than in any order.
+    Only pyarrow is needed. Class names come from the data set's features (ClassLabel), from a column class_name, or are
+    the labels themselves. Arrow files are mapped into memory; of parquet files whole row groups are decoded and some
+    kept, so that they suit reading in order better than in any order.
 
     Raises:
         DataError: pyarrow is missing, a damaged file, no column that holds images, or what `ShardSource` refuses.
@@ -76,19 +75,17 @@ class ParquetSource(ShardSource):
         if label is None and len(classes) > 1:
             logger.warning("%s: no column is called label, so %s are not used.", path, ", ".join(classes))
         label = label or (next(iter(classes)) if len(classes) == 1 else called)
-
-        def values(column: str | None) -> list[Any]:
-            if column is None:
-                return [None] * rows
-            found = [value for group in range(len(table.groups)) for value in table.read(group, column).to_pylist()]
-            if len(found) != rows:
-                raise ValueError(f"{len(found)} labels of {rows} rows")
-            return found
-
         try:
-            labels, names, captions = map(values, (label, called, caption))
+            labels, names, captions = (
+                [value for group in range(len(table.groups)) for value in table.read(group, column).to_pylist()]
+                if column is not None
+                else [None] * rows
+                for column in (label, called, caption)
+            )
         except Exception as error:  # of pyarrow, or of Python's types
             raise DataError(f"The columns of {path} cannot be read: {one_line(error)[:300]}.") from None
+        if not len(labels) == len(names) == len(captions) == rows:
+            raise DataError(f"{path} has {len(labels)} labels of {rows} rows.", "Write or download it again.")
         contents = Contents(class_names=dict(enumerate(map(str, classes.get(label or "", ())))))
         known = len(contents.class_names)
         for row, (value, name, described) in enumerate(zip(labels, names, captions, strict=True)):
@@ -97,8 +94,8 @@ class ParquetSource(ShardSource):
                 raise DataError(f"{path}, row {row} is of class {found}; there are names for {known} classes.")
             if isinstance(found, int) and isinstance(name, str) and not known:
                 call(contents.class_names, found, name, f"{path}, row {row}")
-            described = described if isinstance(described, str) else None
-            contents.items.append(Item(f"{path.name}#{row}", found, (number, row, 0), described))
+            text = described if isinstance(described, str) else None
+            contents.items.append(Item(f"{path.name}#{row}", found, (number, row, 0), caption=text))
         return contents
 
     def open(self, index: int) -> IO[bytes]:
@@ -199,11 +196,8 @@ def _features(path: Path, schema: Any) -> dict[str, dict[str, Any]]:
         pass  # others may call anything so
     features = (each.get("features") for each in found if isinstance(each, dict))
     columns = next((each for each in features if isinstance(each, dict)), {})
-    return {
-        name: feature
-        for name, feature in columns.items()
-        if isinstance(feature, dict) and isinstance(feature.get("names", []), list)
-    }
+    listed = {name: feature for name, feature in columns.items() if isinstance(feature, dict)}
+    return {name: feature for name, feature in listed.items() if isinstance(feature.get("names", []), list)}
 
 
 def _image_column(path: Path, schema: Any, features: Mapping[str, Mapping[str, Any]], key: str | None) -> str:

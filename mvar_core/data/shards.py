@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import math
 import re
@@ -74,14 +75,12 @@ class Shards:
 
 
 class Item(NamedTuple):
-    """An image in a file, as `index` finds it.
-
-    `place` is the position of the file, and two numbers that tell where in it the image is.
-    """
+    """An image in a file: `path` is its name there in parts, `place` the position of the file and two numbers in it."""
 
     name: str
     label: Label
     place: tuple[int, int, int]
+    path: tuple[str, ...] = ("",)
     caption: str | None = None
 
 
@@ -102,9 +101,6 @@ class ShardSource(StoredSource):
     split train. Folders within the files are splits as they would be if unpacked and, without labels, classes; so are
     files of one class each (`cat.tar`, `dog.tar`). Otherwise images without labels are one class.
 
-    Attributes:
-        places: int64 (N, 3), see `Item`.
-
     Raises:
         DataError: No images, images with and without labels, a number below 0 or without a name, no such split, or a
             class that train lacks.
@@ -120,10 +116,10 @@ class ShardSource(StoredSource):
             every = self._contents(shards, shards.files, every.class_names)
             images = every.items
         if all(item.label is None for item in images):
-            train, images = _by_folder(shards, train), images if images is not train else []
-            images = _by_folder(shards, images, {item.label for item in train}) if images else train
+            within_train, train = images is train, _by_folder(shards, train)
+            images = train if within_train else _by_folder(shards, images, {item.label for item in train})
         class_names, labels = self._classes(shards, images, train, every.class_names)
-        self.places = np.asarray([item.place for item in images], np.int64)
+        self.places = np.asarray([item.place for item in images], np.int64)  # (N, 3)
         self._captions = [item.caption for item in images]
         super().__init__(shards.name, shards.split, class_names, labels, [item.name for item in images])
 
@@ -174,48 +170,48 @@ class ShardSource(StoredSource):
         self, shards: Shards, images: Sequence[Item], train: Sequence[Item], called: Mapping[int, str]
     ) -> tuple[Sequence[str], NDArray[np.int64]]:
         labels, others = [item.label for item in images], {item.label for item in train} - {None}
+
+        def refused(label: Label, problem: str, hint: str | None = None) -> DataError:
+            return DataError(f"{shards.name}: {images[labels.index(label)].name} {problem}.", hint)
+
         missing = labels.count(None)
         if missing == len(labels):
             if others:
                 logger.warning("%s: the images of the split %s have no classes.", shards.name, shards.split)
+            if any(item.caption for item in images):
+                logger.info("%s has captions and no classes; `mvar tokenize --words` uses them.", shards.name)
             folder = self.files[0].resolve().parent
             name = _within(images)[0] or (folder.parent if folder.name == "data" else folder).name
             return [name], np.zeros(len(labels), np.int64)
         if missing:
-            raise DataError(
-                f"{shards.name}: {images[labels.index(None)].name} has no class ({missing} of {len(labels)} images have"
-                " none).",
-                "Give every image a label, or none of them.",
-            )
+            hint = "Give every image a label, or none of them."
+            raise refused(None, f"has no class ({missing} of {len(labels)} images have none)", hint)
         numbers = [label for label in labels if isinstance(label, int)]
-        if len(numbers) < len(labels) or any(isinstance(label, str) for label in others):
-
-            def name_of(label: Label) -> str:
-                return called.get(label, str(label)) if isinstance(label, int) else str(label)
-
-            known = sorted(set(map(name_of, others)))
-            positions = {name: position for position, name in enumerate(known)}
-            for label in map(name_of, labels):
-                if label not in positions:
-                    raise DataError(
-                        f"{shards.name}: class {label!r} is not among the {len(known)} classes of the split train."
-                        f" {nearest(label, known)}"
+        if len(numbers) == len(labels) and not any(isinstance(label, str) for label in others):
+            for number in (min(numbers), max(numbers)):
+                if not 0 <= number < MOST_CLASSES:
+                    problem = (
+                        f"has the class {number}; expected 0 to {MOST_CLASSES - 1:,}, for a negative one means none"
                     )
-            return known, np.asarray([positions[name_of(label)] for label in labels], np.int64)
-        for number in (min(numbers), max(numbers)):
-            if not 0 <= number < MOST_CLASSES:
-                raise DataError(
-                    f"{shards.name}: {images[labels.index(number)].name} has the class {number}; expected 0 to"
-                    f" {MOST_CLASSES - 1:,}, for a negative one means none.",
-                    f"Choose a split with labels, for example {shards.name}:val.",
-                )
-        names = self.listed_names()
-        if names is None:
-            last = max(label for label in (*numbers, *others, *called) if isinstance(label, int))
-            names = [called.get(number, str(number)) for number in range(min(last + 1, MOST_CLASSES))]
-        if max(numbers) >= len(names):
-            raise DataError(f"{shards.name} has images of class {max(numbers)}, and names for {len(names)} classes.")
-        return names, np.asarray(numbers, np.int64)
+                    raise refused(number, problem, "Label it, or choose another split.")
+            names = self.listed_names()
+            if names is None:
+                last = max(label for label in (*numbers, *others, *called) if isinstance(label, int))
+                names = [called.get(number, str(number)) for number in range(min(last + 1, MOST_CLASSES))]
+            if max(numbers) >= len(names):
+                raise refused(max(numbers), f"is of class {max(numbers)}; there are names for {len(names)} classes")
+            return names, np.asarray(numbers, np.int64)
+
+        def name_of(label: Label) -> str:
+            return called.get(label, str(label)) if isinstance(label, int) else str(label)
+
+        known = sorted(set(map(name_of, others)))
+        positions = {name: position for position, name in enumerate(known)}
+        for label in labels:
+            if (name := name_of(label)) not in positions:
+                problem = f"is of class {name!r}, which is not among the {len(known)} classes of the split train"
+                raise refused(label, problem, nearest(name, known))
+        return known, np.asarray([positions[name_of(label)] for label in labels], np.int64)
 
 
 def call(names: dict[int, str], number: int, name: str, where: str) -> None:
@@ -243,15 +239,12 @@ def as_label(value: Any, where: str, numbers: bool = False) -> Label:
     return int(text) if numbers and len(text) < 20 and text.removeprefix("-").isdecimal() else text or None
 
 
-def _within(images: Sequence[Item], classes: Collection[Label] = ()) -> tuple[str | None, list[list[str]]]:
+def _within(images: Sequence[Item], classes: Collection[Label] = ()) -> tuple[str | None, list[tuple[str, ...]]]:
     """The last of the folders that all images are in and that is no class, and the paths of the images within it."""
-    root = None
-    paths = [[part for part in item.name.split("/")[1:] if part not in ("", ".", "..")] or [""] for item in images]
-    while (
-        len({path[0] if len(path) > 1 else None for path in paths}) == 1 < len(paths[0]) and paths[0][0] not in classes
-    ):
-        root, paths = paths[0][0], [path[1:] for path in paths]
-    return root, paths
+    low, high = min(item.path[:-1] for item in images), max(item.path[:-1] for item in images)
+    levels = enumerate(zip(low, high, strict=False))  # what these two share, all do
+    depth = next((depth for depth, (one, other) in levels if one != other or one in classes), min(len(low), len(high)))
+    return low[depth - 1] if depth else None, [item.path[depth:] for item in images]
 
 
 def _inner_split(shards: Shards, images: list[Item]) -> tuple[list[Item], list[Item]]:
@@ -281,10 +274,9 @@ def _by_folder(shards: Shards, images: list[Item], classes: Collection[Label] = 
     if not inside:
         files = [item.name.partition("/")[0].partition(".")[0] for item in images]
         kinds = {file if re.fullmatch(r"n\d{8}", file) else re.sub(r"\d", "", file) for file in files}
-        is_each_a_class = len(kinds) == len(set(files)) > 1
-        return (
-            [item._replace(label=file) for item, file in zip(images, files, strict=True)] if is_each_a_class else images
-        )
+        if not len(kinds) == len(set(files)) > 1:
+            return images
+        return [item._replace(label=file) for item, file in zip(images, files, strict=True)]
     loose = [item.name for item, path in zip(images, paths, strict=True) if len(path) == 1]
     if len(loose) > len(inside):
         raise DataError(
@@ -358,11 +350,8 @@ def expand_braces(pattern: str) -> list[str]:
                 raise DataError(f"{pattern[:1000]}: {{{piece[:100]}}} is not a range.", "Write shard-{000..146}.tar.")
         if len(choices) * len(names) > MOST_SHARDS:
             raise DataError(f"{pattern[:1000]} names more than {MOST_SHARDS:,} files.", "Name those that exist.")
-        names = [
-            f"{name}{choice:0{width}d}" if isinstance(choice, int) else name + choice
-            for name in names
-            for choice in choices
-        ]
+        texts = [f"{choice:0{width}d}" if isinstance(choice, int) else choice for choice in choices]
+        names = [name + text for name, text in itertools.product(names, texts)]
     return names
 
 
@@ -371,6 +360,8 @@ def _by_split(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
     if (folder / DATASET_DICT).is_file():
         return {word: _listed(folder / word) for word in _names_in(folder / DATASET_DICT, "splits")}
     names = sorted(entry.name for entry in folder.iterdir() if is_visible(entry.name))
+    if any(name.lower().endswith(EXTENSIONS) for name in names):
+        return {}
     folders = {name: folder / name for name in names if (folder / name).is_dir()}
     here = _listed(folder)
     if inside := {name: files for name, path in folders.items() if split_of(name) and (files := _listed(path))}:
@@ -400,11 +391,12 @@ def _names_in(path: Path, key: str) -> list[str]:
     """What a file of `datasets` lists: names of files or folders next to it."""
     values = read_json(path, finite=False)
     listed = values.get(key) if isinstance(values, dict) else None
-    named = [
-        each.get("filename") if isinstance(each, dict) else each for each in listed or () if isinstance(listed, list)
+    found = [
+        each.get("filename") if isinstance(each, dict) else each
+        for each in (listed if isinstance(listed, list) else ())
     ]
-    names = [name for name in named if isinstance(name, str) and Path(name).name == name]
-    if not names or len(names) < len(named):
+    names = [name for name in found if isinstance(name, str) and Path(name).name == name]
+    if not names or len(names) < len(found):
         raise DataError(f"{path} does not list {key} in its folder.", "Write or download the data set again.")
     if any(values[each] for each in values if each.startswith("_indices")):
         raise DataError(

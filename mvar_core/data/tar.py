@@ -28,10 +28,10 @@ logger = logging.getLogger("mvar")
 
 @dataclass
 class _Sample:
-    """What the members of one key hold: the image's name, offset and size; the .cls; label and name of the .json."""
+    """What the members of a key hold: the image's name, parts of it and place; the .cls; what the .json says."""
 
     __slots__ = ("caption", "cls", "image", "label", "name", "other")
-    image: tuple[str, int, int] | None
+    image: tuple[str, tuple[str, ...], tuple[int, int, int]] | None
     cls: Label
     label: Label
     name: str | None
@@ -65,18 +65,18 @@ class TarSource(ShardSource):
                     if not member.isfile() or member.issparse():
                         contents.left_out["links"] += 1
                         continue
-                    stem, _, suffix = parts[-1].lower().partition(".")
-                    key = "/".join((*parts[:-1], parts[-1][: len(stem)]))
+                    stem, _, suffix = parts[-1].partition(".")
+                    suffix, key = suffix.lower(), "/".join((*parts[:-1], stem))
                     sample = samples.setdefault(key, _Sample(None, None, None, None, None, ""))
                     kind = suffix.rpartition(".")[2]
                     if suffix == self.image_key or (self.image_key is None and f".{kind}" in EXTENSIONS):
                         if sample.image is not None:
                             raise _two_images(path, sample.image[0], member.name, suffix)
-                        sample.image = (member.name, member.offset_data, member.size)
+                        sample.image = (member.name, tuple(parts), (number, member.offset_data, member.size))
                     elif kind in ("cls", "json", "txt"):
                         _read_text(sample, kind, archive, member, f"{path}: {member.name}")
                     else:
-                        sample.other = suffix
+                        sample.other = suffix or "(no suffix)"
                         nested = nested or (member.name if suffix == "tar" else None)
         except DataError:
             raise
@@ -87,13 +87,13 @@ class TarSource(ShardSource):
             if sample.image is None:
                 contents.left_out[f".{sample.other}" if sample.other else "labels or captions without an image"] += 1
                 continue
-            member_name, offset, size = sample.image
+            member_name, within, place = sample.image
+            item_name = f"{path.name}/{member_name.removeprefix('./')}"
             name = sample.name or (sample.label if isinstance(sample.label, str) else None)
             label = next((each for each in (sample.cls, sample.label, name) if each is not None), None)
             if isinstance(label, int) and name:
                 call(contents.class_names, label, name, f"{path}: {member_name}")
-            member_name = f"{path.name}/{member_name.removeprefix('./')}"
-            contents.items.append(Item(member_name, label, (number, offset, size), sample.caption))
+            contents.items.append(Item(item_name, label, place, within, sample.caption))
         if nested and not contents.items:
             hint = f"It holds further tar files ({nested}, …): unpack it, and name the folder of those."
             raise DataError(f"{path} holds no images.", hint)
@@ -123,9 +123,8 @@ class TarSource(ShardSource):
             text = read_text(path)
             values = parse_json(text, str(path)) if path.suffix == ".json" else text.splitlines()
             if isinstance(values, dict):
-                if all(isinstance(value, int) for value in values.values()):
-                    values = {value: key for key, value in values.items()}
-                values = [values[key] for key in sorted(values, key=int)]
+                pairs = [(name, key) if isinstance(name, int) else (int(key), name) for key, name in values.items()]
+                values = [name for _, name in sorted(pairs)]
             if not isinstance(values, list) or not all(isinstance(value, (str, int)) for value in values):
                 raise ValueError("expected names")
             return [str(value).strip() for value in values]

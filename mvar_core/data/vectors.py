@@ -99,8 +99,8 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
     """Vectors (rows, X) of a file, float16 or float32, and the name of what made them where the file has it.
 
     A .npy is mapped, not read. In a .npz or .safetensors they are called `vectors`; next to them may be a `mask`
-    (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.models.vectors). What made them
-    is the array `encoder` of an .npz, or the metadata `encoder` of a .safetensors.
+    (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.models.vectors), and `encoder`, an
+    array or metadata.
 
     Raises:
         DataError: No such file, another kind of file, another shape, or numbers that are not finite.
@@ -109,12 +109,10 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
         raise DataError(f"{path} does not exist; expected a file of vectors.", _FILES)
     found, mask, encoder = _arrays(path)
     if mask is not None:
-        if found.ndim != 3 or mask.shape != found.shape[:2] or {mask.dtype.kind, found.dtype.kind} - set("biuf"):
-            raise DataError(
-                f"{path}: a mask {mask.dtype} {mask.shape} does not fit vectors {found.dtype} {found.shape}."
-            )
-        if not np.isin(mask, (0, 1)).all():
-            raise DataError(f"{path} has a mask that holds other values than 0 and 1.")
+        kinds = {mask.dtype.kind, found.dtype.kind} - set("biuf")
+        if found.ndim != 3 or mask.shape != found.shape[:2] or kinds or not np.isin(mask, (0, 1)).all():
+            problem = f"a mask {mask.dtype} {mask.shape} of zeros and ones does not fit"
+            raise DataError(f"{path}: {problem} vectors {found.dtype} {found.shape}.")
         found = pool_sequence(torch.from_numpy(found.astype(np.float32)), torch.from_numpy(mask)).numpy()
     if found.ndim != 2 or not found.size or found.dtype.kind != "f":
         hint = "Sequences (rows, T, X) need a `mask` (rows, T) next to them." if found.ndim == 3 else None
@@ -161,18 +159,16 @@ def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"
     Raises:
         DataError: A text without a word.
     """
-    rows = []
-    for text in texts:
+    rows = np.zeros((len(texts), dim), np.float64)
+    for row, text in zip(rows, texts, strict=True):
         counts = _features(text)
         if not counts:
-            raise DataError(f"{text!r} holds no word.", "Write at least one letter or figure.")
-        total = np.zeros(dim, np.int64)
-        for feature, weight in counts.items():
-            total += weight * _signs(feature, dim)
+            raise DataError(f"{text!r:.200} holds no word.", "Write at least one letter or figure.")
+        total = np.sum([weight * _signs(feature, dim) for feature, weight in counts.items()], axis=0)
         if not total.any():  # as may be where a vector has very few numbers
             total[0] = 1
-        rows.append(total / np.sqrt(np.float64((total * total).sum())))
-    return np.asarray(rows, np.float64).reshape(len(rows), dim).astype(np.float32)
+        row[:] = total / np.sqrt(np.float64((total * total).sum()))
+    return rows.astype(np.float32)
 
 
 def phrasings(class_name: str) -> tuple[str, ...]:

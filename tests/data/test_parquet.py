@@ -97,7 +97,7 @@ def test_text_labels_and_no_labels(tmp_path, piece):
 
 def test_what_cannot_be_used_is_refused(tmp_path, piece):
     image = png(piece())
-    with pytest.raises(DataError, match="#1 has the class -1.*:val"):
+    with pytest.raises(DataError, match="#1 has the class -1"):
         open_images(str(write(tmp_path / "a.parquet", table([image] * 2, [0, -1]))))
     with pytest.raises(DataError, match="1 of 2 images have none"):
         open_images(str(write(tmp_path / "a.parquet", table([image] * 2, [0, None]))))

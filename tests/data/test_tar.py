@@ -94,7 +94,7 @@ def test_class_names_from_text_json_and_a_file_beside(tmp_path, piece):
     (tmp_path / "classes.json").write_text('{"1": "b", "0": "a", "2": "c"}')
     assert open_images(str(tmp_path / "json.tar")).class_names == ("a", "b", "c")
     (tmp_path / "classes.json").write_text('["a"]')
-    with pytest.raises(DataError, match="images of class 2, and names for 1 classes"):
+    with pytest.raises(DataError, match="is of class 2; there are names for 1 classes"):
         open_images(str(tmp_path / "json.tar"))
 
 
@@ -105,7 +105,7 @@ def test_a_split_has_the_classes_of_train(tmp_path, piece):
     source = open_images(f"{tmp_path}:test")
     assert (source.class_names, source.labels.tolist()) == (("cat", "owl"), [1])
     write_tar(tmp_path / "test-0.tar", [("c.png", image), ("c.cls", b"oul")])
-    with pytest.raises(DataError, match="class 'oul' is not among the 2 classes of the split train. Did you mean owl"):
+    with pytest.raises(DataError, match="test-0.tar/c.png is of class 'oul'.*Did you mean owl"):
         open_images(str(tmp_path), "test")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import mvar_core as mvar
 from mvar_core.data.tokens import TokenCache
+from mvar_core.data.vectors import embed_words
 
 
 def test_a_tokenizer_and_images_are_enough(model, images, tmp_path):
@@ -56,12 +57,10 @@ def test_views_and_sizes_follow_arguments_over_the_preset(model, preset, images,
 
 
 def test_a_tar_shard_gives_the_tokens_of_its_folder(model, images, tmp_path):
-    with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:
-        for number, path in enumerate(sorted(images.rglob("*.png"))):
-            for extension, content in (("png", path.read_bytes()), ("cls", path.parent.name.encode())):
-                member = tarfile.TarInfo(f"{number:04d}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+    members = []
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
+        members += [(f"{number:04d}.png", path.read_bytes()), (f"{number:04d}.cls", path.parent.name.encode())]
+    write_tar(tmp_path / "shard-0.tar", members)
     caches = []
     for data, out in ((images, "folder"), (tmp_path / "shard-0.tar", "tar")):
         assert mvar.tokenize(tokenizer=model, data=data, out=tmp_path / out, crops=2).views == 2
@@ -110,6 +109,49 @@ def test_vectors_of_words_are_stored(model, images, tmp_path):
     vectors = TokenCache.open(tmp_path / "out").manifest.vectors
     assert vectors is not None
     assert (vectors.dim, vectors.encoder) == (8, "hashed-words")
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_vectors_of_captions_are_stored_where_there_are_no_classes(model, images, tmp_path):
+    settings = {"tokenizer": model, "words": True, "settings": ["conditioning.kind=vector", "conditioning.dim=8"]}
+    paths = sorted(images.rglob("*.png"))
+    texts = [f"{path.parent.name} number {number}" for number, path in enumerate(paths)]
+    members = [(f"{number}.txt", text.encode()) for number, text in enumerate(texts)]
+    members += [(f"{number}.png", path.read_bytes()) for number, path in enumerate(paths)]
+    mvar.tokenize(data=write_tar(tmp_path / "a.tar", members), out=tmp_path / "a", flip=True, **settings)
+    cache = TokenCache.open(tmp_path / "a")
+    entry = cache.manifest.vectors
+    assert entry is not None
+    assert (entry.of, entry.encoder, entry.source) == ("image", "hashed-words", "captions")
+    assert np.array_equal(cache.vectors(np.arange(24)).numpy(), embed_words(texts, 8).repeat(2, axis=0))
+    members[3] = ("3.txt", b"...")
+    with pytest.raises(mvar.DataError, match=r"'\.\.\.' holds no word"):
+        mvar.tokenize(data=write_tar(tmp_path / "b.tar", members), out=tmp_path / "b", **settings)
+    del members[3]
+    with pytest.raises(mvar.DataError, match=r"b\.tar/3\.png has no caption"):
+        mvar.tokenize(data=write_tar(tmp_path / "b.tar", members), out=tmp_path / "b", **settings)
+
+
+def test_the_image_of_samples_that_have_several(model, images, tmp_path):
+    paths = sorted(images.rglob("*.png"))
+    members = [(f"{number}.{key}.png", path.read_bytes()) for number, path in enumerate(paths) for key in ("a", "b")]
+    path = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(mvar.DataError, match=r"0\.a\.png and 0\.b\.png"):
+        mvar.tokenize(tokenizer=model, data=path, out=tmp_path / "out")
+    result = mvar.tokenize(tokenizer=model, data=path, out=tmp_path / "out", image_key="b.png")
+    manifest = TokenCache.open(tmp_path / "out").manifest
+    assert (result.images, manifest.source) == (12, f"{path}:image=b.png:train")
+    assert mvar.tokenize(tokenizer=model, data=manifest.source, out=tmp_path / "out").encoded == 0
+    with pytest.raises(mvar.DataError, match="fingerprint"):
+        mvar.tokenize(tokenizer=model, data=path, out=tmp_path / "out", image_key="a.png")
 
 
 def test_a_dry_run_does_nothing(model, images, tmp_path):

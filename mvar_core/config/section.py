@@ -41,20 +41,16 @@ class Section(BaseModel, metaclass=_reporting):
         as_text = cls.model_fields[info.field_name or ""].annotation in (str, str | None)
         if isinstance(value, str) and not as_text and re.fullmatch(r"[-+.\de]*_[-+.\de_]*", value):
             raise ValueError("a number here has no underscores")
-        return bounded(value)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(type(one) is int and abs(one) > LARGEST for one in values):
+            raise ValueError("a number here is beyond 64 bits")
+        return value
 
 
 def parse_number(text: str) -> float | None:
     """A number as people write it, without underscores, which Python would skip; None where it is something else."""
     plain = re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", text, re.ASCII | re.IGNORECASE)
     return float(text) if plain else None
-
-
-def bounded(value: Any) -> Any:
-    """The value, which may be a list; ValueError for a whole number beyond 64 bits."""
-    if any(type(one) is int and abs(one) > LARGEST for one in (value if isinstance(value, (list, tuple)) else [value])):
-        raise ValueError("a number here is beyond 64 bits")
-    return value
 
 
 def validate(section: type[Section], values: Mapping[str, Any], source: str) -> Any:

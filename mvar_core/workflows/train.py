@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from typing_extensions import Unpack
 
 from mvar_core.classes import Classes, align
@@ -28,7 +27,7 @@ from mvar_core.data.tokens import MANIFEST, PARTIAL, TokenCache
 from mvar_core.data.vectors import ENCODER
 from mvar_core.distributed import connect, world
 from mvar_core.errors import CheckpointError, ConfigError, DataError
-from mvar_core.io.files import atomic_directory, remove, write_json
+from mvar_core.io.files import write_json
 from mvar_core.io.pixels import make_grid, save_png
 from mvar_core.kernels import check_backend
 from mvar_core.models import official
@@ -37,7 +36,7 @@ from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
-from mvar_core.pyramid import PatchSize, mvar_windows, read_sizes
+from mvar_core.pyramid import PatchSize, mvar_windows
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.sampling.conditions import by_labels
 from mvar_core.training.finetune import (
@@ -52,6 +51,7 @@ from mvar_core.training.metrics import check_trackers
 from mvar_core.training.trainer import PICTURES, planned_steps
 from mvar_core.training.transformer import TransformerOutcome, train_transformer
 from mvar_core.workflows import recipes
+from mvar_core.workflows.convert import convert
 from mvar_core.workflows.runs import (
     TrainingResult,
     TrainOptions,
@@ -491,25 +491,11 @@ def _sample_pictures(
 
 def _convert(file: Path, tokenizer: Path | None, directory: Path, settings: Sequence[str]) -> None:
     """Convert a published file to a model directory, once; a resumed run does not convert it again."""
-    lock = directory.parent / f".{directory.name}.lock"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):  # a second run waits, and finds it done
-        for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
-            remove(leftover)
-        if not (directory / "config.json").is_file():
-            named = dict(map(parse_setting, settings)).get(("patch_sizes",))
-            try:
-                sizes = read_sizes(named) if named is not None else None
-            except (ValueError, TypeError) as error:
-                hint = "Write sides, as in patch_sizes=1,2,3."
-                raise ConfigError(f"--set patch_sizes={named}: {error}.", hint) from None
-            tokenizer = tokenizer or official.tokenizer_next_to(file)
-            with atomic_directory(directory) as temporary:
-                # Whatever attention the file is of: here it follows from the configuration.
-                whole: dict[str, Any] = {"scale_prefixes": "all", "windows": 0}
-                published = official.open_official(file, tokenizer, kind="var", patch_sizes=sizes, **whole)
-                official.import_official(published, temporary)
-    lock.unlink(missing_ok=True)
+    if not (directory / "config.json").is_file():
+        sizes = dict(map(parse_setting, settings)).get(("patch_sizes",))
+        # Whatever attention the file is of: here it follows from the configuration.
+        whole: dict[str, Any] = {"scale_prefixes": "all", "windows": 0}
+        convert(model=file, tokenizer=tokenizer, out=directory, kind="var", pyramid=sizes, **whole)
     made_from = read_model_config(directory).provenance.get("source")
     if made_from != file.name:
         raise CheckpointError(
@@ -526,15 +512,8 @@ def _load_start(transformer: Transformer, config: ModelConfig, start: Start, out
         source.pyramid,
         classes=start.classes,
     )
-    ignored = (
-        [
-            name
-            for name in official.read_official(start.file, "transformer", checksums=False)
-            if official.is_buffer(name)
-        ]
-        if start.file
-        else []
-    )
+    state = official.read_official(start.file, "transformer", checksums=False) if start.file else {}
+    ignored = list(filter(official.is_buffer, state))
     if world().is_rank_zero:
         write_json(out / START_REPORT, describe_reports(start.origin, reports, ignored))
     counts = Counter(report.action for report in reports)

@@ -113,7 +113,9 @@ def test_what_does_not_add_up_is_refused_before_anything_is_written(mvar, var, c
 def test_classes_start_from_the_row_of_their_name(mvar, var, cache, tmp_path):
     """Weights that name the same classes in another order; then some others, none, and none in common."""
     start = tmp_path / "start"
-    config = import_official(var.model, var.tokenizer, start, kind="var", **var.options)
+    published = open_official(var.model, var.tokenizer, kind="var", **var.options)
+    import_official(published, start)
+    config = published.config
     count = config.transformer.num_classes
     names = [f"c{number:02}" for number in range(count)]
     values = json.loads((start / "config.json").read_text())

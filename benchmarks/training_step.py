@@ -76,7 +76,7 @@ class Workbench(TrainingStep):
     def __init__(self, dtype: torch.dtype):
         config: RunConfig = load_config(MODEL[0], [*MODEL[1], f"train.batch_size={BATCH}"])
         torch.manual_seed(0)
-        super().__init__(config, Transformer(config.model).train(), CPU, dtype)
+        super().__init__(config, Transformer(config.model).train(), dtype)
         self.pyramid = config.pyramid
 
     @property

@@ -15,7 +15,6 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from mvar_cli.cost_table import cost_remarks, cost_tables
 from mvar_core.errors import MvarError
 from mvar_core.formatting import format_bytes as format_bytes
 from mvar_core.formatting import format_count as format_count
@@ -33,19 +32,12 @@ WIDTH_WITHOUT_TERMINAL = 140
 
 
 class Output:
-    """How this process prints; there is one, `output`.
-
-    Attributes:
-        as_json: Tables and lines are left out, and `show` prints one JSON object.
-    """
+    """How this process prints: with `as_json` one JSON object, without tables and lines. There is one, `output`."""
 
     def __init__(self) -> None:
-        self.as_json = False
+        self.as_json, self.stage, self.last_line = False, "", 0.0
         self.bar: bars.Progress | None = None
-        self.stage = ""
-        self.task = bars.TaskID(0)
-        self.began = (0.0, 0)
-        self.last_line = 0.0
+        self.task, self.began = bars.TaskID(0), (0.0, 0)
 
     @property
     def silent(self) -> bool:
@@ -129,13 +121,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 def show(
     result: Any, columns: Sequence[str] = (), *, title: str = "", headings: Mapping[str, str] | None = None
 ) -> None:
-    """End of a command: some of the result's fields as a table of one row, or all of them as one JSON object.
-
-    Args:
-        result: From a function of `mvar_core`.
-        columns: Names of the fields that the table shows; those that are None are left out.
-        title: Of the table.
-        headings: Headings in place of the fields' names.
+    """End of a command: its result as one JSON object, or the fields `columns`, where not None, as a table of one row.
 
     Raises:
         typer.Exit: The work was interrupted (130).
@@ -149,8 +135,9 @@ def show(
     else:
         shown = [name for name in columns if values.get(name) is not None]
         if shown:
-            names = [(headings or {}).get(name, heading(name)) for name in shown]
-            table(title, names, [[format_field(name, values[name]) for name in shown]])
+            plain_names = {name: name.removesuffix("_bytes").replace("_", " ") for name in shown}
+            names = plain_names | {"images_per_second": "images/s"} | dict(headings or {})
+            table(title, [names[name] for name in shown], [[format_field(name, values[name]) for name in shown]])
     if values.get("interrupted"):
         note("Interrupted; what was finished is saved. The same command resumes from here.")
         raise typer.Exit(130)
@@ -168,11 +155,63 @@ def show_dry_run(planned: "DryRun") -> None:
 
 
 def show_cost(cost: "Plan") -> None:
-    """The predicted cost of a model: totals, operations, and one row per scale."""
-    for costs in cost_tables(cost):
-        table(*costs)
-    for remark in cost_remarks(cost):
-        say(remark)
+    """The predicted cost of a model: totals, operations, one row per scale, and how sampling divides the memory."""
+    table(cost.name, ("what", "how much"), _totals(cost))
+    operations = [(name, gmacs, 100 * gmacs / cost.total_gmacs) for name, gmacs in cost.parts_gmacs.items() if gmacs]
+    table("where the operations are, one image, no guidance", ("operation", "GMACs", "%"), operations)
+    scales = [
+        {
+            "side": side_name(scale["side"]),
+            "tokens": scale["tokens"],
+            "window": str(scale["window"] or "whole"),
+            "keys per query": scale["keys_per_query"],
+            "attention GMACs": scale["attention_gmacs"],
+            "total GMACs": scale["total_gmacs"],
+            "KV cache kept": format_bytes(scale["kv_cache_bytes"]),
+            "micro-batch": scale["micro_batch"],
+            "its memory": format_bytes(scale["activation_bytes"]),
+        }
+        for scale in cost.scales
+    ]
+    table("scales", [*scales[0]], [[*scale.values()] for scale in scales])
+    together = f"{cost.images_together} image" + ("s" if cost.images_together > 1 else "")
+    budget = f" in {format_bytes(cost.memory)}" if cost.memory is not None else ""
+    say(
+        f"Sampling: {together} from scale to scale together{budget}, at each scale a micro-batch at a time;"
+        f" {cost.decoder_images} decoded at a time."
+    )
+    if cost.largest_batch:
+        say(
+            "What an image keeps from scale to scale limits the batch of sampling; a scale itself uses the memory that"
+            " it is given."
+        )
+
+
+def side_name(side: int | Sequence[int]) -> str:
+    """What tables call a scale's size: 16, or 16×24."""
+    return str(side) if isinstance(side, int) else "×".join(map(str, side))
+
+
+def _totals(cost: "Plan") -> list[tuple[str, str]]:
+    batch = f"batch {cost.batch_size}" + (", guided" if cost.guided else "")
+    rows = [
+        ("parameters, transformer", format_count(cost.parameters)),
+        ("parameters, tokenizer", format_count(cost.tokenizer_parameters)),
+        ("tokens per image", f"{cost.tokens:,}"),
+        ("attention, one image, no guidance", f"{cost.attention_gmacs:,.4g} GMACs"),
+        ("everything, one image, no guidance", f"{cost.total_gmacs:,.4g} GMACs"),
+        ("everything, one image, guided", f"{cost.guided_gmacs:,.4g} GMACs"),
+        (f"KV cache, {batch}", format_bytes(cost.kv_cache_bytes)),
+        (f"weights for sampling, {8 * cost.dtype_bytes} bit", format_bytes(cost.weight_bytes)),
+        (f"peak memory of sampling, {batch}, {cost.device}", format_bytes(cost.sample_peak_bytes)),
+        ("each further image of the batch keeps", format_bytes(cost.image_bytes)),
+    ]
+    if cost.train_peak_bytes is not None:
+        rows.append((f"peak memory of training, batch {cost.train_batch_size}", format_bytes(cost.train_peak_bytes)))
+    for what, largest in (("sampling", cost.largest_batch), ("training", cost.largest_train_batch)):
+        if largest is not None:
+            rows.append((f"largest batch of {what} in {format_bytes(cost.device_memory)}", f"{largest:,}"))
+    return rows
 
 
 def progress(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
@@ -207,11 +246,6 @@ def end_progress() -> None:
     if output.bar is not None:
         output.bar.stop()
     output.bar, output.stage = None, ""
-
-
-def heading(name: str) -> str:
-    """A field's name as a table shows it."""
-    return name.removesuffix("_bytes").replace("images_per_second", "images/s").replace("_", " ")
 
 
 def format_field(name: str, value: Any) -> Any:

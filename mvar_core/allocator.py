@@ -21,12 +21,10 @@ def keep_freed_memory() -> bool:
     """From now on, let freed blocks of up to 256 MiB be used again instead of going back to the system.
 
     For sampling: some 60,000 fewer page faults for an image of a d16 model, about a twentieth of its time on two cores.
-
-    Returns:
-        Whether the allocator accepted it.
+    Returns whether the allocator accepted it.
     """
     library = c_library()
-    return library is not None and _keep_up_to_the_threshold(library)
+    return library is not None and all(library.mallopt(key, KEPT_BYTES) for key in (MMAP_THRESHOLD, TRIM_THRESHOLD))
 
 
 @contextmanager
@@ -45,21 +43,15 @@ def keeping_all_freed_memory() -> Iterator[None]:
         yield
     finally:
         library.mallopt(MMAP_MAX, DEFAULT_MMAP_MAX)
-        _keep_up_to_the_threshold(library)
+        keep_freed_memory()
         library.malloc_trim(0)
 
 
 @lru_cache(maxsize=1)
 def c_library() -> ctypes.CDLL | None:
     """The GNU C library, or None where another one is at work."""
-    if not sys.platform.startswith("linux"):
-        return None
     try:
-        library = ctypes.CDLL(None)
+        library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     except OSError:
         return None
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-
-
-def _keep_up_to_the_threshold(library: ctypes.CDLL) -> bool:
-    return bool(library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)) and bool(library.mallopt(TRIM_THRESHOLD, KEPT_BYTES))

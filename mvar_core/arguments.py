@@ -18,17 +18,12 @@ def tensor_argument(
     *shapes: tuple[int | None, ...],
     error: type[MvarError] = DataError,
 ) -> Tensor:
-    """The values as an ordinary tensor: int64, float of any width, or bool.
+    """A tensor, an array or nested lists as an ordinary tensor: int64, float of any width, or bool.
 
-    Args:
-        values: A tensor, an array, or nested lists; empty ones are of every kind.
-        expected: What they must be, to begin the message with.
-        kind: Whole numbers, real numbers or booleans.
-        *shapes: Which shapes they may have, None for any length.
-        error: What is raised.
+    Empty ones are of every kind; in `shapes`, None is any length.
 
     Raises:
-        MvarError: They are something else; says what.
+        MvarError: They are something else than `expected`, with which the message begins.
     """
     try:
         found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
@@ -45,9 +40,5 @@ def tensor_argument(
     )
     if not allowed or not (fits or not found.numel()):
         raise error(f"{expected}; found {text}.")
-    found = found.detach()
-    return (
-        found
-        if kind == "real" and real
-        else found.to({"whole": torch.long, "bool": torch.bool}.get(kind, torch.float32))
-    )
+    dtype = {"whole": torch.long, "bool": torch.bool, "real": found.dtype if real else torch.float32}[kind]
+    return found.detach().to(dtype)

@@ -15,11 +15,7 @@ LAUNCHED = "MVAR_LAUNCHED"
 
 
 def torchrun_number(name: str, default: int) -> int:
-    """One of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT.
-
-    Raises:
-        ConfigError: It is set, but not to a whole number.
-    """
+    """One of torchrun's variables, such as RANK; ConfigError where it is set, but not to a whole number."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or len(text) > 9:
         raise ConfigError(f"The environment variable {name} is {text!r}, not a whole number.", f"Run `unset {name}`.")
@@ -48,10 +44,7 @@ def inside_torchrun() -> bool:
 def report_failure(line: str, *, consequence: bool = False, silent: bool = False) -> None:
     """Say why this process fails: on stderr, or to the process that launched it.
 
-    Args:
-        line: What went wrong.
-        consequence: Another process has failed, and this one because of it.
-        silent: Another process says the same.
+    It may be a `consequence` of another process's failure; where another process says the same, this one is `silent`.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:

@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,42 +67,27 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Ge
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class RowDraws:
-    """Uniform numbers for some rows of a batch: a row sees the same ones whichever rows are computed with it.
+class RowDraws(NamedTuple):
+    """Uniform numbers for some rows of a batch, from `start`, of `total` rows whose numbers are generated.
 
-    Args:
-        generator: Generates the numbers of the whole batch.
-        start: The first of the rows in the batch.
-        total: Rows of the whole batch.
+    So a row sees the same ones whichever rows are computed with it.
     """
 
-    def __init__(self, generator: torch.Generator, start: int, total: int):
-        self.generator = generator
-        self.start = start
-        self.total = total
-
-    def __call__(self, count: int) -> Tensor:
-        """The next number of each of `count` rows, (count,) float32 in [0, 1), where the generator is."""
-        uniforms = torch.rand(self.total, generator=self.generator, device=self.generator.device)
-        return uniforms[self.start : self.start + count]
+    generator: torch.Generator
+    start: int
+    total: int
 
 
 def draw_rows(source: torch.Generator | RowDraws, count: int) -> Tensor:
-    """One uniform number for each of `count` rows, (count,) float32 in [0, 1); of a generator, rows are the batch."""
-    return (source if isinstance(source, RowDraws) else RowDraws(source, 0, count))(count)
+    """The next number of each of `count` rows, (count,) float32 in [0, 1); of a generator, rows are the batch."""
+    random, start, total = source if isinstance(source, RowDraws) else (source, 0, count)
+    return torch.rand(total, generator=random, device=random.device)[start : start + count]
 
 
 def sample_uniforms(seed: int, indices: Sequence[int], count: int, stream: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1), one stream per sample, so that a sample never depends on its batch.
+    """Uniform numbers in [0, 1), float64 (N, count) on the CPU: row i depends on (seed, indices[i], stream) alone.
 
-    Args:
-        seed: The run's seed.
-        indices: Global indices of the samples, N of them.
-        count: How many numbers each sample needs.
-        stream: Which of a sample's independent streams.
-
-    Returns:
-        float64 tensor (N, count) on the CPU; row i depends on (seed, indices[i], stream) alone.
+    So a sample never depends on its batch.
     """
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])).random(count)

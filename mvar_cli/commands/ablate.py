@@ -73,29 +73,13 @@ def ablate(
     Running the same command again resumes where it stopped, within a row too; more seeds, prefixes or windows add
     rows. Writes ablation.json, ablation.md, ablation.png and .svg.
     """
-    result = mvar.ablate(
-        preset=preset,
-        out=out,
-        tokens=tokens,
-        data=data,
-        tokenizer=tokenizer,
-        validation=validation,
-        prefixes=parse_prefixes(prefixes),
-        windows=parse_windows(windows) if windows else (3, 5, 7, 9, WHOLE),
-        seeds=parse_seeds(seeds),
-        settings=settings or (),
-        image_size=image_size,
-        steps=steps,
-        batch_size=batch_size,
-        num=num,
-        reference=reference,
-        features=features,
-        inception_weights=inception_weights,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        machine=machine,
-        progress=console.progress,
-    )
+    given = locals() | {
+        "prefixes": parse_prefixes(prefixes),
+        "windows": parse_windows(windows) if windows else (3, 5, 7, 9, WHOLE),
+        "seeds": parse_seeds(seeds),
+        "settings": settings or (),
+    }
+    result = mvar.ablate(**given, progress=console.progress)
     if result.dry_run is not None:
         columns = ("label", "scale_prefixes", "windows", "seed", "done", "attention_gmacs", "kv_cache_bytes")
         console.table(
@@ -111,11 +95,7 @@ def ablate(
 
 
 def parse_prefixes(text: str) -> list[Any]:
-    """Scale prefixes from `all,3,1`; none of `none`.
-
-    Raises:
-        ConfigError: Something other than numbers and "all".
-    """
+    """Scale prefixes from `all,3,1`; none of `none`."""
     words = [] if text == NONE else _words(text)
     if not all(word == "all" or word.isdecimal() for word in words):
         raise mvar.ConfigError(f"--prefixes {text!r} holds something other than numbers and all.", "Use all,2,1.")
@@ -123,11 +103,7 @@ def parse_prefixes(text: str) -> list[Any]:
 
 
 def parse_windows(texts: Sequence[str]) -> list[Any]:
-    """Windows to compare: of each text, or each piece between semicolons, one per number, or one tuple for all scales.
-
-    Raises:
-        ConfigError: Not windows.
-    """
+    """Windows of each text, or each piece between semicolons: one per number, or with a 0 one tuple for all scales."""
     found: list[Any] = []
     for text in [] if list(texts) == [NONE] else ";".join(texts).split(";"):
         words = _words(text)
@@ -146,11 +122,7 @@ def parse_windows(texts: Sequence[str]) -> list[Any]:
 
 
 def parse_seeds(text: str) -> int | tuple[int, ...]:
-    """`3` is how many, `0,7` which, `7,` this one.
-
-    Raises:
-        ConfigError: Not whole numbers.
-    """
+    """`3` is how many, `0,7` which, `7,` this one."""
     words = _words(text.rstrip().removesuffix(","))
     if not all(map(str.isdecimal, words)):
         raise mvar.ConfigError(f"--seeds {text!r} is neither a number of seeds nor a comma list of them.", "Use 0,7.")

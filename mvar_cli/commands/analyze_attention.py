@@ -35,22 +35,7 @@ def analyze_attention(
     Measured on --tokens, on --data, or without either on samples of the model itself. Writes report.html,
     report.json, and the figures as PNG and SVG.
     """
-    result = mvar.analyze_attention(
-        checkpoint,
-        out,
-        tokens=tokens,
-        data=data,
-        num=num,
-        keep=keep,
-        write_preset=write_preset,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        seed=seed,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        machine=machine,
-        progress=console.progress,
-    )
+    result = mvar.analyze_attention(**locals(), progress=console.progress)
     if result.dry_run is None:
         sides = [row[0] for row in result.tables["scales"][1:]]
         cells = [["" if key > row else f"{mass:.3f}" for key, mass in enumerate(masses)]

@@ -8,7 +8,6 @@ import typer
 
 import mvar_core as mvar
 from mvar_cli import console, options
-from mvar_cli.cost_table import side_name
 
 SHOWN_STAGES = 0.005
 """Stages below this fraction of the time are left to the JSON."""
@@ -52,25 +51,12 @@ def bench(
     or, where the model is a VAR, the MVAR of its sizes. Each row is measured in a process of its own. With a preset,
     weights are random: they change neither time nor memory.
     """
-    result = mvar.bench(
-        preset,
-        checkpoint=checkpoint,
-        settings=settings or (),
-        image_size=image_size,
-        what=what,
-        batch_size=options.parse_numbers(batch_size, "--batch-size"),
-        published_style=published_style,
-        repeats=repeats,
-        breakdown=breakdown,
-        sampling=sampling,
-        sides=sides,
-        windows=options.parse_numbers(windows, "--windows"),
-        backward=backward,
-        plot=plot,
-        seed=seed,
-        machine=machine,
-        progress=console.progress,
-    )
+    given = locals() | {
+        "settings": settings or (),
+        "batch_size": options.parse_numbers(batch_size, "--batch-size"),
+        "windows": options.parse_numbers(windows, "--windows"),
+    }
+    result = mvar.bench(**given, progress=console.progress)
     if what == "attention":
         show_attention(result.rows, backward)
     else:
@@ -138,7 +124,7 @@ def show_attention(rows: Sequence[dict[str, Any]], backward: bool) -> None:
         [
             (
                 row["batch"],
-                side_name(row["side"]),
+                console.side_name(row["side"]),
                 str(row["window"] or "whole"),
                 row["backend"],
                 None if row["seconds"] is None else 1000 * row["seconds"],

@@ -45,21 +45,7 @@ def convert(
     Sizes are read off the file. Attention masks in it are never used: which token sees which follows from kind,
     windows and scale prefixes.
     """
-    result = mvar.convert(
-        out=out,
-        model=model,
-        tokenizer=tokenizer,
-        weights=weights,
-        kind=kind,
-        pyramid=pyramid,
-        windows=windows,
-        scale_prefixes=scale_prefixes,
-        to=to,
-        dtype=dtype,
-        verify=verify,
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+    result = mvar.convert(**locals())
     config = result.config
     if result.dry_run is None and to == "directory":
         sees = config.attention.scale_prefixes

@@ -32,16 +32,7 @@ def plan(
     if preset is None and checkpoint is None and not settings and image_size is None:
         show_presets(mvar.list_presets())
         return
-    cost = mvar.plan(
-        preset,
-        checkpoint=checkpoint,
-        settings=settings or (),
-        image_size=image_size,
-        batch_size=batch_size,
-        guided=guided,
-        device_memory=device_memory,
-        machine=machine,
-    )
+    cost = mvar.plan(**locals() | {"settings": settings or ()})
     console.show_cost(cost)
     console.show(cost)
 

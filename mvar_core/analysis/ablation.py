@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mvar_core.analysis.seed_noise import compare, over_seeds, sentence
 from mvar_core.config import RunConfig
@@ -58,14 +58,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ablation:
-    """One table.
+    """One table, of `kind` "prefixes" or "windows"; the settings are compared with the `baseline`.
 
     Attributes:
-        kind: "prefixes" or "windows".
-        title: What is varied and what is not.
         entries: Its lines: what the user asked for, with the setting that it amounts to where that is written
             differently, and what is trained; several may name one setting.
-        baseline: The setting that the others are compared with.
     """
 
     kind: str
@@ -76,22 +73,27 @@ class Ablation:
     @property
     def labels(self) -> dict[Setting, str]:
         """Every setting once, in order, and its shortest label."""
-        found: dict[Setting, str] = {}
-        for label, setting in self.entries:
-            found[setting] = min(found.get(setting, label), label, key=len)
-        return found
+        return shortest_labels(self.entries)
+
+
+Key = TypeVar("Key")
+
+
+def shortest_labels(entries: Iterable[tuple[str, Key]]) -> dict[Key, str]:
+    """What is labelled once, in order, and the shortest of its labels."""
+    found: dict[Key, str] = {}
+    for label, key in entries:
+        found[key] = min(found.get(key, label), label, key=len)
+    return found
 
 
 def plan_ablations(
     config: RunConfig, prefixes: Sequence[ScalePrefixes], windows: Sequence[WindowEntry]
 ) -> tuple[Ablation, ...]:
-    """The tables of an ablation.
+    """The tables of an ablation: prefixes with whole scales, and windows at one scale prefix; one may be empty.
 
-    Args:
-        config: The pyramid, and which scales are windowed where an entry is one number: those that have a window
-            there, else the last two.
-        prefixes: Scale prefixes to compare, with whole scales; may be empty.
-        windows: Windows to compare, at one scale prefix; may be empty.
+    Where an entry of windows is one number, those scales are windowed that have a window in `config`, else the last
+    two.
 
     Raises:
         ConfigError: Nothing to compare, or an entry that does not fit the pyramid.
@@ -156,9 +158,7 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def qualities(features: str | None, settings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Names of the measures that decide, by key, less is better: FID where there is one, and the validation loss.
 
-    Args:
-        features: What FID is computed from; other than Inception's, its name says so.
-        settings: From `aggregate`.
+    FID of other `features` than Inception's says so in its name; `settings` are from `aggregate`.
     """
     name = "FID" if features in (None, "inception") else f"{features}-FID"
     scored = any(setting["fid"]["values"] for setting in settings)
@@ -168,25 +168,26 @@ def qualities(features: str | None, settings: Iterable[Mapping[str, Any]]) -> di
 def summarize(ablation: Ablation, settings: Iterable[Mapping[str, Any]], features: str | None) -> dict[str, Any]:
     """A table of an ablation as ablation.json holds it, with what its differences mean and what its settings save."""
     found = {setting["setting"]: setting for setting in settings}
-    baseline = ablation.labels[ablation.baseline]
-    sentences, verdicts = [], []
+    labels, sentences, verdicts = ablation.labels, [], []
+    baseline = labels[ablation.baseline]
     for key, quantity in qualities(features, found.values()).items():
-        values = {label: found[setting.name][key]["values"] for setting, label in ablation.labels.items()}
+        values = {label: found[setting.name][key]["values"] for setting, label in labels.items()}
         verdict = compare(quantity, values, baseline)
         if verdict is not None:
             sentences.append(sentence(verdict, values))
             verdicts.append(verdict)
-    base, savings = found[ablation.baseline.name], []
-    for setting, label in ablation.labels.items():
-        if setting != ablation.baseline:
-            own = found[setting.name]
-            quantities = {
-                "attention": (own["attention_gmacs"], base["attention_gmacs"]),
-                "time": (own["cost"]["seconds_per_image"], base["cost"]["seconds_per_image"]),
-                "allocated memory": (own["cost"]["allocated_bytes"], base["cost"]["allocated_bytes"]),
-            }
-            ratios = [f"{a / b:.2f} of the {what}" for what, (a, b) in quantities.items() if a is not None and b]
-            savings.append(f"{label} needs {', '.join(ratios)}")
+    costs = {
+        setting: {
+            "attention": found[setting.name]["attention_gmacs"],
+            "time": found[setting.name]["cost"]["seconds_per_image"],
+            "allocated memory": found[setting.name]["cost"]["allocated_bytes"],
+        }
+        for setting in labels
+    }
+    base, savings = costs.pop(ablation.baseline), []
+    for setting, own in costs.items():
+        ratios = [f"{own[key] / base[key]:.2f} of the {key}" for key in base if own[key] is not None and base[key]]
+        savings.append(f"{labels[setting]} needs {', '.join(ratios)}")
     return {
         "kind": ablation.kind,
         "title": ablation.title,

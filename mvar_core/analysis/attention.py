@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,10 @@ from mvar_core.analysis.neighbourhoods import displacement_grid, displacements, 
 from mvar_core.analysis.recommendation import WINDOWS, Recommendation, check_keep, recommend, share_of
 from mvar_core.config import ModelConfig
 from mvar_core.errors import DataError
-from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.progress import running_total
-from mvar_core.pyramid import AttentionPattern, ScalePrefixes, ScalePyramid
+from mvar_core.pyramid import AttentionPattern, Grid, ScalePrefixes, ScalePyramid
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class AttentionStatistics:
             key scale (2·height - 1, 2·width - 1), the matching position in its centre.
     """
 
-    patch_sizes: tuple[int | tuple[int, int], ...]
+    pyramid: ScalePyramid
     scale_prefixes: ScalePrefixes
     model_windows: tuple[int, ...]
     num_images: int
@@ -60,16 +58,6 @@ class AttentionStatistics:
     distance_by_head: np.ndarray
     last_scale_keys: tuple[np.ndarray, ...]
     last_scale_displacements: tuple[np.ndarray, ...]
-
-    @cached_property
-    def pyramid(self) -> ScalePyramid:
-        """The model's scales."""
-        return ScalePyramid.from_patch_sizes(self.patch_sizes)
-
-    @property
-    def scale_names(self) -> list[str]:
-        """Each scale as its side, or height×width."""
-        return [f"{size[0]}×{size[1]}" if isinstance(size, tuple) else str(size) for size in self.patch_sizes]
 
     @property
     def scale_mass(self) -> np.ndarray:
@@ -116,7 +104,7 @@ class AttentionReport(AttentionStatistics):
             notes.append(
                 f"A token sees {self.scale_prefixes} scale(s), its own included: mass on others is 0 by construction."
             )
-        pairs = zip(self.patch_sizes, self.model_windows, strict=True)
+        pairs = zip(self.pyramid.patch_sizes, self.model_windows, strict=True)
         windowed = [f"{size} (window {window})" for size, window in pairs if window]
         if windowed:
             notes.append(f"Mass outside the model's own windows is 0 by construction: {', '.join(windowed)}.")
@@ -134,16 +122,21 @@ class AttentionReport(AttentionStatistics):
         }
         layers, heads = self.entropy_by_head.shape[:2]
         return {
-            "patch_sizes": [list(size) if isinstance(size, tuple) else size for size in self.patch_sizes],
+            "patch_sizes": [list(size) if isinstance(size, tuple) else size for size in self.pyramid.patch_sizes],
             "scale_prefixes": self.scale_prefixes,
             "model_windows": list(self.model_windows),
             "num_images": self.num_images,
             "scale_mass": self.scale_mass.tolist(),
             "even_scale_mass": self.even.scale_mass.tolist(),
-            "window_mass": _by_window(self.window_mass),
-            "window_share": _by_window(self.window_share),
-            "window_mass_by_scale": _by_window(self.window_mass_by_scale),
-            "even_window_mass_by_scale": _by_window(self.even.window_mass_by_scale),
+            **{
+                name: {str(window): values.tolist() for window, values in by_window.items()}
+                for name, by_window in (
+                    ("window_mass", self.window_mass),
+                    ("window_share", self.window_share),
+                    ("window_mass_by_scale", self.window_mass_by_scale),
+                    ("even_window_mass_by_scale", self.even.window_mass_by_scale),
+                )
+            },
             "last_scale": {
                 "keys": [map_yx.tolist() for map_yx in self.last_scale_keys],
                 "displacements": [map_yx.tolist() for map_yx in self.last_scale_displacements],
@@ -164,26 +157,18 @@ class AttentionReport(AttentionStatistics):
         }
 
 
-def _by_window(by_window: dict[int, np.ndarray]) -> dict[str, Any]:
-    return {str(window): values.tolist() for window, values in by_window.items()}
-
-
 class AttentionProbe:
     """Gathers attention statistics; an instance is the `probe` that a Transformer accepts.
 
-    Args:
-        config: The model that will be probed; `config.transformer` must be there.
-        on_layer: Called with the number of images whenever one layer is done with them.
-        values_at_once: Attention probabilities held at once.
+    `on_layer` is called with the number of images whenever one layer is done with them; `values_at_once` attention
+    probabilities are held at once.
     """
 
     def __init__(
         self, config: ModelConfig, on_layer: Callable[[int], None] | None = None, values_at_once: int = 1 << 21
     ):
         assert config.transformer is not None
-        self.config = config
-        self.on_layer = on_layer
-        self.values_at_once = values_at_once
+        self.config, self.on_layer, self.values_at_once = config, on_layer, values_at_once
         self.grids = config.pyramid.grids
         sizes, scales = config.transformer, len(self.grids)
         shape = (sizes.depth, sizes.num_heads, scales)
@@ -207,16 +192,7 @@ class AttentionProbe:
         pattern: AttentionPattern,
         softmax_scale: float,
     ) -> None:
-        """Add the attention of one layer and scale.
-
-        Args:
-            layer: Index of the block.
-            scale: Index of the scale.
-            q_BHQD: Queries as they enter the attention.
-            k_BHKD: Keys as they enter the attention, earlier scales first.
-            pattern: What the queries see.
-            softmax_scale: Multiplies the products of queries and keys.
-        """
+        """Add the attention of one block and scale: queries and keys as they enter it, keys of earlier scales first."""
         if q_BHQD.device.type == "mps":  # has no float64
             q_BHQD, k_BHKD = q_BHQD.cpu(), k_BHKD.cpu()
         dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
@@ -260,15 +236,13 @@ class AttentionProbe:
         queries_N1S = (self._images_NS * tokens_S).unsqueeze(1)
         own_NHS = self._scale_mass_NHSS.diagonal(dim1=2, dim2=3)
         rows_of_last = float(queries_N1S[..., -1].sum()) * self._entropy_NHS.shape[1]
-        last_scale = [
-            tuple((mass_G / rows_of_last).view(*shape).numpy() for mass_G, shape in zip(masses, shapes, strict=True))
-            for masses, shapes in (
-                (self._last_keys_SG, self.grids),
-                (self._last_displacements_SG, map(displacement_grid, self.grids)),
-            )
-        ]
+
+        def maps(masses_SG: list[Tensor], shapes: Iterable[Grid]) -> tuple[np.ndarray, ...]:
+            pairs = zip(masses_SG, shapes, strict=True)
+            return tuple((mass_G / rows_of_last).view(*shape).numpy() for mass_G, shape in pairs)
+
         return AttentionStatistics(
-            patch_sizes=self.config.pyramid.patch_sizes,
+            pyramid=self.config.pyramid,
             scale_prefixes=self.config.attention.scale_prefixes,
             model_windows=tuple(pattern.window if pattern.is_windowed else 0 for pattern in self.config.patterns),
             num_images=int(self._images_NS[0, 0]),
@@ -276,8 +250,8 @@ class AttentionProbe:
             window_mass_by_head=(self._window_mass_NHSSW / queries_N1S[..., None, None]).numpy(),
             entropy_by_head=(self._entropy_NHS / queries_N1S).numpy(),
             distance_by_head=(self._distance_NHS / own_NHS).nan_to_num(0.0).numpy(),
-            last_scale_keys=last_scale[0],
-            last_scale_displacements=last_scale[1],
+            last_scale_keys=maps(self._last_keys_SG, self.grids),
+            last_scale_displacements=maps(self._last_displacements_SG, map(displacement_grid, self.grids)),
         )
 
     def _add_mass(self, layer: int, scale: int, mass_HqK: Tensor, positions: Tensor, pattern: AttentionPattern) -> None:
@@ -308,13 +282,9 @@ class AttentionProbe:
 def attention_mass(
     q_BHqD: Tensor, k_BHKD: Tensor, hidden_qG: Tensor | None, prefix_tokens: int
 ) -> tuple[Float[Tensor, "B H q K"], Float[Tensor, "B H q"]]:
-    """Attention probabilities of some queries, and their entropy in nats, in float64.
+    """Attention probabilities of some queries, which the softmax's scale is in, and their entropy in nats, in float64.
 
-    Args:
-        q_BHqD: Queries, times the softmax's scale.
-        k_BHKD: Keys.
-        hidden_qG: Keys of its own scale that a query does not see; None where it sees all.
-        prefix_tokens: Keys before those of its own scale.
+    `hidden_qG` are the keys of its own scale, behind `prefix_tokens` others, that a query does not see.
     """
     with torch.autocast(q_BHqD.device.type, enabled=False):
         scores_BHqK = (q_BHqD @ k_BHKD.transpose(-1, -2)).double()
@@ -332,15 +302,10 @@ def attention_mass(
     return mass_BHqK, entropy_BHq
 
 
-def images_at_once(config: ModelConfig, device: torch.device) -> int:
-    """How many images go through the model in one pass: enough rows for fast products, and no more."""
-    return max(1, TOKENS_AT_ONCE.get(device.type, 2048) // config.pyramid.num_tokens)
-
-
 def measure_attention(
     transformer: Transformer,
     quantizer: MultiScaleQuantizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     config: ModelConfig,
     *,
     keep: float = 0.95,
@@ -349,16 +314,9 @@ def measure_attention(
 ) -> AttentionReport:
     """Run a model over token maps with teacher forcing and report where its attention goes.
 
-    Memory is that of one pass over one batch and a few megabytes of statistics, however many batches there are.
-
-    Args:
-        transformer: The model.
-        quantizer: Makes the model's inputs from tokens.
-        batches: Pairs of tokens (B, L) and conditions (labels (B,) or vectors); see `images_at_once`.
-        config: The model's configuration.
-        keep: Fraction of the attention that recommended settings must keep.
-        attention: Attention backend.
-        progress: Called with the layers done, each counted once per image, so that it moves within a batch too.
+    Memory is that of one pass over one batch and a few megabytes of statistics, however many batches there are. Each
+    is a pair of tokens (B, L) and conditions (labels (B,) or vectors). `progress` is called with the layers done, each
+    counted once per image, so that it moves within a batch too.
 
     Raises:
         DataError: There is no image, or `keep` is not between 0 and 1.

@@ -49,10 +49,10 @@ def sweep(
     Before each side and window, `progress` is called with a few words.
 
     Returns:
-        One row for each side, window and backend, with what was measured (`side` to `backward`); `seconds` of one call
-        (None where the backend cannot run, with the `reason`); `times_dense` (how many times faster than dense);
-        `peak_bytes` (what the call allocates at most, on CUDA); `auto` (the backend that "auto" picks here) and
-        `chosen` (whether that is this row's).
+        One row for each side, window and backend, with what was measured (`name` to `backward`); `seconds` of one call
+        (None where the backend cannot run, with the `reason`) and `images_per_second`; `times_dense` (how many times
+        faster than dense); `peak_memory_bytes` (what the call allocates at most, on CUDA); `auto` (the backend that
+        "auto" picks here) and `chosen` (whether that is this row's).
     """
     place = torch.device(device)
     rows: list[dict[str, Any]] = []
@@ -64,24 +64,30 @@ def sweep(
         found = _measure(pattern, backends, (batch, heads, pattern.queries, head_dim), dtype, place, backward, repeats)
         dense = found.get("dense", {}).get("seconds")
         auto = select_backend("auto", AttentionCall(pattern, place, dtype, needs_grad=backward)).name
-        for name in backends:
-            seconds = found[name].get("seconds")
+        square, seen = grid.height == grid.width, f"window {window}" if window else "whole"
+        for name, measured in found.items():
+            seconds, peak = measured.get("seconds"), measured.get("peak_bytes")
             rows.append(
                 {
-                    "side": grid.height if grid.height == grid.width else list(grid),
+                    "name": f"{name}, side {grid.height if square else grid}, {seen}",
+                    "side": grid.height if square else list(grid),
                     "tokens": grid.tokens,
                     "window": window,
                     "backend": name,
                     "dtype": str(dtype).removeprefix("torch."),
                     "device": place.type,
                     "batch": batch,
+                    "batch_size": batch,
                     "heads": heads,
                     "head_dim": head_dim,
                     "backward": backward,
                     "seconds": seconds,
                     "times_dense": dense / seconds if dense is not None and seconds is not None else None,
-                    "peak_bytes": found[name].get("peak_bytes"),
-                    "reason": found[name].get("reason"),
+                    "images_per_second": batch / seconds if seconds else None,
+                    "peak_bytes": peak,
+                    "peak_memory_bytes": peak,
+                    "kv_cache_bytes": 0,
+                    "reason": measured.get("reason"),
                     "auto": auto,
                     "chosen": name in (auto, "auto"),
                 }
@@ -111,24 +117,23 @@ def _measure(
                 if backward:
                     torch.autograd.grad(o_BHQD, (q_BHQD, k_BHKD, v_BHKD), gradient_BHQD.detach())
 
-    found: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in backends}
     calls: dict[str, int] = {}
     for name in backends:
         try:
             run(name)  # whatever is compiled or kept is compiled and kept now
         except BackendError as error:
-            found[name] = {"reason": str(error)}
+            found[name]["reason"] = str(error)
             continue
         calls[name] = max(1, round(SECONDS_AT_ONCE / max(seconds_of(partial(run, name), device), 1e-7)))
-        times[name], found[name] = [], {}
         if device.type == "cuda":
             with allocation_peak(device) as peak:
                 run(name)
             found[name]["peak_bytes"] = peak.peak_bytes
-    for _ in range(repeats):
-        for name, count in calls.items():
-            times[name].append(seconds_of(partial(run, name, count), device) / count)
-    for name, values in times.items():
-        found[name]["seconds"] = statistics.median(values)
+    rounds = [
+        {name: seconds_of(partial(run, name, count), device) / count for name, count in calls.items()}
+        for _ in range(repeats)
+    ]
+    for name in calls:
+        found[name]["seconds"] = statistics.median(each[name] for each in rounds)
     return found

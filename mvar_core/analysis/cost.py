@@ -10,7 +10,7 @@ the decoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvar_core.analysis.training_memory import count_parameters, train_peak_bytes
 from mvar_core.config import Machine, ModelConfig, RunConfig, TokenizerConfig
 from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError
 from mvar_core.models import footprint
-from mvar_core.models.footprint import Setting
+from mvar_core.models.footprint import FLOAT32, INT64, Setting
+from mvar_core.models.linear import SMALLEST_ROWS
 from mvar_core.models.meta import meta_device
 from mvar_core.models.micro_batches import PROCESS_BYTES, choose
+from mvar_core.models.steps import WORTHWHILE_ELEMENTS
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import ScalePyramid
@@ -42,35 +43,28 @@ class Plan(Result):
     """The predicted cost of a model.
 
     Attributes:
-        name: The model.
         parameters: Parameters of the transformer; 0 for a tokenizer alone.
-        tokenizer_parameters: Parameters of the tokenizer.
         tokens: Tokens per image, L.
         attention_gmacs: Attention of all scales in the paper's convention.
         total_gmacs: One image without guidance: `scales`' totals, conditioning and decoder.
         guided_gmacs: One image with guidance: the transformer and its conditioning twice, the decoder once.
         conditioning_gmacs: The AdaLN vectors.
         decoder_gmacs: From tokens to pixels.
+        parts_gmacs: `total_gmacs` by part: inputs, projections, attention (the products alone), mlp, head,
+            conditioning, quantizer, decoder.
         batch_size: Images sampled together, for the figures in bytes.
         dtype_bytes: Bytes per value of the compute dtype.
         guided: Whether the figures in bytes are for sampling with guidance, which doubles the transformer's rows.
         weight_bytes: Weights for sampling.
-        parts_gmacs: `total_gmacs` by part: inputs, projections, attention (the products alone), mlp, head,
-            conditioning, quantizer, decoder.
         kv_cache_bytes: The most keys and values kept after any scale.
         sample_peak_bytes: Predicted peak of sampling, weights included.
         image_bytes: What each further image of a batch keeps: f̂, tokens, random numbers and KV cache from scale to
             scale, or f̂, tokens and (on a CPU) pixels while images are decoded, whichever is more.
         images_together: Images that advance together: the batch size, or fewer where `memory` asks for it.
-        decoder_images: Images that are decoded together.
-        device: The kind of device that all bytes are for.
         memory: Bytes that sampling may use, where limited.
-        train_batch_size: Images per training step, where training was asked about.
         train_peak_bytes: Predicted peak of a training step on one device.
-        device_memory: Bytes of the device, where specified.
-        largest_batch: The most images that advance together on the device, bounded by what an image keeps from scale
-            to scale: a scale itself fits into any memory.
-        largest_train_batch: The most images per training step on the device.
+        largest_batch: The most images that advance together in `device_memory`, bounded by what an image keeps from
+            scale to scale: a scale itself fits into any memory.
         scales: One row per scale: side (or [height, width]), tokens, window (0 = whole), keys_per_query,
             attention_gmacs, total_gmacs (transformer without guidance), parts_gmacs (of them), kv_cache_bytes (kept
             once the scale is done), micro_batch (images in one pass), activation_bytes (of that pass).
@@ -113,14 +107,7 @@ def cost_of(
     guided: bool = True,
     device_memory: int | None = None,
 ) -> Plan:
-    """The predicted cost of a model and of its training.
-
-    Args:
-        config: The model, or a run.
-        machine: Kind of device, dtype (auto is float32) and memory that the bytes are for.
-        batch_size: Images sampled or trained on together; by default 1, and what the run trains with.
-        guided: Whether sampling uses guidance.
-        device_memory: Bytes of a device, to find the largest batches.
+    """The predicted cost of a model, or a run, and of its training; arguments are those of `mvar_core.plan`.
 
     Raises:
         ConfigError: A batch or memory that makes no sense, or a memory in which not one image fits.
@@ -188,9 +175,12 @@ def cost_of(
         assert transformer is not None
         return train_peak_bytes(transformer, train.model_copy(update={"batch_size": count}), dtype.itemsize, device)
 
-    largest = None if device_memory is None else 0  # where not even one image fits
+    largest = largest_train = None
     if device_memory is not None:
-        with suppress(ConfigError):
+        if transformer is not None:  # the peak never falls as the batch grows
+            largest_train = bisect.bisect_right(range(1, MAX_BATCH + 1), device_memory, key=train_peak)
+        largest = 0
+        with suppress(ConfigError):  # where not even one image fits
             budget = beside_weights(device_memory)
             largest = choose(config, MAX_BATCH, setting, budget=budget, batch_size=MAX_BATCH).images
     return Plan(
@@ -221,14 +211,12 @@ def cost_of(
         train_peak_bytes=train_peak(train.batch_size) if transformer else None,
         device_memory=device_memory,
         largest_batch=largest,
-        largest_train_batch=largest_batch(train_peak, device_memory) if device_memory and transformer else None,
+        largest_train_batch=largest_train,
         scales=scales,
     )
 
 
 PARTS = ("inputs", "projections", "attention", "mlp", "head", "conditioning", "quantizer", "decoder")
-
-
 _SECTIONS = {"image_size", "patch_sizes", "tokenizer", "transformer", "attention", "conditioning"}
 
 
@@ -261,15 +249,72 @@ def cached_tokens(config: ModelConfig, scale: int) -> int:
     return sum(grid.tokens for grid in config.pyramid.grids[first : scale + 1])
 
 
-def largest_batch(peak_bytes: Callable[[int], int], device_memory: int) -> int:
-    """The largest batch whose predicted peak, which never falls as the batch grows, fits; 0 where no image does."""
-    fits, too_large = 0, 1
-    while too_large <= MAX_BATCH and peak_bytes(too_large) <= device_memory:
-        fits, too_large = too_large, 2 * too_large
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        if peak_bytes(middle) <= device_memory:
-            fits = middle
+def count_parameters(*modules: nn.Module) -> int:
+    """Parameters of modules."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def train_peak_bytes(transformer: Transformer, train: TrainConfig, dtype_bytes: int, device: str = "cpu") -> int:
+    """Most memory allocated at once in a training step of all scales on one device, of a model on any device.
+
+    A step holds weights and AdamW's state, and at its widest either what the forward pass kept for the backward pass,
+    or the gradients with what is left of it: the backward pass frees one while it makes the other. The formulas follow
+    what the blocks keep, tensor by tensor. `dtype_bytes` are those of the compute dtype; weights, gradients and
+    optimizer state are in float32.
+    """
+    sizes, pyramid = transformer.config, transformer.pyramid
+    width, depth, length = sizes.embed_dim, sizes.depth, pyramid.num_tokens
+    weights = FLOAT32 * count_parameters(transformer)
+    block_weights = FLOAT32 * count_parameters(transformer.blocks[0])
+    head_weights = FLOAT32 * count_parameters(transformer.head, transformer.head_modulation)
+    rows = min(train.micro_batch or -(-train.batch_size // train.accumulate), train.batch_size)
+    accumulates, half, tokens = rows < train.batch_size, dtype_bytes < FLOAT32, rows * length
+    image_by_image = device == "cpu" and length * width >= WORTHWHILE_ELEMENTS  # which keeps less
+
+    # What a block keeps for its backward pass.
+    hidden_layer = 2 * sizes.hidden_dim * dtype_bytes  # before and after GELU
+    apart = 0
+    if image_by_image:
+        # Norms, q k v, q and k normalised, attention, both branches; the stream twice in float32; lengths of q and k.
+        per_token = 10 * width * dtype_bytes + 2 * width * FLOAT32
+        per_token += 2 * sizes.num_heads * FLOAT32 if sizes.l2_attention else -2 * width * dtype_bytes
+        # Small scales are computed by SDPA, which keeps its output apart.
+        small = sum(grid.tokens for grid in pyramid if rows * grid.tokens * width < WORTHWHILE_ELEMENTS)
+        apart = rows * small * width * dtype_bytes
+    else:
+        # Both norms, as they are and modulated (and then cast), and the stream twice.
+        per_token = width * ((4 * FLOAT32 + 2 * dtype_bytes) if half else 6 * FLOAT32)
+        # q k v, attention scale by scale and joined, both branches.
+        per_token += 7 * width * dtype_bytes
+        if sizes.l2_attention:
+            # q and k in float32, q's direction, and what attention reads; in float32 the directions and q.
+            per_token += width * (3 * FLOAT32 + 2 * dtype_bytes if half else 3 * FLOAT32)
+    # AdaLN vectors of the block, and what norms make of them.
+    modulation = max(rows, SMALLEST_ROWS) * 6 * width * dtype_bytes + rows * 4 * width * FLOAT32
+    block = tokens * (per_token + hidden_layer) + apart + modulation
+    # Weights of the block in the compute dtype, where that is not float32.
+    block += block_weights // FLOAT32 * dtype_bytes if half else 0
+
+    stream = tokens * width * FLOAT32
+    inputs = tokens * (transformer.input_projection.in_features * FLOAT32 + INT64)
+    # The head's norm; of the loss: log-probabilities, and two gradients of their size.
+    head = stream * (1 if image_by_image else 2) + 3 * tokens * transformer.head.out_features * FLOAT32
+    # What a block's backward pass makes at its widest: GELU's output is gone when two gradients of its size are there;
+    # a weight's gradient is cast.
+    transient = tokens * (hidden_layer // 2 + 2 * width * FLOAT32)
+    transient += sizes.hidden_dim * width * dtype_bytes if half else 0
+
+    def widest(done: int) -> int:
+        """Bytes next to weights and optimizer state when the backward pass has `done` blocks behind it."""
+        left = depth - done
+        if train.activation_checkpointing:  # each block's input, and one block computed again for its gradient
+            activations = inputs + left * stream + (min(left, 1) * block if done else 0)
         else:
-            too_large = middle
-    return fits
+            activations = inputs + stream + left * block
+        if done == 0:
+            return activations + head
+        return activations + transient + (0 if accumulates else head_weights + done * block_weights)
+
+    # Weights, AdamW's two values for each, EMA, and the gradients of the micro-batches before this one.
+    states = weights * (3 + (train.ema > 0) + accumulates)
+    return states + max(weights, *(widest(done) for done in range(depth + 1)))

@@ -42,45 +42,40 @@ def find(report: AttentionReport) -> dict[str, Any]:
         tokens = np.array([grids[scale].tokens for scale in scales], dtype=np.float64)
         return float(values_S[scales] @ tokens / tokens.sum())
 
-    def measures(of: AttentionStatistics) -> tuple[float, float, float, float]:
-        before_S = np.array([0.0, *np.diagonal(of.scale_mass, offset=-1)])
-        inside_SS = of.window_mass_by_scale[window]
-        return (
-            mean(np.diagonal(of.scale_mass), later),
-            mean(before_S, later),
-            mean(of.window_share[window], larger),
-            mean(inside_SS.sum(axis=1), later),
-        )
+    def measures(of: AttentionStatistics) -> dict[str, float]:
+        own = mean(np.diagonal(of.scale_mass), later)
+        previous = mean(np.array([0.0, *np.diagonal(of.scale_mass, offset=-1)]), later)
+        return {
+            "own": own,
+            "previous": previous,
+            "adjacent": own + previous,
+            "neighbours": mean(of.window_share[window], larger),
+            "projected": mean(of.window_mass_by_scale[window].sum(axis=1), later),
+        }
 
-    own, previous, neighbours, projected = measures(report)
-    even_own, even_previous, even_neighbours, even_projected = measures(report.even)
-    adjacent, even_adjacent = own + previous, even_own + even_previous
-    adjacent_verdict = _verdict(adjacent, even_adjacent)
+    found, even = measures(report), measures(report.even)
+    adjacent = _verdict(found["adjacent"], even["adjacent"])
     constrained = 0 < report.model_windows[-1] <= window
-    neighbours_verdict = "by construction" if constrained else _verdict(neighbours, even_neighbours)
+    neighbours = "by construction" if constrained else _verdict(found["neighbours"], even["neighbours"])
+    said = {name: _percent(share) for name, share in found.items()}
+    near, spread = f"within {window}×{window}", "an even spread would put {} there".format
     sentences = (
-        f"{_percent(own)} of the attention falls on the token's own scale and {_percent(previous)} on the scale before,"
-        f" {_percent(adjacent)} together; an even spread would put {_percent(even_adjacent)} there."
-        f" {_compared(adjacent_verdict, adjacent, even_adjacent, 'the adjacent scale', False)}",
-        f"On scales larger than {window}×{window}, {_percent(neighbours)} of the attention to the own scale falls"
-        f" within {window}×{window} of the token; an even spread would put {_percent(even_neighbours)} there."
-        f" {_compared(neighbours_verdict, neighbours, even_neighbours, 'spatial neighbours', True)}",
-        f"Over all scales that a token sees, {_percent(projected)} falls within {window}×{window} of its matching"
-        f" position; an even spread would put {_percent(even_projected)} there.",
+        f"{said['own']} of the attention falls on the token's own scale and {said['previous']} on the scale before,"
+        f" {said['adjacent']} together; {spread(_percent(even['adjacent']))}."
+        f" {_compared(adjacent, found['adjacent'], even['adjacent'], 'the adjacent scale', False)}",
+        f"On scales larger than {window}×{window}, {said['neighbours']} of the attention to the own scale falls {near}"
+        f" of the token; {spread(_percent(even['neighbours']))}."
+        f" {_compared(neighbours, found['neighbours'], even['neighbours'], 'spatial neighbours', True)}",
+        f"Over all scales that a token sees, {said['projected']} falls {near} of its matching position;"
+        f" {spread(_percent(even['projected']))}.",
         _layers_sentence(report),
     )
     return {
-        "own": own,
-        "previous": previous,
-        "adjacent": adjacent,
-        "even_adjacent": even_adjacent,
-        "adjacent_verdict": adjacent_verdict,
+        **found,
+        **{f"even_{name}": share for name, share in even.items()},
+        "adjacent_verdict": adjacent,
+        "neighbours_verdict": neighbours,
         "window": window,
-        "neighbours": neighbours,
-        "even_neighbours": even_neighbours,
-        "neighbours_verdict": neighbours_verdict,
-        "projected": projected,
-        "even_projected": even_projected,
         "sentences": tuple(filter(None, sentences)),
     }
 

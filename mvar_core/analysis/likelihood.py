@@ -48,17 +48,12 @@ def log_likelihoods(
 ) -> Float64[Tensor, "B K S"]:
     """Ln p(tokens of each scale | earlier scales, condition), for every image under each of its conditions.
 
-    Pairs of an image and a condition go through the transformer a few at a time, and logits exist for one scale of
-    those alone; inputs, which do not depend on the condition, are computed once for an image.
+    Pairs of an image and a condition go through the transformer a few at a time, `pairs_at_once`, which decides speed
+    and memory, never the result; logits exist for one scale of those alone; inputs, which do not depend on the
+    condition, are computed once for an image. `on_pairs` is called with the pairs scored since the last call.
 
-    Args:
-        transformer: In evaluation mode.
-        quantizer: The tokenizer's, on the same device.
-        tokens_BL: Tokens, on that device.
-        conditions: (B, K) class labels or (B, K, X) vectors, on that device.
-        attention: Attention backend.
-        pairs_at_once: Images times conditions in one pass; decides speed and memory, never the result.
-        on_pairs: Called with the number of pairs scored since the last call.
+    Everything is on one device, the transformer in evaluation mode; conditions are class labels (B, K) or vectors
+    (B, K, X).
 
     Returns:
         In nats, on the CPU.
@@ -97,10 +92,7 @@ def log_likelihoods(
 
 
 def read_candidates(conditioner: Conditioner, given: Conditions, images: int) -> tuple[Tensor, bool]:
-    """Conditions under which images are scored, one for each image or several.
-
-    Returns:
-        (images, K) labels or (images, K, X) vectors on the CPU, and whether several were given for each.
+    """Labels (images, K) or vectors (images, K, X) to score under, on the CPU, and whether each image has several.
 
     Raises:
         ConfigError: They are not what the model is conditioned on, or do not fit the images.
@@ -183,7 +175,7 @@ def measure_likelihood(
         config: The model.
         classes: Classes that compete in zero-shot classification; every label must be among them. None for none.
         attention: Attention backend.
-        pairs_at_once: Images times classes in one pass; decides speed and memory, never the result.
+        pairs_at_once: As of `log_likelihoods`.
         gather: Returns what all processes have measured, in the order of the images; by default this one's alone.
         progress: Called with the number of pairs of image and class that are done.
 
@@ -206,14 +198,9 @@ def measure_likelihood(
             own = labels_B.view(-1, 1) if classes is None else competing.expand(len(tokens_BL), -1)
             candidates.append(own.long().cpu())
         scored_BKS = log_likelihoods(
-            transformer,
-            quantizer,
-            tokens_BL.to(device=device, dtype=torch.long),
-            torch.cat(candidates, dim=1).to(device),
-            attention=attention,
-            pairs_at_once=pairs_at_once,
-            on_pairs=count,
-        ).numpy()
+            transformer, quantizer, tokens_BL.to(device, torch.long), torch.cat(candidates, dim=1).to(device),
+            attention=attention, pairs_at_once=pairs_at_once, on_pairs=count,
+        ).numpy()  # fmt: skip
         columns = {"none_nats": -scored_BKS[:, 0]}
         if labels_B is not None:
             columns["labels"] = labels_B.cpu().numpy()
@@ -250,10 +237,10 @@ def _report(batches: Sequence[Columns], config: ModelConfig, competing: int) -> 
     image_bits_N = bits_NS.sum(1)
     count, tokens = len(bits_NS), np.array([grid.tokens for grid in pyramid.grids])
     bits, none_bits = float(image_bits_N.mean()), float(none_NS.sum(1).mean() / math.log(2))
-    by_class: dict[str, np.ndarray] = {}
-    for label in [] if labels_N is None else np.unique(labels_N).tolist():
-        name = config.class_names[label] if config.class_names else str(label)
-        by_class[name] = own_NS.sum(1)[labels_N == label]
+    by_class = {
+        config.class_names[label] if config.class_names else str(label): own_NS.sum(1)[labels_N == label]
+        for label in ([] if labels_N is None else np.unique(labels_N).tolist())
+    }
     return LikelihoodReport(
         num_samples=count,
         num_tokens=pyramid.num_tokens,

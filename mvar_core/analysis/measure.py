@@ -1,12 +1,12 @@
-"""Instruments: seconds by stage, medians on any device, and the peak of what torch's allocators hand out."""
+"""Instruments: seconds on any device, also by stage, and the peak of what torch's allocators hand out."""
 
 from __future__ import annotations
 
-import statistics
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,32 +20,29 @@ OTHER = "other"
 
 @dataclass
 class AllocationPeak:
-    """Filled in when the block of `allocation_peak` ends: the peak beyond what was held before, and their number."""
+    """Filled in when the block of `allocation_peak` ends: the peak beyond what was held before."""
 
     peak_bytes: int = 0
-    allocations: int = 0
 
 
 @contextmanager
 def allocation_peak(device: torch.device | str = "cpu") -> Iterator[AllocationPeak]:
     """The most memory that torch's allocator hands out at once within the block.
 
-    On CUDA the allocator's own counter is read. On a CPU every allocation and release of the block is recorded through
-    torch's profiler: all tensors and the scratch space that kernels get from torch's allocator, to the byte; not what
-    libraries get from the system by themselves. Recording costs time, so nothing should be timed within. What was
-    allocated before the block does not count, nor does its release.
+    On CUDA the allocator's own counter is read. On a CPU torch's profiler records every allocation and release: all
+    tensors and the scratch space that kernels get from torch's allocator, to the byte; not what libraries get from the
+    system by themselves. Recording takes time. What was allocated before the block does not count, nor does its
+    release.
     """
     place = torch.device(device)
     result = AllocationPeak()
     if place.type == "cuda":
         torch.cuda.synchronize(place)
         before = torch.cuda.memory_allocated(place)
-        count = torch.cuda.memory_stats(place)["allocation.all.allocated"]
         torch.cuda.reset_peak_memory_stats(place)
         yield result
         torch.cuda.synchronize(place)
         result.peak_bytes = torch.cuda.max_memory_allocated(place) - before
-        result.allocations = torch.cuda.memory_stats(place)["allocation.all.allocated"] - count
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
         yield result
@@ -56,20 +53,8 @@ def allocation_peak(device: torch.device | str = "cpu") -> Iterator[AllocationPe
         for event in recorder.profiler.kineto_results.events()
         if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
-    now = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        now += size
-        result.peak_bytes = max(result.peak_bytes, now)
-        result.allocations += size > 0
-
-
-def median_seconds(
-    run: Callable[[], object], device: torch.device, *, repeats: int = 3, warmup: Callable[[], object] | None = None
-) -> tuple[float, list[float]]:
-    """Seconds of `run` after a `warmup` (by default `run` itself): the median of some repetitions, and each of them."""
-    (warmup or run)()
-    seconds = [seconds_of(run, device) for _ in range(repeats)]
-    return statistics.median(seconds), seconds
+    sizes = (size for _, size in sorted(events, key=lambda event: event[0]))
+    result.peak_bytes = max(0, *itertools.accumulate(sizes, initial=0))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
@@ -95,20 +80,14 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self._stage, self._since = device, OTHER, 0.0
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._stage = OTHER
-        self._since = 0.0
-        self._watched: list[tuple[Any, str, Any]] = []
+        self._watched = ExitStack()
 
     def watch(self, owner: Any, method: str, stage: str | Callable[..., str], then: str | None = None) -> None:
-        """Charge calls of a method to a stage, for as long as the clock runs.
+        """Charge calls of a method of `owner` to a stage, or to the one that a function of the call's arguments names.
 
-        Args:
-            owner: An object.
-            method: Name of one of its methods.
-            stage: The stage, or a function of the call's arguments that names it.
-            then: The stage that what follows the call belongs to, until the next boundary; by default what was before.
+        What follows a call belongs to the stage `then`, until the next boundary; by default to what was before.
         """
         original = getattr(owner, method)
 
@@ -120,23 +99,17 @@ class StageClock:
             finally:
                 self._enter(then or outer)
 
-        self._watched.append((owner, method, vars(owner).get(method)))
         setattr(owner, method, timed)
+        self._watched.callback(delattr, owner, method)
 
     def run(self, work: Callable[[], object]) -> dict[str, float]:
         """Seconds by stage of one run, in the order in which stages first appear; then the objects are as before."""
-        try:
+        with self._watched:
             self._seconds.clear()
             synchronize(self.device)
             self._stage, self._since = OTHER, time.perf_counter()
             work()
             self._enter(OTHER)
-        finally:
-            for owner, method, before in reversed(self._watched):
-                delattr(owner, method)
-                if before is not None:
-                    setattr(owner, method, before)
-            self._watched.clear()
         ordered = dict(self._seconds)
         ordered[OTHER] = ordered.pop(OTHER, 0.0)
         return ordered

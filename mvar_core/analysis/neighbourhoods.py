@@ -25,10 +25,7 @@ from mvar_core.pyramid import Grid, window_start
 def needed_windows(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid | None = None) -> Int[Tensor, "q G"]:
     """The smallest odd window around each query's matching position that contains each position of the keys' scale.
 
-    Args:
-        positions: Queries, in raster order of their scale.
-        query_grid: The scale of the queries.
-        key_grid: The scale of the keys; by default that of the queries.
+    Queries are given by their positions in raster order; keys are by default of their scale.
     """
     return torch.maximum(*_by_axis(_needed_on_axis, positions, query_grid, key_grid or query_grid)).flatten(1)
 
@@ -42,8 +39,8 @@ def distances(positions: Int[Tensor, " q"], grid: Grid) -> Float[Tensor, "q G"]:
 def displacements(positions: Int[Tensor, " q"], query_grid: Grid, key_grid: Grid) -> Int[Tensor, "q G"]:
     """Each key's displacement from each query's matching position, as an index into a map of `displacement_grid`."""
     vertical, horizontal = _by_axis(_offsets_on_axis, positions, query_grid, key_grid)
-    vertical, horizontal = vertical + key_grid.height - 1, horizontal + key_grid.width - 1
-    return (vertical * displacement_grid(key_grid).width + horizontal).flatten(1)
+    rows, columns = vertical + key_grid.height - 1, horizontal + key_grid.width - 1
+    return (rows * displacement_grid(key_grid).width + columns).flatten(1)
 
 
 def displacement_grid(key_grid: Grid) -> Grid:

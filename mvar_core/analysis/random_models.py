@@ -20,8 +20,8 @@ def random_transformer(
     """A transformer of random weights, frozen, in evaluation mode; at no time is there a copy in another dtype."""
     with meta_device():
         model = Transformer(config).to_compute_dtype(dtype)
-    _fill(model, torch.device(device), seed)
-    return model.eval().requires_grad_(False)
+    _fill(model, device, seed)
+    return model
 
 
 def random_tokenizer(
@@ -37,16 +37,16 @@ def random_tokenizer(
         model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
     if not encoder:
         model.drop_encoder()
-    _fill(model, torch.device(device), seed)
+    _fill(model, device, seed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval().requires_grad_(False)
+    return model
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, device: torch.device, seed: int) -> None:
+def _fill(model: nn.Module, device: torch.device | str, seed: int) -> None:
     """Weights of the size that keeps activations at theirs; norms and head scales as they start in training."""
     assert not list(model.buffers())
-    model.to_empty(device=device)
+    model.to_empty(device=device).eval().requires_grad_(False)
     random = generator("random_model", seed, device=device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -31,9 +31,6 @@ class Recommendation:
     """The smallest settings that together keep a requested fraction of the attention.
 
     Attributes:
-        scale_prefixes: Scales a token must see, its own included.
-        windows: One window per scale, 0 for the whole scale.
-        keep: The requested fraction.
         kept: Attention within prefixes and windows, the mean over all tokens; at least `keep`.
         kept_by_scale: The same for each scale's tokens.
         kept_by_prefixes: Attention within the prefixes alone, per scale.
@@ -53,11 +50,7 @@ class Recommendation:
 
 
 def check_keep(keep: float) -> None:
-    """Refuse what is not a fraction of the attention.
-
-    Raises:
-        DataError: `keep` is not between 0 and 1.
-    """
+    """Raise DataError for what is not a fraction of the attention."""
     if not 0 < keep <= 1:
         raise DataError(f"keep is {keep}; expected a fraction of the attention, above 0 and at most 1.", "Use 0.95.")
 
@@ -74,14 +67,9 @@ def recommend(
     What is kept is the mean over all tokens of an image. First come the fewest prefixes that keep the fraction with
     every scale whole. Then each scale gets the smallest window that holds a share of its own mass: one share for all,
     the least with which prefixes and windows together keep enough. A scale that would need a window as large as itself,
-    or larger than was measured, stays as the model has it.
+    or larger than was measured, stays as the model has it: `model_windows`, by default whole.
 
-    Args:
-        scale_mass_SS: Mass by query scale and key scale.
-        window_mass_SW: Mass in the query's own scale by query scale and window of WINDOWS.
-        grids: The scales.
-        keep: The fraction to keep.
-        model_windows: The model's own windows, 0 for a whole scale; or empty.
+    Mass is by query scale and key scale, and in the query's own scale by query scale and window of WINDOWS.
 
     Raises:
         DataError: `keep` is not between 0 and 1.
@@ -141,18 +129,14 @@ def recommended_config(config: ModelConfig, best: Recommendation) -> ModelConfig
 
 
 def savings(config: ModelConfig, best: Recommendation, *, dtype_bytes: int = 4, device: str = "cpu") -> dict[str, Any]:
-    """What `mvar plan` predicts for the model as it is and for the recommended one.
+    """What `mvar plan` predicts for the model as it is and for the recommended one, sampling with guidance.
 
     Returns:
-        `attention_gmacs` (one image, the paper's convention), `kv_cache_bytes` and `sample_peak_bytes` (`batch_size`
-        images, guided), each with the value of the `model`, of the `recommended` one, and as `part` the ratio of the
-        second to the first (None where the first is 0); `dtype_bytes` per value and `device` as given.
+        `attention_gmacs` (one image), `kv_cache_bytes` and `sample_peak_bytes` (`batch_size` images), each with the
+        value of the `model`, of the `recommended` one, and as `part` their ratio (None where the first is 0).
     """
     machine = Machine(device=device, dtype="bfloat16" if dtype_bytes == 2 else "float32")
-    both = [
-        cost_of(each, machine, batch_size=SAVINGS_BATCH, guided=True)
-        for each in (config, recommended_config(config, best))
-    ]
+    both = [cost_of(each, machine, batch_size=SAVINGS_BATCH) for each in (config, recommended_config(config, best))]
     values: dict[str, Any] = {"batch_size": SAVINGS_BATCH, "dtype_bytes": dtype_bytes, "device": device}
     for name in ("attention_gmacs", "kv_cache_bytes", "sample_peak_bytes"):
         before, after = (getattr(each, name) for each in both)

@@ -17,10 +17,7 @@ LEVEL = 0.05
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any]:
-    """Mean, standard deviation (n - 1 in the denominator), number and list of one quantity's values over seeds.
-
-    None and values that are not finite are left out; without any there is no mean, of fewer than two no deviation.
-    """
+    """Mean, standard deviation (n - 1 in the denominator), number and list of the finite values of one quantity."""
     kept = [float(value) for value in values if value is not None and math.isfinite(value)]
     return {
         "mean": float(np.mean(kept)) if kept else None,
@@ -49,14 +46,11 @@ def pooled_std(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Two-sided p-value of Welch's t test that two groups have one mean; None for a group of fewer than two.
-
-    Two groups without any spread have p = 1 where they are equal and 0 where they are not.
-    """
+    """Two-sided p-value of Welch's t test that two groups have one mean; None for a group of fewer than two."""
     if min(len(first), len(second)) < 2:
         return None
-    if np.ptp(first) == 0 and np.ptp(second) == 0:
-        return 1.0 if first[0] == second[0] else 0.0
+    if np.ptp(first) == 0 and np.ptp(second) == 0:  # the test has no value for groups without any spread
+        return float(first[0] == second[0])
     return float(stats.ttest_ind(first, second, equal_var=False).pvalue)
 
 
@@ -65,25 +59,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order, adjusted = np.argsort(p_values, kind="stable"), np.empty(len(p_values))
     steps = np.array(p_values)[order] * np.arange(len(p_values), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-    found: list[float] = adjusted.tolist()
-    return found
+    return list(map(float, adjusted))
 
 
 def compare(quantity: str, values: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Any] | None:
-    """Compare every setting with the baseline by one quantity.
-
-    Args:
-        quantity: The quantity's name.
-        values: One value per seed, by setting.
-        baseline: One of the settings.
+    """Compare every setting with the baseline by one quantity, of which there is one value per seed.
 
     Returns:
-        None where the baseline or all others have no values. Otherwise `quantity`, `baseline`, `seeds` (fewest of any
-        setting), `noise` (standard deviation over seeds, pooled over the settings; None for one seed), `resolution`
-        (the smallest difference that this many seeds could show at this noise), and `comparisons`, one for each other
-        setting: `name`, `difference` (its mean minus the baseline's), `effect` (the difference in units of the noise),
-        `p_value` (Welch's test), `adjusted` (the same after Holm's correction for all comparisons) and
-        `distinguishable` (whether `adjusted` is below LEVEL), each None where it is not known.
+        None where the baseline or all others have no values. Otherwise `seeds` (fewest of any setting), `noise`
+        (standard deviation over seeds, pooled over the settings; None for one seed), `resolution` (the smallest
+        difference that this many seeds could show at this noise), and `comparisons`, one for each other setting:
+        `name`, `difference` (its mean minus the baseline's), `effect` (the difference in units of the noise), `p_value`
+        (Welch's test), `adjusted` (the same after Holm's correction for all comparisons) and `distinguishable` (whether
+        `adjusted` is below LEVEL), each None where it is not known.
     """
     known = {name: list(group) for name, group in values.items() if len(group)}
     others = [name for name in known if name != baseline]
@@ -119,12 +107,7 @@ def compare(quantity: str, values: Mapping[str, Sequence[float]], baseline: str)
 
 
 def sentence(verdict: Mapping[str, Any], values: Mapping[str, Sequence[float]]) -> str:
-    """A verdict of `compare` on a quantity of which less is better, in words that a reader can check.
-
-    Args:
-        verdict: From `compare`.
-        values: What it was made from.
-    """
+    """The verdict of `compare` on a quantity of which less is better, in words that a reader can check."""
     means = {name: float(np.mean(group)) for name, group in values.items() if len(group)}
     best, seeds, comparisons = min(means, key=lambda name: means[name]), verdict["seeds"], verdict["comparisons"]
     start = (

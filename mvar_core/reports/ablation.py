@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvar_core.analysis.ablation import qualities
+from mvar_core.analysis.ablation import qualities, shortest_labels
 from mvar_core.formatting import format_bytes, format_count, format_number
 from mvar_core.reports.figures import COLOURS, FAINT, MARKERS, new_figure, save_figure
 from mvar_core.reports.pages import write_page
@@ -36,10 +36,10 @@ class Section(NamedTuple):
 
 def ablation_sections(found: Mapping[str, Any]) -> list[Section]:
     """The report of what ablation.json holds."""
-    sections = []
-    for ablation in found["ablations"]:
-        texts = [text for text in (*ablation["sentences"], ablation["savings"]) if text]
-        sections.append(Section(ablation["title"], _tables(found, ablation), texts))
+    sections = [
+        Section(table["title"], _tables(found, table), [*filter(None, (*table["sentences"], table["savings"]))])
+        for table in found["ablations"]
+    ]
     return [*sections, Section("", [], _notes(found))]
 
 
@@ -52,21 +52,17 @@ def _tables(found: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[Repor
     quality = ["validation_loss", *(key for key in SCORES if any(setting[key]["values"] for _, setting in lines))]
     unit, factor = _attention_unit(found)
     batch = lines[0][1]["cost"]["batch_size"]
-    cost_columns = [
-        first, "parameters", f"attention, {unit}", "KV cache", "ms an image", "resident", "allocated",
-        "seconds of training",
-    ]  # fmt: skip
     costs = [
-        [
-            label,
-            format_count(setting["parameters"]),
-            format_number(factor * setting["attention_gmacs"]),
-            format_bytes(setting["kv_cache_bytes"]),
-            format_number(1000 * (setting["cost"]["seconds_per_image"] or math.nan)),
-            format_bytes(setting["cost"]["peak_memory_bytes"]),
-            format_bytes(setting["cost"]["allocated_bytes"]),
-            format_spread(setting["training_seconds"]),
-        ]
+        {
+            first: label,
+            "parameters": format_count(setting["parameters"]),
+            f"attention, {unit}": format_number(factor * setting["attention_gmacs"]),
+            "KV cache": format_bytes(setting["kv_cache_bytes"]),
+            "ms an image": format_number(1000 * (setting["cost"]["seconds_per_image"] or math.nan)),
+            "resident": format_bytes(setting["cost"]["peak_memory_bytes"]),
+            "allocated": format_bytes(setting["cost"]["allocated_bytes"]),
+            "seconds of training": format_spread(setting["training_seconds"]),
+        }
         for label, setting in lines
     ]
     return [
@@ -76,7 +72,9 @@ def _tables(found: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[Repor
             [[label, *(format_spread(setting[key]) for key in quality)] for label, setting in lines],
         ),
         ReportTable(
-            f"cost; time and memory of sampling {batch} image{'s together' if batch > 1 else ''}", cost_columns, costs
+            f"cost; time and memory of sampling {batch} image{'s together' if batch > 1 else ''}",
+            [*costs[0]],
+            [[*cells.values()] for cells in costs],
         ),
         ReportTable(
             "validation loss of each scale",
@@ -137,10 +135,7 @@ def ablation_figure(found: Mapping[str, Any]) -> Any:
     figure = new_figure(0.8 + 4.9 * len(ablations), 0.9 + 3.1 * len(shown))
     panels = figure.subplots(len(shown), len(ablations), squeeze=False, sharey="row")
     for column, ablation in enumerate(ablations):
-        labels: dict[str, str] = {}
-        for entry in ablation["entries"]:
-            name, label = entry["setting"], entry["label"]
-            labels[name] = min(labels.get(name, label), label, key=len)
+        labels = shortest_labels((entry["label"], entry["setting"]) for entry in ablation["entries"])
         for axes, (key, quality) in zip(panels[:, column], shown.items(), strict=True):
             for order, (name, label) in enumerate(labels.items()):
                 spread, cost = settings[name][key], factor * settings[name]["attention_gmacs"]

@@ -67,7 +67,7 @@ def plot_curves(
 def plot_metrics(
     metrics: Path, path: Path, *, keys: Sequence[str] = ("loss", "val_loss"), title: str = "Training"
 ) -> None:
-    """Plot some quantities of a run's metrics.jsonl over its steps; see `plot_curves`.
+    """Plot some quantities of a run's metrics.jsonl over its steps.
 
     Raises:
         DataError: There is no such file, or it has none of the quantities.
@@ -77,18 +77,13 @@ def plot_metrics(
     lines = read_metrics(metrics)
     series = {}
     for key in keys:
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        series[key] = ([step for step, _ in points], [value for _, value in points])
+        known = [line for line in lines if line.get(key) is not None]
+        series[key] = ([line["step"] for line in known], [line[key] for line in known])
     plot_curves(series, path, title=title)
 
 
 def plot_batches(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Peak memory and images per second against the batch size, one line per model.
-
-    Args:
-        rows: With name, batch_size, peak_memory_bytes and images_per_second; rows without measurements are left out.
-        path: A .png or .svg file.
-        title: Above the figure.
+    """Peak memory and images per second against the batch size, one line per model, of `rows` of `bench`.
 
     Raises:
         DataError: No row was measured.
@@ -120,9 +115,7 @@ def plot_batches(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
 def plot_attention(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Milliseconds of one attention call against the side of the scale, one panel per window, one line per backend.
 
-    Args:
-        rows: As `attention_sweep.sweep` returns them; only those of the largest batch are plotted.
-        path: A .png or .svg file.
+    Of `rows` of `attention_sweep.sweep` only those of the largest batch are plotted.
 
     Raises:
         DataError: No row was measured.

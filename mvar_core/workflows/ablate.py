@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ from mvar_core.models.directory import read_model_config, tokenizer_hash
 from mvar_core.progress import Progress, silent
 from mvar_core.pyramid import PatchSize, ScalePrefixes
 from mvar_core.reports.ablation import Section, ablation_sections, write_ablation
-from mvar_core.results import DryRun, Result
+from mvar_core.results import DryRun, Result, plain
 from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.curriculum import scales_alone
@@ -123,17 +123,22 @@ class AblationResult(Result):
         return ablation_sections(self.to_dict()) if self.aggregate else []
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One setting on one seed, which decides first weights, order, everything dropped, and the samples."""
 
     setting: Setting
     seed: int
     directory: Path
 
+    def described(self, cost: Plan) -> dict[str, Any]:
+        """Which row it is, and its predicted cost, as row.json has them."""
+        prefixes, windows = self.setting.scale_prefixes, list(self.setting.windows)
+        names = {"setting": self.setting.name, "scale_prefixes": prefixes, "windows": windows, "seed": self.seed}
+        return names | {name: getattr(cost, name) for name in PLANNED}
+
 
 class Rows(Resumable):
-    """The rows as pieces of resumable work: each is done once its row.json is there."""
+    """The rows as pieces of resumable work."""
 
     def __init__(self, out: Path, record: Mapping[str, Any], rows: Sequence[Row]):
         super().__init__(out, record, len(rows), record_file=EXPERIMENT)
@@ -175,29 +180,14 @@ def ablate(
 
         mvar.ablate(preset="digits", data="digits", windows=(3, 5, "whole"), out="runs/ablation")
 
-    Args:
-        preset: Name of a preset or a YAML file.
-        out: The ablation's directory.
-        tokens: Token cache to train on.
-        data: Images, where there is no cache; they are tokenized first.
-        tokenizer: Model directory with the tokenizer that made `tokens`; without it, one is trained on `data`.
-        validation: Token cache of held-out images; by default the test images of `data`, or a tenth of the images.
-        prefixes: Scale prefixes to compare, with whole scales.
-        windows: Windows to compare, with one scale prefix: a number for all windowed scales, "whole", "auto",
-            "auto:K", or a tuple with one window per scale.
-        seeds: How many, counted from the preset's seed, or which.
-        settings: Changes to the preset, as "train.optimizer.lr=1e-3".
-        image_size: Side, or (height, width), also as "256x384"; pyramid and windows follow.
-        steps: Optimizer steps of each row; by default the preset's.
-        batch_size: Images per step; by default the preset's.
-        num: Samples of each class.
-        reference: What samples are compared with, as for `evaluate`; by default the training images.
-        features: As for `evaluate`; auto is demo for digits, otherwise inception.
-        inception_weights: File of the Inception network.
-        overwrite: Start over where an ablation is in `out`.
-        dry_run: Only report rows, costs, and what is done already.
-        machine: Device, dtype and attention backend.
-        progress: Called with the steps of all rows, then with the measurements of cost.
+    `preset`, `settings`, `image_size`, `steps` and `batch_size` are as of `train`; `reference`, by default the training
+    images, `features` and `inception_weights` as of `evaluate`, for `num` samples of each class. Without a cache,
+    `tokens`, the images `data` are tokenized first, without the `tokenizer` of the cache one is trained on them.
+    `validation` is a cache of held-out images; by default the test images of `data`, or a tenth of the images.
+
+    `prefixes` are compared with whole scales, `windows` (see `WindowEntry`) with one scale prefix; `seeds` is how many,
+    counted from the preset's, or which. `progress` is called with the steps of all rows, then with the measurements of
+    cost. `overwrite` starts over where an ablation is in `out`; `dry_run` only reports rows, costs, and what is done.
 
     Raises:
         MvarError: Arguments that contradict each other, something that cannot be used, or another ablation in `out`.
@@ -232,7 +222,7 @@ def ablate(
         raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
     if data is not None:
         open_images(data)
-    caches = {name: TokenCache.open(path) for name, path in (("tokens", tokens), ("validation", validation)) if path}
+    caches = {name: path and TokenCache.open(path) for name, path in (("tokens", tokens), ("validation", validation))}
     rows = [  # seed by seed, so that whole tables are done as early as possible
         Row(setting, seed, out / "rows" / setting.name / f"seed-{seed}")
         for seed in chosen
@@ -243,9 +233,7 @@ def ablate(
     record |= {
         "sampling": recorded(record["sampling"]),
         "train": config.train.model_dump(mode="json", exclude=FREE_SETTINGS),
-        "tokens": None,
-        "validation": None,
-        **{name: sha256_of_file(cache.path / MANIFEST)[:16] for name, cache in caches.items()},
+        **{name: sha256_of_file(cache.path / MANIFEST)[:16] if cache else None for name, cache in caches.items()},
         "images": data,
         "reference": reference,
         "features": features,
@@ -263,7 +251,11 @@ def ablate(
     known = AblationResult(model=config.name, seeds=chosen)
     if dry_run:
         labels = {setting: label for table in tables for setting, label in table.labels.items()}
-        return replace(known, **_planned(job, config, labels, data, tokens, tokenizer, machine, overwrite))
+        steps_before = [
+            f"train a tokenizer for {config.train_tokenizer.steps} steps" if tokenizer is None else "",
+            f"encode the images of {data}" if tokens is None else "",
+        ]
+        return replace(known, **_planned(job, config, labels, steps_before, machine, overwrite))
 
     device = resolve_device(machine.device)
     for row in rows:
@@ -296,16 +288,15 @@ def ablate(
                 "Score with the same, choose another --out, or add --overwrite to start over.",
             )
         write_json(scoring, scorer.identity)
-        num_samples, all_steps = num * len(cache.class_names), planned_steps(config.train, len(cache))
+        num_samples = num * len(cache.class_names)
         if done:
             logger.info("%d of %d rows are done already.", len(done), len(rows))
         for number, row in enumerate(rows):
             if number not in done:
                 title = f"row {number + 1} of {len(rows)}: {row.setting.name}, seed {row.seed}"
-                report = partial(_report_row, progress, number * all_steps, len(rows) * all_steps, title)
                 outcome = train_on_tokens(
                     row.setting.apply(config, row.seed), cache, tokenizer, row.directory, machine=machine,
-                    validation=held, progress=report,
+                    validation=held, progress=_row_progress(progress, number, len(rows), title),
                 )  # fmt: skip
                 if outcome.interrupted:
                     finished = [read_json(job.piece(piece), finite=False) for piece in sorted(job.present())]
@@ -322,7 +313,7 @@ def ablate(
         compared = aggregate(finished)
         result = replace(
             known,
-            steps=all_steps,
+            steps=planned_steps(config.train, len(cache)),
             batch_size=config.train.batch_size,
             data=cache.manifest.source,
             images=cache.num_images,
@@ -356,9 +347,7 @@ def _planned(
     job: Rows,
     config: RunConfig,
     labels: Mapping[Setting, str],
-    data: str | None,
-    tokens: Path | None,
-    tokenizer: Path | None,
+    steps_before: Sequence[str],
     machine: Machine,
     overwrite: bool,
 ) -> dict[str, Any]:
@@ -366,21 +355,12 @@ def _planned(
     done = set() if overwrite else job.done()
     costs = {setting: _planned_cost(setting.apply(config, config.seed), machine) for setting in labels}
     rows = [
-        {
-            "setting": row.setting.name,
-            "label": labels[row.setting],
-            "scale_prefixes": row.setting.scale_prefixes,
-            "windows": list(row.setting.windows),
-            "seed": row.seed,
-            "done": number in done,
-            **{name: getattr(costs[row.setting], name) for name in PLANNED},
-        }
+        {**row.described(costs[row.setting]), "label": labels[row.setting], "done": number in done}
         for number, row in enumerate(job.rows)
     ]
     seeds = len(rows) // len(labels)
     steps = [
-        f"train a tokenizer for {config.train_tokenizer.steps} steps" if tokenizer is None else "",
-        f"encode the images of {data}" if tokens is None else "",
+        *steps_before,
         f"train and score {len(rows) - len(done)} rows ({len(labels)} settings × {seeds} seeds, {len(done)} done)",
         f"time {len(labels)} settings, each in processes of their own",
         f"write tables and figures to {job.directory}",
@@ -414,8 +394,8 @@ def _tokens(
         write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=progress)
         write(cache, data=data, config=config)
         if validation is None and (rest := held_out(source)) is not None:
-            plain = config.model_copy(update={"data": DataConfig()})
-            write(held, data=f"{rest.name}:{rest.split}", config=plain)
+            unaugmented = config.model_copy(update={"data": DataConfig()})
+            write(held, data=f"{rest.name}:{rest.split}", config=unaugmented)
     if held.is_dir():
         return TokenCache.open(cache), TokenCache.open(held)
     train, kept = split_off(TokenCache.open(cache), HELD_OUT, config.seed)
@@ -432,11 +412,13 @@ def _same_turns(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": train.model_copy(update={"scales_alone": alone})})
 
 
-def _report_row(
-    progress: Progress, before: int, all_steps: int, title: str, stage: str, done: int, total: int, **_: Any
-) -> None:
-    """Progress of one row as steps of all rows."""
-    progress("ablation", before + done, all_steps, unit="steps", note=title)
+def _row_progress(progress: Progress, number: int, rows: int, title: str) -> Progress:
+    """Reports the steps of one row as steps of all rows."""
+
+    def report(stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
+        progress("ablation", number * total + done, rows * total, unit="steps", note=title)
+
+    return report
 
 
 def _results(
@@ -453,13 +435,9 @@ def _results(
         torch.cuda.empty_cache()
     lines = reversed(read_metrics(row.directory / "metrics.jsonl"))
     measured = next(line for line in lines if "val_loss" in line)
-    cost = _planned_cost(row.setting.apply(config, row.seed), machine)
-    return finite(
+    return plain(
         {
-            "setting": row.setting.name,
-            "scale_prefixes": row.setting.scale_prefixes,
-            "windows": list(row.setting.windows),
-            "seed": row.seed,
+            **row.described(_planned_cost(row.setting.apply(config, row.seed), machine)),
             "steps": outcome.steps,
             "skipped": outcome.skipped,
             "training_seconds": outcome.seconds,
@@ -468,7 +446,6 @@ def _results(
             "validation_loss": measured["val_loss"],
             "validation_scale_loss": measured["val_scale_loss"],
             "validation_scale_accuracy": measured["val_scale_accuracy"],
-            **{name: getattr(cost, name) for name in PLANNED},
             "num_samples": count,
             "scores": scores,
             "model": "/".join(row.directory.parts[-3:]),
@@ -479,11 +456,11 @@ def _results(
 def _costs(
     directory: Path, config: RunConfig, rows: Sequence[Row], machine: Machine, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Time and memory of sampling, by setting's name: medians over rounds, each in a process of its own.
+    """Time and memory of sampling, by setting's name: medians over rounds that measure every setting once.
 
-    A round measures every setting once; a measurement that is there already is not repeated.
+    A measurement that is there already is not repeated.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[str, list[dict[str, Any]]] = {row.setting.name: [] for row in rows}
     names = [*(f"round-{number}" for number in range(ROUNDS)), "allocated"]
     work = list(itertools.product(names, rows))
     for number, (name, row) in enumerate(work):
@@ -500,11 +477,10 @@ def _costs(
                 seed=row.seed,
                 breakdown=False,
             )
-            write_json(path, finite(measure_alone(request)))
-        found[row.setting.name, name] = read_json(path, finite=False)
+            write_json(path, plain(measure_alone(request)))
+        found[row.setting.name].append(read_json(path, finite=False))
     costs = {}
-    for setting in (row.setting.name for row in rows):
-        *rounds, allocated = (found[setting, name] for name in names)
+    for setting, (*rounds, allocated) in found.items():
         measured = [each for each in rounds if each.get("seconds") is not None]
         seconds = [each["seconds"] / BENCH_BATCH for each in measured]
         first = measured[0] if measured else {}
@@ -520,15 +496,6 @@ def _costs(
             "reason": next((each["reason"] for each in [*rounds, allocated] if "reason" in each), None),
         }
     return costs
-
-
-def finite(value: Any) -> Any:
-    """A JSON value whose numbers that are not finite are None."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Scorer:
@@ -570,10 +537,7 @@ class Scorer:
             self._digits = [read_digits(split, shape) for split in ("train", "test")]
 
     def score(self, images: SampledImages, figure: Path) -> dict[str, Any]:
-        """Generate samples and score them as `evaluate` does; a grid of the first is left in `figure`.
-
-        A score is None, with a reason, where there is none.
-        """
+        """Generate samples and score them; a grid of the first is left in `figure`. What has no score has a reason."""
         batches = images.batches(DEFAULT_BATCH, 0, images.count)
         kept = list(itertools.islice(batches, math.ceil(PICTURED / DEFAULT_BATCH)))
         first = torch.cat(kept)[:PICTURED].permute(0, 2, 3, 1).contiguous()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from mvar_core.analysis.attention import AttentionReport, images_at_once, measure_attention
+from mvar_core.analysis.attention import AttentionReport, measure_attention
 from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.findings import find
 from mvar_core.analysis.recommendation import check_keep, preset_values, savings
@@ -30,11 +30,10 @@ from mvar_core.io.files import fingerprint, remove_leftovers, require_new_direct
 from mvar_core.io.resumable import DirectoryLock, Resumable
 from mvar_core.models import official
 from mvar_core.models.directory import read_model_config
-from mvar_core.models.micro_batches import DECODED_AT_ONCE
+from mvar_core.models.micro_batches import DECODED_AT_ONCE, TOKENS_AT_ONCE
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress, silent
-from mvar_core.reports import attention_page as page
-from mvar_core.reports.attention_figures import plot_attention_report
+from mvar_core.reports import attention as page
 from mvar_core.reports.pages import TableRows
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import peak_memory_bytes, resolve_device
@@ -43,14 +42,18 @@ from mvar_core.sampling.sampler import sample_tokens
 from mvar_core.untrusted import read_json, write_yaml
 
 PAGE, REPORT = "report.html", "report.json"
+Batch = Callable[[NDArray[np.int64]], tuple[Tensor, ...]]
+"""Tokens and conditions of images, by their numbers."""
+
+logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionResult(Result):
     """Attention statistics, averaged over images, layers and heads unless stated otherwise.
 
-    Scales are the token maps of the pyramid, S of them; mass is attention probability. Names that start with `even` are
-    of attention that is spread evenly over all that a token sees.
+    Mass is attention probability. Names that start with `even` are of attention that is spread evenly over all that a
+    token sees.
 
     Attributes:
         scale_mass: Mass by query scale and key scale, S×S; rows sum to 1.
@@ -117,22 +120,13 @@ def analyze_attention(
         found = mvar.analyze_attention("runs/mvar", "attention", data="digits:test")
         print(found.recommended["scale_prefixes"], found.recommended["windows"])
 
-    Args:
-        checkpoint: A model directory, a run, or a published .pth file.
-        out: Directory of the report.
-        tokens: A token cache to measure on.
-        data: Images to measure on. Without either, samples of the model itself are measured.
-        num: Images.
-        keep: Fraction of the attention that the recommended settings must keep.
-        write_preset: Where to write the model with the recommended attention as a preset (.yaml); it trains as the run
-            in `checkpoint` did, if it is a run.
-        tokenizer: The published tokenizer, where `checkpoint` is a .pth file.
-        batch_size: Images in one pass; by default as many as are fast.
-        seed: Chooses among tokens or images, or is the samples' seed.
-        overwrite: Write to a directory that is not empty, and replace the preset.
-        dry_run: Only report what would be done.
-        machine: Device, dtype and attention backend.
-        progress: Called with the layers measured, and with the tokens sampled before.
+    Measured on `num` images of a token cache, `tokens`, or of `data`, chosen by the seed; without either, on the
+    model's own samples with that seed. The recommended settings keep the fraction `keep` of the attention;
+    `write_preset` is where to write the model that has them as a preset (.yaml), which trains as the run in
+    `checkpoint` did, if it is a run. Where that is a .pth file, `tokenizer` is its published tokenizer.
+
+    `batch_size` is how many images go through in one pass; `overwrite` also replaces the preset. `progress` is called
+    with the images sampled, and then with the layers measured.
 
     Raises:
         ConfigError: Arguments that contradict each other, or a run whose settings cannot be read.
@@ -158,15 +152,15 @@ def analyze_attention(
     files += [None if tokens is None else Path(tokens) / MANIFEST]
     record = {
         "inputs": fingerprint(path for path in files if path is not None and path.is_file()),
-        "tokens": None if tokens is None else str(tokens),
-        "data": None if data is None else str(data),
+        "tokens": tokens,
+        "data": data,
         "num": num,
         "keep": keep,
         "seed": seed,
         "device": machine.device,
         "dtype": machine.dtype,
         "attention": machine.attention,
-        "write_preset": None if preset is None else str(preset),
+        "write_preset": preset,
     }
     job = Resumable(out, record, 1, piece_name=REPORT)
     if overwrite or not job.begun:
@@ -179,19 +173,48 @@ def analyze_attention(
             "Choose another --out, or add --overwrite to replace it.",
         )
     if dry_run:
-        return _planned(checkpoint, tokenizer, str(tokens or data or "its own samples"), num, out, preset)
+        if checkpoint.is_file():
+            config = official.open_official(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
+        else:
+            config = read_model_config(checkpoint)
+        source = str(tokens or data or "its own samples")
+        steps = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]
+        steps += [] if preset is None else [f"write the recommended preset to {preset}"]
+        configuration = config.model_dump(mode="json", exclude_none=True)
+        planned = DryRun(configuration=configuration, steps=tuple(steps), cost=cost_of(config), facts={})
+        return AttentionResult(model=config.name, source=source, report=str(out / PAGE), dry_run=planned)
     with DirectoryLock(out):
         if job.done() and not overwrite:
-            logging.getLogger("mvar").info("%s is finished: nothing is left to do.", out)
+            logger.info("%s is finished: nothing is left to do.", out)
             values = read_json(job.piece(0), finite=False)
         else:
             run = checkpoint / "config.yaml"
             training = read_preset(str(run)) if preset is not None and run.is_file() else None
             if training is not None:
                 load_config(None, base=training)
-            pipeline, source, report = _measured(
-                checkpoint, tokens, data, tokenizer, num, keep, seed, batch_size, machine, progress or silent
+            pipeline = Pipeline.from_pretrained(
+                checkpoint, tokenizer=tokenizer, device=machine.device, dtype=machine.dtype, attention=machine.attention
             )
+            if tokens is not None:
+                cache = TokenCache.open(Path(tokens))
+                cache.check(official.tokenizer_hash_of(checkpoint, tokenizer), pipeline.config.pyramid)
+                source, count = f"{tokens} ({cache.manifest.source})", len(cache)
+                if pipeline.config.conditioning.dim is None:
+                    cache.labels = _model_labels(pipeline, cache.class_names, cache.labels, str(tokens))
+                batch: Batch = cache.conditioned(pipeline.config.conditioning).batch
+            elif data is not None:
+                opened = open_images(str(data), max_pixels=machine.max_pixels)
+                opened.labels = _model_labels(pipeline, opened.class_names, opened.labels, str(data))
+                images = ImageRows(opened, pipeline.config.image_shape)
+                source, count, batch = f"images of {data}", len(images), partial(_encode, pipeline, images)
+            else:
+                logger.info("No --tokens and no --data: the model's own samples are measured.")
+                samples = _own_samples(pipeline, num, seed, progress or silent)
+                source, count, batch = f"the model's own samples (seed {seed})", num, samples.__getitem__
+            if tokens is None and without_conditions(pipeline.config):
+                source += ", without a condition: the vectors of the classes are not known"
+            chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num])
+            report = _measured(pipeline, chosen, batch, batch_size, keep, progress or silent)
             remove_leftovers(out)
             job.piece(0).unlink(missing_ok=True)
             write_json(job.record_path, job.record)
@@ -211,47 +234,22 @@ def analyze_attention(
 
 
 def _measured(
-    checkpoint: Path,
-    tokens: Path | str | None,
-    data: Path | str | None,
-    tokenizer: Path | None,
-    num: int,
-    keep: float,
-    seed: int,
+    pipeline: Pipeline,
+    chosen: NDArray[np.int64],
+    batch: Batch,
     batch_size: int | None,
-    machine: Machine,
+    keep: float,
     progress: Progress,
-) -> tuple[Pipeline, str, AttentionReport]:
-    """The model, what it was measured on, and its attention there."""
-    pipeline = Pipeline.from_pretrained(
-        checkpoint, tokenizer=tokenizer, device=machine.device, dtype=machine.dtype, attention=machine.attention
-    )
-    at_once = batch_size or images_at_once(pipeline.config, pipeline.device)
-    batch: Callable[[NDArray[np.int64]], tuple[Tensor, ...]]
-    if tokens is not None:
-        cache = TokenCache.open(Path(tokens))
-        cache.check(official.tokenizer_hash_of(checkpoint, tokenizer), pipeline.config.pyramid)
-        source, count = f"{tokens} ({cache.manifest.source})", len(cache)
-        if pipeline.config.conditioning.dim is None:
-            cache.labels = _model_labels(pipeline, cache.class_names, cache.labels, str(tokens))
-        batch = cache.conditioned(pipeline.config.conditioning).batch
-    elif data is not None:
-        opened = open_images(str(data), max_pixels=machine.max_pixels)
-        opened.labels = _model_labels(pipeline, opened.class_names, opened.labels, str(data))
-        images = ImageRows(opened, pipeline.config.image_shape)
-        source, count, batch = f"images of {data}", len(images), partial(_encode, pipeline, images)
-    else:
-        samples = _own_samples(pipeline, num, seed, progress)
-        source, count, batch = f"the model's own samples (seed {seed})", num, samples.__getitem__
-    if tokens is None and without_conditions(pipeline.config):
-        source += ", without a condition: the vectors of the classes are not known"
-    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num])
+) -> AttentionReport:
+    """The model's attention on the chosen images."""
     num, depth = len(chosen), len(pipeline.transformer.blocks)
+    rows = TOKENS_AT_ONCE.get(pipeline.device.type, 2048) // pipeline.config.pyramid.num_tokens
+    at_once = batch_size or max(1, rows)  # enough rows for fast products, and no more
 
     def layers_done(done: int) -> None:
         progress("attention", done, num * depth, unit="layers", note=f"image {done // depth} of {num}")
 
-    report = measure_attention(
+    return measure_attention(
         pipeline.transformer,
         pipeline.quantizer,
         (batch(chosen[first : first + at_once]) for first in range(0, num, at_once)),
@@ -260,7 +258,6 @@ def _measured(
         attention=pipeline.attention,
         progress=layers_done,
     )
-    return pipeline, source, report
 
 
 def _write_preset(path: Path, values: dict[str, Any]) -> None:
@@ -273,7 +270,7 @@ def _write_report(
     out: Path, pipeline: Pipeline, source: str, report: AttentionReport, preset: Path | None
 ) -> dict[str, Any]:
     """Write the figures, the page and report.json, whose content is returned."""
-    plots = plot_attention_report(report, out)
+    plots = page.plot_attention_report(report, out)
     dtype_bytes = pipeline.transformer.input_projection.weight.element_size()
     values = {
         "model": pipeline.config.name,
@@ -318,10 +315,8 @@ def _own_samples(pipeline: Pipeline, num: int, seed: int, progress: Progress) ->
 
     Sample i is what `Pipeline.sample` generates with this seed, number and class.
     """
-    logging.getLogger("mvar").info("No --tokens and no --data: the model's own samples are measured.")
-    config, transformer = pipeline.config, pipeline.transformer
-    assert config.transformer is not None
-    conditions = pipeline.conditions_of(spread_classes(num, config.transformer.num_classes))
+    transformer = pipeline.transformer
+    conditions = pipeline.conditions_of(spread_classes(num, transformer.config.num_classes))
     settings = pipeline.sampling_settings()
     sizes = pipeline.micro_batches(num, settings)
     parts = []
@@ -340,18 +335,3 @@ def _own_samples(pipeline: Pipeline, num: int, seed: int, progress: Progress) ->
 def spread_classes(num: int, classes: int) -> list[int]:
     """`num` ascending labels: every class equally often, give or take one, or evenly spread where there are more."""
     return [index * classes // num for index in range(num)]
-
-
-def _planned(
-    checkpoint: Path, tokenizer: Path | None, source: str, num: int, out: Path, preset: Path | None
-) -> AttentionResult:
-    if checkpoint.is_file():
-        config = official.open_official(checkpoint, tokenizer or official.tokenizer_next_to(checkpoint)).config
-    else:
-        config = read_model_config(checkpoint)
-    steps = [f"measure attention on {num} images of {source}", f"write report and figures to {out}"]
-    if preset is not None:
-        steps.append(f"write the recommended preset to {preset}")
-    configuration = config.model_dump(mode="json", exclude_none=True)
-    dry_run = DryRun(configuration=configuration, steps=tuple(steps), cost=cost_of(config), facts={})
-    return AttentionResult(model=config.name, source=source, report=str(out / PAGE), dry_run=dry_run)

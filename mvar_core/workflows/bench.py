@@ -14,7 +14,7 @@ from mvar_core.config import AttentionConfig, Machine, RunConfig, SamplingConfig
 from mvar_core.config.section import validate
 from mvar_core.errors import BackendError, ConfigError, nearest
 from mvar_core.kernels import available_backends, check_backend
-from mvar_core.progress import Progress
+from mvar_core.progress import Progress, silent
 from mvar_core.pyramid import PatchSize, read_sizes, spread_window
 from mvar_core.reports.figures import plot_attention, plot_batches
 from mvar_core.results import Result
@@ -37,9 +37,8 @@ class BenchResult(Result):
         rows: One mapping for each model and batch size, or for each side, window and backend of attention: name,
             batch_size, seconds (median), images_per_second, peak_memory_bytes, kv_cache_bytes; for models also runs,
             times_faster and memory_ratio (against `baseline`), stages (seconds by stage), and the `reason` where there
-            are no figures. See `mvar_core.analysis.attention_sweep.sweep` for those of attention.
+            are no figures; for attention also what `mvar_core.analysis.attention_sweep.sweep` returns.
         machine: Where it was measured: processor, GPU, versions, date.
-        plot: The figure, if any.
     """
 
     what: str
@@ -76,33 +75,22 @@ def bench(
 
         rows = mvar.bench("mvar-d16-256", batch_size=(1, 4), machine=mvar.Machine(dtype="bfloat16")).rows
 
-    Args:
-        preset: Name of a preset or a YAML file.
-        checkpoint: A model directory, in place of a preset.
-        settings: Changes to the preset, as `transformer.depth=4`.
-        image_size: Side, or (height, width), also as "256x384".
-        what: "sample", "train" (a step of all scales) or "attention" (of one layer, by every backend).
-        batch_size: Images together: one number or several.
-        published_style: Also sample VAR as its published code does, as the baseline.
-        repeats: Repetitions that medians are of.
-        breakdown: Also measure each stage, in a run of its own.
-        sampling: Guidance and filters; what is not set is the model's.
-        sides: attention: sizes of the scales, also as "8,16x24"; by default the model's, from 8.
-        windows: attention: sides of the windows; 0 is the whole scale.
-        backward: attention: forward and backward pass.
-        plot: Also plot the figures to this .png or .svg file.
-        seed: Of everything random.
-        machine: Device, dtype and attention backend.
-        progress: Called with the rows that are measured.
+    The model is as of `plan`. `what` is "sample", "train" (a step of all scales) or "attention" (of one layer, by every
+    backend); `batch_size` is one number of images or several; medians are of `repeats` repetitions. With
+    `published_style` VAR is also sampled as its published code does it, as the baseline; with `breakdown` each stage is
+    measured too, in a run of its own. `sampling` is guidance and filters; what is not set is the model's.
+
+    For attention, `sides` are sizes of the scales, also as "8,16x24", by default the model's from 8 on; `windows` are
+    sides of the windows, 0 for the whole scale; `backward` adds the backward pass. `plot` is a .png or .svg file.
 
     Raises:
         MvarError: Something that cannot be measured, before anything is.
     """
     if what not in WHAT:
         raise ConfigError(f"--what {what!r} is not one of {', '.join(WHAT)}. {nearest(what, WHAT)}")
-    picture = Path(plot) if plot is not None else None
-    if picture is not None and picture.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"--plot {picture} must end in .png or .svg.")
+    plot = None if plot is None else Path(plot)
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"--plot {plot} must end in .png or .svg.")
     batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
     if not batches or not all(isinstance(batch, int) and 1 <= batch <= MAX_BATCH for batch in batches):
         raise ConfigError(f"--batch-size {','.join(map(str, batches))!r}: a batch has 1 … {MAX_BATCH:,} images.")
@@ -119,18 +107,18 @@ def bench(
         config = validate(RunConfig, config.model_dump(), str(checkpoint))
     config = config.model_copy(update={"sampling": resolve_settings(config, sampling)})
     if what == "attention":
-        rows = _attention(config, sides, windows, batches, repeats, backward, machine, progress)
+        rows = _attention(config, sides, windows, batches, repeats, backward, machine, progress or silent)
+        if plot is not None:
+            plot_attention(rows, plot)
     else:
         request = Request(
             what=what, config=config, checkpoint=checkpoint, repeats=repeats, machine=machine, seed=seed,
             breakdown=breakdown,
         )  # fmt: skip
-        rows = _compare(request, batches, published_style and what == "sample", progress)
-    if picture is not None and what == "attention":
-        plot_attention(rows, picture)
-    elif picture is not None:
-        plot_batches(rows, picture, title=f"{config.name}: {'sampling' if what == 'sample' else 'a training step'}")
-    return BenchResult(what=what, model=config.name, rows=tuple(rows), machine=describe_machine(), plot=picture)
+        rows = _compare(request, batches, published_style and what == "sample", progress or silent)
+        if plot is not None:
+            plot_batches(rows, plot, title=f"{config.name}: {'sampling' if what == 'sample' else 'a training step'}")
+    return BenchResult(what=what, model=config.name, rows=tuple(rows), machine=describe_machine(), plot=plot)
 
 
 def twins(config: RunConfig) -> list[tuple[str, RunConfig]]:
@@ -147,23 +135,22 @@ def twins(config: RunConfig) -> list[tuple[str, RunConfig]]:
 
 
 def _compare(
-    common: Request, batches: Sequence[int], published_style: bool, progress: Progress | None
+    common: Request, batches: Sequence[int], published_style: bool, progress: Progress
 ) -> list[dict[str, Any]]:
     """Measure every model at every batch size; each row next to the baseline's of the same batch."""
-    for _, twin in twins(common.config):  # refuse before the first process what every one of them would refuse
+    models = [(label, config, False) for label, config in twins(common.config)]
+    for _, twin, _ in models:  # refuse before the first process what every one of them would refuse
         try:
             backend, needs_grad = common.machine.attention, common.what == "train"
             check_backend(backend, twin.patterns, common.device, common.dtype, needs_grad=needs_grad)
         except BackendError as error:
             raise BackendError(f"{error.message} ({twin.name})", error.hint) from None
-    models = [(label, config, False) for label, config in twins(common.config)]
     if published_style:
         models.insert(0, ("VAR, published style", models[0][1], True))
     rows: list[dict[str, Any]] = []
     total, baseline = len(batches) * len(models), models[0][0]
     for batch, (label, config, published) in itertools.product(batches, models):
-        if progress is not None:
-            progress("measuring", len(rows), total, unit="rows", note=f"{label}, batch {batch}")
+        progress("measuring", len(rows), total, unit="rows", note=f"{label}, batch {batch}")
         changes = {"config": config, "batch_size": batch, "published_style": published}
         found = measure_alone(common.model_copy(update=changes))
         attention = {"scale_prefixes": config.attention.scale_prefixes, "windows": list(config.windows)}
@@ -185,7 +172,7 @@ def _attention(
     repeats: int,
     backward: bool,
     machine: Machine,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     device = resolve_device(machine.device)
     dtype = resolve_dtype(machine.dtype, device)
@@ -208,21 +195,12 @@ def _attention(
         names = list(dict.fromkeys(["dense", machine.attention]))
     heads, head_dim = config.transformer.num_heads, config.transformer.head_dim
     total, started = len(batches) * len(sides) * len(windows), itertools.count()
-
-    def report(note: str) -> None:
-        if progress is not None:
-            progress("measuring", next(started), total, unit="scales", note=note)
-
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
+    return [
+        row
+        for batch in batches
         for row in sweep(
             sides, windows, names, heads=heads, head_dim=head_dim, batch=batch, dtype=dtype, device=device,
-            backward=backward, repeats=repeats, progress=report,
-        ):  # fmt: skip
-            seen = f"window {row['window']}" if row["window"] else "whole"
-            side = row["side"] if isinstance(row["side"], int) else "×".join(map(str, row["side"]))
-            row |= {"name": f"{row['backend']}, side {side}, {seen}", "batch_size": batch, "kv_cache_bytes": 0}
-            row["images_per_second"] = batch / row["seconds"] if row["seconds"] else None
-            row["peak_memory_bytes"] = row["peak_bytes"]
-            rows.append(row)
-    return rows
+            backward=backward, repeats=repeats,
+            progress=lambda note: progress("measuring", next(started), total, unit="scales", note=note),
+        )
+    ]  # fmt: skip

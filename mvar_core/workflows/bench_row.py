@@ -7,10 +7,10 @@ the row, or the error. `measure_alone` starts it.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from mvar_core.allocator import keep_freed_memory
 from mvar_core.analysis.cost import weight_bytes
-from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
+from mvar_core.analysis.measure import StageClock, allocation_peak, seconds_of
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config import Machine, RunConfig
 from mvar_core.errors import MvarError
@@ -39,14 +39,10 @@ KILLED = "the process was ended by the system, which is what happens when memory
 
 
 class Request(BaseModel):
-    """What to measure.
+    """What to measure, `what` being a key of `MEASUREMENTS`.
 
-    Attributes:
-        what: A key of `MEASUREMENTS`.
-        config: The model, and how it is trained; its sampling settings are those that are measured.
-        checkpoint: Its directory; without it, random weights.
-        published_style: Sample as the published code does.
-        breakdown: Also measure the seconds of each stage, in a run of its own.
+    Without a `checkpoint`, a model directory, weights are random. With `breakdown` the seconds of each stage are
+    measured too, in a run of their own.
     """
 
     what: str
@@ -78,69 +74,47 @@ class Request(BaseModel):
     def sampling(self) -> tuple[Transformer, VQVAE, Callable[[int], object]]:
         """The models, and a function that samples so many images, as `mvar sample` or as the published code does it."""
         dtype = torch.float32 if self.published_style else self.dtype
-        transformer, settings = self.transformer(dtype), self.config.sampling
+        config, device, transformer = self.config, self.device, self.transformer(dtype)
         if self.checkpoint is None:
-            vqvae = random_tokenizer(self.config, self.device, dtype, self.seed, encoder=False)
+            vqvae = random_tokenizer(config, device, dtype, self.seed, encoder=False)
         else:
-            vqvae = load_tokenizer(
-                self.checkpoint, self.config, self.device, dtype, encoder=False, verify=self.machine.verify
-            )
-        conditions = transformer.conditioner.examples(self.batch_size)
+            vqvae = load_tokenizer(self.checkpoint, config, device, dtype, encoder=False, verify=self.machine.verify)
+        conditions, settings = transformer.conditioner.examples(self.batch_size), config.sampling
         if self.published_style:
             vqvae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            random = generator("bench", self.seed, device=self.device)
+            random = generator("bench", self.seed, device=device)
 
-            def sample_as_published(count: int) -> object:
-                images = sample_published_style(
-                    transformer, vqvae, conditions[:count], settings, random, dtype=self.dtype
-                )
-                return images.cpu()
+            def sample(count: int) -> object:
+                chosen = conditions[:count]
+                return sample_published_style(transformer, vqvae, chosen, settings, random, dtype=self.dtype).cpu()
 
-            return transformer, vqvae, sample_as_published
-        pipeline = Pipeline(self.config, vqvae, transformer, attention=self.machine.attention)
+        else:
+            pipeline = Pipeline(config, vqvae, transformer, attention=self.machine.attention)
 
-        def sample(count: int) -> object:
-            chosen = conditions[:count]
-            return pipeline.sample(conditions=chosen, settings=settings, seed=self.seed, batch_size=self.batch_size)
+            def sample(count: int) -> object:
+                chosen = conditions[:count]
+                return pipeline.sample(conditions=chosen, settings=settings, seed=self.seed, batch_size=self.batch_size)
 
         return transformer, vqvae, sample
 
     def training_step(self) -> TrainingStep:
         """A step of the batch size."""
         train = self.config.train.model_copy(update={"batch_size": self.batch_size})
-        return TrainingStep(
-            self.config.model_copy(update={"train": train}),
-            self.transformer(torch.float32).requires_grad_(True).train(),
-            self.device,
-            self.dtype,
-            attention=self.machine.attention,
-            seed=self.seed,
-        )
+        config = self.config.model_copy(update={"train": train})
+        transformer = self.transformer(torch.float32).requires_grad_(True).train()
+        return TrainingStep(config, transformer, self.dtype, self.machine.attention, self.seed)
 
 
 class TrainingStep:
     """Callable: one step of all scales on random tokens, as training takes it on one device.
 
-    Args:
-        config: The model, and how it is trained; its batch size is that of the step.
-        transformer: Float32, in training mode.
-        device: Where it is.
-        dtype: Of autocast; float32 is none.
-        attention: Attention backend.
-        seed: Of tokens and of what is dropped.
+    The transformer is in float32 and training mode; autocast computes in `dtype`, float32 for none.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        transformer: Transformer,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        attention: str = "auto",
-        seed: int = 0,
+        self, config: RunConfig, transformer: Transformer, dtype: torch.dtype, attention: str = "auto", seed: int = 0
     ):
-        self.train, self.transformer = config.train, transformer
+        self.train, self.transformer, device = config.train, transformer, transformer.position_embedding.device
         self.device, self.dtype, self.attention, self.seed = device, dtype, attention, seed
         transformer.recompute_blocks = config.train.activation_checkpointing
         with torch.random.fork_rng(devices=[]):  # its values change neither time nor memory
@@ -185,9 +159,7 @@ class TrainingStep:
 
 
 def measure_alone(request: Request) -> dict[str, Any]:
-    """A request's row, measured in a fresh process.
-
-    A row for which there is too little memory has a `reason` and no figures.
+    """A request's row, measured in a fresh process; with too little memory it has a `reason` and no figures.
 
     Raises:
         MvarError: The process found something that the user can fix, or failed.
@@ -231,9 +203,16 @@ def measure_sampling(request: Request) -> dict[str, Any]:
     transformer, vqvae, sample = request.sampling()
     # A GPU warms up on the very shapes that it will be measured on; a CPU on one image, which is faster.
     warm = request.batch_size if device.type == "cuda" else 1
-    with _cache_bytes(transformer) as cached:
-        row = _timed(request, before, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
-    row["kv_cache_bytes"] = cached["peak"]
+    cached, drop_unseen = [0], transformer.drop_unseen
+
+    def watched(cache: KeyValueCache, scale: int) -> None:  # called at the end of every scale
+        cached.append(cache.num_bytes)
+        drop_unseen(cache, scale)
+
+    transformer.drop_unseen = watched  # type: ignore[method-assign]
+    row = _timed(request, before, lambda: sample(request.batch_size), warmup=lambda: sample(warm))
+    del transformer.drop_unseen
+    row["kv_cache_bytes"] = max(cached)
     if request.breakdown:
         clock = StageClock(device)
         clock.watch(transformer, "condition", "conditioning")
@@ -276,7 +255,9 @@ def _timed(
 ) -> dict[str, Any]:
     """Time `run` and read the process's peak; `process_bytes` is what it held before anything was built."""
     device, gpu = request.device, request.device.type == "cuda"
-    seconds, runs = median_seconds(run, device, repeats=request.repeats, warmup=warmup)
+    (warmup or run)()
+    runs = [seconds_of(run, device) for _ in range(request.repeats)]
+    seconds = statistics.median(runs)
     return {
         "batch_size": request.batch_size,
         "seconds": seconds,
@@ -288,23 +269,6 @@ def _timed(
         "device": torch.cuda.get_device_name(device) if gpu else str(device),
         "dtype": str(request.dtype).removeprefix("torch."),
     }
-
-
-@contextmanager
-def _cache_bytes(transformer: Transformer) -> Iterator[dict[str, int]]:
-    """The most bytes that a cache of keys and values holds, seen at the end of every scale."""
-    peak = {"peak": 0}
-    original = transformer.drop_unseen
-
-    def watched(cache: KeyValueCache, scale: int) -> None:
-        peak["peak"] = max(peak["peak"], cache.num_bytes)
-        original(cache, scale)
-
-    transformer.drop_unseen = watched  # type: ignore[method-assign]
-    try:
-        yield peak
-    finally:
-        del transformer.drop_unseen
 
 
 MEASUREMENTS: dict[str, Callable[[Request], dict[str, Any]]] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import small_config
 
-from mvar_core.analysis.attention import AttentionProbe, images_at_once, measure_attention
+from mvar_core.analysis.attention import AttentionProbe, measure_attention
 from mvar_core.analysis.recommendation import WINDOWS
 from mvar_core.errors import DataError
 from mvar_core.models.quantizer import MultiScaleQuantizer
@@ -238,11 +238,6 @@ def test_measured_model_in_bfloat16_equals_whole_maps_of_its_queries_and_keys():
     config = small_config((1, (2, 3), (3, 5)), 2, (0, 0, 3), gate_init=1.0)
     report, maps = measured_and_whole(config, torch.bfloat16)
     check_against(report, maps, config, 2e-2)
-
-
-def test_rows_of_a_pass_bound_its_images():
-    assert images_at_once(small_config((1, 2, 4)), torch.device("cpu")) == 2048 // 21
-    assert images_at_once(small_config((1, 64)), torch.device("cpu")) == 1
 
 
 def test_half_precision_queries_are_summed_in_full_precision():

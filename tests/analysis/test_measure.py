@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvar_core.analysis.measure import StageClock, allocation_peak, median_seconds
+from mvar_core.analysis.measure import StageClock, allocation_peak
 from mvar_core.analysis.random_models import random_tokenizer, random_transformer
 from mvar_core.config.presets import load_config
 
@@ -23,7 +23,6 @@ def test_allocations_count_what_lives_together():
         view = c[10:]
         del b, c, held  # what was there before counts neither way
     assert live.peak_bytes == 6_000_000
-    assert live.allocations == 3
     assert view.shape == (249_990,)
 
 
@@ -88,13 +87,6 @@ def test_a_clock_cleans_up_after_an_error():
     with pytest.raises(ZeroDivisionError):
         clock.run(lambda: 1 / 0)
     assert vars(machine) == {}
-
-
-def test_medians_leave_the_warmup_out():
-    calls = []
-    median, runs = median_seconds(lambda: calls.append("run"), CPU, repeats=3, warmup=lambda: calls.append("warm"))
-    assert calls == ["warm", "run", "run", "run"]
-    assert median == sorted(runs)[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,20 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mvar_core.analysis.cost import count_parameters, train_peak_bytes
 from mvar_core.analysis.measure import allocation_peak
 from mvar_core.analysis.random_models import random_transformer
-from mvar_core.analysis.training_memory import count_parameters, train_peak_bytes
 from mvar_core.config.presets import load_config
 from mvar_core.workflows.bench_row import TrainingStep
 
-CPU = torch.device("cpu")
 WIDE = ("patch_sizes=[1,2,4,8,16]", "image_size=64", "transformer.embed_dim=256", "transformer.num_heads=4")
 
 
 def measured(config, dtype):
     """Peak of two steps: the second has the optimizer's moments from the start."""
     transformer = random_transformer(config).requires_grad_(True).train()
-    step = TrainingStep(config, transformer, CPU, dtype)
+    step = TrainingStep(config, transformer, dtype)
     with allocation_peak() as live:
         step()
         step()

@@ -7,7 +7,7 @@ import pytest
 from attention_reports import report_of
 from PIL import Image
 
-from mvar_core.reports.attention_figures import FIGURES, plot_attention_report
+from mvar_core.reports.attention import FIGURES, plot_attention_report
 
 
 def check_picture(path):
@@ -70,7 +70,7 @@ def test_figures_show_the_values_of_the_report():
         ks, values = line.get_data()
         np.testing.assert_allclose(values, [report.window_share[k][scale] for k in ks])
         assert values[-1] == pytest.approx(1)
-        assert line.get_label() == str(report.patch_sizes[scale])
+        assert line.get_label() == report.pyramid.names[scale]
     for line, scale in zip(before.lines, (1, 2, 3), strict=False):
         ks, values = line.get_data()
         projected = [report.window_mass_by_scale[k][scale, scale - 1] / report.scale_mass[scale, scale - 1] for k in ks]

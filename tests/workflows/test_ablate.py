@@ -75,7 +75,7 @@ def test_two_settings_on_two_seeds(arguments, tmp_path):
         assert row["windows"] == [0, 0, 0]
         assert len(row["validation_scale_loss"]) == len(row["validation_scale_accuracy"]) == 3
         assert row["scores"]["fid"] > 0
-        assert 0 <= row["scores"]["classifier_accuracy"] <= 1
+        assert row["scores"]["classifier_accuracy"] is None  # cats and dogs are no digits
         assert "sfid" in row["scores"]["reasons"]
         assert row["cost"]["seconds_per_image"] > 0
         assert row["cost"]["peak_memory_bytes"] > row["cost"]["allocated_bytes"] > row["cost"]["weight_bytes"] > 0

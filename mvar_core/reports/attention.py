@@ -1,8 +1,8 @@
-"""The figures of an attention report, as PNG and SVG files."""
+"""An attention report: its figures as PNG and SVG files, its page and its tables, from the content of report.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ import numpy as np
 
 from mvar_core.analysis.attention import AttentionReport
 from mvar_core.analysis.recommendation import share_of
+from mvar_core.formatting import format_bytes
+from mvar_core.pyramid import ScalePyramid
 from mvar_core.reports.figures import FAINT, new_figure, ordered_colours, save_figure
+from mvar_core.reports.pages import TableRows, svg_figure, write_page
 
 LABELLED_CELLS = 200
 """A heat map of at most this many cells shows numbers in them."""
@@ -19,12 +22,7 @@ MOST_TIMES = 5
 
 
 def plot_attention_report(report: AttentionReport, directory: Path) -> dict[str, Path]:
-    """Make all figures of a report, each as PNG and as SVG.
-
-    Returns:
-        Name of each figure and its PNG file: scale_mass (which scales are attended to), window_mass (how near),
-        last_scale (where in each scale the last scale attends to), layers (how layers differ).
-    """
+    """Make all figures of a report, each as PNG and as SVG; returns their names and PNG files."""
     paths = {name: directory / f"{name}.png" for name in FIGURES}
     for name, path in paths.items():
         figure = FIGURES[name](report)
@@ -41,8 +39,8 @@ def scale_mass_figure(report: AttentionReport) -> Any:
     figure = new_figure(side + 1.3, side)
     axes = figure.add_subplot()
     _heat_map(figure, axes, mass_SS, np.triu(np.ones_like(mass_SS, dtype=bool), k=1), "fraction of the attention")
-    _scale_ticks(axes.set_xticks, report.scale_names, 90)
-    _scale_ticks(axes.set_yticks, report.scale_names, 0)
+    _scale_ticks(axes.set_xticks, report.pyramid.names, 90)
+    _scale_ticks(axes.set_yticks, report.pyramid.names, 0)
     axes.set(xlabel="attended scale (side in tokens)", ylabel="scale of the queries (side in tokens)")
     axes.set_title("Attention across scales")
     return figure
@@ -69,11 +67,11 @@ def window_mass_figure(report: AttentionReport) -> Any:
             covered = [k for k in mass if k < side] + [k for k in mass if k >= side][:1]
             widest = max(widest, covered[-1])
             values = [share_of(mass[k], report.scale_mass)[scale, scale - back] for k in covered]
-            label = None if back else report.scale_names[scale]
+            label = None if back else report.pyramid.names[scale]
             axes.plot(covered, values, color=colours[scale], marker="o", markersize=4, label=label)
         last, ticks = scales[-1], [k for k in mass if k <= widest]
         spread = [share_of(even.window_mass_by_scale[k], even.scale_mass)[last, last - back] for k in ticks]
-        label = None if back else f"{report.scale_names[last]}, even spread"
+        label = None if back else f"{report.pyramid.names[last]}, even spread"
         axes.plot(ticks, spread, color=FAINT, linestyle="--", linewidth=1.2, label=label)
         axes.set(xticks=ticks, xlim=(0.5, widest + 0.5), ylim=(0, 1.04), xlabel="window side k (tokens)")
         axes.set_title(f"Within k×k of the {title}")
@@ -137,7 +135,7 @@ def layers_figure(report: AttentionReport) -> Any:
     right.set_title("How evenly it is spread")
     ticks = range(0, layers, max(1, layers // 12))
     for axes in (left, right):
-        _scale_ticks(axes.set_xticks, report.scale_names, 90)
+        _scale_ticks(axes.set_xticks, report.pyramid.names, 90)
         axes.set_yticks(ticks, [str(layer + 1) for layer in ticks])
         axes.set(xlabel="scale of the queries (side in tokens)", ylabel="layer")
     return figure
@@ -178,3 +176,69 @@ def _scale_ticks(set_ticks: Callable[..., object], names: Sequence[str], rotatio
 def _short(value: float) -> str:
     """Two decimals without the leading zero."""
     return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1"
+
+
+def write_attention_page(path: Path, values: Mapping[str, Any]) -> None:
+    """Write the page from the content of report.json; the figures that it names exist."""
+    write_page(
+        path,
+        "attention.html.j2",
+        **values,
+        names=_scale_names(values),
+        scales=scale_rows(values),
+        svg=lambda name, caption: svg_figure(Path(values["plots_svg"][name]), caption),
+        recommendation=recommendation_sentence(values),
+        saved=saving_rows(values["savings"]),
+    )
+
+
+def _scale_names(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return ScalePyramid.from_patch_sizes(values["patch_sizes"]).names
+
+
+def scale_rows(values: Mapping[str, Any]) -> TableRows:
+    """Each scale's attention to itself and to the scale before, compared with an even spread, and within windows."""
+    near, mass, even = values["reading"]["window"], values["scale_mass"], values["even_scale_mass"]
+    inside, even_inside = (values[f"{kind}window_mass_by_scale"][str(near)] for kind in ("", "even_"))
+    shown = [k for k in (3, 7, 15) if k < max(np.ravel(values["patch_sizes"][-1]))]
+    rows = [["scale", "own", "before", "both", "even", *(f"in {k}×{k} of own" for k in shown), f"even {near}×{near}",
+             f"in {near}×{near} of all"]]  # fmt: skip
+    for scale, name in enumerate(_scale_names(values)):
+        before, even_before = (masses[scale][scale - 1] if scale else 0.0 for masses in (mass, even))
+        cells = [
+            mass[scale][scale],
+            before if scale else None,
+            mass[scale][scale] + before,
+            even[scale][scale] + even_before,
+            *(values["window_share"][str(k)][scale] for k in shown),
+            even_inside[scale][scale] / even[scale][scale],
+            sum(inside[scale]),
+        ]
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in cells)])
+    return rows
+
+
+def saving_rows(savings: Mapping[str, Any]) -> TableRows:
+    """What the recommendation saves."""
+    together = f"{savings['batch_size']} images"
+    rows = [["", "as it is", "recommended", "ratio"]]
+    for key, label in (
+        ("attention_gmacs", "attention, one image (GMACs)"),
+        ("kv_cache_bytes", f"KV cache, {together}"),
+        ("sample_peak_bytes", f"peak memory of sampling, {together}"),
+    ):
+        found = savings[key]
+        both = [found["model"], found["recommended"]]
+        shown = [f"{value:,.4g}" if key == "attention_gmacs" else format_bytes(value) for value in both]
+        rows.append([label, *shown, "–" if found["part"] is None else f"{found['part']:.3f}"])
+    return rows
+
+
+def recommendation_sentence(values: Mapping[str, Any]) -> str:
+    """The recommended settings in a line."""
+    best = values["recommended"]
+    windows = ",".join(map(str, best["windows"]))
+    return (
+        f"To keep {best['keep']:g} of the attention: scale_prefixes {best['scale_prefixes']}, windows {windows}"
+        f" (0 is a whole scale); together they keep {best['kept']:.4f}."
+    )

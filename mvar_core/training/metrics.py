@@ -115,7 +115,7 @@ class Recorder:
 
     def _watched(self, values: Tensor) -> float:
         names = ("loss", *self.objective.metric_names)
-        return float(values[[names.index(name) for name in self.objective.watched]].sum())
+        return float(values[[names.index(name) for name in self.objective.watched]].nanmean())
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -83,7 +83,7 @@ class Objective:
     Attributes:
         metric_names: Names of the values that `loss` returns next to the loss; nan there is a measure that a step does
             not have.
-        watched: Of "loss" and those names, the ones whose sum falls in a training that goes well.
+        watched: Of "loss" and those names, the ones whose mean falls in a training that goes well.
         num_rows: Rows that there are to train on.
         tokens_per_image: Tokens of an image that a step trains, for throughput.
     """

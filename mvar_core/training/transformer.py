@@ -78,6 +78,8 @@ class TransformerObjective(Objective):
         self.num_scales = self.transformer.pyramid.num_scales
         scales = range(self.num_scales)
         self.metric_names = (*(f"loss_{s}" for s in scales), *(f"accuracy_{s}" for s in scales))
+        if self.curriculum.period > 1:  # the loss of a step is that of its scales, more or fewer
+            self.watched = tuple(f"loss_{s}" for s in scales)
         self.num_rows = len(self.tokens)
         self.tokens_per_image = round(self.curriculum.tokens_per_step())
 

@@ -145,7 +145,7 @@ class Classes:
         return name if (name := self.name(index)) == str(index) else f"{name} (#{index})"
 
     def match(self, other: Classes) -> Match:
-        """Where each of these classes is in another list; a name that means several classes there means none.
+        """Where each of these classes is in another list; a name that means several classes means none.
 
         Where a list has no names, a class called "10" is number 10 of it, if all names of the other are such numbers.
         """
@@ -154,7 +154,10 @@ class Classes:
             for there, name in enumerate(other.names):
                 if len(found := self.find(name)) == 1:
                     back.setdefault(found[0], []).append(there)
-            both = [other.find(name) or back.get(index, []) for index, name in enumerate(self.names)]
+            both = [
+                (other.find(name) or back.get(index, [])) if len(self._tables[0][name]) == 1 else []
+                for index, name in enumerate(self.names)
+            ]
             return Match(tuple(found[0] if len(found) == 1 else None for found in both), "name")
         ours, theirs = self._numbers(other.count), other._numbers(self.count)
         if ours is None or theirs is None:
@@ -175,12 +178,16 @@ class Classes:
 
 
 def align(
-    ours: Classes, theirs: Classes, class_names: Sequence[str] | str | None = None, used: Iterable[int] = ()
+    ours: Classes,
+    theirs: Classes,
+    class_names: Sequence[str] | str | None = None,
+    used: Iterable[int] = (),
+    hint: str | None = None,
 ) -> tuple[NDArray[np.int64], Classes]:
     """Where each of these classes is in another list, -1 where that lacks it; and the other list, with names if known.
 
     `class_names` is what `--class-names` accepts: names for a list that has none, or that numbers are to decide. The
-    other list must have the classes that are `used`.
+    other list must have the classes that are `used`. `hint` says what to do where there is no such option.
 
     Raises:
         DataError: Only one of the lists has names, and nothing says that the order is the same; or a class is lacking.
@@ -204,7 +211,8 @@ def align(
             raise DataError(
                 f"{named.origin} names its classes ({', '.join((named.names or ())[:3])}, …) and {other.origin} only"
                 " numbers them, so which is which is not certain.",
-                f"Name them: --class-names FILE, NAME,NAME,… or imagenet; or --class-names {BY_NUMBER}, where the order"
+                hint
+                or "Name them: --class-names FILE, NAME,NAME,… or imagenet; or --class-names by-number, where the order"
                 " is the same.",
             )
     for index in used:
@@ -212,7 +220,7 @@ def align(
             similar = nearest(ours.name(index), theirs.all_names())
             raise DataError(
                 f"{ours.origin} has images of class {ours.label(index)}, which {theirs.origin} lacks. {similar}",
-                f"Rename it, or use --class-names {BY_NUMBER} where class N of one is class N of the other.",
+                hint or "Rename it, or use --class-names by-number where class N of one is class N of the other.",
             )
     return np.array([-1 if there is None else there for there in positions], np.int64), theirs
 
@@ -227,8 +235,8 @@ def fold(name: str) -> str:
 def imagenet_table() -> tuple[tuple[str, ...], ...]:
     """ImageNet's 1000 classes in order, each wnid, name and further names."""
     lines = (presets_directory() / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
-    rows = (line.split("\t") for line in lines)
-    return tuple((wnid, name, *(more[0].split(", ") if more else ())) for wnid, name, *more in rows)
+    rows = ((line + "\t").split("\t")[:3] for line in lines)
+    return tuple((wnid, name, *more.split(", "), more, f"{name}, {more}") for wnid, name, more in rows)
 
 
 def imagenet_names() -> tuple[str, ...]:

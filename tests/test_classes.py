@@ -76,6 +76,8 @@ def test_what_means_no_class_or_several_is_refused(classes, asked, named):
         (["n01443537", "n01440764"], ["tench", "goldfish"], (1, 0), "name"),
         (["Tinca tinca", "n01443537"], imagenet_names(), (0, 1), "name"),
         (imagenet_names()[:2], ["n01443537", "n01440764"], (1, 0), "name"),
+        (["crane", "tench, Tinca tinca", "crane"], imagenet_names(), (None, 0, None), "name"),
+        (["maillot, tank suit", "maillot"], imagenet_names(), (639, 638), "name"),
         (["0", "1", "2"], None, (0, 1, 2), "number"),
         (["0", "1", "2"], ["cat", "dog"], (None, None, None), "name"),
         (["0", "1", "10", "2"], None, (0, 1, 10, 2), "number"),

@@ -65,7 +65,7 @@ from mvar_core.training.trainer import planned_steps
 from mvar_core.training.transformer import TransformerOutcome
 from mvar_core.untrusted import read_json
 from mvar_core.workflows.bench_row import Request, measure_alone
-from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy, load_pipeline
+from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy, digits_of, load_pipeline
 from mvar_core.workflows.runs import held_out
 from mvar_core.workflows.tokenize import write_tokens
 from mvar_core.workflows.train import fit_to_tokens, train_on_tokens
@@ -552,7 +552,8 @@ class Scorer:
         found = collect(extractor, itertools.chain(kept, batches), images.count)
         scores = evaluate_features(found, self._expected)
         scores["classifier_accuracy"] = classifier_accuracy(found, images)
-        if self._digits and isinstance(extractor, DemoExtractor) and images.labels is not None:
-            labelled = torch.cat(kept), torch.from_numpy(images.labels)
+        digits = digits_of(images)
+        if self._digits and isinstance(extractor, DemoExtractor) and digits is not None:
+            labelled = torch.cat(kept), torch.from_numpy(digits)
             scores.update(asdict(score_samples(extractor.classifier, labelled, *self._digits)))
         return scores

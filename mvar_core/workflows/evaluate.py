@@ -643,14 +643,20 @@ def circumstances(
 
 def classifier_accuracy(samples: FeatureSet, images: ImageSet) -> float | None:
     """Fraction of the samples that the demo classifier assigns to their class; None where that is no certain digit."""
-    if samples.extractor != "demo" or samples.logits is None or images.labels is None:
+    if samples.extractor != "demo" or samples.logits is None:
+        return None
+    expected = digits_of(images, samples.logits.shape[1])
+    return None if expected is None else float((samples.logits.argmax(dim=1).numpy() == expected).mean())
+
+
+def digits_of(images: ImageSet, count: int = 10) -> NDArray[np.int64] | None:
+    """The digit of each image, whatever the order of the classes; None where they are not called by numbers."""
+    if images.labels is None:
         return None
     classes, labels = labelled(images)
-    digits = classes.match(Classes.of(None, samples.logits.shape[1]))
-    expected = np.array([-1 if digit is None else digit for digit in digits.positions])[labels]
-    if digits.by == "order" or expected.min() < 0:
-        return None
-    return float((samples.logits.argmax(dim=1).numpy() == expected).mean())
+    digits, by = classes.match(Classes.of(None, count))
+    expected = np.array([-1 if digit is None else digit for digit in digits])[labels]
+    return None if by == "order" or expected.min() < 0 else expected
 
 
 def labelled(images: ImageSet | Reference) -> tuple[Classes, NDArray[np.int64]]:

@@ -372,7 +372,8 @@ def train_on_tokens(
         config = config.model_copy(update={"conditioning": named})
     if validation is not None and conditioning.dim is None:
         theirs, ours = (Classes.of(each.class_names, origin=str(each.path)) for each in (validation, tokens))
-        validation.labels = align(theirs, ours, used=np.unique(validation.labels).tolist())[0][validation.labels]
+        used, hint = np.unique(validation.labels).tolist(), "Use --validation of the same classes, or leave it out."
+        validation.labels = align(theirs, ours, used=used, hint=hint)[0][validation.labels]
     digest = tokenizer_hash(tokenizer)
     for cache in (tokens, validation):
         if cache is not None:

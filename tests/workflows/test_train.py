@@ -188,6 +188,19 @@ def test_arguments_that_cannot_be_are_named(cache, tmp_path, argument, found):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_classes_of_validation_are_matched_by_name(cache, images, tmp_path):
+    for name in ("cat", "dog", "golden retriever"):
+        shutil.copytree(images / name, tmp_path / "other" / name.title().replace(" ", "_").replace("Cat", "cat"))
+    losses = [
+        mvar.train(tokens=cache, validation=data, out=tmp_path / f"run-{number}", checkpoint_every=3, **SMALL)
+        for number, data in enumerate((images, tmp_path / "other"))
+    ]
+    assert losses[0].validation_loss == pytest.approx(losses[1].validation_loss, rel=1e-6)
+    (tmp_path / "other" / "Dog").rename(tmp_path / "other" / "Fox")
+    with pytest.raises(DataError, match=r"Fox.*--validation"):
+        mvar.train(tokens=cache, validation=tmp_path / "other", out=tmp_path / "run", **SMALL)
+
+
 def test_a_changed_token_shard_ends_the_training(cache, tmp_path):
     changed = tmp_path / "tokens"
     shutil.copytree(cache, changed)

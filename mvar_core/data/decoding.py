@@ -17,25 +17,11 @@ from mvar_core.errors import DataError
 from mvar_core.untrusted import open_regular
 
 FORMATS = {
-    "PNG": (".png", ".apng"),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".mpo",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "DIB": (".dib",),
-    "TIFF": (".tif", ".tiff"),
-    "GIF": (".gif",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
-    "AVIF": (".avif", ".avifs"),
-    "ICNS": (".icns",),
-    "DDS": (".dds",),
-    "QOI": (".qoi",),
-    "PSD": (".psd",),
-    "XPM": (".xpm",),
-    "SUN": (".ras",),
-    "BLP": (".blp",),
-}
+    "PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif", "MPO": ".mpo", "WEBP": ".webp", "BMP": ".bmp", "DIB": ".dib",
+    "TIFF": ".tif .tiff", "GIF": ".gif", "PPM": ".ppm .pgm .pbm .pnm .pfm", "AVIF": ".avif .avifs", "ICNS": ".icns",
+    "JPEG2000": ".jp2 .j2k .jpc .jpf .jpx .j2c", "DDS": ".dds", "QOI": ".qoi", "PSD": ".psd", "XPM": ".xpm",
+    "SUN": ".ras", "BLP": ".blp",
+}  # fmt: skip
 """What Pillow may recognise in a file's content, whatever its name says, and how such files usually end: raster formats
 that it decodes itself; of several frames, the first.
 
@@ -43,25 +29,13 @@ Left to itself it would also open EPS, which it hands to Ghostscript: a program 
 opens what it contains, as whatever that is; compressed FITS has no bounds."""
 
 NAMED_FORMATS = {
-    "TGA": (".tga", ".icb", ".vda", ".vst"),
-    "ICO": (".ico",),
-    "CUR": (".cur",),
-    "PCX": (".pcx",),
-    "DCX": (".dcx",),
-    "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
-    "FLI": (".fli", ".flc"),
-    "MSP": (".msp",),
-    "PCD": (".pcd",),
-    "PIXAR": (".pxr",),
-    "GBR": (".gbr",),
-    "FTEX": (".ftc", ".ftu"),
-    "XBM": (".xbm",),
-}
+    "TGA": ".tga .icb .vda .vst", "ICO": ".ico", "CUR": ".cur", "PCX": ".pcx", "DCX": ".dcx", "MSP": ".msp",
+    "SGI": ".sgi .rgb .rgba .bw", "FLI": ".fli .flc", "PCD": ".pcd", "PIXAR": ".pxr", "GBR": ".gbr",
+    "FTEX": ".ftc .ftu", "XBM": ".xbm",
+}  # fmt: skip
 """Formats with little or no signature, which would make images of damaged files: their names must end so, too."""
 
-EXTENSIONS = tuple(
-    suffix for formats in (FORMATS, NAMED_FORMATS) for suffixes in formats.values() for suffix in suffixes
-)
+EXTENSIONS = tuple(" ".join([*FORMATS.values(), *NAMED_FORMATS.values()]).split())
 
 LARGEST_FILE = 2**30
 LARGEST_IMAGE = 178_956_970
@@ -100,11 +74,10 @@ def read_rgb(file: Path | Opener, where: str | None = None, max_pixels: int = LA
     """
     with _opened(file, where, max_pixels) as (image, content):
         factor = _reduction(image)
-        with _one_large_image if factor > 1 else nullcontext():
-            _load(image, content)
-            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what is upright
-            picture = _to_rgb(image, image.format)
-            return picture.reduce(factor) if _reduction(picture) > 1 else picture
+        _load(image, content)
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what is upright
+        picture = _to_rgb(image, image.format)
+        return picture.reduce(factor) if _reduction(picture) > 1 else picture
 
 
 def check_image(file: Path | Opener, where: str | None = None, max_pixels: int = LARGEST_IMAGE) -> tuple[int, int]:
@@ -118,8 +91,7 @@ def check_image(file: Path | Opener, where: str | None = None, max_pixels: int =
         whole = _has_its_end(content, image.format)
         content.seek(place)
         if not whole:
-            with _one_large_image if _reduction(image) > 1 else nullcontext():
-                _load(image, content)
+            _load(image, content)
             if image.format in ("ICO", "CUR", "ICNS"):  # the image within may have another size than its directory says
                 width, height = image.size
         # Pillow decodes a whole PNG to look for EXIF data behind the pixels; what comes before them is enough here.
@@ -134,7 +106,7 @@ def check_image(file: Path | Opener, where: str | None = None, max_pixels: int =
 def _formats(suffix: str) -> tuple[str, ...]:
     """What a file with this suffix may hold, of the formats that this build of Pillow has."""
     Image.init()
-    named = (name for name, suffixes in NAMED_FORMATS.items() if suffix in suffixes)
+    named = (name for name, suffixes in NAMED_FORMATS.items() if suffix in suffixes.split())
     return tuple(name for name in (*FORMATS, *named) if name in Image.OPEN)
 
 
@@ -158,7 +130,8 @@ def _opened(file: Path | Opener, where: str | None, max_pixels: int) -> Iterator
                     hint = "" if is_final else f", or allow it: --max-pixels {short * long}"
                     problem = f"{where} cannot be read as an image: it has {image.width}×{image.height} pixels."
                     raise DataError(problem, f"Remove it{hint}.")
-                yield image, content
+                with _one_large_image if _reduction(image) > 1 else nullcontext():
+                    yield image, content
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -172,9 +145,8 @@ def _opened(file: Path | Opener, where: str | None, max_pixels: int) -> Iterator
 
 def _reduction(image: Image.Image) -> int:
     """By how much the sides of an image are divided, so that it takes no more memory than ordinary ones."""
-    return next(
-        factor for factor in (1, 2, 4, 8) if image.width * image.height <= LARGEST_IMAGE * factor**2 or factor == 8
-    )
+    pixels = image.width * image.height
+    return next((factor for factor in (1, 2, 4) if pixels <= LARGEST_IMAGE * factor**2), 8)
 
 
 def _load(image: Image.Image, content: IO[bytes]) -> None:

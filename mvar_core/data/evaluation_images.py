@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvar_core.data.decoding import LARGEST_IMAGE
+from mvar_core.data.decoding import FORMATS, LARGEST_IMAGE
 from mvar_core.data.images import open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, Report, StoredSource
 from mvar_core.errors import DataError, one_line
@@ -29,7 +29,7 @@ IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("labels", "arr_1")
 SAMPLE, CLASSES_FILE = re.compile(r"\d{5,}_(\d{1,9})\.png"), "classes.json"
 """How `sample` names its pictures, by number and class; and its list of the classes' names."""
-LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")
+LOSSY_EXTENSIONS = tuple(" ".join(FORMATS[kind] for kind in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")).split())
 MOST_IMAGES = 10_000_000
 LARGEST_EXPANSION = 1100
 """How many times larger than its file the content of a zip file can be."""

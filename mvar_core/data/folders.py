@@ -60,7 +60,15 @@ class FolderSource(StoredSource):
     """
 
     def __init__(self, root: Path, split: str = "train", name: str | None = None):
-        self.folder, reference = split_folder(root, split)
+        if split_of(split) is None:
+            raise DataError(f"There is no split {split!r}. {nearest(split, SPLITS)}")
+        if not root.is_dir():
+            found = "is a file; expected a folder of images." if root.exists() else "does not exist."
+            raise DataError(f"{root} {found}", "Specify a folder of images, or `digits` for the bundled data.")
+        self.folder = reference = root
+        splits = find_splits(root)
+        if splits or split_of(split) != "train":
+            self.folder, reference = (root / name for name in choose_split(str(root), splits, split))
         known = classes = find_classes(self.folder)
         if reference != self.folder:
             known = find_classes(reference, warn=False)
@@ -95,25 +103,6 @@ class FolderSource(StoredSource):
         return str(self.folder / self.item_names[index])
 
 
-def split_folder(root: Path, split: str) -> tuple[Path, Path]:
-    """The folder of a split, and the folder whose classes count.
-
-    Raises:
-        DataError: No such folder, or no such split.
-    """
-    kind = split_of(split)
-    if kind is None:
-        raise DataError(f"There is no split {split!r}. {nearest(split, SPLITS)}")
-    if not root.is_dir():
-        found = "is a file; expected a folder of images." if root.exists() else "does not exist."
-        raise DataError(f"{root} {found}", "Specify a folder of images, or `digits` for the bundled data.")
-    splits = find_splits(root)
-    if not splits and kind == "train":
-        return root, root
-    chosen, train = choose_split(str(root), splits, split)
-    return root / chosen, root / train
-
-
 def find_splits(root: Path) -> list[str]:
     """Names of the sub-folders that are splits; none where they are classes, or no sub-folder has such a name.
 
@@ -122,7 +111,7 @@ def find_splits(root: Path) -> list[str]:
     folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
     if not any(map(split_of, folders)):
         return []
-    inside = {name: set[str]() for name in folders if _holds_images(root, name)}
+    inside = {name: set[str]() for name in folders if any(map(_is_image, _walk(root, name)))}
     for name in filter(split_of, inside):
         inside[name] = {entry.name for entry in _entries(root / name) if _is_folder(entry)}
     loose = [entry.name for entry in _entries(root) if _is_image(entry.name) and not _is_folder(entry)]
@@ -256,14 +245,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def _holds_images(root: Path, name: str) -> bool:
-    return any(map(_is_image, _walk(root, name)))
-
-
-def _is_flat(folder: Path, classes: Mapping[str, list[str]]) -> bool:
+def _is_flat(folder: Path, classes: Collection[str]) -> bool:
     """Whether images are of one class only because they lie in one folder."""
-    is_one = len(classes) == 1 and not (folder / ANNOTATIONS).is_file()
-    return is_one and ("images" in classes or all("/" not in file for files in classes.values() for file in files))
+    return len(classes) == 1 and set(classes) <= {folder.resolve().name, "images"}
 
 
 def is_visible(name: str) -> bool:

@@ -75,7 +75,7 @@ def input_reasons(images: ImageSet, reference: Reference) -> list[str]:
     found = []
     if isinstance(images, EvaluationImages):
         if images.num_lossy:
-            found.append(f"{images.num_lossy:,} samples are JPEG or WebP files, whose compression changes the features")
+            found.append(f"{images.num_lossy:,} samples are stored in lossy formats, which changes the features")
         if images.stored_shape is not None:
             found.append(f"samples were resized from {shape_text(images.stored_shape)}")
     ours, record = images.image_shape, reference.record

@@ -19,8 +19,7 @@ from typing_extensions import Unpack
 from mvar_core.config import ModelConfig, SamplingConfig
 from mvar_core.data.decoding import LARGEST_IMAGE, check_image, read_rgb
 from mvar_core.data.folders import find_images
-from mvar_core.data.masks import Mask, box_mask, crop_kept, read_mask
-from mvar_core.data.transforms import resize_and_crop
+from mvar_core.data.transforms import Mask, box_mask, crop_kept, read_mask, resize_and_crop
 from mvar_core.errors import ConfigError, DataError, shown
 from mvar_core.io.files import fingerprint
 from mvar_core.io.pixels import Pixels, from_uint8

@@ -18,8 +18,8 @@ from PIL import Image
 
 from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.data.images import open_images, pixel_batches
-from mvar_core.data.masks import read_mask
 from mvar_core.data.shards import expand_braces
+from mvar_core.data.transforms import read_mask
 from mvar_core.errors import DataError, MvarError
 
 SECONDS = 10

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvar_core.data.masks import box_mask, crop_kept, read_mask
-from mvar_core.data.transforms import crop_geometry, resize_and_crop
+from mvar_core.data.transforms import box_mask, crop_geometry, crop_kept, read_mask, resize_and_crop
 from mvar_core.errors import DataError
 
 SIZES = [(16, 16), (16, 40), (40, 16), (33, 70), (70, 131), (9, 7), (257, 200), (15, 17)]

@@ -26,8 +26,8 @@ from mvar_core.config.section import validate
 from mvar_core.data.decoding import check_image, read_rgb
 from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.data.images import open_images
-from mvar_core.data.masks import read_mask
 from mvar_core.data.tokens import MANIFEST, TokenCache
+from mvar_core.data.transforms import read_mask
 from mvar_core.data.vectors import read_vectors
 from mvar_core.errors import LONGEST, CheckpointError, DataError, MvarError
 from mvar_core.evaluation.references import load_reference, read_features

@@ -181,7 +181,7 @@ class ShardSource(StoredSource):
             if any(item.caption for item in images):
                 logger.info("%s has captions and no classes; `mvar tokenize --words` uses them.", shards.name)
             folder = self.files[0].resolve().parent
-            name = _within(images)[0] or (folder.parent if folder.name == "data" else folder).name
+            name = _within(images if others else train)[0] or (folder.parent if folder.name == "data" else folder).name
             return [name], np.zeros(len(labels), np.int64)
         if missing:
             hint = "Give every image a label, or none of them."

@@ -75,17 +75,18 @@ def encode(images: Tensor) -> Tensor:
 
 @dataclass
 class Truth:
-    """What a source holds: its classes in order, and class, number and shape of every image by its name."""
+    """What a source, or a folder of it, holds: classes in order; class, number and shape of each image by its name."""
 
     classes: list[str] = field(default_factory=list)
     images: dict[str, tuple[str, int, tuple[int, int]]] = field(default_factory=dict)
+    folder: str = ""
 
 
 class Writer:
     """Writes images, each of another gray level."""
 
-    def __init__(self, draw: st.DrawFn):
-        self.draw, self.count = draw, 0
+    def __init__(self, draw: st.DrawFn, stems: Sequence[str] = STEMS):
+        self.draw, self.stems, self.formats, self.count = draw, stems, sorted(FORMATS), 0
 
     def image(self, path: Path, suffix: str | None = None) -> tuple[int, tuple[int, int]]:
         """Write an image of some size, perhaps turned; its number, and its shape as it is shown."""
@@ -107,7 +108,7 @@ class Writer:
     def files(self, folder: Path, most: int = 3) -> Iterator[tuple[str, tuple[int, tuple[int, int]]]]:
         """Write some images into a folder; their names and what they are."""
         for number in range(self.draw(st.integers(1, most))):
-            name = f"{self.draw(st.sampled_from(STEMS))}-{number}{self.draw(st.sampled_from(sorted(FORMATS)))}"
+            name = f"{self.draw(st.sampled_from(self.stems))}-{number}{self.draw(st.sampled_from(self.formats))}"
             yield name, self.image(folder / name)
 
     def junk(self, folder: Path) -> None:
@@ -139,14 +140,17 @@ class Writer:
         return Truth([class_name], {name: (class_name, *found) for name, found in self.files(folder)})
 
 
-class_names = st.lists(st.sampled_from(CLASSES), min_size=1, max_size=4, unique=True)
+KINDS = ("classes", "flat", "splits", "splits", "flat splits", "tiny")
 
 
 @st.composite
-def folders(draw: st.DrawFn, root: Path) -> dict[str, Truth]:
+def folders(
+    draw: st.DrawFn, root: Path, kinds: Sequence[str] = KINDS, stems: Sequence[str] = STEMS, least: int = 1
+) -> dict[str, Truth]:
     """A folder of images; what it holds by the split that one asks for, "" for none."""
-    writer, names = Writer(draw), draw(class_names)
-    kind = draw(st.sampled_from(["classes", "flat", "splits", "splits", "flat splits", "tiny"]))
+    writer = Writer(draw, stems)
+    names = draw(st.lists(st.sampled_from(CLASSES), min_size=least, max_size=4, unique=True))
+    kind = draw(st.sampled_from(kinds))
     if kind == "classes":
         return {"": writer.classes(root, names, names)}
     if kind == "flat":
@@ -176,17 +180,19 @@ def folders(draw: st.DrawFn, root: Path) -> dict[str, Truth]:
             found["val"].images[f"images/{file}"] = (name, *image)
             lines.append(f"{file}\t{name}\t0\t0\t62\t62\n")
         (root / "val" / "val_annotations.txt").write_text("".join(lines), encoding="utf-8")
+    for folder, truth in found.items():
+        truth.folder = f"{folder}/"
     asked = {"": found[train], train: found[train]}
     for folder, split in others.items():
         asked |= {folder: found[folder], split: found[folder]}
     return asked
 
 
-def check(data: str, truth: Truth, out: Path) -> None:
-    """Compare a source, and the cache that is made of it unless it is there, with the truth."""
+def check(data: str, truth: Truth, out: Path, names: Sequence[str] | None = None) -> None:
+    """Compare a source, and the cache that is made of it unless it is there, with the truth; `names` in order."""
     source = open_images(data)
     assert list(source.class_names) == truth.classes
-    assert source.item_names == sorted(truth.images, key=lambda name: (truth.images[name][0], name))
+    assert source.item_names == (names or sorted(truth.images, key=lambda name: (truth.images[name][0], name)))
     classes, numbers, shapes = zip(*(truth.images[name] for name in source.item_names), strict=True)
     assert [source.class_names[label] for label in source.labels] == list(classes)
     assert source.stored_shapes() == list(shapes)

@@ -6,6 +6,7 @@ configuration, and so do the buffers of an export. (A VAR file carries VAR's mas
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,24 +121,14 @@ def is_buffer(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in BUFFERS
 
 
-class FoundWeights(NamedTuple):
-    """One set of weights in a file: its name there, empty where there is none, and its tensors by published names."""
-
-    name: str
-    state: State
-
-
 def find_weights(
     path: Path, part: Part | None = None, weights: str | None = None, *, mapped: bool = True, checksums: bool = True
-) -> FoundWeights:
-    """The weights of a transformer or a tokenizer in a file, .pth or .safetensors, however deep they are nested in it.
+) -> tuple[str, State]:
+    """The weights of a transformer or a tokenizer, however deep they lie in a file: their name there, and the tensors.
 
     Of several sets it is the one that `weights` names, in full or by its end; without it an average over steps (EMA)
     where there is one, or else the first, which is logged. Without a part it is the transformer, where there is one.
-    Other arguments are as of `read_tensors`.
-
-    Raises:
-        CheckpointError: The file cannot be read, or it holds no such weights, or no set of that name.
+    CheckpointError where the file cannot be read, or holds no such weights.
     """
     tensors = read_tensors(path, mapped=mapped, checksums=checksums)
     bases = {each: [n.removesuffix(a) for n in tensors if f".{n}".endswith(f".{a}")] for each, a in ANCHORS.items()}
@@ -165,20 +156,17 @@ def find_weights(
         and not full.startswith(inner)
         and (tensor.is_nested or tensor.ndim or "." in full.removeprefix(base))
     }
-    return FoundWeights(name, check_tensors(state, path, is_buffer))
+    return name, check_tensors(state, path, is_buffer)
 
 
 def _no_such_weights(path: Path, part: Part, tensors: State, other: bool) -> CheckpointError:
     """What to raise for a file without the weights of a part; `other` says that it holds those of the other."""
+    if other and part == "transformer":
+        hint = "Name it as --tokenizer, and the transformer's file in its place."
+        return CheckpointError(f"{path} holds a tokenizer (VQVAE), not a transformer.", hint)
     if other:
-        held, hint = {
-            "transformer": ("tokenizer (VQVAE)", "Name it as --tokenizer, and the transformer's file in its place."),
-            "tokenizer": (
-                "transformer",
-                "Name the tokenizer's file (vae*.pth); this one is for --model or --checkpoint.",
-            ),
-        }[part]
-        return CheckpointError(f"{path} holds a {held}, not a {part}.", hint)
+        hint = "Name the tokenizer's file (vae*.pth); this one is for --model or --checkpoint."
+        return CheckpointError(f"{path} holds a transformer, not a tokenizer.", hint)
     if any(f".{name}".endswith(f".{own}") for name in tensors for own in OWN_NAMES):
         directory = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         hint = f"If {directory} is a model directory, name it as it is, as in `mvar sample --checkpoint {directory}`."
@@ -193,25 +181,23 @@ def _no_such_weights(path: Path, part: Part, tensors: State, other: bool) -> Che
 
 def read_official(path: Path, part: Part | None = None, *, checksums: bool = True) -> State:
     """The tensors that `find_weights` finds in a file, by published names."""
-    return find_weights(path, part, checksums=checksums).state
+    return find_weights(path, part, checksums=checksums)[1]
 
 
-def tell_kind(found: FoundWeights, path: Path, kind: Kind | None = None) -> tuple[Kind, str]:
+def tell_kind(name: str, state: State, path: Path, kind: Kind | None = None) -> tuple[Kind, str]:
     """Whose attention a published transformer was trained with, and what says so: option, mask, weights, file, nothing.
 
     A mask that hides earlier scales is MVAR's. A causal one proves nothing: MVARs that were fine-tuned from a VAR carry
     it. Then the name of the weights decides, or that of the file. Where nothing does, VAR is assumed, with a warning.
-
-    Raises:
-        CheckpointError: They contradict each other, or `kind`.
+    CheckpointError where they contradict each other, or `kind`.
     """
-    signs: dict[str, Kind] = {"mask": "mvar"} if _mask_in(found.state)[0] else {}
-    for sign, text in (("weights", found.name), ("file", path.stem)):
+    signs: dict[str, Kind] = {"mask": "mvar"} if _mask_in(state)[0] else {}
+    for sign, text in (("weights", name), ("file", path.stem)):
         if re.search(r"mvar|(?<![a-z])var(?![a-z])", text.lower()):
             signs[sign] = "mvar" if "mvar" in text.lower() else "var"
     shown = {
         "mask": "its attention mask hides earlier scales",
-        "weights": f"its weights are called {found.name}",
+        "weights": f"its weights are called {name}",
         "file": f"its name is {path.name}",
     }
     said = " but ".join(f"{shown[sign]} ({each})" for sign, each in signs.items())
@@ -231,10 +217,7 @@ def tell_kind(found: FoundWeights, path: Path, kind: Kind | None = None) -> tupl
 
 
 def _mask_in(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The first token that the last one attends to by the mask in a file, and how many tokens the mask is for.
-
-    (0, 0) where there is no mask that can be read.
-    """
+    """The first token that the last one sees by the mask in a file, and how many tokens it is for; or (0, 0)."""
     mask, positions = state.get("attn_bias_for_masking"), state.get("pos_1LC")
     if mask is None or positions is None or not is_dense(mask) or not mask.is_floating_point() or mask.ndim < 2:
         return 0, 0
@@ -267,24 +250,22 @@ class Published:
     def states(self, dtype: torch.dtype = torch.float32) -> Iterator[State | None]:
         """The tokenizer's state under our names, then the transformer's, or None; read as they are asked for.
 
-        They are in `dtype`, but for `FLOAT32_MODULES`.
-
-        Raises:
-            CheckpointError: Names that do not fit, or values that are not finite or too large for the dtype.
+        They are in `dtype`, but for `FLOAT32_MODULES`. CheckpointError for names that do not fit, and for values that
+        are not finite or too large for the dtype.
         """
         # Pages of a mapping stay until it is closed; tensors that are read can be freed one by one as they are cast.
         mapped, config = dtype == torch.float32, self.config
         own = self.weights if self.model is None else None
         with meta_device():
             ours = VQVAE(config.tokenizer, config.pyramid).state_dict()
-        state = find_weights(self.tokenizer, "tokenizer", own, mapped=mapped).state
+        state = find_weights(self.tokenizer, "tokenizer", own, mapped=mapped)[1]
         yield _from_official(state, ours, lambda name: tokenizer_name(name, config.tokenizer), self.tokenizer, dtype)
         if self.model is None:
             yield None
             return
         with meta_device():
             ours = Transformer(config).state_dict()
-        state = find_weights(self.model, "transformer", self.weights, mapped=mapped).state
+        state = find_weights(self.model, "transformer", self.weights, mapped=mapped)[1]
         yield _from_official(state, ours, transformer_name, self.model, dtype)
 
 
@@ -304,13 +285,12 @@ def open_official(
         CheckpointError: A file cannot be read or does not fit.
         ConfigError: A pyramid, windows or prefixes that do not fit.
     """
-    parts = find_weights(tokenizer, "tokenizer", None if model else weights, checksums=False)
-    tokenizer_state, transformer_state, kind_from = parts.state, None, "option" if kind else "nothing"
+    name, tokenizer_state = find_weights(tokenizer, "tokenizer", None if model else weights, checksums=False)
+    transformer_state, kind_from = None, "option" if kind else "nothing"
     if model is not None:
-        parts = find_weights(model, "transformer", weights, checksums=False)
-        transformer_state = parts.state
+        name, transformer_state = find_weights(model, "transformer", weights, checksums=False)
         if kind is None or attention.get("windows") is None or attention.get("scale_prefixes") is None:
-            kind, kind_from = tell_kind(parts, model, kind)
+            kind, kind_from = tell_kind(name, transformer_state, model, kind)
     kind = kind or "var"
     try:
         config = infer_config(transformer_state, tokenizer_state, kind, name=(model or tokenizer).stem, **attention)
@@ -318,7 +298,7 @@ def open_official(
         raise type(error)(f"{model or tokenizer}: {error.message}", error.hint) from None
     provenance = {"source": (model or tokenizer).name, "source_tokenizer": tokenizer.name}
     config = config.model_copy(update={"provenance": provenance})
-    return Published(model, tokenizer, config, kind, kind_from, parts.name or None)
+    return Published(model, tokenizer, config, kind, kind_from, name or None)
 
 
 class Converted(NamedTuple):
@@ -354,9 +334,8 @@ def tokenizer_next_to(model: Path) -> Path:
 
 def import_official(published: Published, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a model directory; one part after the other, so that the peak of memory is one of them."""
-    for name, state in zip(
-        (directory.TOKENIZER_FILE, directory.TRANSFORMER_FILE), published.states(dtype), strict=True
-    ):
+    files = (directory.TOKENIZER_FILE, directory.TRANSFORMER_FILE)
+    for name, state in zip(files, published.states(dtype), strict=True):
         if state is not None:
             directory.save_tensors(out / name, state)
             state.clear()
@@ -406,28 +385,31 @@ def infer_config(
     scale_prefixes: ScalePrefixes | str | None = None,
     name: str | None = None,
 ) -> ModelConfig:
-    """Read a model's configuration off the shapes of its published tensors.
+    """Read a model's configuration off the shapes of its published tensors; no transformer is a tokenizer alone.
 
     Args:
-        transformer: Published transformer state, or None for a tokenizer alone.
+        transformer: Published transformer state.
         tokenizer: Published VQVAE state.
         kind: Decides the attention where it is not specified: VAR sees all scales whole; MVAR sees its own scale alone,
-            in windows of 7 on the last two scales and, in large pyramids, wherever else they pay.
+            or as many as a mask in the state says, in windows of 7 on the last two scales and wherever else they pay.
         patch_sizes: The pyramid; None for a published one.
         windows: One per scale, one number for the last two, or auto (auto:K) for those where it pays; also as text.
         scale_prefixes: How many scales a token sees.
         name: What the model is called.
-
-    Raises:
-        CheckpointError: A tensor from which a size is read is missing, or the pyramid cannot be inferred.
-        ConfigError: Windows or prefixes that do not fit the pyramid.
     """
     tokenizer_config = _infer_tokenizer(tokenizer)
     transformer_config = None
     if transformer is not None:
         transformer_config = _infer_transformer(transformer, kind)
         found = (_shape(transformer, "lvl_embed.weight", 2)[0], _shape(transformer, "pos_1LC", 3)[1])
-        patch_sizes = patch_sizes or _published_pyramid(*found)
+        known = ((len(sides), sum(side * side for side in sides)) == found for sides in PUBLISHED_PYRAMIDS.values())
+        patch_sizes = patch_sizes or next(itertools.compress(PUBLISHED_PYRAMIDS.values(), known), None)
+        if patch_sizes is None:
+            raise CheckpointError(
+                f"the file was trained with {found[0]} scales and {found[1]} tokens, which is none of the published"
+                " pyramids.",
+                "Convert it with its sizes: mvar convert --pyramid 1,2,3x4 …",
+            )
         pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
         if (pyramid.num_scales, pyramid.num_tokens) != found:
             raise ConfigError(
@@ -501,16 +483,6 @@ def _infer_transformer(state: Mapping[str, Tensor], kind: Kind) -> TransformerCo
         l2_attention=scale_name in state,
         drop_path=min(0.1 * depth / 24, 0.9),
         gate_init=1e-3 if kind == "mvar" else 1e-5,
-    )
-
-
-def _published_pyramid(scales: int, tokens: int) -> tuple[int, ...]:
-    for sides in PUBLISHED_PYRAMIDS.values():
-        if (len(sides), sum(side * side for side in sides)) == (scales, tokens):
-            return sides
-    raise CheckpointError(
-        f"the file was trained with {scales} scales and {tokens} tokens, which is none of the published pyramids.",
-        "Convert it with its sizes: mvar convert --pyramid 1,2,3x4 …",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,15 +146,18 @@ def convert(
                 official.export_official(result, temporary, kind=chosen, verify=verify)
             elif temporary is not None and published is not None:
                 official.import_official(published, temporary, DTYPES[dtype])
+    told: dict[str, Any] = {"kind": kind or official.kind_of(config), "kind_from": None, "weights": None}
+    if published is not None:
+        told["weights"] = published.weights
+        if source is not None:
+            told |= {"kind": published.kind, "kind_from": published.kind_from}
     cost = cost_of(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude={"class_names"})
-    planned = DryRun(configuration=values, steps=tuple(steps), cost=cost, facts={"parameters": cost.parameters})
+    planned = DryRun(configuration=values, steps=tuple(steps), cost=cost, facts={"parameters": cost.parameters, **told})
     return ConvertResult(
         model=result,
         outputs=outputs if not dry_run or to == "directory" else (),
-        kind=published.kind if published and source else kind or official.kind_of(config),
-        kind_from=published.kind_from if published and source else None,
-        weights=published.weights if published else None,
+        **told,
         float32_modules=tuple(name.removesuffix(".") for name in official.FLOAT32_MODULES) if published else (),
         parameters=cost.parameters,
         configuration=values,
@@ -169,7 +173,8 @@ def _output(out: Path, record: Mapping[str, Any], sources: Sequence[Path], overw
     Until then `out` holds nothing but that folder (with `overwrite`, what it held before), which the next run removes
     if this one is killed. The record, which comes last, says that the output is whole, and what it was made from.
     """
-    if any(out.resolve() in source.resolve().parents for source in sources):
+    # Not Path.resolve, for which a loop of links is an error of a kind of its own.
+    if any(Path(os.path.realpath(out)) in Path(os.path.realpath(source)).parents for source in sources):
         raise ConfigError(f"--out {out} holds a file that is converted.", "Choose another --out.")
     with DirectoryLock(out):
         folder, path = out / FOLDER, out / RECORD_FILE

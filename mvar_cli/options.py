@@ -8,7 +8,7 @@ import inspect
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 
@@ -70,7 +70,7 @@ def grouped(run: CommandFunction, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group(hint: Any) -> type[Group] | None:
-    return hint if inspect.isclass(hint) and issubclass(hint, Group) else None
+    return next((one for one in typing.get_args(hint) if inspect.isclass(one) and issubclass(one, Group)), None)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -269,37 +269,24 @@ class SamplingOptions(Group):
     ] = None
 
 
-# What a command's function receives, and the options that it has for it: those that change something there.
-if TYPE_CHECKING:
-    Device = mvar.Machine
-    MemoryDevice = mvar.Machine
-    AttentionDevice = mvar.Machine
-    AnalysisDevice = mvar.Machine
-    Machine = mvar.Machine
-    SamplingMachine = mvar.Machine
-    EditingMachine = mvar.Machine
-    BasicSampling = mvar.SamplingConfig
-    GuidedSampling = mvar.SamplingConfig
-    Sampling = mvar.SamplingConfig
-    Generate = dict[str, Any]
-    Train = mvar.TrainOptions
-    TrainTokenizer = mvar.TrainTokenizerOptions
-else:
-    Device = MachineOptions.only("device", "dtype", "verify", "max_pixels")
-    MemoryDevice = MachineOptions.only("device", "dtype", "memory", "verify")
-    AttentionDevice = MachineOptions.only("device", "dtype", "attention", "verify")
-    AnalysisDevice = MachineOptions.only("device", "dtype", "attention", "verify", "max_pixels")
-    Machine = MachineOptions.only("device", "dtype", "attention", "compile", "verify", "max_pixels")
-    SamplingMachine = MachineOptions.only("device", "dtype", "attention", "compile", "verify", "memory")
-    EditingMachine = MachineOptions
-    BasicSampling = SamplingOptions.only("cfg", "top_k", "top_p")
-    GuidedSampling = SamplingOptions.only("cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales")
-    Sampling, Generate = SamplingOptions, GenerateOptions
-    TrainTokenizer = TrainOptions.only(
-        "preset", "settings", "seed", "resume", "overwrite", "dry_run", "steps", "batch_size", "micro_batch", "ema",
-        "checkpoint_every",
-    )  # fmt: skip
-    Train = TrainOptions
+# What a command's function receives: the group's object, with those options that change something there.
+Device = Annotated[Any, MachineOptions.only("device", "dtype", "verify", "max_pixels")]
+MemoryDevice = Annotated[Any, MachineOptions.only("device", "dtype", "memory", "verify")]
+AttentionDevice = Annotated[Any, MachineOptions.only("device", "dtype", "attention", "verify")]
+AnalysisDevice = Annotated[Any, MachineOptions.only("device", "dtype", "attention", "verify", "max_pixels")]
+Machine = Annotated[Any, MachineOptions.only("device", "dtype", "attention", "compile", "verify", "max_pixels")]
+SamplingMachine = Annotated[Any, MachineOptions.only("device", "dtype", "attention", "compile", "verify", "memory")]
+EditingMachine = Annotated[Any, MachineOptions]
+BasicSampling = Annotated[Any, SamplingOptions.only("cfg", "top_k", "top_p")]
+GuidedSampling = Annotated[Any, SamplingOptions.only("cfg", "top_k", "top_p", "cfg_schedule", "cfg_scales")]
+Sampling = Annotated[Any, SamplingOptions]
+Generate = Annotated[Any, GenerateOptions]
+Train = Annotated[Any, TrainOptions]
+TrainTokenizer = Annotated[
+    Any,
+    TrainOptions.only("preset", "settings", "seed", "resume", "overwrite", "dry_run", "steps", "batch_size",
+                      "micro_batch", "ema", "checkpoint_every"),
+]  # fmt: skip
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

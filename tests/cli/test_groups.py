@@ -17,7 +17,7 @@ class Size(Group):
     width: Annotated[int | None, typer.Option("--width")] = None
 
 
-def show(*, name: Annotated[str, typer.Option("--name")], size: Size, loud: bool = False) -> None:
+def show(*, name: Annotated[str, typer.Option("--name")], size: Annotated[dict, Size], loud: bool = False) -> None:
     """Show what arrived."""
     print(name, size, loud)
 

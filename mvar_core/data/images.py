@@ -38,7 +38,7 @@ READ_AHEAD = 192
 Rows = Sequence[int] | NDArray[np.int64]
 
 
-def open_images(source: str, split: str = "train", max_pixels: int | None = None) -> ImageSource:
+def open_images(source: str | ImageSource, split: str = "train", max_pixels: int | None = None) -> ImageSource:
     """Open what `--data` names: `digits`, `photographs`, a folder of images, tar shards, or parquet or arrow files.
 
     A folder has one sub-folder per class, or all images in itself, or holds shards, which a pattern can name too:
@@ -50,6 +50,8 @@ def open_images(source: str, split: str = "train", max_pixels: int | None = None
     Raises:
         DataError: No such data or split, or a folder without images.
     """
+    if isinstance(source, ImageSource):
+        return source
     if not source:
         raise DataError("The name of the data is empty.", "Use `digits`, or a folder of images.")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TypeVar
@@ -136,6 +136,53 @@ class ImageSource(ABC):
     def content(self) -> str:
         """What the images are, to the last bit."""
         return f"{self.name}:{self.split} {self.fingerprint()}"
+
+
+class Subset(ImageSource):
+    """Some images of a source, by their numbers there; `held_out` are others to measure on."""
+
+    def __init__(self, source: ImageSource, chosen: Sequence[int], held_out: ImageSource | None = None):
+        names = [source.item_names[index] for index in chosen]
+        super().__init__(source.name, source.split, source.class_names, source.labels[np.asarray(chosen, int)], names)
+        self.source, self.chosen, self.held_out = source, list(chosen), held_out
+        self.in_memory, self.max_pixels = source.in_memory, source.max_pixels
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.split}"
+
+    def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
+        """See `ImageSource.crops`."""
+        return self.source.crops(self.chosen[index], image_shape, smallest, randoms)
+
+    def stored_shapes(
+        self, indices: Sequence[int] | None = None, progress: Report | None = None
+    ) -> list[tuple[int, int]] | None:
+        """See `ImageSource.stored_shapes`."""
+        chosen = self.chosen if indices is None else [self.chosen[index] for index in indices]
+        return self.source.stored_shapes(chosen, progress)
+
+    def item_bytes(self, index: int) -> int:
+        """See `ImageSource.item_bytes`."""
+        return self.source.item_bytes(self.chosen[index])
+
+
+def hold_out(source: ImageSource, fraction: float, most: int, seed: int) -> Subset:
+    """The images to train on, with others `held_out`: at random, at least one, and never the last of a class.
+
+    Raises:
+        DataError: No class has two images.
+    """
+    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(source))
+    left = Counter(source.labels.tolist())
+    held: list[int] = []
+    for index in order.tolist():
+        if len(held) < max(1, min(most, round(fraction * len(source)))) and left[int(source.labels[index])] > 1:
+            left[int(source.labels[index])] -= 1
+            held.append(index)
+    if not held:
+        raise DataError(f"{source.name} has no class with two images, so that none can be held out.", "Add images.")
+    chosen = np.delete(np.arange(len(source)), held).tolist()
+    return Subset(source, chosen, Subset(source, sorted(held)))
 
 
 class StoredSource(ImageSource):

@@ -8,6 +8,7 @@ Letters: N, M images of two sets, C channels, H, W height and width in pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ from mvar_core.evaluation.scores import frechet_distance
 from mvar_core.evaluation.statistics import Statistics, collect
 from mvar_core.runtime import generator
 
-BLOCK_IMAGES = 1024
+BLOCK_IMAGES, BLOCK_VALUES = 1024, 2**23
+"""Most images, and values of them, that are compared with as many others at once."""
 
 Images = Shaped[Tensor, "N C H W"]
 """uint8 in 0 … 255, or floating point in [-1, 1]."""
@@ -34,19 +36,20 @@ class DemoScores:
     `classifier_accuracy` is the fraction of the samples that the classifier assigns to their class; `demo_fid` the
     Fréchet distance of the samples' demo features to the training images', also of training images resampled with
     replacement (`floor`: the least to expect) and of the mean image of each class (`class_means`: what a model without
-    diversity gets). Names that end in `_real` are of real test images. Distances are as in the functions below.
+    diversity gets). Names that end in `_real` are of real test images; nan is what was not measured. Distances are
+    as in the functions below.
     """
 
-    classifier_accuracy: float
-    classifier_accuracy_real: float
-    demo_fid: float
-    demo_fid_floor: float
-    demo_fid_real: float
-    demo_fid_class_means: float
-    pixel_diversity: float
-    pixel_diversity_real: float
-    nearest_distance: float
-    nearest_distance_real: float
+    classifier_accuracy: float = math.nan
+    classifier_accuracy_real: float = math.nan
+    demo_fid: float = math.nan
+    demo_fid_floor: float = math.nan
+    demo_fid_real: float = math.nan
+    demo_fid_class_means: float = math.nan
+    pixel_diversity: float = math.nan
+    pixel_diversity_real: float = math.nan
+    nearest_distance: float = math.nan
+    nearest_distance_real: float = math.nan
 
 
 def score_samples(
@@ -94,6 +97,11 @@ def pixel_diversity(images: Images, labels: Int64[Tensor, " N"]) -> float:
 
 def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H W"]) -> float:
     """Mean distance from an image to the nearest reference image: small where images repeat the reference."""
+    return float(nearest_neighbours(images, reference)[0].mean())
+
+
+def nearest_neighbours(images: Images, reference: Shaped[Tensor, "M C H W"]) -> tuple[Tensor, Tensor]:
+    """Distance (N,) from each image to the nearest reference image, and which (N,) that is."""
     _check_pixels(images)
     _check_pixels(reference)
     if len(images) == 0 or len(reference) == 0 or images.shape[1:] != reference.shape[1:]:
@@ -101,12 +109,16 @@ def nearest_neighbour_distance(images: Images, reference: Shaped[Tensor, "M C H 
             "Nearest neighbours need two sets of images of one size, found"
             f" {tuple(images.shape)} and {tuple(reference.shape)}."
         )
-    distances = []
-    for block in images.split(BLOCK_IMAGES):
+    at_once = max(1, min(BLOCK_IMAGES, BLOCK_VALUES // images[0].numel()))
+    found = []
+    for block in images.split(at_once):
         vectors = _vectors(block)
-        nearest = [torch.cdist(vectors, _vectors(part)).cpu().amin(dim=1) for part in reference.split(BLOCK_IMAGES)]
-        distances.append(torch.stack(nearest).amin(dim=0))
-    return float(torch.cat(distances).mean())
+        parts = [torch.cdist(vectors, _vectors(part)).cpu().min(dim=1) for part in reference.split(at_once)]
+        best = torch.stack([part.values for part in parts]).min(dim=0)
+        places = torch.stack([part.indices + number * at_once for number, part in enumerate(parts)])
+        found.append((best.values, places.gather(0, best.indices[None])[0]))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
 
 
 def class_mean_images(images: Images, labels: Int64[Tensor, " N"]) -> Images:

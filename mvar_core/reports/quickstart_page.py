@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +39,24 @@ def metric_rows(scores: DemoScores, psnr: float, code_usage: float) -> TableRows
     ]  # fmt: skip
 
 
+def own_metric_rows(
+    scores: DemoScores, memorised: float, psnr: float, code_usage: float, loss: float, held_out_loss: float | None
+) -> TableRows:
+    """The table of metrics that need no classifier."""
+    number = format_number
+    return [
+        ["metric", "value", "compare with", "what it detects"],
+        ["distance to the nearest training image", number(scores.nearest_distance),
+         f"held-out images {number(scores.nearest_distance_real)}", "copies of training images"],
+        ["nearer than half of that of held-out images", f"{memorised:.0%}", "0%", "memorised images"],
+        ["loss on held-out images", number(held_out_loss or math.nan), f"training {number(loss)}", "memorisation"],
+        ["pixel diversity within a class", number(scores.pixel_diversity),
+         f"training images {number(scores.pixel_diversity_real)}", "the same image over and over"],
+        ["reconstruction PSNR (dB)", number(psnr), "held-out images", "a tokenizer that blurs"],
+        ["codebook usage", f"{code_usage:.1%}", "all codes", "dead codes"],
+    ]  # fmt: skip
+
+
 def time_rows(seconds: Mapping[str, float]) -> TableRows:
     """The table of stages."""
     return [["stage", "time"], *([name, format_seconds(spent)] for name, spent in seconds.items())]
@@ -51,13 +70,14 @@ def write_quickstart_page(
     originals: Tensor,
     reconstructions: Tensor,
     attention: Mapping[str, str],
+    neighbours: Sequence[tuple[Tensor, Tensor, str]],
     **texts: object,
 ) -> None:
     """Write the page, and the training curves of the runs `tokenizer` and `mvar` in its directory.
 
     Images are uint8: `grid` of samples, `stages` (classes, scales, H, W, 3) of one sample per class, `originals` and
-    `reconstructions` (N, H, W, 3). `attention` holds the SVG files of the attention report by name, `texts` what else
-    the template shows.
+    `reconstructions` (N, H, W, 3). `attention` holds the SVG files of the attention report by name, `neighbours`
+    images, those nearest to them and a caption, `texts` what else the template shows.
     """
     out = path.parent
     curves = []
@@ -75,6 +95,10 @@ def write_quickstart_page(
         reconstructions=picture(
             make_grid(torch.cat([originals, reconstructions]), len(originals)), "original, reconstruction"
         ),
+        neighbours=[
+            picture(make_grid(torch.cat([images, nearest]), len(images)), caption)
+            for images, nearest, caption in neighbours
+        ],
         curves=curves,
         attention=[
             svg_figure(Path(attention["scale_mass"]), "Which scales are attended to."),

@@ -1,61 +1,90 @@
-"""From bundled images to a model, samples, metrics and a report, in minutes on a CPU."""
+"""From images to a model, samples, metrics and a report: bundled digits in minutes on a CPU, or images of your own."""
 
 from __future__ import annotations
 
 import logging
+import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config
-from mvar_core.errors import ConfigError
+from mvar_core.data.images import Views, open_images, pixel_batches
+from mvar_core.data.sources import ImageSource, Subset, hold_out
+from mvar_core.data.tokens import TokenCache
+from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
-from mvar_core.evaluation.demo_scores import DemoScores, score_samples
-from mvar_core.formatting import format_count
-from mvar_core.io.files import require_new_directory
+from mvar_core.evaluation.demo_scores import DemoScores, nearest_neighbours, pixel_diversity, score_samples
+from mvar_core.formatting import format_count, format_seconds
+from mvar_core.io.files import require_new_directory, write_json
 from mvar_core.io.pixels import from_uint8, make_grid, save_png, to_uint8
-from mvar_core.io.resumable import DirectoryLock
+from mvar_core.io.resumable import DirectoryLock, differences
+from mvar_core.models.directory import read_model_config
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
+from mvar_core.pyramid import PatchSize
 from mvar_core.reports.pages import TableRows
-from mvar_core.reports.quickstart_page import metric_rows, time_rows, write_quickstart_page
+from mvar_core.reports.quickstart_page import metric_rows, own_metric_rows, time_rows, write_quickstart_page
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import resolve_device, resolve_dtype
+from mvar_core.untrusted import read_json
+from mvar_core.workflows import recipes
 from mvar_core.workflows.attention import analyze_attention
+from mvar_core.workflows.runs import held_out
 from mvar_core.workflows.sample import sample_to
 from mvar_core.workflows.tokenize import tokenize
-from mvar_core.workflows.train import train
+from mvar_core.workflows.train import sample_command, train
 from mvar_core.workflows.train_tokenizer import train_tokenizer
 
 PRESET = "digits"
-PRESET_MINUTES = 2.0
-"""The steps of the preset fill this time on two CPU cores."""
+PRESET_MINUTES, OWN_MINUTES = 2.0, 60.0
+"""The steps of the preset fill its time on two CPU cores."""
 FIXED_MINUTES = 0.25
 """The share of it that is not training: classifier, samples, metrics, report."""
 LARGEST_MINUTES = 365 * 24 * 60
 SHOWN = 16
-"""Samples of each class in the picture."""
+"""Samples of each class in the picture, and pairs of neighbours in a row."""
+PLAN = "plan.json"
+HELD_OUT, MOST_HELD_OUT = 0.1, 500
+"""Share and number of your own images that are not trained on."""
+VIEWS = "data.crops=4"
+"""What tokens are made of where the data section is not set: a few crops of each image, so that fewer are memorised."""
+TOKENIZER_SHARE = 0.35
+"""Of the time for training."""
+REHEARSED_STEPS, REHEARSED_IMAGES, ATTENTION_IMAGES = 4, 8, 32
+MOST_CLASSES, SAMPLES = 16, 64
+"""Classes that samples are made of, the largest ones, and about how many samples."""
+REFERENCE_BYTES = 2**28
+"""Views of training images among which the nearest is looked for."""
 
 logger = logging.getLogger("mvar")
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartResult(DemoScores, Result):
-    """What the quickstart trained, and the scores of its samples.
+    """What the quickstart trained, and the scores of its samples; those that need the digits' classifier are null else.
 
     Attributes:
         reconstruction_psnr: Of the tokenizer on test images, in dB.
         code_usage: Fraction of the codebook that some scale uses.
         loss: Training loss of the MVAR at its last logged step.
+        validation_loss: The same on held-out images, of your own images.
+        memorised: Fraction of the samples that are nearer to a training image than half the median distance of a
+            held-out image to the nearest one.
         images_per_second: Of sampling.
         model: The model directory.
         report: The page.
@@ -69,6 +98,8 @@ class QuickstartResult(DemoScores, Result):
     reconstruction_psnr: float | None = None
     code_usage: float | None = None
     loss: float | None = None
+    validation_loss: float | None = None
+    memorised: float | None = None
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
     model: str
@@ -83,8 +114,11 @@ class QuickstartResult(DemoScores, Result):
 def quickstart(
     out: Path | str = "runs/quickstart",
     *,
-    minutes: float = PRESET_MINUTES,
-    num: Annotated[int, Field(ge=2)] = 100,
+    data: Path | str = "digits",
+    image_size: PatchSize | str | None = None,
+    depth: int | None = None,
+    minutes: float | None = None,
+    num: Annotated[int | None, Field(ge=2)] = None,
     seed: int = 0,
     settings: Sequence[str] = (),
     overwrite: bool = False,
@@ -92,108 +126,147 @@ def quickstart(
     machine: Machine = Machine(),
     progress: Progress | None = None,
 ) -> QuickstartResult:
-    """Train a tokenizer and an MVAR on handwritten digits, generate samples, score them, and write a report.
+    """Train a tokenizer and an MVAR, generate samples, score them, and write a report.
 
-    The same call again resumes where it was interrupted. Each stage leaves its files in `out`.
+    By default on bundled handwritten digits; or on images of your own, a tenth of which is held out. The same call
+    again resumes where it was interrupted. Each stage leaves its files in `out`.
 
         result = mvar.quickstart("runs/quickstart", minutes=2)
         print(result.classifier_accuracy, result.report)
+        mvar.quickstart("runs/animals", data="animals", image_size=64, minutes=60)
 
     Args:
         out: Directory for everything.
-        minutes: Time to spend on two CPU cores; the preset's training steps are scaled to it.
-        num: Samples per class to score.
+        data: `digits`, or images as of `train_tokenizer`.
+        image_size: Side, or (height, width), also as "96x64"; by default as of `train_tokenizer`.
+        depth: Of the MVAR; by default as of `train`.
+        minutes: Time to spend on everything, by default 2, or 60 on your own images: steps are measured first, and
+            their number fills it. The digits' steps are those that fill it on two CPU cores.
+        num: Samples per class to score; by default 100 of digits, or 64 in all.
         seed: Of everything random.
-        settings: Changes to the preset `digits`, as "transformer.depth=4".
+        settings: Changes to the configuration, as "transformer.drop_path=0.2".
         overwrite: Start over.
-        dry_run: Only report what would be done.
+        dry_run: Only report what would be done; on your own images after a few steps that are measured.
         machine: Device, dtype (auto is float32) and attention backend.
         progress: Called while training, tokenizing, sampling and measuring.
 
     Raises:
         ConfigError: No time, or settings that cannot be used.
-        DataError: `out` is neither empty nor a quickstart's.
+        DataError: `out` is neither empty nor a quickstart's of the same images and settings.
     """
     start, seconds, out = time.monotonic(), dict[str, float](), Path(out)
-    settings = [*_scaled_steps(minutes), *settings]
-    config = load_config(PRESET, settings, {"seed": seed})
+    digits = (str(data), image_size, depth) == ("digits", None, None)
+    minutes = (PRESET_MINUTES if digits else OWN_MINUTES) if minutes is None else minutes
+    if not 0 < minutes <= LARGEST_MINUTES:
+        raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0 and below a year, for example 2.")
     page, grid, model, samples = out / "index.html", out / "grid.png", out / "mvar", out / "samples.npz"
     names: dict[str, Any] = {"model": str(model), "report": str(page), "grid": str(grid)}
     resolve_dtype(machine.dtype, resolve_device(machine.device))
-    if dry_run:
-        steps = (
+    if machine.dtype == "auto":
+        machine = machine.model_copy(update={"dtype": "float32"})
+    computing: dict[str, Any] = {"machine": machine, "progress": progress}
+    common = {"settings": list(settings), "seed": seed, "overwrite": overwrite, **computing}
+    own = None
+    if digits:
+        common |= {"preset": PRESET, "settings": [*_scaled_steps(minutes), *settings]}
+        config = load_config(PRESET, common["settings"], {"seed": seed})
+        num = num or 100
+        plan = [
             "train a classifier on the bundled digits",
             f"train a tokenizer for {config.train_tokenizer.steps} steps",
             "turn the digits into tokens",
             f"train an MVAR for {config.train.steps} steps",
             f"generate {num} samples per class and score them",
             f"write {page}",
-        )
-        configuration = config.model_dump(mode="json", exclude_none=True)
-        return QuickstartResult(
-            **names, dry_run=DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
-        )
-    if machine.dtype == "auto":
-        machine = machine.model_copy(update={"dtype": "float32"})
-    computing: dict[str, Any] = {"machine": machine, "progress": progress}
-    common = {"preset": PRESET, "settings": settings, "seed": seed, "overwrite": overwrite, **computing}
+        ]
+        if dry_run:
+            configuration = config.model_dump(mode="json", exclude_none=True)
+            planned = DryRun(configuration=configuration, steps=tuple(plan), cost=cost_of(config), facts={})
+            return QuickstartResult(**names, dry_run=planned)
+    else:
+        own = OwnImages(str(data), image_size, depth, minutes, num, seed, settings)
+        if dry_run:
+            own.rehearse(common)
+            return QuickstartResult(**names, dry_run=own.dry_run(page))
     if out.exists() and not out.is_dir():
         require_new_directory(out, overwrite)
     out.mkdir(parents=True, exist_ok=True)  # fails before anything slow where nothing can be written
+    begun = out / (CLASSIFIER_FILE if own is None else PLAN)
     with DirectoryLock(out):
-        if not (out / CLASSIFIER_FILE).is_file():
+        if not begun.is_file():
             require_new_directory(out, overwrite)
         elif page.is_file() and not overwrite:
             logger.info("%s is finished: nothing is left to train, and the report is made again.", out)
-        with _timed("classifier", seconds):
-            path = out / CLASSIFIER_FILE
-            known = path.is_file() and not overwrite
-            classifier = DemoClassifier.load(path) if known else train_digits_classifier(path, config.image_shape, seed)
+        if own is None:
+            with _timed("classifier", seconds):
+                known = begun.is_file() and not overwrite
+                classifier = (
+                    DemoClassifier.load(begun) if known else train_digits_classifier(begun, config.image_shape, seed)
+                )
+            images: Any = "digits:train"
+            test: Any = "digits:test"
+            options: list[dict[str, Any]] = [{}, {}, {}]
+        else:
+            with _timed("estimate", seconds):
+                own.plan(begun, common, overwrite)
+            images, test = own.images, own.images.held_out
+            options = own.options()
         with _timed("tokenizer", seconds):
-            tokenizer = train_tokenizer(data="digits", out=out / "tokenizer", **common)
+            tokenizer = train_tokenizer(data=images if own else "digits", out=out / "tokenizer", **common | options[0])
         if tokenizer.interrupted:
             return QuickstartResult(**names, interrupted=True)
         with _timed("tokens", seconds):
-            tokens = tokenize(tokenizer=tokenizer.model, data="digits:train", out=out / "tokens-train", **common)
-            held_out = tokenize(
-                tokenizer=tokenizer.model, data="digits:test", out=out / "tokens-test", seed=seed, overwrite=overwrite,
+            tokens = tokenize(tokenizer=tokenizer.model, data=images, out=out / "tokens-train", **common | options[1])
+            held = tokenize(
+                tokenizer=tokenizer.model, data=test, out=out / "tokens-test", seed=seed, overwrite=overwrite,
                 **computing,
             )  # fmt: skip
+        if own is not None:
+            own.plan_training(begun, tokenizer.seconds, tokenizer.steps, seconds["tokens"])
+            options = own.options()
         with _timed("MVAR", seconds):
             trained = train(
-                tokens=tokens.path, validation=held_out.path, tokenizer=tokenizer.model, out=model, **common
+                tokens=tokens.path, validation=held.path, tokenizer=tokenizer.model, out=model, **common | options[2]
             )  # fmt: skip
         if trained.interrupted:
             return QuickstartResult(**names, interrupted=True)
+        classes, num = ("all", num) if own is None else own.samples()
+        assert num is not None
         with _timed("samples", seconds):
             sampled = sample_to(
-                samples,
-                checkpoint=model,
-                classes="all",
-                num=num,
-                seed=seed,
-                batch_size=100,
-                overwrite=True,
+                samples, checkpoint=model, classes=classes, num=num, seed=seed, batch_size=100, overwrite=True,
                 **computing,
-            )
+            )  # fmt: skip
         if sampled.interrupted:
             return QuickstartResult(**names, interrupted=True)
         with _timed("metrics", seconds):
             with np.load(samples) as file:
-                images, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["labels"])
+                made, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["labels"])
             columns = min(num, SHOWN)
-            picture = make_grid(images.unflatten(0, (-1, num))[:, :columns].flatten(0, 1), columns)
+            picture = make_grid(made.unflatten(0, (-1, num))[:, :columns].flatten(0, 1), columns)
             save_png(picture, grid)
-            real, test = (read_digits(split, config.image_shape) for split in ("train", "test"))
-            scores = score_samples(classifier, (images.permute(0, 3, 1, 2).contiguous(), labels), real, test)
+            made = made.permute(0, 3, 1, 2).contiguous()
+            further: dict[str, Any] = {"neighbours": (), "memorised": ""}
+            memorised = None
+            if own is None:
+                real, tested = (read_digits(split, config.image_shape) for split in ("train", "test"))
+                scores = score_samples(classifier, (made, labels), real, tested)
+                rows = metric_rows(scores, tokenizer.psnr, tokenizer.code_usage)
+                shown = tested[0]
+            else:
+                scores, memorised, further["neighbours"], shown = score_own(tokens.path, own.images, (made, labels))
+                rows = own_metric_rows(
+                    scores, memorised, tokenizer.psnr, tokenizer.code_usage, trained.loss, trained.validation_loss
+                )
+                further["memorised"] = _memorisation(memorised, trained.best_step, trained.steps, model)
         with _timed("report", seconds):
-            attention = analyze_attention(
-                model, out / "attention", data="digits:test", num=128, overwrite=True, **computing
-            )
-            tables = {"metrics": metric_rows(scores, tokenizer.psnr, tokenizer.code_usage), "time": time_rows(seconds)}
+            measured: dict[str, Any] = {"data": test, "num": 128} if own is None else {"tokens": held.path, "num": 32}
+            attention = analyze_attention(model, out / "attention", overwrite=True, **measured, **computing)
+            tables = {"metrics": rows, "time": time_rows(seconds)}
             pipeline = Pipeline.from_pretrained(model, machine=machine)
-            originals = test[0][:SHOWN].permute(0, 2, 3, 1)
-            stages = pipeline.sample(range(classifier.num_classes), seed=0, stages=True).stages
+            originals = shown[:SHOWN].permute(0, 2, 3, 1)
+            staged = range(classifier.num_classes) if own is None else sorted(set(labels.tolist()))
+            stages = pipeline.sample(staged, seed=0, stages=True).stages
             assert stages is not None
             write_quickstart_page(
                 page,
@@ -202,13 +275,16 @@ def quickstart(
                 originals=originals,
                 reconstructions=to_uint8(pipeline.decode(pipeline.encode(from_uint8(originals)))).cpu(),
                 attention=attention.plots_svg,
+                title=str(data) if own else "handwritten digits",
+                images="the bundled handwritten digits" if own is None else f"{len(own.images)} images of {data}",
                 parameters=format_count(cost_of(pipeline.config).parameters),
                 seed=seed,
-                sides=str(config.pyramid),
+                sides=str(pipeline.config.pyramid),
                 metrics=tables["metrics"],
                 recommendation=attention.sentences[-1],
                 seconds=tables["time"],
-                commands=next_commands(out),
+                commands=(commands := next_commands(out, own)),
+                **further,
             )
         return QuickstartResult(
             **names,
@@ -217,23 +293,261 @@ def quickstart(
             reconstruction_psnr=tokenizer.psnr,
             code_usage=tokenizer.code_usage,
             loss=trained.loss,
+            validation_loss=trained.validation_loss,
+            memorised=memorised,
             images_per_second=sampled.images_per_second,
             peak_memory_bytes=sampled.peak_memory_bytes,
             stage_seconds=seconds,
             tables={**tables, "time": time_rows(seconds)},
-            commands=next_commands(out),
+            commands=commands,
         )
 
 
-def next_commands(out: Path) -> str:
-    """What to type next: more samples, own images, published weights."""
-    return f"""# more samples
-mvar sample --checkpoint {out / "mvar"} --class 3,7 --num 16 --out digits.png
+class OwnImages:
+    """The quickstart's stages on images of your own: a recipe that suits them, and steps that fill the time."""
 
-# your own images: a folder with one sub-folder per class
-mvar train-tokenizer --preset digits --data IMAGES --out runs/tokenizer
-mvar tokenize --tokenizer runs/tokenizer --preset digits --data IMAGES --out runs/tokens
-mvar train --preset digits --tokens runs/tokens --out runs/mvar
+    def __init__(
+        self,
+        data: str,
+        image_size: PatchSize | str | None,
+        depth: int | None,
+        minutes: float,
+        num: int | None,
+        seed: int,
+        settings: Sequence[str],
+    ):
+        source = open_images(data)
+        test = held_out(source)
+        self.images = hold_out(source, HELD_OUT, MOST_HELD_OUT, seed) if test is None else Subset(
+            source, range(len(source)), Subset(test, range(min(len(test), MOST_HELD_OUT)))
+        )  # fmt: skip
+        self.recipe = recipes.recipe_for(len(self.images))
+        self.suited, self.why = recipes.tokenizer_settings(self.images, image_size, settings)
+        self.settings, self.depth, self.num = list(settings), depth or self.recipe.depth, num
+        self.minutes = minutes
+        self.record: dict[str, Any] = {}
+        self.asked = {
+            "images": self.images.fingerprint(), "image_size": image_size, "depth": self.depth, "minutes": minutes,
+            "seed": seed, "settings": self.settings,
+        }  # fmt: skip
+
+    def options(self, steps: int | None = None) -> list[dict[str, Any]]:
+        """Arguments of `train_tokenizer`, `tokenize` and `train`; with `steps` those of a rehearsal."""
+        lengths = [steps or self.record[name] for name in ("tokenizer_steps", "steps")]
+        every = [max(REHEARSED_STEPS, length // 10) for length in lengths]
+        return [
+            {
+                "preset": "tokenizer-64", "settings": [*self.suited, *self.settings], "steps": lengths[0],
+                "checkpoint_every": every[0],
+            },
+            {"settings": [VIEWS, *self.settings]},
+            {
+                "depth": self.depth, "steps": lengths[1], "batch_size": self.recipe.batch,
+                "checkpoint_every": every[1],
+            },
+        ]  # fmt: skip
+
+    def samples(self) -> tuple[list[str] | str, int]:
+        """Which classes samples are made of, and how many of each."""
+        counts = np.bincount(self.images.labels, minlength=len(self.images.class_names))
+        largest = sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
+        chosen = [self.images.class_names[label] for label in largest]
+        everything = len(chosen) == len(counts)
+        return "all" if everything else chosen, self.num or max(2, SAMPLES // len(chosen))
+
+    def rehearse(self, common: Mapping[str, Any]) -> None:
+        """Take a few steps of every stage, elsewhere, and record what they take and how many fill the time."""
+        began, clock = time.monotonic(), Stopwatch()
+        common = {**common, "overwrite": False, "progress": clock}
+        few = Subset(self.images, range(min(REHEARSED_IMAGES, len(self.images))))
+        options = self.options(REHEARSED_STEPS)
+        classes, num = self.samples()
+        with TemporaryDirectory() as folder, _quiet():
+            place, machine = Path(folder), common["machine"]
+            tokenizer = train_tokenizer(data=self.images, out=place / "tokenizer", **common | options[0])
+            tokens = tokenize(tokenizer=tokenizer.model, data=few, out=place / "tokens", **common | options[1])
+            trained = train(tokens=tokens.path, out=place / "mvar", **common | options[2])
+            if tokenizer.interrupted or trained.interrupted:
+                raise KeyboardInterrupt
+            configured = load_config(str(place / "mvar" / "config.yaml"))
+            tokenized = load_config(str(place / "tokenizer" / "config.yaml"))
+            sampled = sample_to(place / "one.npz", checkpoint=trained.model, classes=few.class_names[:1], num=4,
+                                batch_size=100, machine=machine)  # fmt: skip
+            shown = time.monotonic()
+            analyze_attention(trained.model, place / "attention", tokens=tokens.path, num=4, machine=machine,
+                              progress=clock)  # fmt: skip
+            shown = time.monotonic() - shown + clock.span("attention") * (ATTENTION_IMAGES / 4 - 1)
+        self.config = configured.model_copy(update={"train_tokenizer": tokenized.train_tokenizer})
+        count = num * (len(self.images.class_names) if classes == "all" else len(classes))
+        spent = time.monotonic() - began
+        first = clock.times["tokenizer"][0][0] - began  # the codebook's start, above all
+        later = sampled.seconds / 4 * count + shown + tokens.seconds / len(few) * len(self.images)
+        speeds = {"tokenizer": clock.seconds("tokenizer"), "training": clock.seconds("training")}
+        left = max(0.0, 60 * self.minutes - spent - first - later)
+        self.record = {
+            "asked": self.asked, "spent": spent, "first": first, "later": later, "seconds_per_step": speeds,
+            "tokenizer_steps": _filling(TOKENIZER_SHARE * left, speeds["tokenizer"]),
+            "steps": _filling((1 - TOKENIZER_SHARE) * left, speeds["training"]),
+        }  # fmt: skip
+        logger.info(
+            "Measured on this machine: %.3g s for a step of the tokenizer, %.3g s for one of the MVAR, %s for the rest."
+            " About %d and %d steps fill %g min.",
+            speeds["tokenizer"], speeds["training"], format_seconds(spent + later), self.record["tokenizer_steps"],
+            self.record["steps"], self.minutes,
+        )  # fmt: skip
+        if left < 0.2 * 60 * self.minutes:
+            logger.warning("Most of %g min is not training: use more --minutes, or less --image-size.", self.minutes)
+
+    def plan(self, path: Path, common: Mapping[str, Any], overwrite: bool) -> None:
+        """Read the plan of a quickstart that was begun, or rehearse and write one."""
+        if path.is_file() and not overwrite:
+            self.record = read_json(path)
+            if different := differences(self.record.get("asked", {}), self.asked):
+                raise DataError(
+                    f"{path.parent} holds a quickstart with other images or settings: {different}.",
+                    "Use the same to resume it, choose another --out, or add --overwrite to start over.",
+                )
+            return
+        self.rehearse(common)
+        write_json(path, self.record)
+
+    def plan_training(self, path: Path, seconds: float, steps: int, encoding: float) -> None:
+        """Plan the MVAR's steps for the time that is left, now that it is known how long the tokenizer's took."""
+        record, speeds = self.record, self.record["seconds_per_step"]
+        if record.get("final"):
+            return
+        slower = min(3.0, max(0.3, seconds / max(1, steps) / speeds["tokenizer"]))  # than when it was rehearsed
+        left = 60 * self.minutes - record["spent"] - seconds - encoding - slower * record["later"]
+        record |= {"final": True, "steps": _filling(left, slower * speeds["training"])}
+        write_json(path, record)
+        logger.info(
+            "%d steps of the MVAR fill the %s that are left for it.", record["steps"], format_seconds(max(0.0, left))
+        )
+
+    def dry_run(self, page: Path) -> DryRun:
+        """What would be done."""
+        classes, num = self.samples()
+        height, width = self.config.image_shape
+        steps = (
+            f"train a tokenizer for about {self.record['tokenizer_steps']} steps on {len(self.images)} images at"
+            f" {height}×{width} pixels ({self.why}), {len(self.images.held_out or ())} more are held out",
+            f"turn the images into tokens, scales {self.config.pyramid}",
+            f"train an MVAR of depth {self.depth} for about {self.record['steps']} steps",
+            f"generate {num} samples of {classes if classes == 'all' else f'the {len(classes)} largest'} classes, score"
+            " them, and look for the training images nearest to them",
+            f"write {page}",
+        )
+        train = self.config.train.model_copy(update={"steps": self.record["steps"]})
+        tokenizer = self.config.train_tokenizer.model_copy(update={"steps": self.record["tokenizer_steps"]})
+        config = self.config.model_copy(update={"train": train, "train_tokenizer": tokenizer})
+        configuration = config.model_dump(mode="json", exclude_none=True)
+        return DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
+
+
+class Stopwatch:
+    """A progress callback that measures what a unit of each stage takes."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[tuple[float, int]]] = {}
+
+    def __call__(self, stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
+        """See `mvar_core.progress.Progress`."""
+        self.times.setdefault(stage, []).append((time.monotonic(), done))
+
+    def span(self, stage: str) -> float:
+        """From the first report to the last."""
+        return self.times[stage][-1][0] - self.times[stage][0][0]
+
+    def seconds(self, stage: str) -> float:
+        """Of a unit: the median, since the first ones are slower."""
+        return median(after - before for (before, _), (after, _) in pairwise(self.times[stage]))
+
+
+def score_own(
+    cache: Path, images: Subset, samples: tuple[Tensor, Tensor]
+) -> tuple[DemoScores, float, list[tuple[Tensor, Tensor, str]], Tensor]:
+    """Scores of samples (N, 3, H, W) and labels (N,) that need no classifier.
+
+    Returns them, the fraction that is memorised, for the page rows of images with the training views nearest to them,
+    and the held-out images uint8 (M, 3, H, W).
+    """
+    tokens = TokenCache.open(cache)
+    height, width = samples[0].shape[2:]
+    views = Views(tokens.manifest.data, tokens.manifest.seed)
+    assert images.held_out is not None
+
+    def read(source: ImageSource, views: Views | None = None) -> tuple[Tensor, Tensor]:
+        rows = len(source) * len(views or "1")
+        most = max(1, REFERENCE_BYTES // (3 * height * width))
+        chosen = np.unique(np.linspace(0, rows - 1, min(rows, most)).astype(np.int64))
+        pixels, labels = zip(*pixel_batches(source, (height, width), chosen, views=views), strict=True)
+        return (
+            torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(np.concatenate(labels)),
+        )
+
+    (reference, _), real, test = read(images, views), read(images), read(images.held_out)
+    found = {name: (given, *nearest_neighbours(given, reference)) for name, given in
+             (("samples", samples[0]), ("held-out images", test[0]))}  # fmt: skip
+    (_, near, _), (_, near_real, _) = found.values()
+    diversities = [math.nan, math.nan]
+    for number, labelled in enumerate((samples, real)):
+        with suppress(DataError):  # no class with two images
+            diversities[number] = pixel_diversity(*labelled)
+    neighbours = []
+    for name, (given, distances, places) in found.items():
+        first = distances.argsort()[:SHOWN]
+        caption = (
+            f"{name}, those nearest to a training image first; below each the view of a training image that is nearest"
+            f" to it. Distances {distances[first[0]]:.3g} to {distances[first[-1]]:.3g}."
+        )
+        pair = (given[first].permute(0, 2, 3, 1), reference[places[first]].permute(0, 2, 3, 1))
+        neighbours.append((*pair, caption[0].upper() + caption[1:]))
+    scores = DemoScores(
+        pixel_diversity=diversities[0],
+        pixel_diversity_real=diversities[1],
+        nearest_distance=float(near.mean()),
+        nearest_distance_real=float(near_real.mean()),
+    )
+    return scores, float((near < near_real.median() / 2).double().mean()), neighbours, test[0]
+
+
+def _memorisation(memorised: float, best: int | None, steps: int, model: Path) -> str:
+    """What the report says of memorisation."""
+    text = (
+        f"{memorised:.0%} of the samples are nearer to a training image than half of what is usual for held-out images:"
+        " those are copies, or nearly so."
+    )
+    if best is not None and best < steps:
+        text += (
+            f" The loss on held-out images was lowest after step {best} of {steps}: from there on the model learned"
+            f" its training images rather than their kind. {model / 'best'} holds the model of that step."
+        )
+    return text
+
+
+def next_commands(out: Path, own: OwnImages | None) -> str:
+    """What to type next: more samples, own images, published weights."""
+
+    def command(*words: object) -> str:
+        return shlex.join(["mvar", *map(str, words)])
+
+    if own is not None:
+        deeper = out / f"mvar-d{2 * own.depth}"
+        train = ["--tokens", out / "tokens-train", "--validation", out / "tokens-test", "--depth", 2 * own.depth]
+        return f"""# more samples
+{sample_command(out / "mvar", read_model_config(out / "mvar"))}
+
+# a larger model on the same tokens
+{command("train", *train, "--out", deeper)}
+
+# the tokenizer alone
+{command("evaluate", "reconstruction", "--checkpoint", out / "tokenizer", "--reference", own.images.name)}"""
+    return f"""# more samples
+{command("sample", "--checkpoint", out / "mvar", "--class", "3,7", "--num", 16, "--out", "digits.png")}
+
+# your own images: a folder with one sub-folder per class, or all in one
+mvar quickstart --data IMAGES --out runs/own
 
 # published weights
 mvar convert --model var_d16.pth --tokenizer vae_ch160v4096z32.pth --out var-d16
@@ -241,13 +555,27 @@ mvar sample --checkpoint var-d16 --class 207 --num 4 --out retriever.png"""
 
 
 def _scaled_steps(minutes: float) -> list[str]:
-    """Settings that scale the preset's steps to the time."""
-    if not 0 < minutes <= LARGEST_MINUTES:
-        raise ConfigError(f"--minutes is {minutes:g}; expected a time above 0 and below a year, for example 2.")
+    """Settings that scale the digits' steps to the time."""
     preset = load_config(PRESET)
     scale = max(0.02, (minutes - FIXED_MINUTES) / (PRESET_MINUTES - FIXED_MINUTES))
     steps = {"train": preset.train.steps or 1, "train_tokenizer": preset.train_tokenizer.steps}
     return [f"{section}.steps={max(1, round(scale * count))}" for section, count in steps.items()]
+
+
+def _filling(seconds: float, per_step: float) -> int:
+    """How many steps fill a time; a few in any case."""
+    return max(REHEARSED_STEPS, int(seconds / per_step))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While entered, what the stages of a rehearsal log is not shown."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -126,6 +126,7 @@ def transformer_values(
         "train": {
             "batch_size": recipe.batch,
             "epochs": recipe.epochs / views,
+            **({"checkpoint_every": 250} if few else {}),
             "optimizer": {"lr": LEARNING_RATE_TIMES_DEPTH / depth, "lr_batch": None, "schedule": "cosine", "end": 0.0},
         },
     }

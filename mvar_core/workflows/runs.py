@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine, RunConfig
 from mvar_core.data.images import ImageSource, open_images
+from mvar_core.data.sources import Subset
 from mvar_core.distributed import World
 from mvar_core.errors import DataError
 from mvar_core.io.files import require_new_directory
@@ -142,6 +143,8 @@ def run_directory(out: Path, world: World, resume: bool, overwrite: bool) -> Ite
 
 def held_out(source: ImageSource) -> ImageSource | None:
     """The split test, or val, of a data set's split train, where it has one with the same classes."""
+    if isinstance(source, Subset):
+        return source.held_out
     if source.split != "train":
         return None
     for split in ("test", "val"):

@@ -55,7 +55,7 @@ class TokenizeResult(Result):
 def tokenize(
     *,
     tokenizer: Path | str,
-    data: Path | str,
+    data: Path | str | ImageSource,
     out: Path | str,
     preset: str | None = None,
     settings: Sequence[str] = (),
@@ -109,6 +109,7 @@ def tokenize(
     if image_key is not None:
         name, split = split_name(str(data))
         data = f"{name}{IMAGE_KEY}{image_key}:{split}"
+    data = data if isinstance(data, ImageSource) else str(data)
     own = read_model_config(Path(tokenizer))
     section = {"tokenizer": own.tokenizer.model_dump()}
     base = {"name": own.name, "image_size": own.image_size, "patch_sizes": own.patch_sizes, **section}
@@ -132,9 +133,9 @@ def tokenize(
         conditioning = config.conditioning.model_copy(update={"encoder": ENCODER})
         config = config.model_copy(update={"conditioning": conditioning})
     if dry_run:
-        return _plan(config, str(data), Path(out))
+        return _plan(config, open_images(data), Path(out))
     return write_tokens(
-        Path(out), data=str(data), tokenizer=Path(tokenizer), config=config, vectors=vectors, encoder=encoder,
+        Path(out), data=data, tokenizer=Path(tokenizer), config=config, vectors=vectors, encoder=encoder,
         machine=machine, progress=progress, batch_size=batch_size, skip_bad=skip_bad, overwrite=overwrite,
     )  # fmt: skip
 
@@ -142,7 +143,7 @@ def tokenize(
 def write_tokens(
     out: Path,
     *,
-    data: str,
+    data: str | ImageSource,
     tokenizer: Path,
     config: RunConfig,
     vectors: Path | str | None = None,
@@ -203,9 +204,8 @@ def _vectors(source: ImageSource, config: RunConfig, file: Path | str | None, en
     return None
 
 
-def _plan(config: RunConfig, data: str, out: Path) -> TokenizeResult:
+def _plan(config: RunConfig, source: ImageSource, out: Path) -> TokenizeResult:
     """What would be done."""
-    source = open_images(data)
     images, views = len(source), len(Views(config.data))
     tokens = images * views * config.pyramid.num_tokens
     size = tokens * smallest_unsigned(config.tokenizer.codebook_size - 1).itemsize

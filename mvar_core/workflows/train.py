@@ -238,7 +238,7 @@ def _train(
     if os.path.realpath(out) == os.path.realpath(directory):
         raise DataError(f"--out {out} is the tokenizer's directory.", "Choose another --out.")
     made_by = read_model_config(directory)
-    images = cache or open_images(str(data))
+    images = cache if cache is not None else open_images(str(data), max_pixels=machine.max_pixels)
     sizes: dict[str, Any] = made_by.model_dump(mode="json", include={"image_size", "patch_sizes", "tokenizer"})
     if cache is not None:
         sizes |= cache.manifest.model_dump(mode="json", include={"image_size", "patch_sizes"})
@@ -337,10 +337,10 @@ def _train(
 
 def sample_command(model: Path, config: ModelConfig) -> str:
     """A command that shows what a model generates."""
-    chosen = ["--class", "all" if len(config.class_names or ()) <= LISTED_CLASSES else "#0,#1,#2,#3"]
+    names = config.class_names or ()
+    chosen = ["--class", "all" if len(names) <= LISTED_CLASSES else "#0,#1,#2,#3"]
     if config.conditioning.dim is not None:
-        words = config.conditioning.encoder == ENCODER and config.class_names
-        chosen = ["--words", words[0]] if words else ["--vectors", "FILE"]
+        chosen = ["--words", names[0]] if names and config.conditioning.encoder == ENCODER else ["--vectors", "FILE"]
     out = ["--num", "4", "--out", str(model / "grid.png")]
     return shlex.join(["mvar", "sample", "--checkpoint", str(model), *chosen, *out])
 

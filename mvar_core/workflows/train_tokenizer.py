@@ -58,7 +58,7 @@ class TrainTokenizerResult(TrainingResult):
 
 def train_tokenizer(
     *,
-    data: Path | str,
+    data: Path | str | ImageSource,
     out: Path | str,
     image_size: PatchSize | str | None = None,
     start: Path | str | None = None,
@@ -98,7 +98,8 @@ def train_tokenizer(
     loop: dict[str, Any] = dict(options)
     preset, settings, seed = (loop.pop(name, None) for name in ("preset", "settings", "seed"))
     resume, overwrite, dry_run = (loop.pop(name, name == "resume") for name in ("resume", "overwrite", "dry_run"))
-    data, out, settings = str(data), Path(out), list(settings or ())
+    data = data if isinstance(data, ImageSource) else str(data)
+    out, settings = Path(out), list(settings or ())
     source, suited, why = open_images(data, max_pixels=machine.max_pixels), list[str](), "as set"
     start, vgg, lpips = (None if path is None else Path(path) for path in (start, vgg_weights, lpips_weights))
     if preset is None:
@@ -130,7 +131,7 @@ def train_tokenizer(
 
 def train_on_images(
     config: RunConfig,
-    data: str,
+    data: str | ImageSource,
     out: Path,
     *,
     machine: Machine = Machine(),
@@ -152,7 +153,7 @@ def train_on_images(
     device = resolve_device(machine.device)
     vqvae: VQVAE = seeded(lambda: VQVAE(config.tokenizer, config.pyramid), "tokenizer", config.seed)
     origins: dict[str, Any] = {}
-    provenance: dict[str, Any] = {"data": data, "images": len(source)}
+    provenance: dict[str, Any] = {"data": str(data), "images": len(source)}
     if start is not None:
         provenance["start"] = str(start)
         digest = load_start(vqvae, config, start, new_codebook, machine.verify)

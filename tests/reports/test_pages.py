@@ -20,6 +20,10 @@ def test_a_page_holds_its_pictures_and_escapes_text(tmp_path):
     write_page(
         tmp_path / "page.html",
         "quickstart.html.j2",
+        title="<digits>",
+        images="pictures",
+        neighbours=[],
+        memorised="",
         parameters="1 k",
         seed=0,
         sides="1, 2",

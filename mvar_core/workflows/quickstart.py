@@ -184,7 +184,9 @@ def quickstart(
             planned = DryRun(configuration=configuration, steps=tuple(plan), cost=cost_of(config), facts={})
             return QuickstartResult(**names, dry_run=planned)
     else:
-        own = OwnImages(str(data), image_size, depth, minutes, num, seed, settings)
+        own = OwnImages(
+            open_images(str(data), max_pixels=machine.max_pixels), image_size, depth, minutes, num, seed, settings
+        )
         if dry_run:
             own.rehearse(common)
             return QuickstartResult(**names, dry_run=own.dry_run(page))
@@ -308,7 +310,7 @@ class OwnImages:
 
     def __init__(
         self,
-        data: str,
+        source: ImageSource,
         image_size: PatchSize | str | None,
         depth: int | None,
         minutes: float,
@@ -316,7 +318,6 @@ class OwnImages:
         seed: int,
         settings: Sequence[str],
     ):
-        source = open_images(data)
         test = held_out(source)
         self.images = hold_out(source, HELD_OUT, MOST_HELD_OUT, seed) if test is None else Subset(
             source, range(len(source)), Subset(test, range(min(len(test), MOST_HELD_OUT)))

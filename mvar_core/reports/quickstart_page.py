@@ -16,8 +16,10 @@ from mvar_core.reports.figures import plot_metrics
 from mvar_core.reports.pages import TableRows, picture, svg_figure, write_page
 
 
-def metric_rows(scores: DemoScores, psnr: float, code_usage: float) -> TableRows:
-    """The table of metrics: value, what to compare it with, what it would detect."""
+def metric_rows(
+    scores: DemoScores, psnr: float, code_usage: float, memorised: float, loss: float, held_out_loss: float
+) -> TableRows:
+    """The table of metrics: value, what to compare it with, what it would detect; without those that are nan."""
     number = format_number
     diversity = scores.pixel_diversity / scores.pixel_diversity_real
     distance = scores.nearest_distance / scores.nearest_distance_real
@@ -25,36 +27,25 @@ def metric_rows(scores: DemoScores, psnr: float, code_usage: float) -> TableRows
         f"training images resampled {number(scores.demo_fid_floor)}, real test {number(scores.demo_fid_real)},"
         f" class means {number(scores.demo_fid_class_means)}"
     )
+    rows: list[tuple[float, list[str]]] = [
+        (scores.classifier_accuracy, ["classifier accuracy", f"{scores.classifier_accuracy:.1%}",
+         f"real {scores.classifier_accuracy_real:.1%}", "the wrong digit"]),
+        (scores.demo_fid, ["demo-FID to training images", number(scores.demo_fid), fid,
+         "features unlike those of digits"]),
+        (diversity, ["pixel diversity within a class", number(scores.pixel_diversity),
+         f"{diversity:.0%} of real {number(scores.pixel_diversity_real)}", "the same image over and over"]),
+        (distance, ["distance to the nearest training image", number(scores.nearest_distance),
+         f"{distance:.0%} of real {number(scores.nearest_distance_real)}", "copies of training images"]),
+        (memorised, ["nearer than half of what is usual for held-out images", f"{memorised:.0%}", "none",
+         "memorised images"]),
+        (held_out_loss, ["loss on held-out images", number(held_out_loss), f"training {number(loss)}", "memorisation"]),
+        (psnr, ["reconstruction PSNR (dB)", number(psnr), "test images", "a tokenizer that blurs"]),
+        (code_usage, ["codebook usage", f"{code_usage:.1%}", "all codes", "dead codes"]),
+    ]  # fmt: skip
     return [
         ["metric", "value", "compare with", "what it detects"],
-        ["classifier accuracy", f"{scores.classifier_accuracy:.1%}", f"real {scores.classifier_accuracy_real:.1%}",
-         "the wrong digit"],
-        ["demo-FID to training images", number(scores.demo_fid), fid, "features unlike those of digits"],
-        ["pixel diversity within a class", number(scores.pixel_diversity),
-         f"{diversity:.0%} of real {number(scores.pixel_diversity_real)}", "the same image over and over"],
-        ["distance to the nearest training image", number(scores.nearest_distance),
-         f"{distance:.0%} of real {number(scores.nearest_distance_real)}", "copies of training images"],
-        ["reconstruction PSNR (dB)", number(psnr), "test images", "a tokenizer that blurs"],
-        ["codebook usage", f"{code_usage:.1%}", "all codes", "dead codes"],
-    ]  # fmt: skip
-
-
-def own_metric_rows(
-    scores: DemoScores, memorised: float, psnr: float, code_usage: float, loss: float, held_out_loss: float | None
-) -> TableRows:
-    """The table of metrics that need no classifier."""
-    number = format_number
-    return [
-        ["metric", "value", "compare with", "what it detects"],
-        ["distance to the nearest training image", number(scores.nearest_distance),
-         f"held-out images {number(scores.nearest_distance_real)}", "copies of training images"],
-        ["nearer than half of that of held-out images", f"{memorised:.0%}", "0%", "memorised images"],
-        ["loss on held-out images", number(held_out_loss or math.nan), f"training {number(loss)}", "memorisation"],
-        ["pixel diversity within a class", number(scores.pixel_diversity),
-         f"training images {number(scores.pixel_diversity_real)}", "the same image over and over"],
-        ["reconstruction PSNR (dB)", number(psnr), "held-out images", "a tokenizer that blurs"],
-        ["codebook usage", f"{code_usage:.1%}", "all codes", "dead codes"],
-    ]  # fmt: skip
+        *(row for value, row in rows if not math.isnan(value)),
+    ]
 
 
 def time_rows(seconds: Mapping[str, float]) -> TableRows:

@@ -23,6 +23,7 @@ from torch import Tensor
 from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config
+from mvar_core.config.training import DataConfig
 from mvar_core.data.images import Views, open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, Subset, hold_out
 from mvar_core.data.tokens import TokenCache
@@ -38,7 +39,7 @@ from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress
 from mvar_core.pyramid import PatchSize
 from mvar_core.reports.pages import TableRows
-from mvar_core.reports.quickstart_page import metric_rows, own_metric_rows, time_rows, write_quickstart_page
+from mvar_core.reports.quickstart_page import metric_rows, time_rows, write_quickstart_page
 from mvar_core.results import DryRun, Result
 from mvar_core.runtime import resolve_device, resolve_dtype
 from mvar_core.untrusted import read_json
@@ -65,7 +66,7 @@ VIEWS = "data.crops=4"
 """What tokens are made of where the data section is not set: a few crops of each image, so that fewer are memorised."""
 TOKENIZER_SHARE = 0.35
 """Of the time for training."""
-REHEARSED_STEPS, REHEARSED_IMAGES, ATTENTION_IMAGES = 4, 8, 32
+REHEARSED_STEPS, REHEARSED_IMAGES = 4, 8
 MOST_CLASSES, SAMPLES = 16, 64
 """Classes that samples are made of, the largest ones, and about how many samples."""
 REFERENCE_BYTES = 2**28
@@ -99,7 +100,7 @@ class QuickstartResult(DemoScores, Result):
     code_usage: float | None = None
     loss: float | None = None
     validation_loss: float | None = None
-    memorised: float | None = None
+    memorised: float = math.nan
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
     model: str
@@ -170,13 +171,12 @@ def quickstart(
     if digits:
         common |= {"preset": PRESET, "settings": [*_scaled_steps(minutes), *settings]}
         config = load_config(PRESET, common["settings"], {"seed": seed})
-        num = num or 100
         plan = [
             "train a classifier on the bundled digits",
             f"train a tokenizer for {config.train_tokenizer.steps} steps",
             "turn the digits into tokens",
             f"train an MVAR for {config.train.steps} steps",
-            f"generate {num} samples per class and score them",
+            f"generate {num or 100} samples per class and score them",
             f"write {page}",
         ]
         if dry_run:
@@ -185,7 +185,13 @@ def quickstart(
             return QuickstartResult(**names, dry_run=planned)
     else:
         own = OwnImages(
-            open_images(str(data), max_pixels=machine.max_pixels), image_size, depth, minutes, num, seed, settings
+            open_images(str(data), max_pixels=machine.max_pixels),
+            image_size,
+            depth,
+            minutes,
+            num,
+            seed,
+            common["settings"],
         )
         if dry_run:
             own.rehearse(common)
@@ -207,33 +213,33 @@ def quickstart(
                 )
             images: Any = "digits:train"
             test: Any = "digits:test"
-            options: list[dict[str, Any]] = [{}, {}, {}]
         else:
             with _timed("estimate", seconds):
                 own.plan(begun, common, overwrite)
             images, test = own.images, own.images.held_out
-            options = own.options()
+
+        def options(stage: str) -> dict[str, Any]:
+            return common if own is None else common | own.options(stage)
+
         with _timed("tokenizer", seconds):
-            tokenizer = train_tokenizer(data=images if own else "digits", out=out / "tokenizer", **common | options[0])
+            tokenizer = train_tokenizer(data=images if own else "digits", out=out / "tokenizer", **options("tokenizer"))
         if tokenizer.interrupted:
             return QuickstartResult(**names, interrupted=True)
         with _timed("tokens", seconds):
-            tokens = tokenize(tokenizer=tokenizer.model, data=images, out=out / "tokens-train", **common | options[1])
+            tokens = tokenize(tokenizer=tokenizer.model, data=images, out=out / "tokens-train", **options("tokens"))
             held = tokenize(
                 tokenizer=tokenizer.model, data=test, out=out / "tokens-test", seed=seed, overwrite=overwrite,
                 **computing,
             )  # fmt: skip
         if own is not None:
-            own.plan_training(begun, tokenizer.seconds, tokenizer.steps, seconds["tokens"])
-            options = own.options()
+            own.plan_again(begun, tokenizer.seconds, tokenizer.steps)
         with _timed("MVAR", seconds):
             trained = train(
-                tokens=tokens.path, validation=held.path, tokenizer=tokenizer.model, out=model, **common | options[2]
+                tokens=tokens.path, validation=held.path, tokenizer=tokenizer.model, out=model, **options("MVAR")
             )  # fmt: skip
         if trained.interrupted:
             return QuickstartResult(**names, interrupted=True)
-        classes, num = ("all", num) if own is None else own.samples()
-        assert num is not None
+        classes, num = ("all", num or 100) if own is None else (own.classes, own.num)
         with _timed("samples", seconds):
             sampled = sample_to(
                 samples, checkpoint=model, classes=classes, num=num, seed=seed, batch_size=100, overwrite=True,
@@ -248,22 +254,24 @@ def quickstart(
             picture = make_grid(made.unflatten(0, (-1, num))[:, :columns].flatten(0, 1), columns)
             save_png(picture, grid)
             made = made.permute(0, 3, 1, 2).contiguous()
-            further: dict[str, Any] = {"neighbours": (), "memorised": ""}
-            memorised = None
+            memorised, neighbours = math.nan, list[Any]()
             if own is None:
                 real, tested = (read_digits(split, config.image_shape) for split in ("train", "test"))
                 scores = score_samples(classifier, (made, labels), real, tested)
-                rows = metric_rows(scores, tokenizer.psnr, tokenizer.code_usage)
                 shown = tested[0]
             else:
-                scores, memorised, further["neighbours"], shown = score_own(tokens.path, own.images, (made, labels))
-                rows = own_metric_rows(
-                    scores, memorised, tokenizer.psnr, tokenizer.code_usage, trained.loss, trained.validation_loss
-                )
-                further["memorised"] = _memorisation(memorised, trained.best_step, trained.steps, model)
+                scores, memorised, neighbours, shown = score_own(tokens.path, own.images, (made, labels))
         with _timed("report", seconds):
             measured: dict[str, Any] = {"data": test, "num": 128} if own is None else {"tokens": held.path, "num": 32}
             attention = analyze_attention(model, out / "attention", overwrite=True, **measured, **computing)
+            rows = metric_rows(
+                scores,
+                tokenizer.psnr,
+                tokenizer.code_usage,
+                memorised,
+                trained.loss,
+                trained.validation_loss or math.nan,
+            )
             tables = {"metrics": rows, "time": time_rows(seconds)}
             pipeline = Pipeline.from_pretrained(model, machine=machine)
             originals = shown[:SHOWN].permute(0, 2, 3, 1)
@@ -286,7 +294,10 @@ def quickstart(
                 recommendation=attention.sentences[-1],
                 seconds=tables["time"],
                 commands=(commands := next_commands(out, own)),
-                **further,
+                neighbours=neighbours,
+                memorised=memorised,
+                best_step=trained.best_step,
+                steps=trained.steps,
             )
         return QuickstartResult(
             **names,
@@ -309,101 +320,88 @@ class OwnImages:
     """The quickstart's stages on images of your own: a recipe that suits them, and steps that fill the time."""
 
     def __init__(
-        self,
-        source: ImageSource,
-        image_size: PatchSize | str | None,
-        depth: int | None,
-        minutes: float,
-        num: int | None,
-        seed: int,
-        settings: Sequence[str],
-    ):
+        self, source: ImageSource, image_size: PatchSize | str | None, depth: int | None, minutes: float,
+        num: int | None, seed: int, settings: list[str],
+    ):  # fmt: skip
         test = held_out(source)
-        self.images = hold_out(source, HELD_OUT, MOST_HELD_OUT, seed) if test is None else Subset(
-            source, range(len(source)), Subset(test, range(min(len(test), MOST_HELD_OUT)))
-        )  # fmt: skip
+        if test is None:
+            self.images = hold_out(source, HELD_OUT, MOST_HELD_OUT, seed)
+        else:
+            self.images = Subset(source, range(len(source)), Subset(test, range(min(len(test), MOST_HELD_OUT))))
         self.recipe = recipes.recipe_for(len(self.images))
-        self.suited, self.why = recipes.tokenizer_settings(self.images, image_size, settings)
-        self.settings, self.depth, self.num = list(settings), depth or self.recipe.depth, num
-        self.minutes = minutes
+        suited, self.why = recipes.tokenizer_settings(self.images, image_size, settings)
+        self.depth, self.minutes, self.settings = depth or self.recipe.depth, minutes, settings
+        counts = np.bincount(self.images.labels, minlength=len(source.class_names))
+        largest = sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
+        self.classes = [f"#{label}" for label in largest]
+        self.num = num or max(2, SAMPLES // len(largest))
+        self.tokenizer = {"preset": "tokenizer-64", "settings": [*suited, *settings]}
         self.record: dict[str, Any] = {}
         self.asked = {
             "images": self.images.fingerprint(), "image_size": image_size, "depth": self.depth, "minutes": minutes,
-            "seed": seed, "settings": self.settings,
+            "seed": seed, "settings": settings,
         }  # fmt: skip
 
-    def options(self, steps: int | None = None) -> list[dict[str, Any]]:
-        """Arguments of `train_tokenizer`, `tokenize` and `train`; with `steps` those of a rehearsal."""
-        lengths = [steps or self.record[name] for name in ("tokenizer_steps", "steps")]
-        every = [max(REHEARSED_STEPS, length // 10) for length in lengths]
-        return [
-            {
-                "preset": "tokenizer-64", "settings": [*self.suited, *self.settings], "steps": lengths[0],
-                "checkpoint_every": every[0],
-            },
-            {"settings": [VIEWS, *self.settings]},
-            {
-                "depth": self.depth, "steps": lengths[1], "batch_size": self.recipe.batch,
-                "checkpoint_every": every[1],
-            },
-        ]  # fmt: skip
-
-    def samples(self) -> tuple[list[str] | str, int]:
-        """Which classes samples are made of, and how many of each."""
-        counts = np.bincount(self.images.labels, minlength=len(self.images.class_names))
-        largest = sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
-        chosen = [self.images.class_names[label] for label in largest]
-        everything = len(chosen) == len(counts)
-        return "all" if everything else chosen, self.num or max(2, SAMPLES // len(chosen))
+    def options(self, stage: str, rehearsing: bool = False) -> dict[str, Any]:
+        """Arguments of `train_tokenizer`, `tokenize` and `train`."""
+        if stage == "tokens":
+            return {"settings": [VIEWS, *self.settings]}
+        steps = REHEARSED_STEPS if rehearsing else self.record["steps"][stage]
+        loop = {"steps": steps, "checkpoint_every": max(REHEARSED_STEPS, steps // 10)}
+        if stage == "tokenizer":
+            return {**self.tokenizer, **loop}
+        return {"depth": self.depth, "batch_size": self.recipe.batch, **loop}
 
     def rehearse(self, common: Mapping[str, Any]) -> None:
-        """Take a few steps of every stage, elsewhere, and record what they take and how many fill the time."""
-        began, clock = time.monotonic(), Stopwatch()
+        """Take a few steps of every stage, elsewhere, and plan as many as fill the time."""
+        began, times = time.monotonic(), dict[str, list[float]]()
+
+        def clock(stage: str, *_: Any, **__: Any) -> None:
+            times.setdefault(stage, []).append(time.monotonic())
+
         common = {**common, "overwrite": False, "progress": clock}
         few = Subset(self.images, range(min(REHEARSED_IMAGES, len(self.images))))
-        options = self.options(REHEARSED_STEPS)
-        classes, num = self.samples()
-        with TemporaryDirectory() as folder, _quiet():
-            place, machine = Path(folder), common["machine"]
-            tokenizer = train_tokenizer(data=self.images, out=place / "tokenizer", **common | options[0])
-            tokens = tokenize(tokenizer=tokenizer.model, data=few, out=place / "tokens", **common | options[1])
-            trained = train(tokens=tokens.path, out=place / "mvar", **common | options[2])
-            if tokenizer.interrupted or trained.interrupted:
-                raise KeyboardInterrupt
-            configured = load_config(str(place / "mvar" / "config.yaml"))
-            tokenized = load_config(str(place / "tokenizer" / "config.yaml"))
-            sampled = sample_to(place / "one.npz", checkpoint=trained.model, classes=few.class_names[:1], num=4,
-                                batch_size=100, machine=machine)  # fmt: skip
-            shown = time.monotonic()
-            analyze_attention(trained.model, place / "attention", tokens=tokens.path, num=4, machine=machine,
-                              progress=clock)  # fmt: skip
-            shown = time.monotonic() - shown + clock.span("attention") * (ATTENTION_IMAGES / 4 - 1)
-        self.config = configured.model_copy(update={"train_tokenizer": tokenized.train_tokenizer})
-        count = num * (len(self.images.class_names) if classes == "all" else len(classes))
-        spent = time.monotonic() - began
-        first = clock.times["tokenizer"][0][0] - began  # the codebook's start, above all
-        later = sampled.seconds / 4 * count + shown + tokens.seconds / len(few) * len(self.images)
-        speeds = {"tokenizer": clock.seconds("tokenizer"), "training": clock.seconds("training")}
-        left = max(0.0, 60 * self.minutes - spent - first - later)
-        self.record = {
-            "asked": self.asked, "spent": spent, "first": first, "later": later, "seconds_per_step": speeds,
-            "tokenizer_steps": _filling(TOKENIZER_SHARE * left, speeds["tokenizer"]),
-            "steps": _filling((1 - TOKENIZER_SHARE) * left, speeds["training"]),
-        }  # fmt: skip
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            with TemporaryDirectory() as folder:
+                tokenizer, tokens, model = (Path(folder) / name for name in ("tokenizer", "tokens", "mvar"))
+                train_tokenizer(data=self.images, out=tokenizer, **common | self.options("tokenizer", True))
+                encoded = tokenize(tokenizer=tokenizer, data=few, out=tokens, **common | self.options("tokens"))
+                train(tokens=tokens, out=model, **common | self.options("MVAR", True))
+                machine = common["machine"]
+                one = sample_to(model / "one.npz", checkpoint=model, classes=self.classes[:1], num=4, machine=machine)
+                analyze_attention(model, model / "attention", tokens=tokens, num=4, machine=machine)
+                self.config = load_config(str(model / "config.yaml")).model_copy(
+                    update={"train_tokenizer": load_config(str(tokenizer / "config.yaml")).train_tokenizer}
+                )
+        finally:
+            logger.setLevel(level)
+        per_step = {
+            stage: median(after - before for before, after in pairwise(times[name]))
+            for stage, name in (("tokenizer", "tokenizer"), ("MVAR", "training"))
+        }
+        # The rest takes as long as here once more, and longer for more images.
+        spent, count = time.monotonic() - began, self.num * len(self.classes)
+        rest = spent + one.seconds / 4 * count + encoded.seconds / len(few) * len(self.images)
+        left = 60 * self.minutes - spent - rest
+        steps = {
+            stage: max(REHEARSED_STEPS, int(share * left / per_step[stage]))
+            for stage, share in (("tokenizer", TOKENIZER_SHARE), ("MVAR", 1 - TOKENIZER_SHARE))
+        }
+        self.record = {"asked": self.asked, "spent": spent, "rest": rest, "per_step": per_step, "steps": steps}
         logger.info(
-            "Measured on this machine: %.3g s for a step of the tokenizer, %.3g s for one of the MVAR, %s for the rest."
-            " About %d and %d steps fill %g min.",
-            speeds["tokenizer"], speeds["training"], format_seconds(spent + later), self.record["tokenizer_steps"],
-            self.record["steps"], self.minutes,
+            "On this machine a step of the tokenizer takes %.3g s, one of the MVAR %.3g s, all else about %s: %d and %d"
+            " steps fill %g min.%s",
+            *per_step.values(), format_seconds(spent + rest), *steps.values(), self.minutes,
+            "" if left > 12 * self.minutes else " Little of it is training: use more --minutes.",
         )  # fmt: skip
-        if left < 0.2 * 60 * self.minutes:
-            logger.warning("Most of %g min is not training: use more --minutes, or less --image-size.", self.minutes)
 
     def plan(self, path: Path, common: Mapping[str, Any], overwrite: bool) -> None:
         """Read the plan of a quickstart that was begun, or rehearse and write one."""
         if path.is_file() and not overwrite:
             self.record = read_json(path)
-            if different := differences(self.record.get("asked", {}), self.asked):
+            if different := differences(self.record["asked"], self.asked):
                 raise DataError(
                     f"{path.parent} holds a quickstart with other images or settings: {different}.",
                     "Use the same to resume it, choose another --out, or add --overwrite to start over.",
@@ -412,56 +410,37 @@ class OwnImages:
         self.rehearse(common)
         write_json(path, self.record)
 
-    def plan_training(self, path: Path, seconds: float, steps: int, encoding: float) -> None:
-        """Plan the MVAR's steps for the time that is left, now that it is known how long the tokenizer's took."""
-        record, speeds = self.record, self.record["seconds_per_step"]
-        if record.get("final"):
-            return
-        slower = min(3.0, max(0.3, seconds / max(1, steps) / speeds["tokenizer"]))  # than when it was rehearsed
-        left = 60 * self.minutes - record["spent"] - seconds - encoding - slower * record["later"]
-        record |= {"final": True, "steps": _filling(left, slower * speeds["training"])}
-        write_json(path, record)
-        logger.info(
-            "%d steps of the MVAR fill the %s that are left for it.", record["steps"], format_seconds(max(0.0, left))
-        )
+    def plan_again(self, path: Path, seconds: float, steps: int) -> None:
+        """Plan the MVAR's steps for what the tokenizer's `steps`, which took `seconds`, have left of the time."""
+        if "slower" not in self.record:
+            per_step = self.record["per_step"]
+            slower = min(3.0, max(0.3, seconds / steps / per_step["tokenizer"]))  # than in the rehearsal
+            left = 60 * self.minutes - self.record["spent"] - seconds - self.record["rest"]
+            self.record["slower"] = slower
+            self.record["steps"]["MVAR"] = max(REHEARSED_STEPS, int(left / slower / per_step["MVAR"]))
+            write_json(path, self.record)
 
     def dry_run(self, page: Path) -> DryRun:
         """What would be done."""
-        classes, num = self.samples()
-        height, width = self.config.image_shape
-        steps = (
-            f"train a tokenizer for about {self.record['tokenizer_steps']} steps on {len(self.images)} images at"
-            f" {height}×{width} pixels ({self.why}), {len(self.images.held_out or ())} more are held out",
-            f"turn the images into tokens, scales {self.config.pyramid}",
-            f"train an MVAR of depth {self.depth} for about {self.record['steps']} steps",
-            f"generate {num} samples of {classes if classes == 'all' else f'the {len(classes)} largest'} classes, score"
-            " them, and look for the training images nearest to them",
+        (height, width), steps = self.config.image_shape, self.record["steps"]
+        what = (
+            f"hold out {len(self.images.held_out or ())} images",
+            f"train a tokenizer for {steps['tokenizer']} steps on the other {len(self.images)} at {height}×{width}"
+            f" pixels ({self.why})",
+            f"turn them into tokens, scales {self.config.pyramid}",
+            f"train an MVAR of depth {self.depth} for about {steps['MVAR']} steps",
+            f"generate {self.num} samples of each of {len(self.classes)} classes, score them, and look for the training"
+            " images nearest to them",
             f"write {page}",
         )
-        train = self.config.train.model_copy(update={"steps": self.record["steps"]})
-        tokenizer = self.config.train_tokenizer.model_copy(update={"steps": self.record["tokenizer_steps"]})
-        config = self.config.model_copy(update={"train": train, "train_tokenizer": tokenizer})
+        config = self.config.model_copy(
+            update={
+                "train": self.config.train.model_copy(update={"steps": steps["MVAR"]}),
+                "train_tokenizer": self.config.train_tokenizer.model_copy(update={"steps": steps["tokenizer"]}),
+            }
+        )
         configuration = config.model_dump(mode="json", exclude_none=True)
-        return DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
-
-
-class Stopwatch:
-    """A progress callback that measures what a unit of each stage takes."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, list[tuple[float, int]]] = {}
-
-    def __call__(self, stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
-        """See `mvar_core.progress.Progress`."""
-        self.times.setdefault(stage, []).append((time.monotonic(), done))
-
-    def span(self, stage: str) -> float:
-        """From the first report to the last."""
-        return self.times[stage][-1][0] - self.times[stage][0][0]
-
-    def seconds(self, stage: str) -> float:
-        """Of a unit: the median, since the first ones are slower."""
-        return median(after - before for (before, _), (after, _) in pairwise(self.times[stage]))
+        return DryRun(configuration=configuration, steps=what, cost=cost_of(config), facts={})
 
 
 def score_own(
@@ -472,80 +451,43 @@ def score_own(
     Returns them, the fraction that is memorised, for the page rows of images with the training views nearest to them,
     and the held-out images uint8 (M, 3, H, W).
     """
-    tokens = TokenCache.open(cache)
-    height, width = samples[0].shape[2:]
-    views = Views(tokens.manifest.data, tokens.manifest.seed)
-    assert images.held_out is not None
+    manifest, (height, width) = TokenCache.open(cache).manifest, samples[0].shape[2:]
 
-    def read(source: ImageSource, views: Views | None = None) -> tuple[Tensor, Tensor]:
-        rows = len(source) * len(views or "1")
-        most = max(1, REFERENCE_BYTES // (3 * height * width))
+    def read(source: ImageSource | None, data: DataConfig) -> tuple[Tensor, Tensor]:
+        assert source is not None
+        views = Views(data, manifest.seed)
+        rows, most = len(source) * len(views), max(1, REFERENCE_BYTES // (3 * height * width))
         chosen = np.unique(np.linspace(0, rows - 1, min(rows, most)).astype(np.int64))
-        pixels, labels = zip(*pixel_batches(source, (height, width), chosen, views=views), strict=True)
-        return (
-            torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).contiguous(),
-            torch.from_numpy(np.concatenate(labels)),
-        )
+        batches = pixel_batches(source, (height, width), chosen, views=views)
+        pixels, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
+        return pixels.permute(0, 3, 1, 2).contiguous(), labels
 
-    (reference, _), real, test = read(images, views), read(images), read(images.held_out)
-    found = {name: (given, *nearest_neighbours(given, reference)) for name, given in
-             (("samples", samples[0]), ("held-out images", test[0]))}  # fmt: skip
-    (_, near, _), (_, near_real, _) = found.values()
-    diversities = [math.nan, math.nan]
-    for number, labelled in enumerate((samples, real)):
-        with suppress(DataError):  # no class with two images
-            diversities[number] = pixel_diversity(*labelled)
-    neighbours = []
-    for name, (given, distances, places) in found.items():
+    plain = DataConfig()
+    reference, real, test = read(images, manifest.data)[0], read(images, plain), read(images.held_out, plain)[0]
+    diversity = [math.nan, math.nan]
+    with suppress(DataError):  # no class with two images
+        diversity = [pixel_diversity(*samples), pixel_diversity(*real)]
+    neighbours, nearest = [], []
+    for name, found in (("Samples", samples[0]), ("Held-out images", test)):
+        distances, places = nearest_neighbours(found, reference)
         first = distances.argsort()[:SHOWN]
-        caption = (
-            f"{name}, those nearest to a training image first; below each the view of a training image that is nearest"
-            f" to it. Distances {distances[first[0]]:.3g} to {distances[first[-1]]:.3g}."
-        )
-        pair = (given[first].permute(0, 2, 3, 1), reference[places[first]].permute(0, 2, 3, 1))
-        neighbours.append((*pair, caption[0].upper() + caption[1:]))
+        shown = (found[first].permute(0, 2, 3, 1), reference[places[first]].permute(0, 2, 3, 1))
+        neighbours.append((*shown, f"{name} above, what they were nearest to below: at {distances[first[0]]:.3g}, …"))
+        nearest.append(distances)
     scores = DemoScores(
-        pixel_diversity=diversities[0],
-        pixel_diversity_real=diversities[1],
-        nearest_distance=float(near.mean()),
-        nearest_distance_real=float(near_real.mean()),
+        pixel_diversity=diversity[0],
+        pixel_diversity_real=diversity[1],
+        nearest_distance=float(nearest[0].mean()),
+        nearest_distance_real=float(nearest[1].mean()),
     )
-    return scores, float((near < near_real.median() / 2).double().mean()), neighbours, test[0]
-
-
-def _memorisation(memorised: float, best: int | None, steps: int, model: Path) -> str:
-    """What the report says of memorisation."""
-    text = (
-        f"{memorised:.0%} of the samples are nearer to a training image than half of what is usual for held-out images:"
-        " those are copies, or nearly so."
-    )
-    if best is not None and best < steps:
-        text += (
-            f" The loss on held-out images was lowest after step {best} of {steps}: from there on the model learned"
-            f" its training images rather than their kind. {model / 'best'} holds the model of that step."
-        )
-    return text
+    return scores, float((nearest[0] < nearest[1].median() / 2).double().mean()), neighbours, test
 
 
 def next_commands(out: Path, own: OwnImages | None) -> str:
-    """What to type next: more samples, own images, published weights."""
-
-    def command(*words: object) -> str:
-        return shlex.join(["mvar", *map(str, words)])
-
-    if own is not None:
-        deeper = out / f"mvar-d{2 * own.depth}"
-        train = ["--tokens", out / "tokens-train", "--validation", out / "tokens-test", "--depth", 2 * own.depth]
+    """What to type next: more samples, own images or a larger model, published weights."""
+    if own is None:
         return f"""# more samples
-{sample_command(out / "mvar", read_model_config(out / "mvar"))}
-
-# a larger model on the same tokens
-{command("train", *train, "--out", deeper)}
-
-# the tokenizer alone
-{command("evaluate", "reconstruction", "--checkpoint", out / "tokenizer", "--reference", own.images.name)}"""
-    return f"""# more samples
-{command("sample", "--checkpoint", out / "mvar", "--class", "3,7", "--num", 16, "--out", "digits.png")}
+mvar sample --checkpoint {shlex.quote(str(out / "mvar"))} --class 3,7 --num 16 --out digits.png
 
 # your own images: a folder with one sub-folder per class, or all in one
 mvar quickstart --data IMAGES --out runs/own
@@ -553,6 +495,13 @@ mvar quickstart --data IMAGES --out runs/own
 # published weights
 mvar convert --model var_d16.pth --tokenizer vae_ch160v4096z32.pth --out var-d16
 mvar sample --checkpoint var-d16 --class 207 --num 4 --out retriever.png"""
+    tokens = ["--tokens", str(out / "tokens-train"), "--validation", str(out / "tokens-test")]
+    deeper = ["--depth", str(2 * own.depth), "--out", str(out / f"mvar-d{2 * own.depth}")]
+    return f"""# more samples
+{sample_command(out / "mvar", read_model_config(out / "mvar"))}
+
+# a larger model on the same tokens
+{shlex.join(["mvar", "train", *tokens, *deeper])}"""
 
 
 def _scaled_steps(minutes: float) -> list[str]:
@@ -561,22 +510,6 @@ def _scaled_steps(minutes: float) -> list[str]:
     scale = max(0.02, (minutes - FIXED_MINUTES) / (PRESET_MINUTES - FIXED_MINUTES))
     steps = {"train": preset.train.steps or 1, "train_tokenizer": preset.train_tokenizer.steps}
     return [f"{section}.steps={max(1, round(scale * count))}" for section, count in steps.items()]
-
-
-def _filling(seconds: float, per_step: float) -> int:
-    """How many steps fill a time; a few in any case."""
-    return max(REHEARSED_STEPS, int(seconds / per_step))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While entered, what the stages of a rehearsal log is not shown."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextmanager

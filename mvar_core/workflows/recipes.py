@@ -116,6 +116,8 @@ def transformer_values(
     recipe = recipe_for(images)
     depth = depth or recipe.depth
     few = recipe is RECIPES[0]
+    small = {"lr": LEARNING_RATE_TIMES_DEPTH / depth, "lr_batch": None, "schedule": "cosine", "end": 0.0}
+    optimizer = {} if images > MANY else small
     return {
         "name": "mvar",
         "transformer": {**sized(depth), "drop_path": 0.1 if few else round(0.1 * depth / 24, 6)},
@@ -127,6 +129,6 @@ def transformer_values(
             "batch_size": recipe.batch,
             "epochs": recipe.epochs / views,
             **({"checkpoint_every": 250} if few else {}),
-            "optimizer": {"lr": LEARNING_RATE_TIMES_DEPTH / depth, "lr_batch": None, "schedule": "cosine", "end": 0.0},
+            "optimizer": optimizer,
         },
     }

@@ -56,7 +56,7 @@ def test_from_own_images_to_a_report(pictures, tmp_path):
     for name in ("reconstruction_psnr", "nearest_distance", "nearest_distance_real", "validation_loss", "loss"):
         assert np.isfinite(values[name]), name
     assert 0 <= values["memorised"] <= 1
-    assert json.loads((out / "plan.json").read_text())["tokenizer_steps"] == planned["tokenizer_steps"]
+    assert json.loads((out / "plan.json").read_text())["steps"]["tokenizer"] == planned["steps"]["tokenizer"]
     page = (out / "index.html").read_text()
     assert str(pictures) in page
     assert len(re.findall(r'<img class="pixels"', page)) == 5

@@ -390,11 +390,12 @@ class Pipeline:
         images = self._checked_images(images)
         pixels = checked_mask(pixels, len(images), self.config.image_shape)
         stays = kept_tokens(pixels, self.config.pyramid, coverage).expand(len(images), -1)
-        # A few at a time, as they are decoded: on a CPU one, so that an image's tokens never depend on the others.
-        at_once = DECODED_AT_ONCE.get(self.device.type, 1)
-        none = torch.empty(0, self.config.pyramid.num_tokens, dtype=torch.long)
-        parts = images.split(at_once) if len(images) else ()
-        return KeptTokens(torch.cat([none, *(self.encode(part).cpu() for part in parts)]), stays)
+        return KeptTokens(self.encode_apart(images).cpu(), stays)
+
+    def encode_apart(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
+        """As `encode`, a few at a time: on a CPU one, so that an image's tokens never depend on the others."""
+        parts = images.split(DECODED_AT_ONCE.get(self.device.type, 1))
+        return torch.cat([self.encode(part) for part in parts])
 
     @checked
     def null_conditions(self, count: NonNegativeInt) -> Tensor:

@@ -13,6 +13,7 @@ from typing import IO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mvar_core.classes import Classes
 from mvar_core.data.decoding import LARGEST_IMAGE, check_image, read_rgb
 from mvar_core.data.transforms import random_resized_crop, resize_and_crop
 from mvar_core.errors import DataError
@@ -79,6 +80,11 @@ class ImageSource(ABC):
 
     def __len__(self) -> int:
         return len(self.item_names)
+
+    @property
+    def classes(self) -> Classes:
+        """Names of the classes, as a list to match with others."""
+        return Classes.of(self.class_names, origin=self.name)
 
     @abstractmethod
     def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
+from mvar_core.classes import Classes
 from mvar_core.config import ConditioningConfig
 from mvar_core.config.training import DataConfig
 from mvar_core.errors import ConfigError, DataError, one_line
@@ -280,6 +281,11 @@ class TokenCache:
 
     def __len__(self) -> int:
         return self.num_images * self.num_views
+
+    @property
+    def classes(self) -> Classes:
+        """Names of the classes, as a list to match with others."""
+        return Classes.of(self.class_names, origin=str(self.path))
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """The tokens int64 (B, L) of B rows, and labels int64 (B,) or, from `conditioned`, vectors float32 (B, X).

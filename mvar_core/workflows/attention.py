@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,16 @@ from mvar_core.analysis.attention import AttentionReport, measure_attention
 from mvar_core.analysis.cost import cost_of
 from mvar_core.analysis.findings import find
 from mvar_core.analysis.recommendation import check_keep, preset_values, savings
-from mvar_core.classes import Classes
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config, read_preset
-from mvar_core.data.images import ImageRows, open_images
+from mvar_core.data.images import ImageRows, ImageSource, open_images
 from mvar_core.data.tokens import MANIFEST, TokenCache
 from mvar_core.errors import ConfigError, DataError, one_line
 from mvar_core.io.files import fingerprint, remove_leftovers, require_new_directory, write_json, write_text
 from mvar_core.io.resumable import DirectoryLock, Resumable
 from mvar_core.models import official
 from mvar_core.models.directory import read_model_config
-from mvar_core.models.micro_batches import DECODED_AT_ONCE, TOKENS_AT_ONCE
+from mvar_core.models.micro_batches import TOKENS_AT_ONCE
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress, silent
 from mvar_core.reports import attention as page
@@ -200,11 +199,11 @@ def analyze_attention(
                 cache.check(official.tokenizer_hash_of(checkpoint, tokenizer), pipeline.config.pyramid)
                 source, count = f"{tokens} ({cache.manifest.source})", len(cache)
                 if pipeline.config.conditioning.dim is None:
-                    cache.labels = _model_labels(pipeline, cache.class_names, cache.labels, str(tokens))
+                    cache.labels = _model_labels(pipeline, cache)
                 batch: Batch = cache.conditioned(pipeline.config.conditioning).batch
             elif data is not None:
                 opened = open_images(str(data), max_pixels=machine.max_pixels)
-                opened.labels = _model_labels(pipeline, opened.class_names, opened.labels, str(data))
+                opened.labels = _model_labels(pipeline, opened)
                 images = ImageRows(opened, pipeline.config.image_shape)
                 source, count, batch = f"images of {data}", len(images), partial(_encode, pipeline, images)
             else:
@@ -291,23 +290,18 @@ def _write_report(
 def _encode(pipeline: Pipeline, images: ImageRows, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Tokens and conditions of some images."""
     pixels, labels = images.batch(rows)
-    # The encoder works at full resolution, where an image takes more memory than all of its attention.
-    at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
-    tokens_BL = torch.cat([pipeline.encode(some) for some in pixels.split(at_once)])
-    return tokens_BL, pipeline.conditions_of(labels.tolist())
+    return pipeline.encode_apart(pixels), pipeline.conditions_of(labels.tolist())
 
 
-def _model_labels(
-    pipeline: Pipeline, names: Sequence[str], labels: NDArray[np.int64], source: str
-) -> NDArray[np.int64]:
+def _model_labels(pipeline: Pipeline, images: TokenCache | ImageSource) -> NDArray[np.int64]:
     """Labels in the model's numbering; images of a class that it does not have are measured under none."""
-    matched, null_label = Classes.of(names, origin=source).match(pipeline.classes), pipeline.classes.count
-    log, lacking = logging.getLogger("mvar"), matched.positions.count(None)
-    if matched.by == "order":
-        log.warning("%s: classes are matched with the model's by number, since one side has no names.", source)
+    positions, by = images.classes.match(pipeline.classes)
+    source, lacking, null_label = images.classes.origin, positions.count(None), pipeline.classes.count
+    if by == "order":
+        logger.warning("%s: classes are matched with the model's by number, since one side has no names.", source)
     elif lacking:
-        log.info("%s: %d of %d classes are not the model's and are measured under none.", source, lacking, len(names))
-    return np.array([null_label if there is None else there for there in matched.positions])[labels]
+        logger.info("%s: %d of %d classes are not the model's: under no class.", source, lacking, len(positions))
+    return np.array([null_label if there is None else there for there in positions])[images.labels]
 
 
 def _own_samples(pipeline: Pipeline, num: int, seed: int, progress: Progress) -> TensorDataset:

@@ -33,7 +33,6 @@ from mvar_core.evaluation.references import is_reference, save_reference
 from mvar_core.evaluation.scores import check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.io.pixels import from_uint8, to_uint8
-from mvar_core.models.micro_batches import DECODED_AT_ONCE
 from mvar_core.models.official import tokenizer_hash_of
 from mvar_core.pipeline import Pipeline
 from mvar_core.progress import Progress, stage
@@ -424,7 +423,7 @@ def evaluate_likelihood(
             cache.check(
                 tokenizer_hash_of(Path(checkpoint), None if tokenizer is None else Path(tokenizer)), config.pyramid
             )
-            names, numbers = cache.class_names, cache.labels
+            found, numbers = cache.classes, cache.labels
 
             def read(rows: NDArray[np.int64]) -> Tensor:
                 return cache.tokens_of(rows, np.zeros_like(rows))  # none of the augmented views
@@ -432,17 +431,17 @@ def evaluate_likelihood(
         else:
             opened, source = open_images(str(data), max_pixels=machine.max_pixels), str(data)
             images = ImageRows(opened, config.image_shape)
-            names, numbers = opened.class_names, opened.labels
-            at_once = DECODED_AT_ONCE.get(pipeline.device.type, 1)
+            found, numbers = opened.classes, opened.labels
 
             def read(rows: NDArray[np.int64]) -> Tensor:
-                pixels, _ = images.batch(rows)
-                return torch.cat([pipeline.encode(few) for few in pixels.split(at_once)])
+                return pipeline.encode_apart(images.batch(rows)[0])
 
-        rows, known_classes = np.arange(len(numbers)), Classes.of_model(config)
-        labels = model_labels(Classes.of(names, origin=source), numbers, known_classes, class_names)
-        asked = known_classes.resolve(classes or "all")
-        if labels is None:
+        rows, known_classes, labels = np.arange(len(numbers)), pipeline.classes, None
+        positions, by = found.match(known_classes)
+        if found.count > 1 or class_names is not None or (by != "order" and positions != (None,)):
+            labels = align(found, known_classes, class_names, np.unique(numbers).tolist())[0][numbers]
+        asked = known_classes.resolve(classes) if classes else list(range(known_classes.count))
+        if labels is None:  # of one class, which the model does not have
             logger.info("%s has no classes: its images are scored under no class only.", source)
         elif classes:
             rows = rows[np.isin(labels, asked)]
@@ -482,15 +481,6 @@ def evaluate_likelihood(
             seconds=time.monotonic() - start,
             peak_memory_bytes=peak_memory_bytes(pipeline.device),
         )
-
-
-def model_labels(
-    classes: Classes, labels: NDArray[np.int64], model: Classes, class_names: Sequence[str] | str | None
-) -> NDArray[np.int64] | None:
-    """Labels in the model's numbering; None where the images are of one class, which the model does not have."""
-    if classes.count == 1 and class_names is None and classes.match(model)[0] == (None,):
-        return None
-    return align(classes, model, class_names, np.unique(labels).tolist())[0][labels]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -267,9 +267,8 @@ def _train(
         source = read_model_config(start.directory)
         check_start(config, source, start.origin)
         if source.conditioning.kind == config.conditioning.kind == "class":
-            ours = Classes.of(images.class_names, origin=str(data if cache is None else cache.path))
             theirs = replace(Classes.of_model(source), origin=start.origin)
-            start = replace(start, classes=match_classes(theirs, ours, start.choice))
+            start = replace(start, classes=match_classes(theirs, images.classes, start.choice))
     rows = len(cache) if cache is not None else count * len(Views(config.data, config.seed))
     total, batch = planned_steps(config.train, rows), config.train.batch_size
     plan = [f"encode {count} images in {rows // count} views into {out / 'tokens'}"] if cache is None else []
@@ -371,9 +370,8 @@ def train_on_tokens(
         named = conditioning.model_copy(update={"encoder": vectors.encoder})
         config = config.model_copy(update={"conditioning": named})
     if validation is not None and conditioning.dim is None:
-        theirs, ours = (Classes.of(each.class_names, origin=str(each.path)) for each in (validation, tokens))
         used, hint = np.unique(validation.labels).tolist(), "Use --validation of the same classes, or leave it out."
-        validation.labels = align(theirs, ours, used=used, hint=hint)[0][validation.labels]
+        validation.labels = align(validation.classes, tokens.classes, used=used, hint=hint)[0][validation.labels]
     digest = tokenizer_hash(tokenizer)
     for cache in (tokens, validation):
         if cache is not None:

@@ -42,7 +42,7 @@ def convert(
 ) -> None:
     """Turn published .pth files into a model directory, or with --to official a model directory into such files.
 
-    Sizes are read off the file. Attention masks in it are never used: which token sees which follows from kind,
+    Sizes are read off the file. Attention masks in it only tell the kind: which token sees which follows from kind,
     windows and scale prefixes.
     """
     result = mvar.convert(**locals())

@@ -1,7 +1,7 @@
 """Published checkpoint files: reading, mapping both ways, writing; the only place that knows their names.
 
 Masks and scale numbers that such files carry as buffers are never loaded: what a token sees follows from the
-configuration, and so do the buffers of an export. (A VAR file carries VAR's mask, which would turn an MVAR into a VAR.)
+configuration, and so do the buffers of an export. (VAR's mask, which many MVAR files carry, would make it a VAR.)
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ class Trainer:
             self.check_weights()
         recorder, best, diverged = self.recorder, self.best_step, None
         if not interrupted and (reason := self.divergence()) is not None:
-            best = self.good_step if best is None else best
+            best = self.good_step if best is None or best > (self.good_step or 0) else best
             kept = f"{self.out / BEST} has those of step {best}" if best else "there is no checkpoint from before"
             lower = self.plan.train.optimizer.lr / 10
             diverged = MvarError(

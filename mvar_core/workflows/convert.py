@@ -76,7 +76,7 @@ def convert(
 ) -> ConvertResult:
     """Turn published .pth files into a model directory, or a model directory into such files.
 
-    Sizes are read off the file. Attention masks in it are never used: which token sees which follows from kind,
+    Sizes are read off the file. Attention masks in it only tell the kind: which token sees which follows from kind,
     windows and scale prefixes.
 
         convert(model="var_d16.pth", tokenizer="vae.pth", out="var-d16")

@@ -242,5 +242,6 @@ def test_a_training_that_skips_most_steps_fails(make_config, make_models, make_t
 def test_a_tokenizer_that_diverges_fails_and_leaves_no_model(make_config, make_models, make_images, tmp_path):
     config = make_config(*diverging("train_tokenizer", "steps=20", "checkpoint_every=20"))
     with pytest.raises(MvarError, match=rf"{tmp_path}.*--set train_tokenizer\.optimizer\.lr=0\.1"):
-        train_tokenizer(make_models(config)[1], make_images(), config, tmp_path)
+        train_tokenizer(make_models(config)[1], make_images(), config, tmp_path, validation=make_images(seed=1))
     assert not (tmp_path / "tokenizer.safetensors").exists()
+    assert not (tmp_path / "best").exists()  # the only validation is that of ruined weights

@@ -57,19 +57,19 @@ class EvaluationImages:
         self.num_lossy = sum(item.lower().endswith(LOSSY_EXTENSIONS) for item in source.item_names)
         if image_shape is not None:
             check_shape(image_shape, name)
-        shapes = source.stored_shapes()
-        if shapes is None and image_shape is None:
+        shapes = source.stored_shapes() or ([image_shape] if image_shape is not None else [])
+        if not shapes:
             raise DataError(f"{name} has no image size of its own.", "Specify a size to measure at.")
-        self.image_shape: ImageShape = image_shape or shapes[0]  # type: ignore[index]
-        other = next((index for index, shape in enumerate(shapes or ()) if shape != self.image_shape), None)
-        self.stored_shape = None if other is None or shapes is None else shapes[other]
+        self.image_shape: ImageShape = image_shape or shapes[0]
+        self.stored_shape = next((shape for shape in shapes if shape != self.image_shape), None)
         if self.stored_shape is None:
             return
         sizes = shape_text(self.stored_shape), shape_text(self.image_shape)
         if image_shape is None:
+            other = source.item_names[shapes.index(self.stored_shape)]
             raise DataError(
-                f"{name} holds images of several sizes: {source.item_names[0]} is {sizes[1]},"
-                f" {source.item_names[other or 0]} is {sizes[0]} pixels (height×width).",
+                f"{name} holds images of several sizes: {source.item_names[0]} is {sizes[1]}, {other} is {sizes[0]}"
+                " pixels (height×width).",
                 "Images are measured as they are, so bring them to one size first.",
             )
         logger.warning("%s: images of %s pixels are resized and cropped to %s.", name, *sizes)

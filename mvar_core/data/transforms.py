@@ -96,13 +96,14 @@ class Views:
     def __init__(self, data: DataConfig, seed: int = 0):
         self.data = data
         self.seed = seed
-        augmented = [f"augmented-{number}" for number in range(1, data.augmented_views + 1)]
-        plain = ["image", *(f"crop-{number}" for number in range(1, data.crops))]
-        if data.flip:
-            mirrored = ["flip", *(f"{name}-flip" for name in plain[1:])]
-            plain = [name for pair in zip(plain, mirrored, strict=True) for name in pair]
-        self.names: tuple[str, ...] = (*plain, *augmented)
-        self._first_augmented = len(plain)
+        flips = (False, True) if data.flip else (False,)
+        crops = ["", *(f"crop-{number}" for number in range(1, data.crops))]
+        plain = [(name, crop, flip) for crop, name in enumerate(crops) for flip in flips]
+        named = ["-".join(filter(None, (name, "flip" if flip else ""))) or "image" for name, _, flip in plain]
+        self.names: tuple[str, ...] = (*named, *(f"augmented-{number + 1}" for number in range(data.augmented_views)))
+        # Of each view: the crop that it shows, 0 being the centre, whether it is mirrored, and whether it is augmented.
+        self._views = [(crop, flip, False) for _, crop, flip in plain]
+        self._views += [(0, flips[number % len(flips)], True) for number in range(data.augmented_views)]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,14 +116,10 @@ class Views:
         Raises:
             DataError: The image cannot be read.
         """
-        crops = sorted({self._crop(view) for view in views})
+        crops = sorted({self._views[view][0] for view in views})
         randoms = [np.random.default_rng((self.seed, image_index, crop, _CROPS)) if crop else None for crop in crops]
         pixels = dict(zip(crops, source.crops(image_index, image_shape, self.data.crop_scale, randoms), strict=True))
-        return [self.apply(pixels[self._crop(view)], image_index, view) for view in views]
-
-    def _crop(self, view: int) -> int:
-        """Which crop a view shows; 0 is the centre."""
-        return view // (2 if self.data.flip else 1) if view < self._first_augmented else 0
+        return [self.apply(pixels[self._views[view][0]], image_index, view) for view in views]
 
     def apply(self, image: Pixels, image_index: int, view: int) -> Pixels:
         """One view (an index into `names`) of an image of the source, given the crop that it shows.
@@ -132,10 +129,10 @@ class Views:
         """
         if not 0 <= view < len(self):
             raise IndexError(f"view {view} of {len(self)}")
-        number = view if view < self._first_augmented else view - self._first_augmented
-        if self.data.flip and number % 2:
+        _, flip, is_augmented = self._views[view]
+        if flip:
             image = np.ascontiguousarray(image[:, ::-1])
-        if view < self._first_augmented:
+        if not is_augmented:
             return image
         uniform = np.random.default_rng((self.seed, image_index, view)).random(4) * 2 - 1
         return affine(

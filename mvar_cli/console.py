@@ -49,20 +49,30 @@ output = Output()
 
 
 class StderrHandler(logging.Handler):
-    """Log records as plain lines on whatever stderr is at the time: a progress bar may have replaced it."""
+    """Log records as plain lines on whatever stderr is at the time: a progress bar may have replaced it.
+
+    What a command has said once, as of a folder that it opens again, it does not say again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        write(f"{level}{record.getMessage()}", sys.stderr)
+        text = f"{level}{record.getMessage()}"
+        if text not in self.said:
+            self.said.add(text)
+            write(text, sys.stderr)
 
 
 def log_to_stderr() -> None:
-    """Show what the library logs; calling it again changes nothing."""
+    """Show what the library logs from now on."""
     logger = logging.getLogger("mvar")
-    if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
-        logger.addHandler(StderrHandler())
-        logger.propagate = False
+    others = [handler for handler in logger.handlers if not isinstance(handler, StderrHandler)]
+    logger.handlers[:] = [*others, StderrHandler()]
+    logger.propagate = False
     logger.setLevel(logging.INFO)
 
 

@@ -59,3 +59,24 @@ def test_images_that_were_left_out_are_listed(mvar, model, images, tmp_path):
 def test_an_option_that_is_gone_says_what_to_type(mvar, model, images, tmp_path):
     given = ["--tokenizer", model, "--data", images, "--out", tmp_path / "out", "--shard-images", 3]
     assert mvar("tokenize", *given).code == 2
+
+
+def test_splits_are_said_once_and_their_names_work(mvar, model, preset, images, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(images, root / "train")
+    shutil.copytree(images / "dog", root / "valid/dog")
+    (root / "train/dog/notes.doc").write_bytes(b"x")
+    found = mvar("train-tokenizer", "--data", root, "--preset", preset, "--steps", 1, "--out", tmp_path / "tok")
+    assert found.code == 0
+    assert found.err.count(f"{root}:valid") == found.err.count("1 .doc") == 1
+    found = mvar("tokenize", "--tokenizer", model, "--data", f"{root}:valid", "--out", tmp_path / "tokens", "--json")
+    assert found.json["images"] == 4
+
+
+def test_the_limit_of_pixels_and_the_hint_that_raises_it(mvar, model, images, tmp_path):
+    options = ["tokenize", "--tokenizer", model, "--data", images, "--out", tmp_path / "tokens"]
+    found = mvar(*options, "--max-pixels", 100)
+    assert found.code == 1
+    hint = found.error[found.error.index("--max-pixels") :].split(".")[0].split()
+    assert hint == ["--max-pixels", "256"]
+    assert mvar(*options, *hint).code == 0

@@ -165,7 +165,7 @@ FAULTS = (
     Fault("return (1 if num_samples == num_reference == size else KID_SUBSETS), size", "return KID_SUBSETS, size"),
     Fault('"shuffle": True', '"shuffle": False'),
     Fault('check_whole("neighbourhood", neighbourhood, 1) + 1', 'check_whole("neighbourhood", neighbourhood, 1)'),
-    Fault("base = (self._start, super().tell(), self._stop)[whence]", "base = self._start"),
+    Fault("content.seek(offset)", "content.seek(0)"),
     Fault('suffix, key = suffix.lower(), "/".join((*parts[:-1], stem))', "suffix, key = suffix.lower(), stem"),
     Fault(
         "return (rows, columns), ((rows - height) // 2, (columns - width) // 2)",

@@ -8,9 +8,9 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from mvar_core.data.decoding import EXTENSIONS
+from mvar_core.data.decoding import EXTENSIONS, LARGEST_FILE
 from mvar_core.data.folders import is_visible
 from mvar_core.data.shards import IMAGE_KEY, Contents, Item, Label, ShardSource, as_label, call
 from mvar_core.errors import DataError, one_line
@@ -71,7 +71,11 @@ class TarSource(ShardSource):
                     kind = suffix.rpartition(".")[2]
                     if suffix == self.image_key or (self.image_key is None and f".{kind}" in EXTENSIONS):
                         if sample.image is not None:
-                            raise _two_images(path, sample.image[0], member.name, suffix)
+                            raise DataError(
+                                f"{path} holds {sample.image[0]} and {member.name}, two images of one sample: its key"
+                                " ends at the first dot of the file name.",
+                                f"Choose one, as in {path}{IMAGE_KEY}{suffix}; or rename them: a key holds no dot.",
+                            )
                         sample.image = (member.name, tuple(parts), (number, member.offset_data, member.size))
                     elif kind in ("cls", "json", "txt"):
                         _read_text(sample, kind, archive, member, f"{path}: {member.name}")
@@ -102,7 +106,11 @@ class TarSource(ShardSource):
     def open(self, index: int) -> IO[bytes]:
         """A member, read at its offset in its shard."""
         file, offset, size = self.places[index].tolist()
-        return io.BufferedReader(_Member(self.files[file], offset, size), 1 << 16)
+        if size > LARGEST_FILE:
+            raise DataError(f"{self.where(index)} has {size:,} bytes; at most {LARGEST_FILE:,} are read.")
+        with self.files[file].open("rb") as content:
+            content.seek(offset)
+            return io.BytesIO(content.read(size))
 
     def where(self, index: int) -> str:
         """Path of the shard, and the member's name."""
@@ -144,28 +152,6 @@ class _Headers(io.RawIOBase):
         if not 0 <= size <= LARGEST_TEXT:
             raise tarfile.ReadError(f"a header or label of {size:,} bytes")
         return self._file.read(size)
-
-
-class _Member(io.FileIO):
-    """A range of a file, as a file."""
-
-    # By way of `readinto`, which knows the end.
-    read, readall = io.RawIOBase.read, io.RawIOBase.readall  # type: ignore[assignment]
-
-    def __init__(self, path: Path, offset: int, size: int):
-        super().__init__(path)
-        self._start, self._stop = offset, offset + size
-        super().seek(offset)
-
-    def tell(self) -> int:
-        return super().tell() - self._start
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (self._start, super().tell(), self._stop)[whence]
-        return super().seek(max(self._start, base + offset)) - self._start
-
-    def readinto(self, buffer: Any) -> int | None:
-        return super().readinto(memoryview(buffer)[: max(0, self._stop - super().tell())])
 
 
 def _members(archive: tarfile.TarFile, file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
@@ -221,10 +207,3 @@ def _agreed(first: Label, second: Label, where: str) -> Label:
         raise DataError(f"{where} contradicts another label of its sample: {first!r:.200} and {second!r:.200}.",
                         "Correct or remove one of them.")  # fmt: skip
     return second if first is None else first
-
-
-def _two_images(path: Path, first: str, second: str, suffix: str) -> DataError:
-    return DataError(
-        f"{path} holds {first} and {second}, two images of one sample: its key ends at the first dot of the file name.",
-        f"Choose one, as in {path}{IMAGE_KEY}{suffix}; or rename the members so that keys hold no dots.",
-    )

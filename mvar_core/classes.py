@@ -256,12 +256,30 @@ def read_class_names(given: Sequence[str] | str) -> tuple[str, ...] | None:
     names = given
     if isinstance(given, str):
         path = Path(given).expanduser()
-        text = read_text(path) if path.is_file() else given.replace(",", "\n")
-        is_json = path.suffix.lower() == ".json" and path.is_file()
-        names = parse_json(text, str(path)) if is_json else [line.strip() for line in text.splitlines()]
+        names = names_in(path) if path.is_file() else [name.strip() for name in given.split(",")]
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(
             f"--class-names {shown(given)} is not a list of names.",
             f"Use a file with one name per line, names with commas between them, imagenet, or {BY_NUMBER}.",
         )
     return tuple(names)
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """Names of classes that a file lists: one on each line or, in JSON, a list, {"0": name} or {name: 0}.
+
+    Raises:
+        DataError: It lists none, one without a name, or numbers that are not 0, 1, 2 …
+    """
+    text = read_text(path)
+    names = parse_json(text, str(path)) if path.suffix.lower() == ".json" else text.strip().splitlines()
+    if isinstance(names, dict):
+        pairs = [(name, key) if isinstance(name, int) else (key, name) for key, name in names.items()]
+        numbered = {str(number): name for number, name in pairs}
+        names = [numbered.get(str(number)) for number in range(len(pairs))]
+    found = (
+        [str(name).strip() for name in names or () if isinstance(name, (str, int))] if isinstance(names, list) else []
+    )
+    if not found or not all(found) or len(found) < len(names):
+        raise DataError(f"{path} does not list class names.", "Write one name on each line, or a JSON list of names.")
+    return tuple(found)

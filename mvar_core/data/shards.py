@@ -44,29 +44,19 @@ _CACHED = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")
 logger = logging.getLogger("mvar")
 
 
-@dataclass(frozen=True)
-class Shards:
-    """The files of one split of a data set, all of one kind.
+class Shards(NamedTuple):
+    """The files of one split of a data set, all of one kind, in order.
 
     Attributes:
-        files: In the order in which their images count.
         name: What the user typed.
         reference: The files of the split train, whose classes count; None where the files are not divided into splits,
             so that folders within them may be.
     """
 
-    files: tuple[Path, ...]
+    files: list[Path]
     name: str
     split: str
-    reference: tuple[Path, ...] | None = None
-
-    def __post_init__(self) -> None:
-        kinds = {_suffix(path.name) for path in self.files}
-        if None in kinds:
-            raise DataError(f"{self.name} names files that are not shards ({' '.join(SUFFIXES)}).")
-        if len(kinds) > 1:
-            found = ", ".join(sorted(map(str, kinds)))
-            raise DataError(f"{self.name} holds several kinds of shards: {found}.", "Use one kind.")
+    reference: list[Path] | None = None
 
     @property
     def suffix(self) -> str | None:
@@ -308,12 +298,12 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
         if not groups:
             return None
         if set(groups) == {""}:
-            return Shards(tuple(groups[""]), name, split)
+            return _of_one_kind(Shards(groups[""], name, split))
         other = groups.pop("", [])
         chosen, train = choose_split(name, list(groups), split)
         if other:
             logger.warning("%s: left out: %d files of no split (%s, …).", name, len(other), other[0].name)
-        return Shards(tuple(groups[chosen]), name, split, tuple(groups[train]))
+        return _of_one_kind(Shards(groups[chosen], name, split, groups[train]))
     if not _suffix(name):
         return None
     files = [path]
@@ -328,7 +318,15 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
             if not matches or not matches[0].is_file():
                 raise DataError(f"{name} names {expanded}, which does not exist.")
             files += matches
-    return Shards(tuple(files), name, split)
+    return _of_one_kind(Shards(files, name, split))
+
+
+def _of_one_kind(shards: Shards) -> Shards:
+    kinds = {_suffix(path.name) or path.suffix for path in shards.files}
+    if len(kinds) > 1 or not kinds <= {*SUFFIXES}:
+        problem = f"{shards.name} names files of the kinds {', '.join(sorted(kinds))}."
+        raise DataError(problem, f"Use files of one kind: {' '.join(SUFFIXES)}.")
+    return shards
 
 
 def expand_braces(pattern: str) -> list[str]:

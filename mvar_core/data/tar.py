@@ -5,23 +5,24 @@ from __future__ import annotations
 import io
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mvar_core.classes import names_in
 from mvar_core.data.decoding import EXTENSIONS, LARGEST_FILE
 from mvar_core.data.folders import is_visible
 from mvar_core.data.shards import IMAGE_KEY, Contents, Item, Label, ShardSource, as_label, call
 from mvar_core.errors import DataError, one_line
-from mvar_core.untrusted import open_regular, parse_json, read_text
+from mvar_core.untrusted import open_regular, parse_json
 
 LARGEST_TEXT = 2**24
 """Bytes of a label or caption, or of a header."""
 LABEL_KEYS = ("label", "cls", "class", "class_index", "class_id")
 NAME_KEYS = ("class_name", "label_name", "class")
 CLASS_FILES = ("classes.json", "class_names.json", "classes.txt", "class_names.txt")
-"""Files next to the shards that may name the classes: a list, {"0": name} or {name: 0}; or one name per line."""
+"""Files next to the shards that may name the classes."""
 
 logger = logging.getLogger("mvar")
 
@@ -121,24 +122,11 @@ class TarSource(ShardSource):
         """Size of the member."""
         return int(self.places[index, 2])
 
-    def listed_names(self) -> list[str] | None:
+    def listed_names(self) -> Sequence[str] | None:
         """Names of classes from a file next to the shards."""
-        folder = self.files[0].parent
-        path = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
-        if path is None:
-            return None
-        try:
-            text = read_text(path)
-            values = parse_json(text, str(path)) if path.suffix == ".json" else text.splitlines()
-            if isinstance(values, dict):
-                pairs = [(name, key) if isinstance(name, int) else (int(key), name) for key, name in values.items()]
-                values = [name for _, name in sorted(pairs)]
-            if not isinstance(values, list) or not all(isinstance(value, (str, int)) for value in values):
-                raise ValueError("expected names")
-            return [str(value).strip() for value in values]
-        except (ValueError, TypeError) as error:
-            problem = f"{path} does not list class names: {one_line(error)[:300]}."
-            raise DataError(problem, "Write a JSON list of names.") from None
+        paths = (self.files[0].parent / name for name in CLASS_FILES)
+        path = next(filter(Path.is_file, paths), None)
+        return None if path is None else names_in(path)
 
 
 class _Headers(io.RawIOBase):

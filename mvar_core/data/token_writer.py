@@ -126,9 +126,7 @@ class CacheWriter(Resumable):
                 path.unlink(missing_ok=True)
 
     def prepare(self, overwrite: bool = False) -> tuple[int, tuple[int, ...]]:
-        """Look at what is there, make room, and return images per shard and the numbers of the shards to write.
-
-        `overwrite` replaces a complete cache, one of other settings, or writes next to files that are not a cache's.
+        """Look at what is there, make room; returns the images per shard, and the shards that are missing.
 
         Raises:
             DataError: `out` holds something else, or a cache of other settings; or another process works there.
@@ -180,7 +178,7 @@ class CacheWriter(Resumable):
         self.share = pending[self.rank :: self.world_size]
 
     def check(self, progress: Report | None = None) -> None:
-        """Look for damaged images among those that this process will encode, unless they may be left out.
+        """Look for damaged images among those to encode here, unless they may be left out.
 
         Raises:
             DataError: An image cannot be read, or `out` is not the directory that was prepared.
@@ -194,11 +192,7 @@ class CacheWriter(Resumable):
             self.source.check(progress, [image for number in self.share for image in self.images_of(number)])
 
     def write(self, progress: Report | None = None) -> None:
-        """Encode and write this process's shards; `progress` counts the images of all processes, as far as is known.
-
-        Raises:
-            DataError: An image cannot be read.
-        """
+        """Encode and write this process's shards; `progress` counts the images of all, as far as is known."""
         views = len(self.views)
         bad: dict[int, DataError] = {}
         batches = row_batches(

@@ -177,10 +177,7 @@ class Manifest(_Record):
         return self.model_dump(mode="json", exclude_none=True)
 
     def differences(self, wanted: Manifest) -> str:
-        """How this cache's settings differ from those of another, in words; empty where they are equal.
-
-        What tokens depend on counts: not where images and tokenizer are, nor which images could not be read.
-        """
+        """How what tokens depend on differs from that of another, in words: not the places, nor what could not be read."""
 
         def settings(manifest: Manifest) -> dict[str, Any]:
             values = manifest.to_json()
@@ -232,10 +229,10 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: Path, verify: bool | None = None) -> TokenCache:
-        """Open a cache after checking that its files are there and have the right sizes.
+        """Open a cache whose files are there and have the right sizes.
 
-        With `verify` the files' hashes are compared at once, which reads all of them; with None once rows are read, in
-        a thread, so that a later batch raises the error; with False never.
+        Their hashes are compared at once with `verify`, with None once rows are read (so that a later batch raises the
+        error), with False never.
 
         Raises:
             DataError: Not a token cache, an unfinished one, or one with missing, truncated or changed files.
@@ -271,11 +268,7 @@ class TokenCache:
         return cache
 
     def verify(self) -> None:
-        """Wait until the hashes of all files are compared, if the cache was opened to have them compared.
-
-        Raises:
-            DataError: A file has changed since it was written.
-        """
+        """Wait until the hashes are compared, where `open` was to; DataError where a file has changed."""
         if self._verifier is not None:
             self._verifier.check(wait=True)
 
@@ -430,11 +423,7 @@ def _damaged(path: Path, manifest: Manifest, problem: str) -> DataError:
 
 
 def map_array(path: Path) -> NDArray[Any]:
-    """A .npy file, mapped into memory.
-
-    Raises:
-        DataError: It is not one, or not of plain numbers.
-    """
+    """A .npy file, mapped into memory; DataError where it is not one, or not of plain numbers."""
     try:
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it reads nothing but .npy
     except Exception:  # a header may be anything
@@ -442,9 +431,7 @@ def map_array(path: Path) -> NDArray[Any]:
 
 
 def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache, TokenCache]:
-    """A cache in two: what is trained on, and images held out to measure on, no view of which is trained on.
-
-    The seed decides which images are held out; at least one image is, and at least one is not.
+    """A cache in two: what is trained on, and images that the seed holds out, no view of which is trained on.
 
     Raises:
         DataError: A single image cannot be split.

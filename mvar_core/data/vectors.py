@@ -47,10 +47,7 @@ _AT_ONCE = 65_536
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors for the images of a source, with their entry in a cache's manifest.
-
-    `values` are float16 or float32 (rows, phrasings, X): a row for each class, or for each image of the source.
-    """
+    """Vectors float16 or float32 (rows, phrasings, X), a row for each class or image, and their entry in a manifest."""
 
     values: NDArray[Any]
     entry: VectorsEntry
@@ -78,9 +75,7 @@ def caption_vectors(captions: Sequence[str], dim: int) -> Vectors:
 
 
 def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None = None) -> Vectors:
-    """The vectors of a file, one for each of the images of a source (first choice) or for each of its classes.
-
-    `encoder` is what made them, by default the name in the file.
+    """The vectors of a file, one for each image of a source (first choice) or class; `encoder` is what made them.
 
     Raises:
         DataError: As `read_vectors`; or another number of rows.
@@ -151,10 +146,9 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
 
 
 def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"]:
-    """One vector of length 1 for each text, float32; equal texts have equal vectors, on any machine.
+    """One vector of length 1 for each text, float32; the same on any machine, in any case, order and punctuation.
 
-    Case, punctuation, and order of the words make no difference. Texts are in any language that separates words; 64
-    values (`dim`) tell some dozens of words apart.
+    Texts are in any language that separates words; 64 values (`dim`) tell some dozens of words apart.
 
     Raises:
         DataError: A text without a word.

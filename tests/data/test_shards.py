@@ -89,5 +89,5 @@ def test_compressed_and_mixed_shards_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"a\.tar\.gz is compressed"):
         find_shards(str(tmp_path / "packed"))
     touch(tmp_path / "mixed", "a.tar", "b.parquet")
-    with pytest.raises(DataError, match=r"several kinds of shards: \.parquet, \.tar"):
+    with pytest.raises(DataError, match=r"kinds \.parquet, \.tar"):
         find_shards(str(tmp_path / "mixed"))

@@ -93,6 +93,10 @@ def test_class_names_from_text_json_and_a_file_beside(tmp_path, piece):
     assert open_images(str(tmp_path / "json.tar")).class_names == ("fish", "bird", "frog")
     (tmp_path / "classes.json").write_text('{"1": "b", "0": "a", "2": "c"}')
     assert open_images(str(tmp_path / "json.tar")).class_names == ("a", "b", "c")
+    for listed in ('{"0": "b", "3": "a"}', '{"a": 0, "b": 0}', "[]", '["a", ""]'):
+        (tmp_path / "classes.json").write_text(listed)
+        with pytest.raises(DataError, match=r"classes\.json does not list"):
+            open_images(str(tmp_path / "json.tar"))
     (tmp_path / "classes.json").write_text('["a"]')
     with pytest.raises(DataError, match="is of class 2; there are names for 1 classes"):
         open_images(str(tmp_path / "json.tar"))

@@ -177,7 +177,7 @@ class Manifest(_Record):
         return self.model_dump(mode="json", exclude_none=True)
 
     def differences(self, wanted: Manifest) -> str:
-        """How what tokens depend on differs from that of another, in words: not the places, nor what could not be read."""
+        """How what tokens depend on differs from another's, in words; neither places nor what could not be read do."""
 
         def settings(manifest: Manifest) -> dict[str, Any]:
             values = manifest.to_json()

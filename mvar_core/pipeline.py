@@ -92,6 +92,9 @@ class Pipeline:
     ) -> Pipeline:
         """Load a model directory, a run directory, or a published .pth file with its tokenizer.
 
+        CheckpointError where there is nothing that can be loaded, BackendError for a backend or device that cannot be
+        used.
+
         Args:
             path: The directory or file.
             tokenizer: The tokenizer's .pth, where `path` is one; by default the one vae*.pth next to it.

@@ -12,7 +12,7 @@ from mvar_core.data.images import split_name
 from mvar_core.distributed import world
 from mvar_core.errors import ConfigError, DataError, nearest
 from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor, find_classifier
-from mvar_core.evaluation.features import FeatureExtractor, download_inception, find_inception_weights, load_inception
+from mvar_core.evaluation.features import INCEPTION, FeatureExtractor, load_inception
 from mvar_core.progress import Progress, stage
 
 Network = str | Path | FeatureExtractor
@@ -24,7 +24,7 @@ when they are loaded."""
 class ExtractorChoice:
     """A network that is known to exist before the slow work, and loaded when it is needed.
 
-    `reference` decides "auto"; the Inception weights are where `find_inception_weights` looks, or are downloaded if
+    `reference` decides "auto"; the Inception weights are where `WeightsFile.find` looks, or are downloaded if
     that is allowed. ConfigError for an unknown network, DataError where the weights are absent or others.
     """
 
@@ -53,11 +53,11 @@ class ExtractorChoice:
 
             def find() -> Path:
                 try:
-                    return find_inception_weights(inception_weights)
+                    return INCEPTION.find(inception_weights)
                 except DataError:
                     if not download or inception_weights is not None:
                         raise
-                    return download_inception(stage(progress, "Inception weights", "bytes"))
+                    return INCEPTION.download(stage(progress, "Inception weights", "bytes"))
 
             self._file = world().run_on_rank_zero(find)
         elif self.name.lower().endswith(".safetensors"):

@@ -5,11 +5,8 @@ Letters: B batch, H, W height and width in pixels, F features, K classes of the 
 
 from __future__ import annotations
 
-import http.client
 import io
-import os
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,21 +17,21 @@ from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError, one_line
 from mvar_core.evaluation.fidelity import fidelity_module
-from mvar_core.io.files import atomic_path, sha256_of_file
-from mvar_core.io.weights import read_weights
+from mvar_core.io.weights import WeightsFile, read_weights
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = WeightsFile(
+    what="the Inception weights",
+    option="--inception-weights",
+    variable="MVAR_INCEPTION_WEIGHTS",
+    names=("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    size=95_628_359,
+    exact=True,
 )
-INCEPTION_BYTES = 95_628_359
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-"""Names under which torch-fidelity and pytorch-fid leave the same file in torch's cache."""
+"""torch-fidelity and pytorch-fid leave the same file in torch's cache, under different names."""
 
-INCEPTION_VARIABLE = "MVAR_INCEPTION_WEIGHTS"
 SPATIAL_CHANNELS = 7
-DOWNLOAD_BLOCK = 1 << 18
-DOWNLOAD_TIMEOUT_SECONDS = 30
 
 
 class Features(NamedTuple):
@@ -151,7 +148,7 @@ class InceptionExtractor:
     def __init__(self, state_dict: Mapping[str, Tensor], weights_hash: str, device: torch.device | str = "cpu"):
         module = fidelity_module("feature_extractor_inceptionv3")
         self.weights_hash = weights_hash
-        self.comparable_to_papers = weights_hash == INCEPTION_SHA256
+        self.comparable_to_papers = weights_hash == INCEPTION.sha256
         self._device = torch.device(device)
         # The class reads weights from a file only, and unpickles whatever that holds; so it gets a file in memory,
         # written here from tensors.
@@ -180,74 +177,7 @@ class InceptionExtractor:
         return Features(pool.cpu(), logits.cpu(), spatial.cpu())
 
 
-def find_inception_weights(path: Path | str | None = None) -> Path:
-    """The verified file of Inception weights: `path`, or $MVAR_INCEPTION_WEIGHTS, or torch's cache of downloads.
-
-    DataError, which says where to get it and where to put it, for no such file or one of another size or SHA-256.
-    """
-    named = path or os.environ.get(INCEPTION_VARIABLE)
-    candidates = [Path(named).expanduser()] if named else [_download_cache() / name for name in INCEPTION_FILES]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        missing = f"{candidates[0]} does not exist" if named else "The Inception weights are not on this machine"
-        raise DataError(f"{missing}.", _how_to_get_weights())
-    if wrong := _difference(found):
-        hint = f"Delete it or name another file. {_how_to_get_weights()}"
-        raise DataError(f"{found} is not the Inception weights: {wrong}.", hint)
-    return found
-
-
-def download_inception(progress: Callable[[int, int], None] | None = None) -> Path:
-    """Download the Inception weights into torch's cache of downloads; `progress` gets the bytes so far and in all.
-
-    Their size and SHA-256 are checked before the file gets its name. DataError, which says where to get the file by
-    hand, where the network or the disk failed or other bytes arrived.
-    """
-    target = _download_cache() / INCEPTION_FILES[0]
-    try:
-        with atomic_path(target) as temporary:
-            with (
-                urllib.request.urlopen(INCEPTION_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response,
-                temporary.open("wb") as file,
-            ):
-                while block := response.read(DOWNLOAD_BLOCK):
-                    file.write(block)
-                    if file.tell() > INCEPTION_BYTES:
-                        break
-                    if progress:
-                        progress(file.tell(), INCEPTION_BYTES)
-            if wrong := _difference(temporary):
-                message = f"What {INCEPTION_URL} sent is not the Inception weights: {wrong}."
-                raise DataError(message, _how_to_get_weights())
-    except (OSError, http.client.HTTPException) as error:
-        message = f"The Inception weights cannot be downloaded: {one_line(error)}."
-        raise DataError(message, _how_to_get_weights()) from error
-    return target
-
-
 def load_inception(path: Path | str | None = None, device: torch.device | str = "cpu") -> InceptionExtractor:
-    """The extractor that published figures were measured with, from the file that `find_inception_weights` finds."""
-    file = find_inception_weights(path)
-    state_dict = read_weights(file, buffers=lambda name: name.endswith("num_batches_tracked"))
-    return InceptionExtractor(state_dict, INCEPTION_SHA256, device)
-
-
-def _download_cache() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def _how_to_get_weights() -> str:
-    return (
-        f"Download {INCEPTION_URL} ({INCEPTION_BYTES:,} bytes, SHA-256 {INCEPTION_SHA256}) to"
-        f" {_download_cache() / INCEPTION_FILES[0]}, or name the file with --inception-weights or"
-        f" ${INCEPTION_VARIABLE}."
-    )
-
-
-def _difference(path: Path) -> str | None:
-    """How a file differs from the published one; None for the published one."""
-    size = path.stat().st_size
-    if size != INCEPTION_BYTES:
-        return f"it has {size:,} bytes, expected {INCEPTION_BYTES:,}"
-    found = sha256_of_file(path)
-    return None if found == INCEPTION_SHA256 else f"its SHA-256 is {found}, expected {INCEPTION_SHA256}"
+    """The extractor that published figures were measured with, from the published file of weights."""
+    state_dict = read_weights(INCEPTION.find(path), buffers=lambda name: name.endswith("num_batches_tracked"))
+    return InceptionExtractor(state_dict, INCEPTION.sha256, device)

@@ -7,12 +7,14 @@ complex or infinite values, sparse or quantized tensors) is refused by its name.
 from __future__ import annotations
 
 import argparse
+import http.client
 import itertools
 import math
 import os
 import pickle
 import pickletools
 import re
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError, one_line
-from mvar_core.io.files import sha256_of_file
+from mvar_core.io.files import atomic_path, sha256_of_file
 from mvar_core.untrusted import open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -41,6 +43,7 @@ _HARMLESS: list[Any] = [
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Components that wrappers for distribution, compiling and averaging put into the names of weights, in any place."""
 MOST_TENSORS, DEEPEST = 1_000_000, 32
+DOWNLOAD_BLOCK, DOWNLOAD_TIMEOUT_SECONDS = 1 << 18, 30
 _AGAIN = "Download or copy it again."
 _OTHER_FILES = (
     (rb"\Z", "is empty", _AGAIN),
@@ -304,14 +307,9 @@ def _wrong_dtype(path: Path, name: str, found: object) -> CheckpointError:
 class WeightsFile:
     """A published file of a network that mvar measures with.
 
-    Attributes:
-        what: What it holds, as in "VGG16's weights".
-        option: The command line's option that names it.
-        variable: The environment variable that names it.
-        names: Under which names it lies in torch's cache of downloads; new downloads have the first.
-        url: Where it is published.
-        sha256: Of the published file.
-        otherwise: What can be done without it.
+    `option` of the command line or the environment variable name it; otherwise it has one of the `names` in torch's
+    cache of downloads. An `exact` file may hold no other weights than the published ones; others may, where the user
+    names them. `otherwise` says what can be done without it.
     """
 
     what: str
@@ -320,6 +318,8 @@ class WeightsFile:
     names: tuple[str, ...]
     url: str
     sha256: str
+    size: int | None = None
+    exact: bool = False
     otherwise: str = ""
 
     @property
@@ -330,32 +330,54 @@ class WeightsFile:
     @property
     def how_to_get(self) -> str:
         """What to do where the file is missing."""
+        size = "" if self.size is None else f"{self.size:,} bytes, "
         return (
-            f"Download {self.url} (SHA-256 {self.sha256}) to {self.cache / self.names[0]}, or name the file with"
+            f"Download {self.url} ({size}SHA-256 {self.sha256}) to {self.cache / self.names[0]}, or name the file with"
             f" {self.option} or ${self.variable}{'; ' if self.otherwise else ''}{self.otherwise}."
         )
 
     def find(self, path: Path | str | None = None) -> Path:
-        """The file on this machine: `path`, or the environment variable's, or one in torch's cache of downloads.
-
-        A file that the user names may hold other weights than the published ones, one in the cache may not.
-
-        Raises:
-            DataError: No such file, or another one; says where to get it and where to put it.
-        """
+        """The file on this machine; DataError, which says where to get it and where to put it, for none or others."""
         named = str(path) if path is not None else os.environ.get(self.variable)
-        if named:
-            candidate = Path(named).expanduser()
-            if not candidate.is_file():
-                origin = self.option if path is not None else f"${self.variable}"
-                raise DataError(f"{origin}: {candidate} does not exist.", self.how_to_get)
-            return candidate
-        cached = next((self.cache / name for name in self.names if (self.cache / name).is_file()), None)
-        if cached is None:
-            raise DataError(f"{self.what} ({self.names[0]}) are not on this machine.", self.how_to_get)
-        if (found := sha256_of_file(cached)) != self.sha256:
-            raise DataError(
-                f"{cached} does not hold {self.what}: its SHA-256 is {found}, expected {self.sha256}.",
-                f"Delete it. {self.how_to_get}",
-            )
-        return cached
+        candidates = [Path(named).expanduser()] if named else [self.cache / name for name in self.names]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            origin = self.option if path is not None else f"${self.variable}"
+            absent = f"{self.what} ({self.names[0]}) are not on this machine"
+            raise DataError(f"{f'{origin}: {candidates[0]} does not exist' if named else absent}.", self.how_to_get)
+        if (self.exact or not named) and (wrong := self.difference(found)):
+            hint = f"Delete it or name another file. {self.how_to_get}"
+            raise DataError(f"{found} does not hold {self.what}: {wrong}.", hint)
+        return found
+
+    def difference(self, path: Path) -> str | None:
+        """How a file differs from the published one."""
+        size = path.stat().st_size
+        if self.size not in (None, size):
+            return f"it has {size:,} bytes, expected {self.size:,}"
+        found = sha256_of_file(path)
+        return None if found == self.sha256 else f"its SHA-256 is {found}, expected {self.sha256}"
+
+    def download(self, progress: Callable[[int, int], None] | None = None) -> Path:
+        """Download the file, whose size is known, into torch's cache; `progress` gets the bytes so far and in all.
+
+        It is checked before it gets its name. DataError, which says where to get it by hand, where the network or the
+        disk failed or other bytes arrived.
+        """
+        assert self.size is not None
+        target = self.cache / self.names[0]
+        try:
+            with atomic_path(target) as temporary:
+                with (
+                    urllib.request.urlopen(self.url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response,  # noqa: S310
+                    temporary.open("wb") as file,
+                ):
+                    while file.tell() <= self.size and (block := response.read(DOWNLOAD_BLOCK)):
+                        file.write(block)
+                        if progress:
+                            progress(min(file.tell(), self.size), self.size)
+                if wrong := self.difference(temporary):
+                    raise DataError(f"What {self.url} sent does not hold {self.what}: {wrong}.", self.how_to_get)
+        except (OSError, http.client.HTTPException) as error:
+            raise DataError(f"{self.what} cannot be downloaded: {one_line(error)}.", self.how_to_get) from error
+        return target

@@ -114,7 +114,7 @@ class Stage(nn.Module):
 
     @classmethod
     def middle(cls, config: TokenizerConfig, channels: int) -> Stage:
-        """The stage at the coarsest resolution, between encoder or decoder levels and the latent features."""
+        """The stage between the levels and the latent features."""
         return cls(config, channels, channels, config.middle_blocks, config.middle_blocks - 1)
 
     @classmethod

@@ -17,7 +17,7 @@ import torch
 
 from mvar_core.errors import MvarError
 from mvar_core.evaluation.demo import default_demo_path
-from mvar_core.evaluation.features import find_inception_weights
+from mvar_core.evaluation.features import INCEPTION
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.formatting import format_bytes
 from mvar_core.kernels import available_backends
@@ -67,7 +67,7 @@ def doctor() -> DoctorResult:
         _attention(),
         _natten(),
         _torch_fidelity(),
-        _weights("inception weights", find_inception_weights),
+        _weights("inception weights", INCEPTION.find),
         _weights("perceptual weights", lambda: ", ".join(str(file.find()) for file in (VGG16, LPIPS)), " (tokenizers)"),
         _cache(),
     )

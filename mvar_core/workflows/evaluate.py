@@ -53,16 +53,10 @@ NEED_FEATURES = ("precision", "recall", "kid")
 class Measured(Result):
     """What a figure depends on, next to the images themselves.
 
-    Attributes:
-        num_reference: Images that the samples were compared with; None where the reference does not say.
-        samples: What the samples are called: their path, or the checkpoint.
-        image_shape: Height and width of the samples.
-        shuffle_seed: Seed of the shuffle and the subsets.
-        sampling: Settings, seed, device, dtype and attention of samples that were generated.
-        reasons: Why a score is None.
-        why_not: Every reason why figures are not comparable with published ones.
-        warnings: What makes a figure noisier than it would be with more images.
-        seconds: Time for measuring.
+    `samples` is their path, or the checkpoint, and `image_shape` their height and width; `num_reference` is None where
+    the reference does not say. `shuffle_seed` is of the shuffle and the subsets; `sampling` holds settings, seed,
+    device, dtype and attention of samples that were generated. `reasons` say why a score is None, `why_not` why figures
+    are not comparable with published ones, `warnings` what makes them noisier than they would be with more images.
     """
 
     num_samples: int = 0
@@ -90,17 +84,11 @@ class Measured(Result):
 class Evaluation(Measured):
     """Scores of images against a reference; a score that cannot be computed is None, and `reasons` says why.
 
-    Attributes:
-        fid: Fréchet distance of the features (Heusel et al. 2017).
-        sfid: The same of spatial features.
-        inception_score: Mean over the splits (Salimans et al. 2016).
-        precision: Fraction of the samples within the reference's manifold (Kynkäänniemi et al. 2019).
-        recall: Fraction of the reference within the samples' manifold.
-        kid: Mean over the subsets (Bińkowski et al. 2018).
-        classifier_accuracy: Fraction of the samples that the demo classifier assigns to their class.
-        per_class: A score for each class, worst first, where that was asked for.
-        settings: Seed, splits and subset sizes.
-        published: Published results for the same data, size and features.
+    FID (Heusel et al. 2017), the same of spatial features, the inception score (Salimans et al. 2016; mean over the
+    splits), precision and recall of the manifolds (Kynkäänniemi et al. 2019), KID (Bińkowski et al. 2018; mean over the
+    subsets). `classifier_accuracy` is the fraction of the samples that the demo classifier assigns to their class,
+    `per_class` has the worst class first, `settings` are seed, splits and subset sizes, and `published` are results for
+    the same data, size and features.
     """
 
     fid: float | None = None
@@ -241,12 +229,9 @@ def evaluate(
 class Reconstruction(Measured):
     """What a tokenizer makes of images.
 
-    Attributes:
-        rfid: FID of the reconstructions against their originals; None where `reasons` says why.
-        psnr: Peak signal-to-noise ratio in dB, the mean over the images of each one's own.
-        code_usage: Fraction of the codebook that some scale uses.
-        usage_per_scale: Fraction of the codebook that each scale uses.
-        scales: The scales, as height×width of their grids of tokens.
+    `rfid` is the FID of the reconstructions against their originals, None where `reasons` says why; `psnr`, in dB, the
+    mean over the images of each one's own. Usage is the fraction of the codebook that some scale, and that each scale
+    uses; `scales` are height×width of their grids of tokens.
     """
 
     rfid: float | None = None
@@ -353,13 +338,9 @@ IMAGES_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood(LikelihoodReport):
-    """Likelihoods of images, and what they depend on.
+    """Likelihoods of images, and what they depend on: the cache or images, the seed that chose among them.
 
-    Attributes:
-        source: The cache or the images.
-        seed: Of the choice of images.
-        conditions: Conditions under which each image was scored.
-        peak_memory_bytes: Of this process on its device.
+    `conditions` is under how many each image was scored; `peak_memory_bytes` of this process on its device.
     """
 
     model: str
@@ -394,7 +375,7 @@ def evaluate_likelihood(
 
     Under torchrun the processes share the images, and each returns the figures of one process.
 
-    Arguments that are not named here are as of `evaluate`.
+    Arguments that are not named here, and errors, are as of `evaluate`.
 
     * checkpoint: A model that is conditioned on classes.
     * tokens, data: A token cache, or images.
@@ -402,9 +383,6 @@ def evaluate_likelihood(
     * zero_shot: Score each image under all classes; otherwise only under its own and under none.
     * num_samples: At most so many images, chosen by the seed.
 
-    Raises:
-        ConfigError: A model that is not conditioned on classes, or both or neither of `tokens` and `data`.
-        DataError: Images, tokens or classes that are not the model's.
     """
     if (tokens is None) == (data is None):
         raise ConfigError("Likelihoods are of tokens or of images.", "Use one of --tokens CACHE and --data IMAGES.")
@@ -514,15 +492,12 @@ def make_reference(
         mvar.make_reference("digits.npz", data="digits")      # calling it again changes nothing
         mvar.evaluate(samples="out", reference="digits.npz", features="demo")
 
-    Arguments that are not named here are as of `evaluate`.
+    Arguments that are not named here, and errors, are as of `evaluate`.
 
     * out: The npz file to write.
     * data: A folder, an npz, "digits" or "digits:test".
     * image_size: Resize and crop the images to this size first: N, (height, width), or text such as "48x64".
-    * overwrite: Whether the file may be replaced.
-
-    Raises:
-        DataError: Images or weights that cannot be used, or another file that is already there.
+    * overwrite: Whether another file that is already there may be replaced.
     """
     machine, out, start = machine or Machine(), Path(out), time.monotonic()
     check_values(None, batch_size=batch_size)

@@ -254,6 +254,7 @@ def test_evaluate_of_a_checkpoint_generates_the_same_samples(mvar, model, images
 def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_path):
     """With an Inception network's place taken by a small one: the real weights are not at hand in tests."""
     from mvar_core.evaluation import extractors, features
+    from mvar_core.io.weights import WeightsFile
 
     class Small:
         name, dim, comparable_to_papers, weights_hash = "inception", 4, True, "hash"
@@ -261,7 +262,7 @@ def test_evaluate_with_inception_shows_published_rows(mvar, monkeypatch, tmp_pat
         def __call__(self, batch):
             return features.Features(batch.float().mean(dim=3)[:, 0, :4] / 255)
 
-    monkeypatch.setattr(extractors, "find_inception_weights", lambda path: path)
+    monkeypatch.setattr(WeightsFile, "find", lambda self, path: path)
     monkeypatch.setattr(extractors, "load_inception", lambda path, device: Small())
     random = np.random.default_rng(0)
     path = tmp_path / "imagenet.npz"

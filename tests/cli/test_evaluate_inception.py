@@ -99,21 +99,22 @@ def test_published_rows_stand_only_next_to_the_same_data_at_the_same_size(sample
 
 def test_weights_are_fetched_only_where_that_is_asked_for(mvar, samples, images, monkeypatch, tmp_path):
     from mvar_core.evaluation import extractors
+    from mvar_core.io.weights import WeightsFile
 
     fetched: list[Path] = []
 
-    def find(path: Path | None) -> Path:
+    def find(file: WeightsFile, path: Path | None) -> Path:
         if not fetched:
             raise DataError("The Inception weights are not on this machine.")
         return fetched[0]
 
-    def download(progress: Any) -> Path:
+    def download(file: WeightsFile, progress: Any) -> Path:
         progress(5, 10)
         fetched.append(tmp_path / "weights.pth")
         return fetched[0]
 
-    monkeypatch.setattr(extractors, "find_inception_weights", find)
-    monkeypatch.setattr(extractors, "download_inception", download)
+    monkeypatch.setattr(WeightsFile, "find", find)
+    monkeypatch.setattr(WeightsFile, "download", download)
     monkeypatch.setattr(extractors, "load_inception", lambda path, device: Small())
     options = ["--samples", samples, "--reference", images]
     assert "not on this machine" in mvar("evaluate", *options).error

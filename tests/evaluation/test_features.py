@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import io
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,7 @@ from torch import Tensor, nn
 
 from mvar_core.errors import CheckpointError, DataError
 from mvar_core.evaluation import features as module
-from mvar_core.evaluation.features import (
-    INCEPTION_SHA256,
-    INCEPTION_VARIABLE,
-    InceptionExtractor,
-    find_inception_weights,
-    load_inception,
-)
+from mvar_core.evaluation.features import INCEPTION, InceptionExtractor, load_inception
 from mvar_core.evaluation.fidelity import fidelity_module
 from mvar_core.evaluation.scores import evaluate_features
 from mvar_core.evaluation.statistics import collect
@@ -128,7 +123,7 @@ def test_refuses_what_is_not_uint8_rgb(extractor: InceptionExtractor, images: Te
 
 def test_building_one_leaves_the_global_generator_alone(network: nn.Module) -> None:
     before = torch.random.get_rng_state()
-    InceptionExtractor(network.state_dict(), INCEPTION_SHA256)
+    InceptionExtractor(network.state_dict(), INCEPTION.sha256)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -141,10 +136,16 @@ def test_refuses_weights_of_another_network() -> None:
 def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without weights; returns the folder in which torch keeps downloads."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
+    monkeypatch.delenv(INCEPTION.variable, raising=False)
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Let this be the published file."""
+    published = replace(INCEPTION, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(module, "INCEPTION", published)
 
 
 @pytest.fixture
@@ -152,45 +153,44 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Content that passes for the published file of weights."""
     content = io.BytesIO()
     torch.save({"weight": torch.arange(3)}, content)
-    monkeypatch.setattr(module, "INCEPTION_BYTES", len(content.getvalue()))
-    monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(content.getvalue()).hexdigest())
+    publish(monkeypatch, content.getvalue())
     return content.getvalue()
 
 
 def test_absent_weights_say_where_to_get_and_to_put_them(no_weights: Path) -> None:
     with pytest.raises(DataError) as caught:
-        find_inception_weights()
+        module.INCEPTION.find()
     message = str(caught.value)
-    for part in ("https://github.com/toshas", "95,628,359", INCEPTION_SHA256, str(no_weights), "--inception-weights"):
+    for part in ("https://github.com/toshas", "95,628,359", INCEPTION.sha256, str(no_weights), "--inception-weights"):
         assert part in message
     assert "\n" not in message
 
 
 def test_a_named_file_must_exist(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"/nowhere/a\.pth does not exist"):
-        find_inception_weights("/nowhere/a.pth")
-    monkeypatch.setenv(INCEPTION_VARIABLE, "/nowhere/b.pth")
+        module.INCEPTION.find("/nowhere/a.pth")
+    monkeypatch.setenv(INCEPTION.variable, "/nowhere/b.pth")
     with pytest.raises(DataError, match=r"/nowhere/b\.pth does not exist"):
-        find_inception_weights()
+        module.INCEPTION.find()
 
 
-@pytest.mark.parametrize("name", module.INCEPTION_FILES)
+@pytest.mark.parametrize("name", INCEPTION.names)
 def test_finds_the_verified_file(
     no_weights: Path, pretend: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached, named, given = no_weights / name, tmp_path / "named.pth", tmp_path / "given.pth"
     for path in (cached, named, given):
         path.write_bytes(pretend)
-    assert find_inception_weights() == cached
-    monkeypatch.setenv(INCEPTION_VARIABLE, str(named))
-    assert find_inception_weights() == named
-    assert find_inception_weights(given) == given
+    assert module.INCEPTION.find() == cached
+    monkeypatch.setenv(INCEPTION.variable, str(named))
+    assert module.INCEPTION.find() == named
+    assert module.INCEPTION.find(given) == given
 
 
 def test_refuses_files_of_another_size_or_content(no_weights: Path, pretend: bytes, tmp_path: Path) -> None:
-    (no_weights / module.INCEPTION_FILES[0]).write_bytes(pretend[:-1])
+    (no_weights / INCEPTION.names[0]).write_bytes(pretend[:-1])
     with pytest.raises(DataError, match=f"it has {len(pretend) - 1:,} bytes, expected {len(pretend):,}"):
-        find_inception_weights()
+        module.INCEPTION.find()
     other = tmp_path / "other.pth"
     other.write_bytes(pretend[:-1] + bytes([pretend[-1] ^ 1]))
     with pytest.raises(DataError, match=r"its SHA-256 is [0-9a-f]{64}, expected"):
@@ -205,8 +205,7 @@ def test_a_verified_file_that_is_not_weights_of_the_network_is_one_clear_error(
     with pytest.raises(CheckpointError, match="weight"):
         load_inception(path)
     path.write_bytes(b"x" * 20)
-    monkeypatch.setattr(module, "INCEPTION_BYTES", 20)
-    monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(b"x" * 20).hexdigest())
+    publish(monkeypatch, b"x" * 20)
     with pytest.raises(CheckpointError, match=str(path)):
         load_inception(path)
 
@@ -216,11 +215,10 @@ def test_loads_the_verified_file(
 ) -> None:
     path = tmp_path / "weights.pth"
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(module, "INCEPTION_BYTES", path.stat().st_size)
-    monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    publish(monkeypatch, path.read_bytes())
     loaded = load_inception(path)
     assert loaded.comparable_to_papers
-    assert loaded.weights_hash == module.INCEPTION_SHA256
+    assert loaded.weights_hash == module.INCEPTION.sha256
     state = loaded._network.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
@@ -241,21 +239,21 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> list[st
 
 
 def test_downloads_the_weights_once(no_weights: Path, pretend: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DOWNLOAD_BLOCK", 500)
+    monkeypatch.setattr("mvar_core.io.weights.DOWNLOAD_BLOCK", 500)
     asked = serve(monkeypatch, pretend)
     seen: list[tuple[int, int]] = []
-    path = module.download_inception(lambda done, total: seen.append((done, total)))
+    path = module.INCEPTION.download(lambda done, total: seen.append((done, total)))
     assert path.read_bytes() == pretend
-    assert path == find_inception_weights() == no_weights / module.INCEPTION_FILES[0]
+    assert path == module.INCEPTION.find() == no_weights / INCEPTION.names[0]
     assert seen[0] == (500, len(pretend))
     assert seen[-1] == (len(pretend), len(pretend))
-    assert asked == [module.INCEPTION_URL]
+    assert asked == [INCEPTION.url]
 
 
 def test_a_download_replaces_a_damaged_file(no_weights: Path, pretend: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    (no_weights / module.INCEPTION_FILES[0]).write_bytes(b"cut")
+    (no_weights / INCEPTION.names[0]).write_bytes(b"cut")
     serve(monkeypatch, pretend)
-    assert module.download_inception().read_bytes() == pretend
+    assert module.INCEPTION.download().read_bytes() == pretend
 
 
 @pytest.mark.parametrize(
@@ -264,7 +262,7 @@ def test_a_download_replaces_a_damaged_file(no_weights: Path, pretend: bytes, mo
         (urllib.error.URLError("no route to host"), "cannot be downloaded: .*no route to host"),
         (TimeoutError("timed out"), "cannot be downloaded: timed out"),
         (http.client.IncompleteRead(b"x"), "cannot be downloaded: IncompleteRead"),
-        (b"<html>", "is not the Inception weights: it has 6 bytes"),
+        (b"<html>", "does not hold the Inception weights: it has 6 bytes"),
     ],
 )
 def test_a_failed_download_leaves_nothing_and_says_what_to_do(
@@ -272,8 +270,8 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(
 ) -> None:
     serve(monkeypatch, answer)
     with pytest.raises(DataError, match=message) as caught:
-        module.download_inception()
-    for part in (module.INCEPTION_URL, INCEPTION_SHA256, str(no_weights)):
+        module.INCEPTION.download()
+    for part in (INCEPTION.url, INCEPTION.sha256, str(no_weights)):
         assert part in str(caught.value)
     assert list(no_weights.iterdir()) == []
 

@@ -159,5 +159,5 @@ def test_files_of_something_else_are_refused(files, tmp_path):
     with pytest.raises(CheckpointError, match=r"not the LPIPS weights: lin\d.model.1.weight"):
         load_perceptual_loss(vgg, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not a file of tensors")
-    with pytest.raises(CheckpointError, match="text.pth is not a whole torch checkpoint"):
+    with pytest.raises(CheckpointError, match=r"text\.pth is"):
         load_perceptual_loss(vgg, tmp_path / "text.pth")

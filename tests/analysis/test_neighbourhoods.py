@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mvar_core.analysis.neighbourhoods import (
+from mvar_core.analysis.attention import (
     displacement_grid,
     displacements,
     distances,

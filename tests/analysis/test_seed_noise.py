@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mvar_core.analysis.seed_noise import compare, holm, over_seeds, pooled_std, sentence, spread, welch
+from mvar_core.analysis.ablation import compare, holm, over_seeds, pooled_std, sentence, spread, welch
 
 
 def test_mean_and_deviation_are_numpys():

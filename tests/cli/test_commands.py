@@ -246,7 +246,7 @@ def test_evaluate_of_a_checkpoint_generates_the_same_samples(mvar, model, images
     options = ["--reference", images, "--features", classifier, "--json"]
     sampled = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, "--batch-size", 5, *options).json
     assert sampled["num_samples"] == 12
-    assert 0 <= sampled["classifier_accuracy"] <= 1
+    assert sampled["classifier_accuracy"] is None  # cats and dogs are no digits
     again = mvar("evaluate", "--checkpoint", model, "--num-samples", 12, *options).json
     assert again["fid"] == pytest.approx(sampled["fid"], rel=1e-6)
 

@@ -29,33 +29,9 @@ _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream erro
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path next to `path` that is renamed to it when the block ends well, and removed when it does not.
 
-    With `durable` the bytes are on the disk before they get their name: losing power leaves no empty file there.
-    """
-    with _temporary(path) as temporary:
-        temporary.touch()
-        yield temporary
-        if durable:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory next to `path` that takes its name when the block ends well, replacing what was there."""
-    with _temporary(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A new name next to `path` that says which process it belongs to; what still has it at the end is removed.
-
-    With its first in a directory, a process removes what those that were killed have left there.
+    With `durable` the bytes are on the disk before they get their name: losing power leaves no empty file there. The
+    temporary name says which process it belongs to; with its first in a directory, a process removes what those that
+    were killed have left there.
     """
     directory, host = path.parent, hashlib.sha256(platform.node().encode()).hexdigest()[:6]
     with naming(path):
@@ -70,7 +46,12 @@ def _temporary(path: Path) -> Iterator[Path]:
             temporary = directory / f".{path.name}.{host}-{os.getpid()}.{secrets.token_hex(4)}.tmp"
             _live.add(temporary)
         try:
+            temporary.touch()
             yield temporary
+            if durable:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
         finally:
             remove(temporary)
             _live.discard(temporary)

@@ -7,7 +7,6 @@ import pytest
 
 from mvar_core.errors import DataError
 from mvar_core.io.files import (
-    atomic_directory,
     atomic_path,
     require_new_directory,
     sha256_of_file,
@@ -22,10 +21,6 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise KeyError
     assert list(target.parent.iterdir()) == []
-    with pytest.raises(KeyError), atomic_directory(tmp_path / "folder") as folder:
-        (folder / "a").write_text("half")
-        raise KeyError
-    assert not (tmp_path / "folder").exists()
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -35,14 +30,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise KeyError
     assert read_json(target) == {"a": 1}
-
-
-def test_a_directory_is_replaced(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        with atomic_directory(tmp_path / "folder") as folder:
-            (folder / content).write_text(content)
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_hash(tmp_path: Path) -> None:
@@ -66,8 +53,8 @@ def test_refusals(tmp_path: Path) -> None:
 
 KILLED_WRITER = """
 import os, pathlib, signal, sys
-from mvar_core.io.files import atomic_directory, atomic_path
-with atomic_directory(pathlib.Path(sys.argv[1]) / "directory"), atomic_path(pathlib.Path(sys.argv[1]) / "file"):
+from mvar_core.io.files import atomic_path
+with atomic_path(pathlib.Path(sys.argv[1]) / "one"), atomic_path(pathlib.Path(sys.argv[1]) / "file"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

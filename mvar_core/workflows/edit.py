@@ -36,13 +36,8 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EditResult(SampleResult):
-    """What `edit` leaves behind, with its arguments; `edits` says how many tokens of each image stay at each scale."""
+    """What `edit` leaves behind; `edits` holds for every image its file, and how many tokens stay at each scale."""
 
-    keep: str = "outside"
-    coverage: float = 0.5
-    paste: bool = False
-    box: Box | None = None
-    mask: Path | None = None
     edits: Sequence[Mapping[str, Any]] = ()
 
 
@@ -122,8 +117,7 @@ def edit(
         )
         return Plan(spec, generate, resolved, steps, {"edits": edits, "classes": chosen.described()})
 
-    values = SampleJob(Path(out), checkpoint, num, **options).run(plan)
-    return EditResult(**values, keep=keep, coverage=coverage, paste=paste, box=region, mask=mask, edits=edits)
+    return EditResult(**SampleJob(Path(out), checkpoint, num, **options).run(plan), edits=edits)
 
 
 @dataclass(frozen=True)

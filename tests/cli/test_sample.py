@@ -196,7 +196,7 @@ def test_bad_input_leaves_nothing(mvar, model, tmp_path, monkeypatch):
     options = ["sample", "--checkpoint", model, "--out", tmp_path / "x.npz"]
     monkeypatch.setattr("mvar_core.pipeline.Pipeline.from_pretrained", None)
     for extra, message in (
-        (["--class", "3"], "0 … 2"),
+        (["--class", "3"], "#0 … #2"),
         (["--class", "0", "--top-k", "99"], "99"),
         (["--class", "0", "--attention", "dens"], "dense"),
         (["--class", "0", "--memory", "lots"], "24GB"),

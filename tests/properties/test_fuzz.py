@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiny import TINY
 from mvar_core.config import ModelConfig, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.config.section import validate
-from mvar_core.data.decoding import check_image, read_rgb
+from mvar_core.data.decoding import FORMATS, NAMED_FORMATS, check_image, read_rgb
 from mvar_core.data.evaluation_images import open_evaluation_images
 from mvar_core.data.images import open_images
 from mvar_core.data.tokens import MANIFEST, TokenCache
@@ -183,17 +184,33 @@ def test_fuzz_pth(model: Path, written: Any, tmp_path: Path) -> None:
 
 
 def test_fuzz_images(written: Any) -> None:
-    write = written("picture.png")
-    kinds = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "TGA", "PCX", "SGI", "ICO", "JPEG2000")
-    valid = [encoded(kind) for kind in kinds] + [encoded("PNG", mode) for mode in ("L", "LA", "P", "RGBA", "I;16", "1")]
+    Image.init()
+    suffixes = {kind: text.split()[0] for kind, text in (FORMATS | NAMED_FORMATS).items()}
+    valid = [(".png", encoded("PNG", mode)) for mode in ("L", "LA", "P", "RGBA", "I;16", "1")]
+    valid += [(suffix, encoded(kind, {"MSP": "1", "XBM": "1", "BLP": "P"}.get(kind, "RGB")))
+              for kind, suffix in suffixes.items() if kind in Image.SAVE]  # fmt: skip
+    valid += [
+        (".xpm", b'/* XPM */\nstatic char *a[] = {\n"2 1 1 1",\n"x c #ff0000",\n"xx"\n};\n'),
+        (".ras", struct.pack(">8I", 0x59A66A95, 2, 1, 24, 6, 1, 0, 0) + bytes(6)),
+        (".psd", b"8BPS\0\1" + struct.pack(">6xHIIHH", 3, 1, 2, 8, 3) + bytes(20)),
+        (".fli", struct.pack("<IHHHHHH", 300, 0xAF12, 1, 8, 8, 8, 3) + bytes(300)),
+        (".pxr", b"\200\350\0\0" + bytes(412) + struct.pack("<6H", 2, 2, 0, 0, 14, 0) + bytes(800)),
+        (".gbr", struct.pack(">7I", 30, 2, 2, 2, 4, 0x47494D50, 10) + b"a\0" + bytes(16)),
+        (".ftc", b"FTEX" + struct.pack("<7I", 0, 2, 2, 1, 1, 1, 36) + struct.pack("<I", 12) + bytes(12)),
+        (".pcd", bytes(2048) + b"PCD_" + bytes(4000)),
+        (".dcx", struct.pack("<4I", 987654321, 12, 0, 0) + encoded("PCX")),
+    ]
 
-    def check(content: bytes) -> None:
-        path = write(content)
+    def check(file: tuple[str, bytes]) -> None:
+        path = written(f"picture{file[0]}")(file[1])
         read_rgb(path)
         read_mask(path)
         check_image(path)
 
-    fuzz(check, st.sampled_from(valid).flatmap(damaged_bytes), 60)
+    def variants(file: tuple[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
+        return st.tuples(st.just(file[0]), st.one_of(st.just(file[1]), damaged_bytes(file[1])))
+
+    fuzz(check, st.sampled_from(valid).flatmap(variants), 100)
 
 
 def test_fuzz_tar(written: Any) -> None:

@@ -79,8 +79,7 @@ def log_to_stderr() -> None:
 def write(text: str, stream: TextIO) -> None:
     """Print lines; where the reader has gone, as in `mvar plan | head -1`, drop them and let the work finish.
 
-    Raises:
-        MvarError: The stream cannot be written for another reason, such as a full disk.
+    MvarError where the stream cannot be written for another reason, such as a full disk.
     """
     try:
         print(text, file=stream, flush=True)
@@ -133,8 +132,7 @@ def show(
 ) -> None:
     """End of a command: its result as one JSON object, or the fields `columns`, where not None, as a table of one row.
 
-    Raises:
-        typer.Exit: The work was interrupted (130).
+    Interrupted work exits with 130.
     """
     end_progress()
     values = result.to_dict()

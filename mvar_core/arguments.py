@@ -20,10 +20,8 @@ def tensor_argument(
 ) -> Tensor:
     """A tensor, an array or nested lists as an ordinary tensor: int64, float of any width, or bool.
 
-    Empty ones are of every kind; in `shapes`, None is any length.
-
-    Raises:
-        MvarError: They are something else than `expected`, with which the message begins.
+    Empty ones are of every kind; in `shapes`, None is any length. Anything else than what is `expected`, with which the
+    message begins, is an `error`.
     """
     try:
         found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))

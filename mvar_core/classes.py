@@ -123,10 +123,8 @@ class Classes:
 
         A text is a name, `#N` for position N, a comma list of them, or "all". A whole name is tried before commas are
         read as separators, for names may hold commas ("tench, Tinca tinca"). A number is a name where classes are
-        called by numbers, else a position, as a whole number (not a text) always is.
-
-        Raises:
-            DataError: A number out of range, or a name that no class has (with the nearest names), or several have.
+        called by numbers, else a position, as a whole number (not a text) always is. DataError for a number out of
+        range, or a name that no class has, with the nearest names, or several have.
         """
         found: list[int] = []
         for each in [asked] if isinstance(asked, (str, int)) else asked:
@@ -187,10 +185,8 @@ def align(
     """Where each of these classes is in another list, -1 where that lacks it; and the other list, with names if known.
 
     `class_names` is what `--class-names` accepts: names for a list that has none, or that numbers are to decide. The
-    other list must have the classes that are `used`. `hint` says what to do where there is no such option.
-
-    Raises:
-        DataError: Only one of the lists has names, and nothing says that the order is the same; or a class is lacking.
+    other list must have the classes that are `used`. `hint` says what to do where there is no such option. DataError
+    where only one list has names and nothing says that the order is the same, or a class is lacking.
     """
     names = read_class_names(class_names) if class_names is not None else None
     if class_names is not None and names is None:
@@ -268,8 +264,7 @@ def read_class_names(given: Sequence[str] | str) -> tuple[str, ...] | None:
 def names_in(path: Path) -> tuple[str, ...]:
     """Names of classes that a file lists: one on each line or, in JSON, a list, {"0": name} or {name: 0}.
 
-    Raises:
-        DataError: It lists none, one without a name, or numbers that are not 0, 1, 2 …
+    DataError for none, one without a name, or numbers that are not 0, 1, 2 …
     """
     text = read_text(path)
     names = parse_json(text, str(path)) if path.suffix.lower() == ".json" else text.strip().splitlines()

@@ -25,8 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_device(name: str = "auto") -> torch.device:
     """The device that `Machine.device` stands for.
 
-    Raises:
-        BackendError: A device that this machine or this build of torch does not have.
+    BackendError for one that this machine or this build of torch does not have.
     """
     if name == "auto":
         if torch.cuda.is_available():

@@ -38,11 +38,7 @@ class Setting:
 
     @classmethod
     def of(cls, pyramid: ScalePyramid, scale_prefixes: ScalePrefixes, windows: Sequence[int]) -> Setting:
-        """The setting in a form that equal models share: "all" where all scales are seen, 0 where a window covers one.
-
-        Raises:
-            ConfigError: Prefixes or windows that do not fit the pyramid.
-        """
+        """The setting in a form that equal models share: "all" where all are seen, 0 where a window covers a scale."""
         check_attention(pyramid, scale_prefixes, windows)
         if scale_prefixes != "all" and scale_prefixes >= pyramid.num_scales:
             scale_prefixes = "all"
@@ -100,9 +96,6 @@ def plan_ablations(
 
     Where an entry of windows is one number, those scales are windowed that have a window in `config`, else the last
     two.
-
-    Raises:
-        ConfigError: Nothing to compare, or an entry that does not fit the pyramid.
     """
     if not prefixes and not windows:
         raise ConfigError("There is nothing to compare.", "Use --prefixes, --windows, or both.")

@@ -220,8 +220,7 @@ class AttentionProbe:
     def report(self, keep: float = 0.95) -> AttentionReport:
         """Averages of what was gathered, and the settings that keep the fraction `keep` of the attention.
 
-        Raises:
-            DataError: Some layer or scale saw no image, or `keep` is not between 0 and 1.
+        DataError where some layer or scale saw no image.
         """
         if not bool((self._images_NS > 0).all()):
             raise DataError("No attention was measured: there were no images.", "Pass at least one image or token row.")
@@ -322,10 +321,6 @@ def measure_attention(
     Memory is that of one pass over one batch and a few megabytes of statistics, however many batches there are. Each
     is a pair of tokens (B, L) and conditions (labels (B,) or vectors). `progress` is called with the layers done, each
     counted once per image, so that it moves within a batch too.
-
-    Raises:
-        DataError: There is no image, or `keep` is not between 0 and 1.
-        ConfigError: The conditions are not the model's.
     """
     check_keep(keep)
     probe = AttentionProbe(config, running_total(progress))

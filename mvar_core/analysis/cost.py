@@ -107,11 +107,7 @@ def cost_of(
     guided: bool = True,
     device_memory: int | None = None,
 ) -> Plan:
-    """The predicted cost of a model, or a run, and of its training; arguments are those of `mvar_core.plan`.
-
-    Raises:
-        ConfigError: A batch or memory that makes no sense, or a memory in which not one image fits.
-    """
+    """The predicted cost of a model, or a run, and of its training; arguments are those of `mvar_core.plan`."""
     # Not resolved: predictions are also for devices that this machine does not have.
     device = resolve_device().type if machine.device == "auto" else machine.device.split(":")[0]
     memory = machine.memory_bytes

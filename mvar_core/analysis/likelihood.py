@@ -94,8 +94,7 @@ def log_likelihoods(
 def read_candidates(conditioner: Conditioner, given: Conditions, images: int) -> tuple[Tensor, bool]:
     """Labels (images, K) or vectors (images, K, X) to score under, on the CPU, and whether each image has several.
 
-    Raises:
-        ConfigError: They are not what the model is conditioned on, or do not fit the images.
+    ConfigError where they are not the model's, or not the images'.
     """
     vectors = isinstance(conditioner, VectorConditioner)
     expected = f"Conditions of {images} images, or several for each, are {'vectors' if vectors else 'class labels'}"

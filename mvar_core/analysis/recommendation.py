@@ -70,9 +70,6 @@ def recommend(
     or larger than was measured, stays as the model has it: `model_windows`, by default whole.
 
     Mass is by query scale and key scale, and in the query's own scale by query scale and window of WINDOWS.
-
-    Raises:
-        DataError: `keep` is not between 0 and 1.
     """
     check_keep(keep)
     scales = len(grids)

@@ -137,10 +137,7 @@ def are_splits(where: str, inside: Mapping[str, Collection[str]], loose: Sequenc
 def choose_split(where: str, splits: Sequence[str], split: str) -> tuple[str, str]:
     """The one of a data set's splits, as it spells them, that is asked for, and the one that is train.
 
-    Where there is no train, the classes are those of the split itself.
-
-    Raises:
-        DataError: No such split, or several.
+    Where there is no train, the classes are those of the split itself. DataError for none, or several.
     """
     same = [name for name in splits if name.casefold() == split.casefold()]
     chosen = same or [name for name in splits if split_of(name) == split_of(split)]
@@ -157,8 +154,7 @@ def choose_split(where: str, splits: Sequence[str], split: str) -> tuple[str, st
 def find_classes(folder: Path, warn: bool = True) -> dict[str, list[str]]:
     """The images of each class, as paths relative to a folder; what is left out is logged.
 
-    Raises:
-        DataError: No images, more of them next to class folders than in them, or one that Tiny ImageNet's list lacks.
+    DataError for none, more of them next to class folders than in them, or one that Tiny ImageNet's list lacks.
     """
     others: Counter[str] = Counter()
     found = find_images(folder, others)

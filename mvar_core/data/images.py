@@ -92,11 +92,7 @@ class ImageRows:
         return len(self.source) * len(self.views)
 
     def batch(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The images of B rows, float32 (B, 3, H, W) in [-1, 1], and their labels int64 (B,).
-
-        Raises:
-            DataError: An image cannot be read.
-        """
+        """The images of B rows, float32 (B, 3, H, W) in [-1, 1], and their labels int64 (B,)."""
         chosen = np.asarray(rows, np.int64)
         labels = torch.from_numpy(self.source.labels[chosen // len(self.views)])
         if self._kept is None:
@@ -128,11 +124,7 @@ class RandomCrops:
         return len(self.source)
 
     def batch(self, rows: NDArray[np.int64], step: int = 0) -> Tensor:
-        """Crops of some rows for a step: float32 (B, 3, H, W) in [-1, 1].
-
-        Raises:
-            DataError: An image cannot be read.
-        """
+        """Crops of some rows for a step: float32 (B, 3, H, W) in [-1, 1]."""
         # A batch that is larger than the data holds a row several times, each with a crop of its own; otherwise a
         # row's crop does not depend on the rest of the batch, which several processes may share.
         seen: Counter[int] = Counter()
@@ -163,9 +155,6 @@ def pixel_batches(
 
     Yields:
         Pixels uint8 (B, H, W, 3) and labels int64 (B,).
-
-    Raises:
-        DataError: An image cannot be read.
     """
     views = views or Views(DataConfig())
     rows = np.arange(len(source) * len(views)) if indices is None else np.asarray(indices, np.int64)
@@ -189,9 +178,6 @@ def row_batches(
 
     Yields:
         uint8 (B, H, W, 3), or None where no row of a batch is left, and the rows int64 (B,).
-
-    Raises:
-        DataError: An image cannot be read.
     """
     num_views = len(views)
 

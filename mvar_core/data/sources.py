@@ -95,9 +95,6 @@ class ImageSource(ABC):
             image_shape: Height and width of the results.
             smallest: Smallest random crop, as a fraction of the picture's shorter side.
             randoms: One entry for each crop.
-
-        Raises:
-            DataError: The image cannot be read.
         """
 
     def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:
@@ -110,9 +107,6 @@ class ImageSource(ABC):
         """Height and width of images, all by default, where they are stored; None for images without a size.
 
         Every header is read, and the end of every file looked for.
-
-        Raises:
-            DataError: An image is missing, truncated, or not an image.
         """
         return None
 
@@ -125,11 +119,7 @@ class ImageSource(ABC):
         return 0
 
     def captions(self) -> Sequence[str] | None:
-        """A text for each image; None where there are none.
-
-        Raises:
-            DataError: Only some images have one.
-        """
+        """A text for each image; None where there are none. DataError where only some have one."""
         return None
 
     def fingerprint(self) -> str:
@@ -173,11 +163,7 @@ class Subset(ImageSource):
 
 
 def hold_out(source: ImageSource, fraction: float, most: int, seed: int) -> Subset:
-    """The images to train on, with others `held_out`: at random, at least one, and never the last of a class.
-
-    Raises:
-        DataError: No class has two images.
-    """
+    """The images to train on, with others `held_out`: at random, at least one, and never the last of a class."""
     order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(source))
     left = Counter(source.labels.tolist())
     held: list[int] = []

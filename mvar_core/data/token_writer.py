@@ -128,8 +128,7 @@ class CacheWriter(Resumable):
     def prepare(self, overwrite: bool = False) -> tuple[int, tuple[int, ...]]:
         """Look at what is there, make room; returns the images per shard, and the shards that are missing.
 
-        Raises:
-            DataError: `out` holds something else, or a cache of other settings; or another process works there.
+        DataError where `out` holds something else, or another process works there.
         """
         out = self.directory
         self.acquire()
@@ -178,11 +177,7 @@ class CacheWriter(Resumable):
         self.share = pending[self.rank :: self.world_size]
 
     def check(self, progress: Report | None = None) -> None:
-        """Look for damaged images among those to encode here, unless they may be left out.
-
-        Raises:
-            DataError: An image cannot be read, or `out` is not the directory that was prepared.
-        """
+        """Look for damaged images among those to encode here, unless they may be left out."""
         if self.pending and not self.begun:
             raise DataError(
                 f"{self.directory} was prepared by process 0, and process {self.rank} does not see it.",
@@ -221,11 +216,7 @@ class CacheWriter(Resumable):
             self._write_shard(number, tokens[:filled].reshape(len(kept), views, tokens.shape[1]), kept, images)
 
     def finish(self) -> tuple[Manifest, int]:
-        """Wait for all processes; rank 0 writes the manifest. Returns it, and how many images were encoded now.
-
-        Raises:
-            DataError: No image could be read.
-        """
+        """Wait for all processes; rank 0 writes the manifest. Returns it, and how many images were encoded now."""
         path = self.directory / MANIFEST
         while not path.exists():
             if self.rank == 0 and len(self.present()) == len(self.pieces):
@@ -315,9 +306,6 @@ def write_token_cache(
 
     The same call again resumes where it was interrupted, and leaves a complete cache of the same settings as it is.
     `options` are those of `CacheWriter`; returns what its `finish` does.
-
-    Raises:
-        DataError: `out` holds something else, or an image cannot be read.
     """
     world = distributed.world()
     writer = CacheWriter(out, source, encode, rank=world.rank, world_size=world.world_size, **options)

@@ -232,10 +232,7 @@ class TokenCache:
         """Open a cache whose files are there and have the right sizes.
 
         Their hashes are compared at once with `verify`, with None once rows are read (so that a later batch raises the
-        error), with False never.
-
-        Raises:
-            DataError: Not a token cache, an unfinished one, or one with missing, truncated or changed files.
+        error), with False never. DataError where there is none, or an unfinished or damaged one.
         """
         if not (path / MANIFEST).exists():
             if (path / PARTIAL).exists():
@@ -281,11 +278,7 @@ class TokenCache:
         return Classes.of(self.class_names, origin=str(self.path))
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The tokens int64 (B, L) of B rows, and labels int64 (B,) or, from `conditioned`, vectors float32 (B, X).
-
-        Raises:
-            IndexError: A row that the cache does not have.
-        """
+        """The tokens int64 (B, L) of B rows, and labels int64 (B,) or, from `conditioned`, vectors float32 (B, X)."""
         chosen = np.asarray(rows, np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise IndexError(f"rows {chosen.min()} … {chosen.max()} of {len(self)}")
@@ -319,8 +312,7 @@ class TokenCache:
     def conditioned(self, conditioning: ConditioningConfig) -> TokenCache:
         """What a model trains on: rows with labels, or with vectors where it is conditioned on them.
 
-        Raises:
-            DataError: The cache has no vectors, or others than the model accepts.
+        DataError where it has none, or others than the model accepts.
         """
         if conditioning.dim is None:
             return self
@@ -344,11 +336,7 @@ class TokenCache:
         return with_vectors
 
     def check(self, tokenizer_hash: str, pyramid: ScalePyramid, tokenizer: str = "TOKENIZER") -> None:
-        """Refuse a cache whose tokens mean something else to a model with this tokenizer (SHA-256) and pyramid.
-
-        Raises:
-            DataError: The cache was made by another tokenizer, or for another pyramid.
-        """
+        """Refuse a cache whose tokens mean something else to a model with this tokenizer (SHA-256) and pyramid."""
         for kind, found, expected in (
             ("by another tokenizer", self.manifest.tokenizer_hash, tokenizer_hash),
             ("for another pyramid", self.pyramid.spelled, pyramid.spelled),
@@ -431,11 +419,7 @@ def map_array(path: Path) -> NDArray[Any]:
 
 
 def split_off(cache: TokenCache, fraction: float, seed: int) -> tuple[TokenCache, TokenCache]:
-    """A cache in two: what is trained on, and images that the seed holds out, no view of which is trained on.
-
-    Raises:
-        DataError: A single image cannot be split.
-    """
+    """A cache in two: what is trained on, and images that the seed holds out, no view of which is trained on."""
     count = cache.num_images
     if count < 2:
         raise DataError(f"{cache.path} holds {count} images: none can be held out.", "Use --validation CACHE.")

@@ -280,10 +280,6 @@ def open_official(
         kind: None as the file says (`tell_kind`).
         weights: Which set of weights of the model, or of the tokenizer alone, where the file holds several.
         **attention: patch_sizes, windows and scale_prefixes of `infer_config`.
-
-    Raises:
-        CheckpointError: A file cannot be read or does not fit.
-        ConfigError: A pyramid, windows or prefixes that do not fit.
     """
     name, tokenizer_state = find_weights(tokenizer, "tokenizer", None if model else weights, checksums=False)
     transformer_state, kind_from = None, "option" if kind else "nothing"
@@ -525,8 +521,7 @@ def _from_official(state: State, ours: State, named: Callable[[str], str], sourc
 def transformer_to_official(state: Mapping[str, Tensor], config: ModelConfig) -> State:
     """The published transformer state, with the buffers that the configuration implies.
 
-    Raises:
-        CheckpointError: The model is conditioned on vectors, which no published format knows.
+    CheckpointError for a model that is conditioned on vectors, which no published format knows.
     """
     assert config.transformer is not None
     if config.conditioning.dim is not None:

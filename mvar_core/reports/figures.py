@@ -45,11 +45,7 @@ def ordered_colours(count: int) -> list[Any]:
 def plot_curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, *, title: str, y_label: str = "loss"
 ) -> None:
-    """Lines over steps, for example losses: `series` is the name of each and its (steps, values), in a .png or .svg.
-
-    Raises:
-        DataError: No line has a point.
-    """
+    """Lines over steps, for example losses: `series` is the name of each and its (steps, values), in a .png or .svg."""
     shown = {name: points for name, points in series.items() if len(points[0])}
     if not shown:
         raise DataError(f"There is nothing to plot in {path.name}: no values of {', '.join(series) or 'anything'}.")
@@ -67,11 +63,7 @@ def plot_curves(
 def plot_metrics(
     metrics: Path, path: Path, *, keys: Sequence[str] = ("loss", "val_loss"), title: str = "Training"
 ) -> None:
-    """Plot some quantities of a run's metrics.jsonl over its steps.
-
-    Raises:
-        DataError: There is no such file, or it has none of the quantities.
-    """
+    """Plot some quantities of a run's metrics.jsonl over its steps."""
     if not metrics.is_file():
         raise DataError(f"{metrics} does not exist.", "Pass the metrics.jsonl of a run directory.")
     lines = read_metrics(metrics)
@@ -83,11 +75,7 @@ def plot_metrics(
 
 
 def plot_batches(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Peak memory and images per second against the batch size, one line per model, of `rows` of `bench`.
-
-    Raises:
-        DataError: No row was measured.
-    """
+    """Peak memory and images per second against the batch size, one line per model, of `rows` of `bench`."""
     measured = _measured(rows, path)
     figure = new_figure(9.2, 4.2)
     batches = sorted({row["batch_size"] for row in measured})
@@ -116,9 +104,6 @@ def plot_attention(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Milliseconds of one attention call against the side of the scale, one panel per window, one line per backend.
 
     Of `rows` of `attention_sweep.sweep` only those of the largest batch are plotted.
-
-    Raises:
-        DataError: No row was measured.
     """
     batch = max((row["batch"] for row in rows), default=0)
     measured = _measured([row for row in rows if row["batch"] == batch], path)

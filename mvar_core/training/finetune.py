@@ -118,10 +118,8 @@ def load_pretrained(
     one, else from scratch.
 
     Where the source is conditioned on classes and the target on vectors, or the other way round, the embedding of
-    conditions starts from scratch, except the one for no condition.
-
-    Raises:
-        CheckpointError: Parameters are missing, unknown or of another shape; all are named.
+    conditions starts from scratch, except the one for no condition. CheckpointError names all parameters that are
+    missing, unknown or of another shape.
     """
     target = transformer.state_dict()
     loaded, reports, others = _other_conditions(transformer, weights)
@@ -185,9 +183,6 @@ def match_classes(source: Classes, target: Classes, choice: str = "auto") -> Cla
       side has none, numbers do if there are as many classes.
     * by-number: class N starts from row N, whatever they are called.
     * new: all start from scratch.
-
-    Raises:
-        ConfigError: Another choice, or both sides have names and none agrees.
     """
     choice = FORMER_CHOICES.get(choice, choice)
     if choice not in CHOICES:

@@ -159,11 +159,7 @@ class TrainingStep:
 
 
 def measure_alone(request: Request) -> dict[str, Any]:
-    """A request's row, measured in a fresh process; with too little memory it has a `reason` and no figures.
-
-    Raises:
-        MvarError: The process found something that the user can fix, or failed.
-    """
+    """A request's row, measured in a fresh process; with too little memory it has a `reason` and no figures."""
     process = subprocess.run(
         [sys.executable, "-m", "mvar_core.workflows.bench_row"],
         input=request.model_dump_json(),

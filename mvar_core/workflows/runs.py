@@ -119,8 +119,7 @@ class TrainOptions(TrainTokenizerOptions, total=False):
 def run_directory(out: Path, world: World, resume: bool, overwrite: bool) -> Iterator[bool]:
     """Keep a run directory for the processes of this job; whether the run resumes from what is there.
 
-    Raises:
-        DataError: What is there is not a run, or one that is neither resumed nor overwritten, or another job has it.
+    DataError where something else is there, or a run that is neither resumed nor overwritten, or another job has it.
     """
 
     def check() -> None:

@@ -122,10 +122,6 @@ class Adversary:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_step = -1
 
-    def active(self, step: int) -> bool:
-        """Whether the adversarial loss is used in a step (steps done before it)."""
-        return step >= self.config.start
-
     def generator_loss(self, images_BCHW: Tensor) -> Tensor:
         """The generator's loss on images; the discriminator's parameters get no gradient from `balance`."""
         return hinge_generator_loss(self.network(images_BCHW).float())

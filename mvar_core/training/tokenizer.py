@@ -24,7 +24,6 @@ from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.pyramid import ScalePyramid
 from mvar_core.runtime import generator
-from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.discriminator import Adversary, balance, under
 from mvar_core.training.parallel import BatchPart, Parallel, choose_parallel
 from mvar_core.training.perceptual import SMALLEST_SIDE, PerceptualLoss
@@ -135,7 +134,7 @@ class TokenizerObjective(Objective):
                 loss = loss + self.train.perceptual.weight * perceptual
                 parts.append(perceptual)
             if self.adversary is not None:
-                if self.adversary.active(step):
+                if step >= self.train.adversarial.start:
                     adversarial = self.adversary.generator_loss(output.images_BCHW)
                     last_layer = self.vqvae.decoder.output_conv.weight
                     loss, weight = balance(loss, adversarial, output.images_BCHW, last_layer, self.train.adversarial)
@@ -273,21 +272,15 @@ def train_tokenizer(
     no_decay = {"quantizer.codebook"}
     trainer = Trainer(vqvae, objective, plan, out, parallel=parallel, no_decay=no_decay, on_step=on_step)
     outcome = trainer.run(config)
-    measures, finished = TokenizerMeasures(), not outcome.interrupted and outcome.diverged is None
-    if finished:
+    measures = TokenizerMeasures()
+    if not outcome.interrupted and outcome.diverged is None:
         measures = measure_tokenizer(vqvae, validation or images, batch_size=train.batch_size)
 
     def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
         facts = {**config.provenance, **(provenance or {}), "tokenizer_steps": steps, "seed": seed}
         save_model(directory, config.model.model_copy(update={"provenance": facts}), tokenizer=state)
 
-    if parallel.world.is_rank_zero and finished:
-        save(out, vqvae.state_dict(), outcome.steps)
-    elif parallel.world.is_rank_zero and outcome.diverged is not None and outcome.best_step is not None:
-        save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
-    parallel.world.barrier()
-    if outcome.diverged is not None:
-        raise outcome.diverged
+    trainer.leave(outcome, save, best=False)
     return outcome, measures
 
 

@@ -33,6 +33,7 @@ from mvar_core.training.checkpoints import (
     CHECKPOINTS,
     UNREADABLE,
     TrainingState,
+    best_weights,
     check_settings,
     damaged,
     latest_checkpoint,
@@ -151,7 +152,7 @@ class Outcome:
     `loss` is the training loss, averaged over the last line of metrics.jsonl; `seconds` are those of all sessions;
     `skipped` counts steps whose loss or gradient was not finite. An `interrupted` run was ended before its last step,
     and wrote a checkpoint. The checkpoint of the best validation, `best_step`, is kept; of a run that `diverged`, whose
-    weights are of no use, the last one before.
+    weights are of no use, the last one before. `val_loss` is a transformer's, on the validation tokens.
     """
 
     steps: int = 0
@@ -161,6 +162,7 @@ class Outcome:
     interrupted: bool = False
     best_step: int | None = None
     diverged: MvarError | None = None
+    val_loss: float | None = None
 
 
 _FREE_SETTINGS = {
@@ -265,6 +267,21 @@ class Trainer:
                 f" are: --set {self.section}.max_loss_ratio=0.",
             )
         return Outcome(self.step, recorder.loss, recorder.seconds, self.skipped, interrupted, best, diverged)
+
+    def leave(self, outcome: Outcome, save: Callable[[Path, Mapping[str, Tensor], int], None], best: bool) -> None:
+        """Leave the model of a run that was not interrupted: save(directory, weights, steps), also the `best` one.
+
+        Of a run that diverged, only the last good weights are saved; then its error is raised.
+        """
+        weights = self.parallel.full_state(self.module) if not outcome.interrupted else {}
+        if weights and self.parallel.world.is_rank_zero:
+            if outcome.best_step is not None and (best or outcome.diverged is not None):
+                save(self.out / BEST, best_weights(self.out, outcome.best_step), outcome.best_step)
+            if outcome.diverged is None:
+                save(self.out, weights, outcome.steps)
+        self.parallel.world.barrier()
+        if outcome.diverged is not None:
+            raise outcome.diverged
 
     def divergence(self) -> str | None:
         """Whether the run has diverged, and how; None where it has not, or need not be told."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -24,7 +24,6 @@ from mvar_core.models.quantizer import MultiScaleQuantizer
 from mvar_core.models.transformer import Transformer
 from mvar_core.models.vqvae import VQVAE
 from mvar_core.runtime import RowDraws, generator
-from mvar_core.training.checkpoints import BEST, best_weights
 from mvar_core.training.curriculum import Curriculum, build_curriculum
 from mvar_core.training.parallel import BatchPart, Parallel, choose_parallel
 from mvar_core.training.trainer import (
@@ -51,13 +50,6 @@ class TokenSource(Protocol):
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) int64 of rows, and labels (B,) int64 or vectors (B, X) float32 as conditions."""
         ...
-
-
-@dataclass(frozen=True)
-class TransformerOutcome(Outcome):
-    """How the training of a transformer ended; `val_loss` is on the validation tokens, `out`/best is of `best_step`."""
-
-    val_loss: float | None = None
 
 
 @dataclass(eq=False)
@@ -155,7 +147,7 @@ def train_transformer(
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
     fsdp: bool = False,
-) -> TransformerOutcome:
+) -> Outcome:
     """Train a transformer and leave a run directory that is also a model directory.
 
     Running it again in the same `out` resumes from the last checkpoint; a finished run is only saved again. Processes
@@ -207,22 +199,14 @@ def train_transformer(
             on_step=on_step, on_sample=on_sample,
         )  # fmt: skip
         outcome = trainer.run(config)
-    weights = parallel.full_state(transformer) if not outcome.interrupted else {}
-    if weights and parallel.world.is_rank_zero:
 
-        def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
-            facts = {**config.provenance, **(provenance or {}), "training_steps": steps, "seed": config.seed}
-            model = config.model.model_copy(update={"provenance": facts})
-            save_model(directory, model, transformer=state, tokenizer=tokenizer.state_dict())
+    def save(directory: Path, state: Mapping[str, Tensor], steps: int) -> None:
+        facts = {**config.provenance, **(provenance or {}), "training_steps": steps, "seed": config.seed}
+        model = config.model.model_copy(update={"provenance": facts})
+        save_model(directory, model, transformer=state, tokenizer=tokenizer.state_dict())
 
-        if outcome.best_step is not None:
-            save(out / BEST, best_weights(out, outcome.best_step), outcome.best_step)
-        if outcome.diverged is None:
-            save(out, weights, outcome.steps)
-    parallel.world.barrier()
-    if outcome.diverged is not None:
-        raise outcome.diverged
-    return TransformerOutcome(**vars(outcome), val_loss=objective.val_loss)
+    trainer.leave(outcome, save, best=True)
+    return replace(outcome, val_loss=objective.val_loss)
 
 
 def check_tokens(tokens: TokenSource, transformer: Transformer, quantizer: MultiScaleQuantizer) -> None:

@@ -61,8 +61,7 @@ from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
 from mvar_core.training.checkpoints import remove_checkpoints
 from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.metrics import read_metrics
-from mvar_core.training.trainer import planned_steps
-from mvar_core.training.transformer import TransformerOutcome
+from mvar_core.training.trainer import Outcome, planned_steps
 from mvar_core.untrusted import read_json
 from mvar_core.workflows.bench_row import Request, measure_alone
 from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy, digits_of, load_pipeline
@@ -422,7 +421,7 @@ def _row_progress(progress: Progress, number: int, rows: int, title: str) -> Pro
 
 
 def _results(
-    row: Row, config: RunConfig, outcome: TransformerOutcome, scorer: Scorer, count: int, machine: Machine
+    row: Row, config: RunConfig, outcome: Outcome, scorer: Scorer, count: int, machine: Machine
 ) -> dict[str, Any]:
     """Sample from a trained row and score it: the content of its row.json."""
     begun = time.monotonic()

@@ -48,8 +48,8 @@ from mvar_core.training.finetune import (
     match_classes,
 )
 from mvar_core.training.metrics import check_trackers
-from mvar_core.training.trainer import PICTURES, planned_steps
-from mvar_core.training.transformer import TransformerOutcome, train_transformer
+from mvar_core.training.trainer import PICTURES, Outcome, planned_steps
+from mvar_core.training.transformer import train_transformer
 from mvar_core.workflows import recipes
 from mvar_core.workflows.convert import convert
 from mvar_core.workflows.runs import (
@@ -358,7 +358,7 @@ def train_on_tokens(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     stage: str = "training",
-) -> TransformerOutcome:
+) -> Outcome:
     """Train a transformer with a configuration that is complete; `train`, `ablate` and `quickstart` use it.
 
     The configuration is from `fit_to_tokens`, `tokenizer` is a model directory, `provenance` holds further facts for

@@ -40,12 +40,9 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes in order.
+    """Classes in order, `count` of them; `names` is None where they have none.
 
-    Attributes:
-        names: One for each class; None where they have none.
-        count: How many classes there are.
-        origin: Where they came from, as messages say it: a path, the name of a model.
+    `origin` is where they came from, as messages say it: a path, the name of a model.
     """
 
     names: tuple[str, ...] | None

@@ -15,9 +15,7 @@ LONGEST = 1200
 class MvarError(Exception):
     """A problem that the user can fix; the command line prints it as one line and exits with 1.
 
-    Args:
-        message: What was wrong and what was found, naming the file or value.
-        hint: What to type or change next.
+    The message says what was wrong and what was found, naming the file or value; the hint, what to type or change next.
     """
 
     def __init__(self, message: str, hint: str | None = None):

@@ -11,14 +11,9 @@ class Progress(Protocol):
     """Called whenever some work is done; an exception that it raises ends the work."""
 
     def __call__(self, stage: str, done: int, total: int, *, unit: str = "images", note: str = "") -> None:
-        """Report progress.
+        """Report how many units of a stage, for example "tokenizing", are done, also by an earlier, interrupted run.
 
-        Args:
-            stage: What is being done, for example "tokenizing".
-            done: Units finished, those of an earlier, interrupted run included.
-            total: Units in all.
-            unit: What is counted.
-            note: Further figures to show, for example the loss.
+        `note` has further figures to show, for example the loss.
         """
         ...
 

@@ -30,13 +30,9 @@ SAVINGS_BATCH = 8
 class Recommendation:
     """The smallest settings that together keep a requested fraction of the attention.
 
-    Attributes:
-        kept: Attention within prefixes and windows, the mean over all tokens; at least `keep`.
-        kept_by_scale: The same for each scale's tokens.
-        kept_by_prefixes: Attention within the prefixes alone, per scale.
-        kept_by_windows: Fraction of a scale's own mass within its window, per scale.
-        own_windows: For each scale by itself, the smallest window that keeps the requested fraction of the mass in the
-            scale, 0 where only the whole scale does.
+    `kept`, the mean over all tokens, and `kept_by_scale` are within prefixes and windows; `kept_by_prefixes` within the
+    prefixes alone; `kept_by_windows` is the fraction of a scale's own mass within its window. `own_windows` are, for
+    each scale by itself, the smallest that keep the fraction of the mass in it, 0 where only the whole scale does.
     """
 
     scale_prefixes: ScalePrefixes

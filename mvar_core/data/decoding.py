@@ -64,13 +64,8 @@ def read_rgb(file: Path | Opener, where: str | None = None, max_pixels: int = LA
     16-bit gray is scaled to 8 bits. An image of more than `LARGEST_IMAGE` pixels is returned at a half, a quarter or an
     eighth of its size, and decoded so where its format can (JPEG, JPEG 2000).
 
-    Args:
-        file: The file's path, or what opens it.
-        where: What messages call the file; its path by default.
-        max_pixels: The most pixels that are read.
-
-    Raises:
-        DataError: The file is missing, damaged, too large, or not an image.
+    `file` is a path, or what opens one, and `where` what messages call it. DataError where it is missing, damaged, of
+    more than `max_pixels`, or not an image.
     """
     with _opened(file, where, max_pixels) as (image, content):
         factor = _reduction(image)

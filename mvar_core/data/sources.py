@@ -52,14 +52,8 @@ def in_threads(
 class ImageSource(ABC):
     """Labelled images that can be read one by one, in any order.
 
-    Attributes:
-        name: What the user typed.
-        split: Which split of the source this is.
-        class_names: One name per class.
-        labels: int64 (N,), the class of each image.
-        item_names: One path or id per image, N of them.
-        in_memory: Whether reading is so cheap that threads would only be in each other's way.
-        max_pixels: The largest image that is read.
+    `name` is what the user typed; `labels`, int64 (N,), are the class of each image, and `item_names` its path or id.
+    `in_memory` says that reading is so cheap that threads would only be in each other's way.
     """
 
     in_memory = False
@@ -88,13 +82,9 @@ class ImageSource(ABC):
 
     @abstractmethod
     def crops(self, index: int, image_shape: tuple[int, int], smallest: float, randoms: Randoms) -> list[Pixels]:
-        """Several crops of one image, which is decoded once: uint8 (H, W, 3) each.
+        """Several crops of one image, which is decoded once: uint8 (H, W, 3) each, one for each of `randoms`.
 
-        Args:
-            index: Which image.
-            image_shape: Height and width of the results.
-            smallest: Smallest random crop, as a fraction of the picture's shorter side.
-            randoms: One entry for each crop.
+        `smallest` is the smallest random crop, as a fraction of the picture's shorter side.
         """
 
     def read(self, index: int, image_shape: tuple[int, int]) -> Pixels:

@@ -101,13 +101,8 @@ class Shard(_Record):
 class VectorsEntry(_Record):
     """The vectors that a cache holds for models that are conditioned on them: of classes, or one of each image.
 
-    Attributes:
-        dim: Values of a vector, X.
-        phrasings: Vectors of a class, which its images use in turn.
-        encoder: What made them: "hashed-words", or what the user called it.
-        source: The file that they came from.
-        sha256: Hash of their values.
-        file: The file with those of classes, once it is there.
+    They have `dim` values, X. A class has several `phrasings`, which its images use in turn. `encoder` is what made
+    them, "hashed-words" or what the user called it; `sha256` is of their values; `file` holds those of classes.
     """
 
     of: Literal["class", "image"]
@@ -123,13 +118,9 @@ class VectorsEntry(_Record):
 class Manifest(_Record):
     """What a token cache holds and what it was made from.
 
-    Attributes:
-        tokenizer_hash: SHA-256 of the tokenizer's weights file.
-        images: Number of images, N, without the `skipped` ones, which could not be read.
-        source: Name and split of the images, as typed.
-        fingerprint: SHA-256 over names, labels and sizes of all images.
-        images_per_shard: Images of the source in every shard but the last.
-        tokenizer: The tokenizer's directory, as it was given; None in caches of earlier versions.
+    `tokenizer_hash` is of the tokenizer's weights file, and `tokenizer` its directory as it was given (None in caches
+    of earlier versions); `fingerprint` is over names, labels and sizes of all images. `images` are N, without those
+    `skipped`, which could not be read; every shard but the last has `images_per_shard` of the source.
     """
 
     format: Literal["mvar-token-cache"] = "mvar-token-cache"

@@ -88,9 +88,6 @@ class Views:
     `crops` - 1 random crops, each with its mirror image, then `augmented_views` views of the centre crop with a random
     shift, rotation and zoom each; where flips are wanted, every second of them starts from the mirror image. What is
     outside the image repeats its edge. A view depends on (seed, image index, view) alone.
-
-    Attributes:
-        names: What each view is.
     """
 
     def __init__(self, data: DataConfig, seed: int = 0):
@@ -144,13 +141,10 @@ class Views:
 
 
 def affine(image: Pixels, *, shift: tuple[float, float], degrees: float, zoom: float) -> Pixels:
-    """Rotate and zoom an image about its centre and shift it, bicubic; outside, its edge is repeated.
+    """Rotate and zoom an image, uint8 (H, W, 3), about its centre and shift it, bicubic; outside, its edge is repeated.
 
-    Args:
-        image: uint8 pixels (H, W, 3).
-        shift: How far the content moves right and down, as fractions of width and height.
-        degrees: Rotation of the content, counter-clockwise.
-        zoom: Above 1 the content grows.
+    The shift is right and down, as fractions of width and height, the rotation counter-clockwise; a zoom above 1 makes
+    the content grow.
     """
     height, width = image.shape[:2]
     cosine, sine = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom

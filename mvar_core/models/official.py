@@ -229,15 +229,10 @@ def _mask_in(state: Mapping[str, Tensor]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Published:
-    """Published files whose shapes have been read.
+    """Published files whose shapes have been read; `model` is None for a tokenizer alone.
 
-    Attributes:
-        model: The transformer's file; None for a tokenizer alone.
-        tokenizer: The VQVAE's file.
-        config: What the shapes tell.
-        kind: Whose attention the transformer was trained with.
-        kind_from: What says so, see `tell_kind`.
-        weights: The name of the transformer's weights in its file, or else the tokenizer's; None where they have none.
+    `kind` is whose attention the transformer was trained with, and `kind_from` what says so, see `tell_kind`. `weights`
+    is their name in the transformer's file, or else the tokenizer's; None where they have none.
     """
 
     model: Path | None
@@ -272,14 +267,10 @@ class Published:
 def open_official(
     model: Path | None, tokenizer: Path, *, kind: Kind | None = None, weights: str | None = None, **attention: Any
 ) -> Published:
-    """Published files, of which nothing but the shapes is read.
+    """Published files, of which nothing but the shapes is read; without a model a tokenizer alone.
 
-    Args:
-        model: Published transformer, or None for a tokenizer alone.
-        tokenizer: Published VQVAE.
-        kind: None as the file says (`tell_kind`).
-        weights: Which set of weights of the model, or of the tokenizer alone, where the file holds several.
-        **attention: patch_sizes, windows and scale_prefixes of `infer_config`.
+    `kind` is by default as the file says (`tell_kind`); `weights` is which set of weights of the model, or of the
+    tokenizer alone, where the file holds several; patch_sizes, windows and scale_prefixes are as of `infer_config`.
     """
     name, tokenizer_state = find_weights(tokenizer, "tokenizer", None if model else weights, checksums=False)
     transformer_state, kind_from = None, "option" if kind else "nothing"

@@ -30,14 +30,10 @@ log = logging.getLogger("mvar")
 
 @dataclass(frozen=True)
 class Samples:
-    """Sampled images, on the CPU.
+    """Sampled images, uint8 (N, H, W, 3), and their tokens, int64 (N, L), on the CPU.
 
-    Attributes:
-        images: uint8 (N, H, W, 3).
-        tokens: int64 (N, L).
-        labels: The class label of each sample; -1 where a vector was given and no label with it.
-        stages: uint8 (N, S, H, W, 3): each sample decoded after every scale, if asked for.
-        kept: bool (N, L): which tokens are those of a given image, where one was edited.
+    A label is -1 where a vector was given and no label with it. `stages`, uint8 (N, S, H, W, 3), are the samples decoded
+    after every scale, if asked for; `kept`, bool (N, L), says which tokens are those of a given image that was edited.
     """
 
     images: UInt8[Tensor, "N H W 3"]

@@ -134,15 +134,10 @@ class SampleOutput:
 class SampleSpec:
     """Everything that the bytes of the output depend on; the record by which a run is recognised.
 
-    Attributes:
-        weights: Fingerprint of the model's files.
-        classes: Labels in the order asked for, with `num` images each; -1 for a text or vector that is no class.
-        settings: Guidance, filters and seed.
-        output: The format: png, npz or grid.
-        device: Kind of device: others round differently.
-        names: What files are named after, one for each of `classes`; None for their labels.
-        vectors: float32 (classes, X) for a model that is conditioned on vectors.
-        class_names: What the labels stand for, written next to them; follows from `weights`.
+    `weights` is a fingerprint of the model's files, `output` the format, and `device` the kind: others round otherwise.
+    `settings` are guidance, filters and seed. `classes` are labels in the order asked for, with `num` images each, -1
+    for a text or vector that is no class; files are named after `names`, or else labels. `vectors`, float32 (classes,
+    X), are there for a model that is conditioned on them. `class_names`, written next to labels, follow from `weights`.
     """
 
     model: str

@@ -44,12 +44,9 @@ class StepResult:
 class Recorder:
     """Sums the measures of steps, and writes them to metrics.jsonl and the trackers.
 
-    Attributes:
-        trackers: TensorBoard, Weights & Biases, or none.
-        window: Sums of the measures since the last line, and how many steps each sums; (2, 1 + measures).
-        loss: Training loss, averaged over the last finished line.
-        course: The watched loss of the first step, of the highest line and of the last one; empty before.
-        earlier_seconds: Time spent in earlier sessions of the run.
+    `window` holds sums of the measures since the last line, and how many steps each sums: (2, 1 + measures). `loss` is
+    averaged over the last finished line; `course` is the watched loss of the first step, of the highest line and of the
+    last one, empty before; `earlier_seconds` were spent in earlier sessions of the run.
     """
 
     def __init__(self, objective: Objective, plan: Plan):

@@ -32,7 +32,7 @@ log = logging.getLogger("mvar")
 class Samples:
     """Sampled images, uint8 (N, H, W, 3), and their tokens, int64 (N, L), on the CPU.
 
-    A label is -1 where a vector was given and no label with it. `stages`, uint8 (N, S, H, W, 3), are the samples decoded
+    A label is -1 where a vector was given and no label. `stages`, uint8 (N, S, H, W, 3), are the samples decoded
     after every scale, if asked for; `kept`, bool (N, L), says which tokens are those of a given image that was edited.
     """
 

@@ -26,10 +26,18 @@ from mvar_core.distributed import connect, world
 from mvar_core.errors import ConfigError, DataError
 from mvar_core.evaluation.extractors import ExtractorChoice, Network
 from mvar_core.evaluation.features import FeatureExtractor
-from mvar_core.evaluation.measure import ImageSet, Measurer, Reference, check_values, open_measured_images, shards
+from mvar_core.evaluation.measure import (
+    ImageSet,
+    Measurer,
+    Reference,
+    check_values,
+    is_reference,
+    open_measured_images,
+    save_reference,
+    shards,
+)
 from mvar_core.evaluation.published import cautions, comparability, comparable_rows, input_reasons
 from mvar_core.evaluation.reconstruction import ReconstructionMeter
-from mvar_core.evaluation.references import is_reference, save_reference
 from mvar_core.evaluation.scores import check_counts, check_metrics, evaluate_features, per_class_scores
 from mvar_core.evaluation.statistics import FeatureSet
 from mvar_core.io.pixels import from_uint8, to_uint8

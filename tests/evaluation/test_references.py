@@ -16,8 +16,14 @@ import torch
 
 from mvar_core import __version__
 from mvar_core.errors import DataError, MvarError
-from mvar_core.evaluation.measure import Measurer, Reference
-from mvar_core.evaluation.references import ReferenceRecord, load_reference, save_reference, write_features
+from mvar_core.evaluation.measure import (
+    Measurer,
+    Reference,
+    ReferenceRecord,
+    load_reference,
+    save_reference,
+    write_features,
+)
 from mvar_core.evaluation.statistics import FeatureSet, StreamingStatistics
 
 

@@ -31,7 +31,7 @@ from mvar_core.data.tokens import MANIFEST, TokenCache
 from mvar_core.data.transforms import read_mask
 from mvar_core.data.vectors import read_vectors
 from mvar_core.errors import LONGEST, CheckpointError, DataError, MvarError
-from mvar_core.evaluation.references import load_reference, read_features
+from mvar_core.evaluation.measure import load_reference, read_features
 from mvar_core.models import official
 from mvar_core.models.directory import load_tokenizer, load_transformer, read_model_config
 

@@ -24,15 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvar_core.analysis.ablation import (
-    PLANNED,
-    Setting,
-    WindowEntry,
-    aggregate,
-    plan_ablations,
-    settings_of,
-    summarize,
-)
+from mvar_core.analysis.ablation import PLANNED, Setting, WindowEntry, aggregate, plan_ablations, settings_of, summarize
 from mvar_core.analysis.cost import Plan, cost_of
 from mvar_core.config import Machine, RunConfig, recorded
 from mvar_core.config.presets import load_config
@@ -136,18 +128,6 @@ class Row(NamedTuple):
         return names | {name: getattr(cost, name) for name in PLANNED}
 
 
-class Rows(Resumable):
-    """The rows as pieces of resumable work."""
-
-    def __init__(self, out: Path, record: Mapping[str, Any], rows: Sequence[Row]):
-        super().__init__(out, record, len(rows), record_file=EXPERIMENT)
-        self.rows = rows
-
-    def piece(self, number: int) -> Path:
-        """The row's results."""
-        return self.rows[number].directory / ROW
-
-
 def ablate(
     *,
     preset: str,
@@ -246,7 +226,7 @@ def ablate(
         record["train_tokenizer"] = config.train_tokenizer.model_dump(mode="json", exclude=FREE_SETTINGS)
     else:
         record["checkpoint"] = tokenizer_hash(tokenizer)[:16]
-    job = Rows(out, record, rows)
+    job = AblationJob(out, record, rows, config, machine, progress)
     known = AblationResult(model=config.name, seeds=chosen)
     if dry_run:
         labels = {setting: label for table in tables for setting, label in table.labels.items()}
@@ -254,7 +234,7 @@ def ablate(
             f"train a tokenizer for {config.train_tokenizer.steps} steps" if tokenizer is None else "",
             f"encode the images of {data}" if tokens is None else "",
         ]
-        return replace(known, **_planned(job, config, labels, steps_before, machine, overwrite))
+        return replace(known, **job.planned(labels, steps_before, overwrite))
 
     device = resolve_device(machine.device)
     for row in rows:
@@ -274,8 +254,8 @@ def ablate(
                 assert data is not None
                 if train_on_images(config, data, tokenizer, machine=machine, progress=progress).interrupted:
                     return replace(known, interrupted=True)
-        cache, held = _tokens(config, out, tokens, data, tokenizer, validation, machine, progress)
-        config = _same_turns(fit_to_tokens(config, read_model_config(tokenizer), cache.class_names))
+        cache, held = job.token_caches(tokens, data, tokenizer, validation)
+        config = job.config = _same_turns(fit_to_tokens(config, read_model_config(tokenizer), cache.class_names))
         scorer = Scorer(
             features, reference, inception_weights, data or cache.manifest.source, config.image_shape, device,
             [out, tokenizer, tokenizer.parent], machine.max_pixels,
@@ -300,14 +280,14 @@ def ablate(
                 if outcome.interrupted:
                     finished = [read_json(job.piece(piece), finite=False) for piece in sorted(job.present())]
                     return replace(known, rows=finished, interrupted=True)
-                found = _results(row, config, outcome, scorer, num_samples, machine)
+                found = job.results(row, outcome, scorer, num_samples)
                 write_json(job.piece(number), found)
                 loss = format_number(found["validation_loss"])
                 logger.info("%s: validation loss %s, %s.", title, loss, format_seconds(found["training_seconds"]))
             # A finished row keeps its model, not the state from which its training would resume.
             remove_checkpoints(row.directory)
             shutil.rmtree(row.directory / "checkpoints", ignore_errors=True)
-        costs = _costs(out / "costs", config, [row for row in rows if row.seed == chosen[0]], machine, progress)
+        costs = job.costs([row for row in rows if row.seed == chosen[0]])
         finished = [{**read_json(row.directory / ROW, finite=False), "cost": costs[row.setting.name]} for row in rows]
         compared = aggregate(finished)
         result = replace(
@@ -335,73 +315,6 @@ def ablate(
         job.release()
 
 
-def _planned_cost(config: RunConfig, machine: Machine) -> Plan:
-    """The predicted cost of one image."""
-    device = resolve_device(machine.device)
-    dtype = str(resolve_dtype(machine.dtype, device)).removeprefix("torch.")
-    return cost_of(config, Machine(device=device.type, dtype=dtype), guided=config.sampling.guided)
-
-
-def _planned(
-    job: Rows,
-    config: RunConfig,
-    labels: Mapping[Setting, str],
-    steps_before: Sequence[str],
-    machine: Machine,
-    overwrite: bool,
-) -> dict[str, Any]:
-    """What would be done: fields of the result."""
-    done = set() if overwrite else job.done()
-    costs = {setting: _planned_cost(setting.apply(config, config.seed), machine) for setting in labels}
-    rows = [
-        {**row.described(costs[row.setting]), "label": labels[row.setting], "done": number in done}
-        for number, row in enumerate(job.rows)
-    ]
-    seeds = len(rows) // len(labels)
-    steps = [
-        *steps_before,
-        f"train and score {len(rows) - len(done)} rows ({len(labels)} settings × {seeds} seeds, {len(done)} done)",
-        f"time {len(labels)} settings, each in processes of their own",
-        f"write tables and figures to {job.directory}",
-    ]
-    dry_run = DryRun(
-        configuration=config.model_dump(mode="json", exclude_none=True),
-        steps=tuple(filter(None, steps)),
-        cost=_planned_cost(config, machine),
-        facts={"rows": rows, "refused": (not overwrite and job.difference()) or None},
-    )
-    return {"rows": rows, "dry_run": dry_run}
-
-
-def _tokens(
-    config: RunConfig,
-    out: Path,
-    tokens: Path | None,
-    data: str | None,
-    tokenizer: Path,
-    validation: Path | None,
-    machine: Machine,
-    progress: Progress,
-) -> tuple[TokenCache, TokenCache]:
-    """Tokens to train on and held-out ones: caches that were given, or made here."""
-    cache, held = tokens or out / "tokens", validation or out / "tokens-held-out"
-    if tokens is None:
-        assert data is not None
-        source = open_images(data, max_pixels=machine.max_pixels)
-        config = fit_to_tokens(config, read_model_config(tokenizer), source.class_names)
-        machine = machine.model_copy(update={"dtype": "auto"})
-        write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=progress)
-        write(cache, data=data, config=config)
-        if validation is None and (rest := held_out(source)) is not None:
-            unaugmented = config.model_copy(update={"data": DataConfig()})
-            write(held, data=f"{rest.name}:{rest.split}", config=unaugmented)
-    if held.is_dir():
-        return TokenCache.open(cache), TokenCache.open(held)
-    train, kept = split_off(TokenCache.open(cache), HELD_OUT, config.seed)
-    logger.info("Held out: %d of %d images.", kept.num_images, kept.num_images + train.num_images)
-    return train, kept
-
-
 def _same_turns(config: RunConfig) -> RunConfig:
     """The run with the interleaved curriculum's turns written down, which would otherwise follow each row's windows."""
     train = config.train
@@ -420,81 +333,141 @@ def _row_progress(progress: Progress, number: int, rows: int, title: str) -> Pro
     return report
 
 
-def _results(
-    row: Row, config: RunConfig, outcome: Outcome, scorer: Scorer, count: int, machine: Machine
-) -> dict[str, Any]:
-    """Sample from a trained row and score it: the content of its row.json."""
-    begun = time.monotonic()
-    images = SampledImages(row.setting.name, load_pipeline(row.directory, None, machine), count, seed=row.seed)
-    scores = scorer.score(images, row.directory / "samples.png")
-    # The next row must not start next to what is left of this one.
-    del images
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    lines = reversed(read_metrics(row.directory / "metrics.jsonl"))
-    measured = next(line for line in lines if "val_loss" in line)
-    return plain(
-        {
-            **row.described(_planned_cost(row.setting.apply(config, row.seed), machine)),
-            "steps": outcome.steps,
-            "skipped": outcome.skipped,
-            "training_seconds": outcome.seconds,
-            "scoring_seconds": time.monotonic() - begun,
-            "loss": outcome.loss,
-            "validation_loss": measured["val_loss"],
-            "validation_scale_loss": measured["val_scale_loss"],
-            "validation_scale_accuracy": measured["val_scale_accuracy"],
-            "num_samples": count,
-            "scores": scores,
-            "model": "/".join(row.directory.parts[-3:]),
-        }
-    )
+class AblationJob(Resumable):
+    """An ablation as resumable work, whose pieces are its rows."""
 
+    def __init__(
+        self, out: Path, record: Mapping[str, Any], rows: Sequence[Row], config: RunConfig, machine: Machine,
+        progress: Progress,
+    ):  # fmt: skip
+        super().__init__(out, record, len(rows), record_file=EXPERIMENT)
+        self.rows, self.config, self.machine, self.progress = rows, config, machine, progress
 
-def _costs(
-    directory: Path, config: RunConfig, rows: Sequence[Row], machine: Machine, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Time and memory of sampling, by setting's name: medians over rounds that measure every setting once.
+    def piece(self, number: int) -> Path:
+        """The row's results."""
+        return self.rows[number].directory / ROW
 
-    A measurement that is there already is not repeated.
-    """
-    found: dict[str, list[dict[str, Any]]] = {row.setting.name: [] for row in rows}
-    names = [*(f"round-{number}" for number in range(ROUNDS)), "allocated"]
-    work = list(itertools.product(names, rows))
-    for number, (name, row) in enumerate(work):
-        progress("measuring", number, len(work), unit="measurements", note=row.setting.name)
-        path = directory / row.setting.name / f"{name}.json"
-        if not path.is_file():
-            request = Request(
-                what="sample-memory" if name == "allocated" else "sample",
-                config=row.setting.apply(config, row.seed),
-                checkpoint=row.directory,
-                batch_size=BENCH_BATCH,
-                repeats=REPEATS,
-                machine=machine,
-                seed=row.seed,
-                breakdown=False,
-            )
-            write_json(path, plain(measure_alone(request)))
-        found[row.setting.name].append(read_json(path, finite=False))
-    costs = {}
-    for setting, (*rounds, allocated) in found.items():
-        measured = [each for each in rounds if each.get("seconds") is not None]
-        seconds = [each["seconds"] / BENCH_BATCH for each in measured]
-        first = measured[0] if measured else {}
-        costs[setting] = {
-            "batch_size": BENCH_BATCH,
-            "seconds_per_image": statistics.median(seconds) if seconds else None,
-            "rounds": seconds,
-            "peak_memory_bytes": statistics.median(each["peak_memory_bytes"] for each in measured) if first else None,
-            "measured_kv_cache_bytes": first.get("kv_cache_bytes"),
-            "allocated_bytes": allocated.get("measured_bytes"),
-            "weight_bytes": allocated.get("weight_bytes"),
-            "memory_is": first.get("memory_is"),
-            "reason": next((each["reason"] for each in [*rounds, allocated] if "reason" in each), None),
-        }
-    return costs
+    def predicted(self, config: RunConfig) -> Plan:
+        """The predicted cost of one image."""
+        device = resolve_device(self.machine.device)
+        dtype = str(resolve_dtype(self.machine.dtype, device)).removeprefix("torch.")
+        return cost_of(config, Machine(device=device.type, dtype=dtype), guided=config.sampling.guided)
+
+    def planned(self, labels: Mapping[Setting, str], steps_before: Sequence[str], overwrite: bool) -> dict[str, Any]:
+        """What would be done: fields of the result."""
+        done = set() if overwrite else self.done()
+        costs = {setting: self.predicted(setting.apply(self.config, self.config.seed)) for setting in labels}
+        rows = [
+            {**row.described(costs[row.setting]), "label": labels[row.setting], "done": number in done}
+            for number, row in enumerate(self.rows)
+        ]
+        seeds = len(rows) // len(labels)
+        steps = [
+            *steps_before,
+            f"train and score {len(rows) - len(done)} rows ({len(labels)} settings × {seeds} seeds, {len(done)} done)",
+            f"time {len(labels)} settings, each in processes of their own",
+            f"write tables and figures to {self.directory}",
+        ]
+        dry_run = DryRun(
+            configuration=self.config.model_dump(mode="json", exclude_none=True),
+            steps=tuple(filter(None, steps)),
+            cost=self.predicted(self.config),
+            facts={"rows": rows, "refused": (not overwrite and self.difference()) or None},
+        )
+        return {"rows": rows, "dry_run": dry_run}
+
+    def token_caches(
+        self, tokens: Path | None, data: str | None, tokenizer: Path, validation: Path | None
+    ) -> tuple[TokenCache, TokenCache]:
+        """Tokens to train on and held-out ones: caches that were given, or made here."""
+        cache, held = tokens or self.directory / "tokens", validation or self.directory / "tokens-held-out"
+        if tokens is None:
+            assert data is not None
+            source = open_images(data, max_pixels=self.machine.max_pixels)
+            config = fit_to_tokens(self.config, read_model_config(tokenizer), source.class_names)
+            machine = self.machine.model_copy(update={"dtype": "auto"})
+            write = partial(write_tokens, tokenizer=tokenizer, machine=machine, progress=self.progress)
+            write(cache, data=data, config=config)
+            if validation is None and (rest := held_out(source)) is not None:
+                unaugmented = config.model_copy(update={"data": DataConfig()})
+                write(held, data=f"{rest.name}:{rest.split}", config=unaugmented)
+        if held.is_dir():
+            return TokenCache.open(cache), TokenCache.open(held)
+        train, kept = split_off(TokenCache.open(cache), HELD_OUT, self.config.seed)
+        logger.info("Held out: %d of %d images.", kept.num_images, kept.num_images + train.num_images)
+        return train, kept
+
+    def results(self, row: Row, outcome: Outcome, scorer: Scorer, count: int) -> dict[str, Any]:
+        """Sample from a trained row and score it: the content of its row.json."""
+        begun = time.monotonic()
+        images = SampledImages(row.setting.name, load_pipeline(row.directory, None, self.machine), count, seed=row.seed)
+        scores = scorer.score(images, row.directory / "samples.png")
+        # The next row must not start next to what is left of this one.
+        del images
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        lines = reversed(read_metrics(row.directory / "metrics.jsonl"))
+        measured = next(line for line in lines if "val_loss" in line)
+        return plain(
+            {
+                **row.described(self.predicted(row.setting.apply(self.config, row.seed))),
+                "steps": outcome.steps,
+                "skipped": outcome.skipped,
+                "training_seconds": outcome.seconds,
+                "scoring_seconds": time.monotonic() - begun,
+                "loss": outcome.loss,
+                "validation_loss": measured["val_loss"],
+                "validation_scale_loss": measured["val_scale_loss"],
+                "validation_scale_accuracy": measured["val_scale_accuracy"],
+                "num_samples": count,
+                "scores": scores,
+                "model": "/".join(row.directory.parts[-3:]),
+            }
+        )
+
+    def costs(self, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+        """Time and memory of sampling, by setting's name: medians over rounds that measure every setting once.
+
+        A measurement that is there already is not repeated.
+        """
+        found: dict[str, list[dict[str, Any]]] = {row.setting.name: [] for row in rows}
+        names = [*(f"round-{number}" for number in range(ROUNDS)), "allocated"]
+        work = list(itertools.product(names, rows))
+        for number, (name, row) in enumerate(work):
+            self.progress("measuring", number, len(work), unit="measurements", note=row.setting.name)
+            path = self.directory / "costs" / row.setting.name / f"{name}.json"
+            if not path.is_file():
+                request = Request(
+                    what="sample-memory" if name == "allocated" else "sample",
+                    config=row.setting.apply(self.config, row.seed),
+                    checkpoint=row.directory,
+                    batch_size=BENCH_BATCH,
+                    repeats=REPEATS,
+                    machine=self.machine,
+                    seed=row.seed,
+                    breakdown=False,
+                )
+                write_json(path, plain(measure_alone(request)))
+            found[row.setting.name].append(read_json(path, finite=False))
+        costs = {}
+        for setting, (*rounds, allocated) in found.items():
+            measured = [each for each in rounds if each.get("seconds") is not None]
+            seconds = [each["seconds"] / BENCH_BATCH for each in measured]
+            memory = [each["peak_memory_bytes"] for each in measured]
+            first = measured[0] if measured else {}
+            costs[setting] = {
+                "batch_size": BENCH_BATCH,
+                "seconds_per_image": statistics.median(seconds) if seconds else None,
+                "rounds": seconds,
+                "peak_memory_bytes": statistics.median(memory) if memory else None,
+                "measured_kv_cache_bytes": first.get("kv_cache_bytes"),
+                "allocated_bytes": allocated.get("measured_bytes"),
+                "weight_bytes": allocated.get("weight_bytes"),
+                "memory_is": first.get("memory_is"),
+                "reason": next((each["reason"] for each in [*rounds, allocated] if "reason" in each), None),
+            }
+        return costs
 
 
 class Scorer:

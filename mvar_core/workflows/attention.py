@@ -233,12 +233,7 @@ def analyze_attention(
 
 
 def _measured(
-    pipeline: Pipeline,
-    chosen: NDArray[np.int64],
-    batch: Batch,
-    batch_size: int | None,
-    keep: float,
-    progress: Progress,
+    pipeline: Pipeline, chosen: NDArray[np.int64], batch: Batch, batch_size: int | None, keep: float, progress: Progress
 ) -> AttentionReport:
     """The model's attention on the chosen images."""
     num, depth = len(chosen), len(pipeline.transformer.blocks)

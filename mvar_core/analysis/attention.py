@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvar_core.analysis.recommendation import WINDOWS, Recommendation, check_keep, recommend, share_of
+from mvar_core.analysis.recommendation import WINDOWS, Recommendation, recommend, share_of
 from mvar_core.config import ModelConfig
 from mvar_core.errors import DataError
 from mvar_core.models.quantizer import MultiScaleQuantizer
@@ -322,7 +322,6 @@ def measure_attention(
     is a pair of tokens (B, L) and conditions (labels (B,) or vectors). `progress` is called with the layers done, each
     counted once per image, so that it moves within a batch too.
     """
-    check_keep(keep)
     probe = AttentionProbe(config, running_total(progress))
     device = transformer.position_embedding.device
     was_training = transformer.training

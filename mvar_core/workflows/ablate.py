@@ -257,8 +257,8 @@ def ablate(
         cache, held = job.token_caches(tokens, data, tokenizer, validation)
         config = job.config = _same_turns(fit_to_tokens(config, read_model_config(tokenizer), cache.class_names))
         scorer = Scorer(
-            features, reference, inception_weights, data or cache.manifest.source, config.image_shape, device,
-            [out, tokenizer, tokenizer.parent], machine.max_pixels,
+            features, reference, inception_weights, data or cache.manifest.source, config.image_shape, machine,
+            [out, tokenizer, tokenizer.parent],
         )  # fmt: skip
         scoring = out / SCORING
         if scoring.is_file() and (different := differences(read_json(scoring), scorer.identity)):
@@ -483,17 +483,16 @@ class Scorer:
         inception_weights: Path | str | None,
         training_images: str,
         shape: tuple[int, int],
-        device: torch.device,
+        machine: Machine,
         nearby: Sequence[Path],
-        max_pixels: int | None = None,
     ):
         self.why_not: str | None = None
         self.identity: dict[str, Any] = {"features": None, "reference": None, "weights_hash": None}
         name = reference or training_images
         try:
             choice = ExtractorChoice(features, name, inception_weights)
-            self._reference = Reference.open(name, shape, choice.name, max_pixels)
-            extractor = choice.load(shape, device, nearby)
+            self._reference = Reference.open(name, shape, choice.name, machine.max_pixels)
+            extractor = choice.load(shape, resolve_device(machine.device), nearby)
             self._reference.check(extractor)
         except MvarError as error:
             if features != "auto" or reference or inception_weights:

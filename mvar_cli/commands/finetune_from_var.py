@@ -37,14 +37,6 @@ def finetune_from_var(
     pyramid, from a preset or --set image_size=512, positions are interpolated scale by scale. Running the same command
     again resumes where it stopped.
     """
-    result = mvar.finetune_from_var(
-        out=out,
-        var_checkpoint=var_checkpoint,
-        scale_prefixes=scale_prefixes,
-        windows=windows,
-        classes=classes,
-        machine=machine,
-        progress=console.progress,
-        **given,
-    )
-    show(result)
+    arguments = {**locals(), **given}
+    del arguments["given"]
+    show(mvar.finetune_from_var(**arguments, progress=console.progress))

@@ -37,18 +37,9 @@ def train_tokenizer(
     command again resumes where it stopped. The run directory is also a model directory. Under torchrun or --nproc the
     processes share every batch.
     """
-    result = mvar.train_tokenizer(
-        data=data,
-        out=out,
-        image_size=image_size,
-        start=start,
-        new_codebook=new_codebook,
-        vgg_weights=vgg_weights,
-        lpips_weights=lpips_weights,
-        machine=machine,
-        progress=console.progress,
-        **given,
-    )
+    arguments = {**locals(), **given}
+    del arguments["given"]
+    result = mvar.train_tokenizer(**arguments, progress=console.progress)
     if result.dry_run is None and not result.interrupted:
         console.end_progress()
         usage = ", ".join(f"{fraction:.1%}" for fraction in result.usage_per_scale)

@@ -52,5 +52,5 @@ def show_presets(listed: "mvar.PresetList") -> None:
     ]
     columns = ("name", "parameters", "attention GMACs", "KV cache, one image", "published FID", "what it is")
     console.table("presets", columns, rows)
-    console.say("Next: mvar plan --preset NAME, or mvar train --preset NAME.")
+    console.say("Next: mvar plan --preset NAME, or mvar train --preset NAME --tokens CACHE --out RUN.")
     console.show(listed)

@@ -7,7 +7,7 @@ import mvar_core as mvar
 from mvar_cli import console, options
 
 
-@options.command(example="mvar quickstart --out runs/quickstart\n\nmvar quickstart --data IMAGES --out runs/own")
+@options.command(example="mvar quickstart --out runs/quickstart")
 def quickstart(
     machine: options.Device,
     out: options.Out = Path("runs/quickstart"),

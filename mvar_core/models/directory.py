@@ -107,7 +107,7 @@ def load_transformer(
     if config.transformer is None or not (directory / TRANSFORMER_FILE).is_file():
         raise CheckpointError(
             f"{directory} holds a tokenizer but no transformer ({TRANSFORMER_FILE}).",
-            "Train one with `mvar train --tokenizer` on it, or name the model's directory.",
+            f"Name a model's directory, or train one: mvar train --data IMAGES --tokenizer {directory} --out MODEL",
         )
     with meta_device():
         model = Transformer(config).to_compute_dtype(dtype)

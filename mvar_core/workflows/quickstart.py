@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mvar_core.analysis.cost import cost_of
-from mvar_core.config import Machine
+from mvar_core.config import Machine, RunConfig
 from mvar_core.config.presets import load_config
 from mvar_core.config.training import DataConfig
 from mvar_core.data.images import Views, open_images, pixel_batches
@@ -166,36 +166,30 @@ def quickstart(
     if machine.dtype == "auto":
         machine = machine.model_copy(update={"dtype": "float32"})
     computing: dict[str, Any] = {"machine": machine, "progress": progress}
-    common = {"settings": list(settings), "seed": seed, "overwrite": overwrite, **computing}
-    own = None
+    own, settings = None, list(settings)
+    common = {"seed": seed, "overwrite": overwrite, **computing}
     if digits:
-        common |= {"preset": PRESET, "settings": [*_scaled_steps(minutes), *settings]}
-        config = load_config(PRESET, common["settings"], {"seed": seed})
-        plan = [
-            "train a classifier on the bundled digits",
-            f"train a tokenizer for {config.train_tokenizer.steps} steps",
-            "turn the digits into tokens",
-            f"train an MVAR for {config.train.steps} steps",
-            f"generate {num or 100} samples per class and score them",
-            f"write {page}",
-        ]
-        if dry_run:
-            configuration = config.model_dump(mode="json", exclude_none=True)
-            planned = DryRun(configuration=configuration, steps=tuple(plan), cost=cost_of(config), facts={})
-            return QuickstartResult(**names, dry_run=planned)
+        settings = [*_scaled_steps(minutes), *settings]
+        common["preset"] = PRESET
+        config = load_config(PRESET, settings, {"seed": seed})
     else:
-        own = OwnImages(
-            open_images(str(data), max_pixels=machine.max_pixels),
-            image_size,
-            depth,
-            minutes,
-            num,
-            seed,
-            common["settings"],
+        source = open_images(str(data), max_pixels=machine.max_pixels)
+        own = OwnImages(source, image_size, depth, minutes, num, seed, settings)
+    common["settings"] = settings
+    if dry_run:
+        config = config if own is None else own.rehearse(common)
+        counts = (10, num or 100) if own is None else (len(own.classes), own.num)
+        steps = (
+            "train a classifier on the bundled digits" if own is None else f"hold out {len(own.held_out)} images",
+            f"train a tokenizer for {config.train_tokenizer.steps} steps{own.size if own is not None else ''}",
+            f"turn the images into tokens, scales {config.pyramid}",
+            f"train an MVAR for {config.train.steps} steps",
+            f"generate {counts[1]} samples of each of {counts[0]} classes, and score them",
+            f"write {page}",
         )
-        if dry_run:
-            own.rehearse(common)
-            return QuickstartResult(**names, dry_run=own.dry_run(page))
+        configuration = config.model_dump(mode="json", exclude_none=True)
+        planned = DryRun(configuration=configuration, steps=steps, cost=cost_of(config), facts={})
+        return QuickstartResult(**names, dry_run=planned)
     if out.exists() and not out.is_dir():
         require_new_directory(out, overwrite)
     out.mkdir(parents=True, exist_ok=True)  # fails before anything slow where nothing can be written
@@ -216,7 +210,7 @@ def quickstart(
         else:
             with _timed("estimate", seconds):
                 own.plan(begun, common, overwrite)
-            images, test = own.images, own.images.held_out
+            images, test = own.images, own.held_out
 
         def options(stage: str) -> dict[str, Any]:
             return common if own is None else common | own.options(stage)
@@ -239,7 +233,7 @@ def quickstart(
             )  # fmt: skip
         if trained.interrupted:
             return QuickstartResult(**names, interrupted=True)
-        classes, num = ("all", num or 100) if own is None else (own.classes, own.num)
+        classes, num = (["all"], num or 100) if own is None else (own.classes, own.num)
         with _timed("samples", seconds):
             sampled = sample_to(
                 samples, checkpoint=model, classes=classes, num=num, seed=seed, batch_size=100, overwrite=True,
@@ -260,19 +254,13 @@ def quickstart(
                 scores = score_samples(classifier, (made, labels), real, tested)
                 shown = tested[0]
             else:
-                scores, memorised, neighbours, shown = score_own(tokens.path, own.images, (made, labels))
+                scores, memorised, neighbours, shown = _score_own(tokens.path, own.images, (made, labels))
         with _timed("report", seconds):
             measured: dict[str, Any] = {"data": test, "num": 128} if own is None else {"tokens": held.path, "num": 32}
             attention = analyze_attention(model, out / "attention", overwrite=True, **measured, **computing)
-            rows = metric_rows(
-                scores,
-                tokenizer.psnr,
-                tokenizer.code_usage,
-                memorised,
-                trained.loss,
-                trained.validation_loss or math.nan,
-            )
-            tables = {"metrics": rows, "time": time_rows(seconds)}
+            held_out_loss = math.nan if trained.validation_loss is None else trained.validation_loss
+            quality = (tokenizer.psnr, tokenizer.code_usage, memorised, trained.loss, held_out_loss)
+            tables = {"metrics": metric_rows(scores, *quality), "time": time_rows(seconds)}
             pipeline = Pipeline.from_pretrained(model, machine=machine)
             originals = shown[:SHOWN].permute(0, 2, 3, 1)
             staged = range(classifier.num_classes) if own is None else sorted(set(labels.tolist()))
@@ -329,7 +317,10 @@ class OwnImages:
         else:
             self.images = Subset(source, range(len(source)), Subset(test, range(min(len(test), MOST_HELD_OUT))))
         self.recipe = recipes.recipe_for(len(self.images))
-        suited, self.why = recipes.tokenizer_settings(self.images, image_size, settings)
+        assert self.images.held_out is not None
+        self.held_out = self.images.held_out
+        suited, why = recipes.tokenizer_settings(self.images, image_size, settings)
+        self.size = f" on {len(self.images)} images ({why})"
         self.depth, self.minutes, self.settings = depth or self.recipe.depth, minutes, settings
         counts = np.bincount(self.images.labels, minlength=len(source.class_names))
         largest = sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
@@ -352,8 +343,8 @@ class OwnImages:
             return {**self.tokenizer, **loop}
         return {"depth": self.depth, "batch_size": self.recipe.batch, **loop}
 
-    def rehearse(self, common: Mapping[str, Any]) -> None:
-        """Take a few steps of every stage, elsewhere, and plan as many as fill the time."""
+    def rehearse(self, common: Mapping[str, Any]) -> RunConfig:
+        """Take a few steps of every stage, elsewhere, plan as many as fill the time, and return the configuration."""
         began, times = time.monotonic(), dict[str, list[float]]()
 
         def clock(stage: str, *_: Any, **__: Any) -> None:
@@ -372,9 +363,7 @@ class OwnImages:
                 machine = common["machine"]
                 one = sample_to(model / "one.npz", checkpoint=model, classes=self.classes[:1], num=4, machine=machine)
                 analyze_attention(model, model / "attention", tokens=tokens, num=4, machine=machine)
-                self.config = load_config(str(model / "config.yaml")).model_copy(
-                    update={"train_tokenizer": load_config(str(tokenizer / "config.yaml")).train_tokenizer}
-                )
+                config, tokenized = (load_config(str(path / "config.yaml")) for path in (model, tokenizer))
         finally:
             logger.setLevel(level)
         per_step = {
@@ -396,6 +385,12 @@ class OwnImages:
             *per_step.values(), format_seconds(spent + rest), *steps.values(), self.minutes,
             "" if left > 12 * self.minutes else " Little of it is training: use more --minutes.",
         )  # fmt: skip
+        lengths = {"train": (config, steps["MVAR"]), "train_tokenizer": (tokenized, steps["tokenizer"])}
+        return config.model_copy(
+            update={
+                name: getattr(of, name).model_copy(update={"steps": count}) for name, (of, count) in lengths.items()
+            }
+        )
 
     def plan(self, path: Path, common: Mapping[str, Any], overwrite: bool) -> None:
         """Read the plan of a quickstart that was begun, or rehearse and write one."""
@@ -420,30 +415,8 @@ class OwnImages:
             self.record["steps"]["MVAR"] = max(REHEARSED_STEPS, int(left / slower / per_step["MVAR"]))
             write_json(path, self.record)
 
-    def dry_run(self, page: Path) -> DryRun:
-        """What would be done."""
-        (height, width), steps = self.config.image_shape, self.record["steps"]
-        what = (
-            f"hold out {len(self.images.held_out or ())} images",
-            f"train a tokenizer for {steps['tokenizer']} steps on the other {len(self.images)} at {height}×{width}"
-            f" pixels ({self.why})",
-            f"turn them into tokens, scales {self.config.pyramid}",
-            f"train an MVAR of depth {self.depth} for about {steps['MVAR']} steps",
-            f"generate {self.num} samples of each of {len(self.classes)} classes, score them, and look for the training"
-            " images nearest to them",
-            f"write {page}",
-        )
-        config = self.config.model_copy(
-            update={
-                "train": self.config.train.model_copy(update={"steps": steps["MVAR"]}),
-                "train_tokenizer": self.config.train_tokenizer.model_copy(update={"steps": steps["tokenizer"]}),
-            }
-        )
-        configuration = config.model_dump(mode="json", exclude_none=True)
-        return DryRun(configuration=configuration, steps=what, cost=cost_of(config), facts={})
 
-
-def score_own(
+def _score_own(
     cache: Path, images: Subset, samples: tuple[Tensor, Tensor]
 ) -> tuple[DemoScores, float, list[tuple[Tensor, Tensor, str]], Tensor]:
     """Scores of samples (N, 3, H, W) and labels (N,) that need no classifier.

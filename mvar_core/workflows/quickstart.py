@@ -274,6 +274,7 @@ def quickstart(
                 reconstructions=to_uint8(pipeline.decode(pipeline.encode(from_uint8(originals)))).cpu(),
                 attention=attention.plots_svg,
                 title=str(data) if own else "handwritten digits",
+                classes=", ".join((pipeline.config.class_names or ())[label] for label in staged),
                 images="the bundled handwritten digits" if own is None else f"{len(own.images)} images of {data}",
                 parameters=format_count(cost_of(pipeline.config).parameters),
                 seed=seed,

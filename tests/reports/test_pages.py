@@ -21,6 +21,7 @@ def test_a_page_holds_its_pictures_and_escapes_text(tmp_path):
         tmp_path / "page.html",
         "quickstart.html.j2",
         title="<digits>",
+        classes="0, 1",
         images="pictures",
         neighbours=[],
         memorised=0.0,

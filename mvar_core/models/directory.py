@@ -226,12 +226,7 @@ def _check_hash(path: Path) -> None:
 
 
 def _load(
-    model: nn.Module,
-    path: Path,
-    device: torch.device | str,
-    whole: Mapping[str, Tensor] | None = None,
-    *,
-    verify: bool,
+    model: nn.Module, path: Path, device: torch.device | str, whole: Mapping[str, Tensor] | None = None, *, verify: bool
 ) -> None:
     """Fill a model that is on the meta device, in the dtypes that it has there.
 

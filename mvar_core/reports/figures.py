@@ -42,36 +42,26 @@ def ordered_colours(count: int) -> list[Any]:
     return [colormaps["viridis"](0.85 * order / max(1, count - 1)) for order in range(count)]
 
 
-def plot_curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, *, title: str, y_label: str = "loss"
-) -> None:
-    """Lines over steps, for example losses: `series` is the name of each and its (steps, values), in a .png or .svg."""
-    shown = {name: points for name, points in series.items() if len(points[0])}
-    if not shown:
-        raise DataError(f"There is nothing to plot in {path.name}: no values of {', '.join(series) or 'anything'}.")
-    figure = new_figure(7.2, 4.0)
-    axes = figure.add_subplot()
-    for (name, (steps, values)), colour in zip(shown.items(), ordered_colours(len(shown)), strict=True):
-        marker = "o" if len(steps) < 12 else None
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, markersize=4, label=name)
-    _label(axes, "step", y_label, title)
-    if len(shown) > 1:
-        axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
 def plot_metrics(
     metrics: Path, path: Path, *, keys: Sequence[str] = ("loss", "val_loss"), title: str = "Training"
 ) -> None:
-    """Plot some quantities of a run's metrics.jsonl over its steps."""
+    """Plot some quantities of a run's metrics.jsonl over its steps, in a .png or .svg."""
     if not metrics.is_file():
         raise DataError(f"{metrics} does not exist.", "Pass the metrics.jsonl of a run directory.")
     lines = read_metrics(metrics)
-    series = {}
-    for key in keys:
-        known = [line for line in lines if line.get(key) is not None]
-        series[key] = ([line["step"] for line in known], [line[key] for line in known])
-    plot_curves(series, path, title=title)
+    shown = {key: known for key in keys if (known := [line for line in lines if line.get(key) is not None])}
+    if not shown:
+        raise DataError(f"There is nothing to plot in {path.name}: no values of {', '.join(keys)}.")
+    figure = new_figure(7.2, 4.0)
+    axes = figure.add_subplot()
+    for (key, known), colour in zip(shown.items(), ordered_colours(len(shown)), strict=True):
+        steps, values = ([line[name] for line in known] for name in ("step", key))
+        marker = "o" if len(steps) < 12 else None
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, markersize=4, label=key)
+    _label(axes, "step", "loss", title)
+    if len(shown) > 1:
+        axes.legend(frameon=False)
+    save_figure(figure, path)
 
 
 def plot_batches(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

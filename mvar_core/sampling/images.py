@@ -132,10 +132,7 @@ def sample_images(
 
 @torch.no_grad()
 def _decode(
-    tokenizer: VQVAE,
-    fhat_NZhw: Float[Tensor, "N Z h w"],
-    at_once: int,
-    on_images: Callable[[int], None] | None = None,
+    tokenizer: VQVAE, fhat_NZhw: Float[Tensor, "N Z h w"], at_once: int, on_images: Callable[[int], None] | None = None
 ) -> UInt8[Tensor, "N H W 3"]:
     """Bytes of images on the CPU, decoded a few at a time; copies from a GPU overlap the next decoding."""
     on_gpu = fhat_NZhw.device.type == "cuda"

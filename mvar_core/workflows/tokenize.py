@@ -113,12 +113,7 @@ def tokenize(
     own = read_model_config(Path(tokenizer))
     section = {"tokenizer": own.tokenizer.model_dump()}
     base = {"name": own.name, "image_size": own.image_size, "patch_sizes": own.patch_sizes, **section}
-    flags = {
-        "image_size": image_size,
-        "data": {"flip": flip, "crops": crops},
-        "seed": seed,
-        **section,
-    }
+    flags = {"image_size": image_size, "data": {"flip": flip, "crops": crops}, "seed": seed, **section}
     config = load_config(preset, settings, flags, base=base).model_copy(update={"transformer": None})
     if words and vectors is not None:
         raise ConfigError("--words and --vectors both specify vectors.", "Use one of them.")

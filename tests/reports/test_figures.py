@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mvar_core.errors import DataError
-from mvar_core.reports.figures import plot_attention, plot_batches, plot_curves, plot_metrics
+from mvar_core.reports.figures import plot_attention, plot_batches, plot_metrics
 
 
 def check_picture(path):
@@ -38,20 +38,20 @@ def test_what_cannot_be_plotted_is_refused(tmp_path):
     metrics.write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
     with pytest.raises(DataError, match="val_loss"):
         plot_metrics(metrics, tmp_path / "loss.png")
-    with pytest.raises(DataError, match="nothing to plot"):
-        plot_curves({}, tmp_path / "loss.png", title="nothing")
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_plotting_leaves_no_global_state():
+def test_plotting_leaves_no_global_state(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
     code = (
-        "import sys, tempfile, pathlib\n"
-        "from mvar_core.reports.figures import plot_curves\n"
+        "import sys, pathlib\n"
+        "from mvar_core.reports.figures import plot_metrics\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "plot_curves({'a': ([0, 1], [0, 1])}, pathlib.Path(tempfile.mkdtemp()) / 'a.png', title='a')\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "plot_metrics(folder / 'metrics.jsonl', folder / 'a.png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 def batch_rows(batches, names=("VAR, published style", "VAR", "MVAR", "3 scale prefixes")):

@@ -8,14 +8,15 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from mvar_core.reports.figures import plot_curves
+from mvar_core.reports.figures import plot_metrics
 from mvar_core.reports.pages import picture, svg_figure, write_page
 
 
 def test_a_page_holds_its_pictures_and_escapes_text(tmp_path):
     pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     shown = picture(pixels, "a <caption>", scale=2)
-    plot_curves({"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, tmp_path / "curve.svg", title="a < b")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1, "b": 2}\n{"step": 1, "a": 2, "b": 1}\n')
+    plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "curve.svg", keys=("a", "b"), title="a < b")
     curve = svg_figure(tmp_path / "curve.svg", "T & T. More")
     write_page(
         tmp_path / "page.html",

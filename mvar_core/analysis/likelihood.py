@@ -21,6 +21,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from mvar_core.arguments import tensor_argument
+from mvar_core.classes import Classes
 from mvar_core.config import ModelConfig
 from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.models.conditioning import Conditioner, Conditions, VectorConditioner
@@ -236,10 +237,10 @@ def _report(batches: Sequence[Columns], config: ModelConfig, competing: int) -> 
     image_bits_N = bits_NS.sum(1)
     count, tokens = len(bits_NS), np.array([grid.tokens for grid in pyramid.grids])
     bits, none_bits = float(image_bits_N.mean()), float(none_NS.sum(1).mean() / math.log(2))
-    by_class = {
-        config.class_names[label] if config.class_names else str(label): own_NS.sum(1)[labels_N == label]
-        for label in ([] if labels_N is None else np.unique(labels_N).tolist())
-    }
+    classes, by_class = Classes.of_model(config), dict[str, np.ndarray]()
+    for label in [] if labels_N is None else np.unique(labels_N).tolist():
+        name = classes.name(label)  # which another class may have as well
+        by_class[classes.label(label) if name in by_class else name] = own_NS.sum(1)[labels_N == label]
     return LikelihoodReport(
         num_samples=count,
         num_tokens=pyramid.num_tokens,

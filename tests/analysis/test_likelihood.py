@@ -186,6 +186,13 @@ def test_uniform_logits_take_the_codebooks_bits() -> None:
     assert report.zero_shot_accuracy == pytest.approx(1 / 3), "of equal classes the first is chosen"
 
 
+def test_classes_of_one_name_are_kept_apart() -> None:
+    pipeline = constructed()
+    pipeline.config = pipeline.config.model_copy(update={"class_names": ("a", "b", "a", "d", "e", "f")})
+    tokens = torch.randint(0, 16, (3, 39), generator=torch.Generator().manual_seed(0))
+    assert measured(pipeline, tokens, torch.tensor([0, 2, 2])).samples_by_class == {"a": 1, "a (#2)": 2}
+
+
 def test_a_certain_model_needs_no_bits_where_it_is_right_and_many_where_it_is_wrong() -> None:
     pipeline = constructed()
     pipeline.transformer.head.bias.data[7] = 40.0

@@ -86,10 +86,10 @@ class Contents:
 class ShardSource(StoredSource):
     """Images within larger files, which are indexed once.
 
-    Labels are numbers or names. Numbers are named by a list of all classes, else by what the files say, else they are
-    their own names; what one file numbers otherwise than the first is found by its name. The classes are those of the
-    split train. Folders within the files are splits as they would be if unpacked and, without labels, classes; so are
-    files of one class each (`cat.tar`, `dog.tar`). Otherwise images without labels are one class.
+    Labels are numbers or names. Numbers are named by a list of all classes, else by what the files say; what one file
+    numbers otherwise than the first is found by its name. The classes are those of the split train. Folders within the
+    files are splits as they would be if unpacked and, without labels, classes; so are files of one class each
+    (`cat.tar`, `dog.tar`). Otherwise images without labels are one class.
 
     Raises:
         DataError: No images, images with and without labels, a number below 0 or without a name, no such split, or a
@@ -306,18 +306,14 @@ def find_shards(name: str, split: str = "train") -> Shards | None:
         return _of_one_kind(Shards(groups[chosen], name, split, groups[train]))
     if not _suffix(name):
         return None
-    files = [path]
-    if not path.is_file():
-        if path.exists():
-            return None
-        if not _BRACES.search(name) and not glob.has_magic(name):
-            raise DataError(f"{name} does not exist.")
-        files = []
-        for expanded in expand_braces(str(path)):
-            matches = sorted(map(Path, glob.glob(expanded))) if glob.has_magic(expanded) else [Path(expanded)]
-            if not matches or not matches[0].is_file():
-                raise DataError(f"{name} names {expanded}, which does not exist.")
-            files += matches
+    if path.exists() and not path.is_file():
+        return None
+    files = [path] if path.is_file() else []
+    for expanded in () if files else expand_braces(str(path)):
+        matches = sorted(map(Path, glob.glob(expanded))) if glob.has_magic(expanded) else [Path(expanded)]
+        if not matches or not matches[0].is_file():
+            raise DataError(f"{name}: {expanded} does not exist.", "Name files that exist.")
+        files += matches
     return _of_one_kind(Shards(files, name, split))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -140,8 +141,10 @@ def _opened(file: Path | Opener, where: str | None, max_pixels: int) -> Iterator
 
 def _reduction(image: Image.Image) -> int:
     """By how much the sides of an image are divided, so that it takes no more memory than ordinary ones."""
-    pixels = image.width * image.height
-    return next((factor for factor in (1, 2, 4) if pixels <= LARGEST_IMAGE * factor**2), 8)
+    pixels = math.prod(image.size)
+    return (
+        1 if pixels <= LARGEST_IMAGE else 2 if pixels <= 4 * LARGEST_IMAGE else 4 if pixels <= 16 * LARGEST_IMAGE else 8
+    )
 
 
 def _load(image: Image.Image, content: IO[bytes]) -> None:

@@ -157,21 +157,14 @@ class NpzSource(StoredSource):
 
     def open(self, index: int) -> IO[bytes]:
         """An image as a file in the format PPM, which is its bytes behind a header."""
-        if self._file is not None and index < self._next:
-            self._file.close()
-            self._file = None
-        if self._file is None:
+        if self._file is None or index < self._next:
             self._file, self._next = zipfile.ZipFile(self.path).open(f"{self._array}.npy"), 0  # noqa: SIM115
             _images_header(self._file, self.where(index))
         height, width = self.shape
         size = height * width * 3
-        if index > self._next:
-            self._file.seek((index - self._next) * size, 1)
+        self._file.seek((index - self._next) * size, 1)
         content = self._file.read(size)
         self._next = index + 1
-        if self._next == len(self) or len(content) < size:
-            self._file.close()
-            self._file = None
         if len(content) < size:
             raise EOFError("the file ends before it does")
         return io.BytesIO(b"P6 %d %d 255\n" % (width, height) + content)

@@ -108,14 +108,12 @@ def find_splits(root: Path) -> list[str]:
 
     They are splits where two of them have sub-folders of the same name, or where no other sub-folder holds images.
     """
-    folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
+    folders, files = _contents(root)
     if not any(map(split_of, folders)):
         return []
-    inside = {name: set[str]() for name in folders if any(map(_is_image, _walk(root, name)))}
-    for name in filter(split_of, inside):
-        inside[name] = {entry.name for entry in _entries(root / name) if _is_folder(entry)}
-    loose = [entry.name for entry in _entries(root) if _is_image(entry.name) and not _is_folder(entry)]
-    return are_splits(str(root), inside, loose)
+    with_images = [name for name in folders if any(map(_is_image, _walk(root, name)))]
+    inside = {name: _contents(root / name)[0] if split_of(name) else [] for name in with_images}
+    return are_splits(str(root), inside, list(filter(_is_image, files)))
 
 
 def are_splits(where: str, inside: Mapping[str, Collection[str]], loose: Sequence[str] = ()) -> list[str]:
@@ -189,16 +187,12 @@ def find_images(folder: Path, others: Counter[str] | None = None) -> dict[str, l
 
     Paths have forward slashes. Other files are counted in `others`, by suffix.
     """
-    found: dict[str, list[str]] = {"": []}
-    for entry in _entries(folder):
-        in_folder = _is_folder(entry)
-        files = list(_walk(folder, entry.name)) if in_folder else [entry.name]
-        images = sorted(filter(_is_image, files))
-        found.setdefault(entry.name if in_folder else "", []).extend(images)
-        if others is not None and len(images) < len(files):
-            rest = [file for file in files if not _is_image(file) and file not in FILES_OF_SAMPLES]
-            others.update(Path(file).suffix.lower() or "without suffix" for file in rest)
-    return found
+    folders, loose = _contents(folder)
+    found = {"": loose, **{name: list(_walk(folder, name)) for name in folders}}
+    if others is not None:
+        rest = [file for files in found.values() for file in files if not _is_image(file)]
+        others.update(Path(file).suffix.lower() or "without suffix" for file in rest if file not in FILES_OF_SAMPLES)
+    return {name: sorted(filter(_is_image, files)) for name, files in found.items()}
 
 
 def _annotated(folder: Path, files: list[str]) -> dict[str, list[str]]:
@@ -214,14 +208,16 @@ def _annotated(folder: Path, files: list[str]) -> dict[str, list[str]]:
     return classes
 
 
+def _contents(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder, sorted; a link to nothing is a file."""
+    _, folders, files = next(os.walk(folder, onerror=_refuse))
+    return sorted(filter(is_visible, folders)), sorted(filter(is_visible, files))
+
+
 def _walk(folder: Path, directory: str) -> Iterator[str]:
     """Files under a sub-folder; links are followed, but no folder is visited twice."""
     visited: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise error  # left alone, `walk` would skip what it may not read
-
-    for parent, directories, files in os.walk(folder / directory, onerror=refuse, followlinks=True):
+    for parent, directories, files in os.walk(folder / directory, onerror=_refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:
             directories.clear()
@@ -232,13 +228,8 @@ def _walk(folder: Path, directory: str) -> Iterator[str]:
         yield from (f"{below}/{file}" for file in files if is_visible(file))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if is_visible(entry.name)), key=lambda entry: entry.name)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+def _refuse(error: OSError) -> None:
+    raise error  # left alone, `os.walk` would skip what it may not read
 
 
 def _is_flat(folder: Path, classes: Collection[str]) -> bool:

@@ -109,7 +109,7 @@ def test_another_encoder_is_another_run(train):
 def test_what_does_not_fit_is_refused(make_config, make_tokens, make_models, tmp_path):
     config, other = make_config(*VECTOR), make_config()
     for asked, tokens, message in (
-        (config, make_tokens(config), "conditioned on vectors of 12 values"),
+        (config, make_tokens(config), "vectors of 12 values"),
         (other, VectorTokens(make_tokens(other)), "the model expects class labels"),
     ):
         model, tokenizer = make_models(asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mvar_core.evaluation.demo_scores import DemoScores
+from mvar_core.evaluation.demo import DemoScores
 from mvar_core.formatting import format_number, format_seconds
 from mvar_core.io.pixels import Pixels, make_grid
 from mvar_core.reports.figures import plot_metrics

@@ -33,8 +33,7 @@ from mvar_core.data.images import open_images, split_name
 from mvar_core.data.tokens import MANIFEST, TokenCache, split_off
 from mvar_core.data.vectors import ENCODER
 from mvar_core.errors import CheckpointError, ConfigError, DataError, MvarError
-from mvar_core.evaluation.demo import DemoExtractor, read_digits
-from mvar_core.evaluation.demo_scores import score_samples
+from mvar_core.evaluation.demo import DemoExtractor, read_digits, score_samples
 from mvar_core.evaluation.extractors import ExtractorChoice
 from mvar_core.evaluation.measure import DEFAULT_BATCH, Measurer, Reference
 from mvar_core.evaluation.scores import METRICS, evaluate_features

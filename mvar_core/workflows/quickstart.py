@@ -28,8 +28,16 @@ from mvar_core.data.images import Views, open_images, pixel_batches
 from mvar_core.data.sources import ImageSource, Subset, hold_out
 from mvar_core.data.tokens import TokenCache
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.evaluation.demo import CLASSIFIER_FILE, DemoClassifier, read_digits, train_digits_classifier
-from mvar_core.evaluation.demo_scores import DemoScores, nearest_neighbours, pixel_diversity, score_samples
+from mvar_core.evaluation.demo import (
+    CLASSIFIER_FILE,
+    DemoClassifier,
+    DemoScores,
+    nearest_neighbours,
+    pixel_diversity,
+    read_digits,
+    score_samples,
+    train_digits_classifier,
+)
 from mvar_core.formatting import format_count, format_seconds
 from mvar_core.io.files import require_new_directory, write_json
 from mvar_core.io.pixels import from_uint8, make_grid, save_png, to_uint8

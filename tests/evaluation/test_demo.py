@@ -9,8 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvar_core.errors import CheckpointError, DataError
-from mvar_core.evaluation.demo import DemoClassifier, DemoExtractor, default_demo_path, train_classifier
-from mvar_core.evaluation.demo_scores import class_mean_images
+from mvar_core.evaluation.demo import (
+    DemoClassifier,
+    DemoExtractor,
+    class_mean_images,
+    default_demo_path,
+    train_classifier,
+)
 from mvar_core.evaluation.scores import evaluate_features
 from mvar_core.evaluation.statistics import FeatureSet, collect
 

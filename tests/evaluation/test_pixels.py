@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mvar_core.errors import DataError
-from mvar_core.evaluation.demo import DemoClassifier, train_classifier
-from mvar_core.evaluation.demo_scores import (
+from mvar_core.evaluation.demo import (
+    DemoClassifier,
     class_mean_images,
     nearest_neighbour_distance,
     pixel_diversity,
+    train_classifier,
 )
 from mvar_core.evaluation.reconstruction import ssim
 
@@ -33,7 +34,7 @@ def test_diversity_is_the_mean_distance_between_two_images_of_a_class(monkeypatc
     expected = sum(sum(float((vectors[i] - vectors[j]).norm()) for i, j in group) / 3 for group in pairs) / 2
     assert pixel_diversity(images, labels) == pytest.approx(expected, rel=1e-9)
     assert pixel_diversity(images.double() / 127.5 - 1, labels) == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr("mvar_core.evaluation.demo_scores.BLOCK_IMAGES", 2)
+    monkeypatch.setattr("mvar_core.evaluation.demo.BLOCK_IMAGES", 2)
     assert pixel_diversity(images, labels) == pytest.approx(expected, rel=1e-9)
 
 
@@ -60,7 +61,7 @@ def test_finds_the_nearest_reference_image(monkeypatch: pytest.MonkeyPatch) -> N
     images, reference = pictures(9), pictures(11, seed=1)
     table = (plain(images)[:, None] - plain(reference)).norm(dim=2)
     for block in (1024, 4):
-        monkeypatch.setattr("mvar_core.evaluation.demo_scores.BLOCK_IMAGES", block)
+        monkeypatch.setattr("mvar_core.evaluation.demo.BLOCK_IMAGES", block)
         assert nearest_neighbour_distance(images, reference) == pytest.approx(float(table.min(dim=1).values.mean()))
     with pytest.raises(DataError, match="one size"):
         nearest_neighbour_distance(images, reference[:, :, :3])

@@ -14,7 +14,7 @@ from mvar_cli.app import app
 from mvar_core.data.images import open_images
 from mvar_core.data.sources import hold_out
 from mvar_core.errors import ConfigError, DataError
-from mvar_core.evaluation.demo_scores import nearest_neighbours
+from mvar_core.evaluation.demo import nearest_neighbours
 
 MACHINE = mvar.Machine(device="cpu")
 TINY = ["tokenizer.base_channels=8", "tokenizer.codebook_size=16", "train_tokenizer.kmeans_batches=1"]
@@ -115,7 +115,7 @@ def test_the_nearest_image_is_found_in_any_block(monkeypatch):
     random = torch.Generator().manual_seed(0)
     reference = torch.randint(0, 256, (50, 3, 4, 4), generator=random, dtype=torch.uint8)
     for values in (2**23, 7 * 48):
-        monkeypatch.setattr("mvar_core.evaluation.demo_scores.BLOCK_VALUES", values)
+        monkeypatch.setattr("mvar_core.evaluation.demo.BLOCK_VALUES", values)
         distances, indices = nearest_neighbours(reference[[49, 0, 23]], reference)
         assert indices.tolist() == [49, 0, 23]
         assert distances.tolist() == pytest.approx([0, 0, 0], abs=1e-6)

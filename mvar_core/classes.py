@@ -107,7 +107,8 @@ class Classes:
                 )
             if number is None or any(name.strip().isdecimal() for name in self.names or ()):
                 problem = nearest(text, self.names) if self.names else f"{self.origin or 'The model'} records no names."
-                position = f"'#{int(number[2])}' is a position" if number else f"#0 … #{self.count - 1} are positions"
+                exists = number is not None and 0 <= int(number[2]) < self.count
+                position = f"'#{text}' is a position" if exists else f"#0 … #{self.count - 1} are positions"
                 raise DataError(f"There is no class {shown(text)}. {problem}", f"--class {position}.")
         if number is None or not 0 <= int(number[2]) < self.count:
             raise DataError(

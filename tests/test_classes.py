@@ -50,6 +50,7 @@ def test_classes_that_a_user_names(classes, asked, expected):
     ("classes", "asked", "named"),
     [
         (Classes.of(["1", "2", "3"]), "0", "'#0'"),
+        (Classes.of(["1", "2", "3"]), "7", "#0 … #2"),
         (Classes.of(["cat", "dog"]), "#2", "#2"),
         (Classes.of(["cat", "dog"]), -1, "-1"),
         (Classes.of(["cat", "dog"]), "dgo", "dog"),

@@ -355,6 +355,7 @@ BAD_SETTINGS = (
     "image_size=0", "image_size=1.5", "tokenizer.codebook_size=1000000000000", "tokenizer.latent_channels=0",
     "seed=18446744073709551616", "seed=-1", "seed=1.5", "train.steps=1e30", "train.epochs=.inf", "train.ema=.nan",
     "attention.windows=[4,4,4]", "attention.windows=[9999999999999]", "attention.scale_prefixes=0", "a.b.c=1", "=", "x",
+    "patch_sizes=1_2_4_8", "train.steps=1_000", "seed=1:30", "seed=010", "train={steps: 1, steps: 2}",
     "train=1", "train.optimizer=[1]", "tokenizer.channel_multipliers=[1000000000]", "transformer.mlp_ratio=1e300",
     "!!python/object/apply:os.system ['true']=1", "train.steps=!!python/object/apply:os.system ['true']",
 )  # fmt: skip

@@ -69,18 +69,19 @@ def save_config(directory: Path, config: ModelConfig) -> None:
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """The configuration of a model directory.
-
-    Raises:
-        CheckpointError: There is no such directory, no config.json in it, or one that does not describe a model.
-    """
+    """The configuration of a model directory; CheckpointError where it has none, or one that describes no model."""
     path = directory / CONFIG_FILE
     if not path.is_file():
-        found = "does not exist" if not directory.exists() else f"has no {CONFIG_FILE}"
-        raise CheckpointError(
-            f"{directory} {found}; expected a model directory.",
-            "Make one with `mvar train`, `mvar train-tokenizer` or `mvar convert`.",
+        found = (
+            "is a file" if directory.is_file() else f"has no {CONFIG_FILE}" if directory.exists() else "does not exist"
         )
+        hint = "Make one with `mvar train`, `mvar train-tokenizer` or `mvar convert`."
+        inside = [directory] if directory.is_file() else sorted(directory.glob("*.pt*")) if directory.is_dir() else []
+        if inside:
+            hint = (
+                f"If {inside[0]} is published, make one of it: `mvar convert --model FILE --tokenizer FILE --out DIR`."
+            )
+        raise CheckpointError(f"{directory} {found}; expected a model directory.", hint)
     try:
         config: ModelConfig = validate(ModelConfig, read_json(path, CheckpointError), str(path))
     except ConfigError as error:
@@ -100,9 +101,7 @@ def load_transformer(
     """The transformer of a model directory, in evaluation mode; the head stays in float32.
 
     With `verify` the file is compared with the hash that config.json recorded when it was saved, where it has one.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or does not fit the configuration.
+    CheckpointError where it is missing, damaged, or does not fit the configuration.
     """
     if config.transformer is None or not (directory / TRANSFORMER_FILE).is_file():
         raise CheckpointError(
@@ -126,10 +125,7 @@ def load_tokenizer(
 ) -> VQVAE:
     """The tokenizer of a model directory, in evaluation mode; the quantizer stays in float32.
 
-    Without `encoder` the encoder, which sampling does not need, is left out; `verify` as in `load_transformer`.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or does not fit the configuration.
+    Without `encoder` the encoder, which sampling does not need, is left out; otherwise as `load_transformer`.
     """
     with meta_device():
         model = VQVAE(config.tokenizer, config.pyramid).to_compute_dtype(dtype)
@@ -163,11 +159,7 @@ def _hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def check_state(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str | Path
 ) -> None:
-    """Refuse a set of tensors, given as shapes by name, that is not exactly what a model has.
-
-    Raises:
-        CheckpointError: Names the missing, extra and misshaped keys.
-    """
+    """Refuse shapes by name that are not exactly a model's (CheckpointError, which names what differs)."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     misshaped = [
         f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}"

@@ -311,6 +311,7 @@ def tokenizer_next_to(model: Path) -> Path:
     if not found and any(f".{n}".endswith(f".{ANCHORS['tokenizer']}") for n in read_tensors(model, checksums=False)):
         return model
     if len(found) != 1:
+        find_weights(model, "transformer", checksums=False)  # the error of a file that is none comes first
         what = f"{len(found)} of them lie" if found else "none lies"
         raise CheckpointError(
             f"{model} is a transformer and needs its tokenizer (vae*.pth), but {what} next to it.",
@@ -395,7 +396,7 @@ def infer_config(
             raise CheckpointError(
                 f"the file was trained with {found[0]} scales and {found[1]} tokens, which is none of the published"
                 " pyramids.",
-                "Convert it with its sizes: mvar convert --pyramid 1,2,3x4 …",
+                "Convert it with its sizes: `mvar convert --model FILE --tokenizer FILE --pyramid 1,2,3x4 --out DIR`.",
             )
         pyramid = ScalePyramid.from_patch_sizes(patch_sizes)
         if (pyramid.num_scales, pyramid.num_tokens) != found:

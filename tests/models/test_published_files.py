@@ -334,8 +334,15 @@ def test_other_networks_and_our_own_files(golden_mvar, mvar_directory, convert, 
         with pytest.raises(CheckpointError, match=r"x\.pth holds no state dict"):
             convert(None)
     own = mvar_directory / "transformer.safetensors"
-    with pytest.raises(CheckpointError, match=rf"--checkpoint {mvar_directory}"):
-        mvar.convert(model=own, tokenizer=golden_mvar.tokenizer, out=tmp_path / "out")
+    for tokenizer in (golden_mvar.tokenizer, None):
+        with pytest.raises(CheckpointError, match=rf"--checkpoint {mvar_directory}"):
+            mvar.convert(model=own, tokenizer=tokenizer, out=tmp_path / "out")
+
+
+def test_published_files_where_a_model_directory_is_expected(golden_mvar, tmp_path):
+    for path in (golden_mvar.tokenizer, golden_mvar.tokenizer.parent):
+        with pytest.raises(CheckpointError, match=rf"{path}.*model directory.*\.pth.*mvar convert"):
+            mvar.tokenize(tokenizer=path, data="digits", out=tmp_path / "out")
 
 
 def test_values_that_are_not_finite_are_named_all(weights, vqvae, mvar_directory, convert, tmp_path):

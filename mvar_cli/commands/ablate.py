@@ -2,16 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
-
-import typer
 
 import mvar_core as mvar
 from mvar_cli import console, options
 
 NONE, WHOLE = "none", "whole"
-_SCORES = "Scores"
 
 
 @options.command(example="mvar ablate --preset digits --data digits --windows 3,5,whole --out ablation")
@@ -24,43 +20,28 @@ def ablate(
     tokenizer: options.OptionalTokenizer = None,
     validation: options.Validation = None,
     prefixes: Annotated[
-        str,
-        typer.Option("--prefixes", metavar="LIST",
-                     help="Scale prefixes to compare, with whole scales, as in all,2; or none."),
+        str, options.option("--prefixes", "LIST", "Scale prefixes to compare, with whole scales, as in all,2; or none.")
     ] = "all,3,2,1",
     windows: Annotated[
         list[str] | None,
-        typer.Option("--windows", metavar="LIST",
-                     help="Windows to compare, with one scale prefix; repeatable. In a list, each number is a model"
-                     " with that window on all windowed scales, auto:5 one with 5 on every scale where that pays. A"
-                     " list with a 0 is one model, with one window per scale (0 = whole): --windows 3,5,whole --windows"
-                     " 0,0,3,5. Default: 3,5,7,9,whole; or none."),
+        options.option("--windows", "LIST",
+                       "Windows to compare, with one scale prefix; repeatable. In a list, each number is a model with"
+                       " that window on all windowed scales, auto:5 one with 5 on every scale where that pays. A list"
+                       " with a 0 is one model, with one window per scale (0 = whole): --windows 3,5,whole --windows"
+                       " 0,0,3,5. Default: 3,5,7,9,whole; or none."),
     ] = None,
-    seeds: Annotated[
-        str, typer.Option("--seeds", metavar="N|LIST", help="How many seeds, or which, as in 0,7 (one seed: 7,).")
-    ] = "3",
+    seeds: Annotated[str, options.option("--seeds", "N|LIST", "How many seeds, or which: 0,7 (one: 7,).")] = "3",
     settings: options.Settings = None,
     image_size: options.ImageSize = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    num: Annotated[
-        int, typer.Option("--num", min=2, metavar="N", help="Samples of each class.", rich_help_panel=_SCORES)
-    ] = 100,
+    num: Annotated[int, options.option("--num", "N", "Samples of each class.", min=2)] = 100,
     reference: Annotated[
         str | None,
-        typer.Option("--reference", metavar="PATH|digits", rich_help_panel=_SCORES,
-                     help="What samples are compared with, as for `mvar evaluate`. Default: the training images."),
+        options.option("--reference", "PATH|digits", "What samples are compared with. Default: the training images."),
     ] = None,
-    features: Annotated[
-        str,
-        typer.Option("--features", metavar="NAME|FILE", rich_help_panel=_SCORES,
-                     help="As for `mvar evaluate`; auto is demo for digits, otherwise inception."),
-    ] = "auto",
-    inception_weights: Annotated[
-        Path | None,
-        typer.Option("--inception-weights", metavar="FILE", rich_help_panel=_SCORES,
-                     help="The network that FID is defined by."),
-    ] = None,
+    features: options.Features = "auto",
+    inception_weights: options.InceptionWeights = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -16,13 +14,10 @@ def analyze_attention(
     machine: options.AnalysisDevice,
     tokens: options.Tokens = None,
     data: options.OptionalData = None,
-    num: Annotated[int, typer.Option("--num", min=1, metavar="N", help="Images to measure.")] = 256,
-    keep: Annotated[
-        float, typer.Option("--keep", metavar="FRACTION", help="Attention that recommended settings must keep.")
-    ] = 0.95,
+    num: Annotated[int, options.option("--num", "N", "Images to measure.", min=1)] = 256,
+    keep: Annotated[float, options.option("--keep", "FRACTION", "Attention that recommended settings keep.")] = 0.95,
     write_preset: Annotated[
-        Path | None,
-        typer.Option("--write-preset", metavar="FILE.yaml", help="Write the recommended model as a preset."),
+        Path | None, options.option("--write-preset", "FILE.yaml", "Write the recommended model as a preset.")
     ] = None,
     tokenizer: options.TokenizerFile = None,
     batch_size: options.BatchSize = None,

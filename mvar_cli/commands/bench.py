@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -19,32 +17,33 @@ def bench(
     machine: options.AttentionDevice,
     preset: options.Preset = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A model directory or a run, in place of random weights.")
+        Path | None, options.option("--checkpoint", "DIR", "A model directory or a run, in place of random weights.")
     ] = None,
     settings: options.Settings = None,
     image_size: options.ImageSize = None,
     what: Annotated[
-        str, typer.Option(metavar="WHAT", help="sample, train (a step of all scales) or attention.")
+        str, options.option("--what", "WHAT", "sample, train (a step of all scales) or attention.")
     ] = "sample",
-    batch_size: Annotated[str, typer.Option(metavar="N,N…", help="Images together: one number or a comma list.")] = "4",
+    batch_size: Annotated[str, options.option("--batch-size", "N,N…", "Images together: one number or several.")] = "4",
     published_style: Annotated[
         bool,
-        typer.Option(
-            "--published-style",
-            help="Also sample VAR as its published code does, as the baseline: autocast over float32 weights, cache of"
-            " keys and values, whole batch at once.",
-        ),
+        options.option("--published-style", None,
+                       "Also sample VAR as its published code does, as the baseline: autocast over float32 weights,"
+                       " cache of keys and values, whole batch at once."),
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Repetitions; medians are shown.")] = 3,
-    breakdown: Annotated[bool, typer.Option(help="Also measure each stage, in a run of its own.")] = True,
+    repeats: Annotated[int, options.option("--repeats", "N", "Repetitions; medians are shown.", min=1)] = 3,
+    breakdown: Annotated[
+        bool, options.option("--breakdown/--no-breakdown", None, "Also measure each stage, in a run of its own.")
+    ] = True,
     sides: Annotated[
-        str | None, typer.Option(metavar="N,HxW…", help="attention: sizes of the scales. Default: the model's, from 8.")
+        str | None,
+        options.option("--sides", "N,HxW…", "attention: sizes of the scales. Default: the model's, from 8."),
     ] = None,
-    windows: Annotated[str, typer.Option(metavar="K,K…", help="attention: windows, 0 is the whole scale.")] = "0,7",
-    backward: Annotated[bool, typer.Option("--backward", help="attention: forward and backward pass.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also plot the figures, as .png or .svg.")] = None,
+    windows: Annotated[str, options.option("--windows", "K,K…", "attention: windows, 0 is the whole scale.")] = "0,7",
+    backward: Annotated[bool, options.option("--backward", None, "attention: forward and backward pass.")] = False,
+    plot: Annotated[Path | None, options.option("--plot", "FILE", "Also plot the figures, as .png or .svg.")] = None,
     seed: options.Seed = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Time, memory and throughput of VAR and MVAR, measured in one run.
 
     Measures the model next to its twin: a VAR of the same sizes, in which every token sees all earlier scales whole;

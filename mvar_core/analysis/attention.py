@@ -92,10 +92,8 @@ class AttentionStatistics:
 class AttentionReport(AttentionStatistics):
     """The attention of a model, and what to compare it with.
 
-    Attributes:
-        recommended: The smallest settings that keep the requested fraction.
-        even: Statistics of attention that is spread evenly over all that each query sees, of one layer and one head.
-            Its entropy is the maximum.
+    `recommended` are the smallest settings that keep the requested fraction; `even`, of one layer and one head, is
+    attention that is spread evenly over all that each query sees: its entropy is the maximum.
     """
 
     recommended: Recommendation

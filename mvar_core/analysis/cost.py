@@ -40,34 +40,21 @@ MAX_BATCH = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Result):
-    """The predicted cost of a model.
+    """The predicted cost of a model; `parameters` are the transformer's, 0 for a tokenizer alone.
 
-    Attributes:
-        parameters: Parameters of the transformer; 0 for a tokenizer alone.
-        tokens: Tokens per image, L.
-        attention_gmacs: Attention of all scales in the paper's convention.
-        total_gmacs: One image without guidance: `scales`' totals, conditioning and decoder.
-        guided_gmacs: One image with guidance: the transformer and its conditioning twice, the decoder once.
-        conditioning_gmacs: The AdaLN vectors.
-        decoder_gmacs: From tokens to pixels.
-        parts_gmacs: `total_gmacs` by part: inputs, projections, attention (the products alone), mlp, head,
-            conditioning, quantizer, decoder.
-        batch_size: Images sampled together, for the figures in bytes.
-        dtype_bytes: Bytes per value of the compute dtype.
-        guided: Whether the figures in bytes are for sampling with guidance, which doubles the transformer's rows.
-        weight_bytes: Weights for sampling.
-        kv_cache_bytes: The most keys and values kept after any scale.
-        sample_peak_bytes: Predicted peak of sampling, weights included.
-        image_bytes: What each further image of a batch keeps: f̂, tokens, random numbers and KV cache from scale to
-            scale, or f̂, tokens and (on a CPU) pixels while images are decoded, whichever is more.
-        images_together: Images that advance together: the batch size, or fewer where `memory` asks for it.
-        memory: Bytes that sampling may use, where limited.
-        train_peak_bytes: Predicted peak of a training step on one device.
-        largest_batch: The most images that advance together in `device_memory`, bounded by what an image keeps from
-            scale to scale: a scale itself fits into any memory.
-        scales: One row per scale: side (or [height, width]), tokens, window (0 = whole), keys_per_query,
-            attention_gmacs, total_gmacs (transformer without guidance), parts_gmacs (of them), kv_cache_bytes (kept
-            once the scale is done), micro_batch (images in one pass), activation_bytes (of that pass).
+    GMACs: `attention_gmacs` of all scales in the paper's convention; `total_gmacs` of one image without guidance, and
+    of it `parts_gmacs` (inputs, projections, attention for the products alone, mlp, head, conditioning, quantizer,
+    decoder); `guided_gmacs` with guidance, the transformer and its conditioning twice, the decoder once.
+
+    Bytes are for sampling `batch_size` images, `guided` or not, or a training step on one device. `kv_cache_bytes` are
+    the most keys and values kept after any scale, `sample_peak_bytes` the predicted peak, weights included, and
+    `image_bytes` what each further image of a batch keeps from scale to scale, or while images are decoded.
+    `images_together` advance together: the batch size, or fewer where `memory`, what sampling may use, asks for it.
+    `largest_batch` is the most that do in `device_memory`, bounded by what an image keeps from scale to scale.
+
+    `scales` has a row each: side (or [height, width]), tokens, window (0 = whole), keys_per_query, attention_gmacs,
+    total_gmacs (transformer without guidance), parts_gmacs (of them), kv_cache_bytes (kept once the scale is done),
+    micro_batch (images in one pass), activation_bytes (of that pass).
     """
 
     name: str

@@ -375,15 +375,10 @@ def infer_config(
 ) -> ModelConfig:
     """Read a model's configuration off the shapes of its published tensors; no transformer is a tokenizer alone.
 
-    Args:
-        transformer: Published transformer state.
-        tokenizer: Published VQVAE state.
-        kind: Decides the attention where it is not specified: VAR sees all scales whole; MVAR sees its own scale alone,
-            or as many as a mask in the state says, in windows of 7 on the last two scales and wherever else they pay.
-        patch_sizes: The pyramid; None for a published one.
-        windows: One per scale, one number for the last two, or auto (auto:K) for those where it pays; also as text.
-        scale_prefixes: How many scales a token sees.
-        name: What the model is called.
+    The kind decides the attention where it is not specified: VAR sees all scales whole; MVAR sees its own scale alone,
+    or as many as a mask in the state says, in windows of 7 on the last two scales and wherever else they pay. Windows
+    are one per scale, one number for the last two, or auto (auto:K) for those where it pays; also as text. Without
+    `patch_sizes` the pyramid is a published one.
     """
     tokenizer_config = _infer_tokenizer(tokenizer)
     transformer_config = None

@@ -31,14 +31,12 @@ NO_FIGURES = {"seconds": None, "images_per_second": None, "peak_memory_bytes": N
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult(Result):
-    """What was measured.
+    """What was measured, and on which machine: processor, GPU, versions, date.
 
-    Attributes:
-        rows: One mapping for each model and batch size, or for each side, window and backend of attention: name,
-            batch_size, seconds (median), images_per_second, peak_memory_bytes, kv_cache_bytes; for models also runs,
-            times_faster and memory_ratio (against `baseline`), stages (seconds by stage), and the `reason` where there
-            are no figures; for attention also what `mvar_core.analysis.attention_sweep.sweep` returns.
-        machine: Where it was measured: processor, GPU, versions, date.
+    There is a row for each model and batch size, or for each side, window and backend of attention: name, batch_size,
+    seconds (median), images_per_second, peak_memory_bytes, kv_cache_bytes; for models also runs, times_faster and
+    memory_ratio (against `baseline`), stages (seconds by stage), and the `reason` where there are no figures; for
+    attention also what `mvar_core.analysis.attention_sweep.sweep` returns.
     """
 
     what: str

@@ -32,19 +32,13 @@ logger = logging.getLogger("mvar")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertResult(Result):
-    """What was converted.
+    """What was converted: `model` is the directory that was written or read, `outputs` what was written.
 
-    Attributes:
-        model: The model directory that was written, or read.
-        outputs: The files or the directory that were written.
-        kind: Whose attention the model has: var or mvar.
-        kind_from: What says so: the `mask` in the file, the name of its `weights`, the `file`'s name, the `option`, or
-            `nothing`: then VAR is assumed. None for a tokenizer alone and for published files that are written.
-        weights: The name of the weights that were read in the file; None where they have none.
-        float32_modules: What is in float32 whatever the dtype.
-        parameters: Parameters of the transformer; 0 for a tokenizer alone.
-        configuration: The model's configuration without its class names, as config.json holds it.
-        config: The same as an object.
+    `kind` is whose attention the model has, var or mvar, and `kind_from` what says so: the `mask` in the file, the name
+    of its `weights`, the `file`'s name, the `option`, or `nothing`: then VAR is assumed. It is None for a tokenizer
+    alone and for published files that are written. `weights` is the name of those that were read, if they have one, and
+    `float32_modules` what is in float32 whatever the dtype. `parameters` are the transformer's, 0 without one;
+    `configuration` is as config.json holds it, without class names, and `config` the same as an object.
     """
 
     model: Path

@@ -34,15 +34,9 @@ RUN_FILES = ("config.yaml", "checkpoints", "tokens", START_REPORT)
 class TrainingResult(Result):
     """How a training ended.
 
-    Attributes:
-        steps: Steps done.
-        loss: Training loss, averaged over the last line of metrics.jsonl.
-        model: The run directory, which is also a model directory; without a transformer where a tokenizer was trained.
-        seconds: Time spent, over all sessions of the run.
-        images_per_second: Throughput over that time.
-        peak_memory_bytes: Highest memory of this process.
-        interrupted: Whether Ctrl-C or SIGTERM ended it early; the same call resumes it.
-        processes: How many processes shared the work.
+    `loss` is averaged over the last line of metrics.jsonl; `model` is the run directory, which is also a model
+    directory, without a transformer where a tokenizer was trained; `seconds` and throughput are over all sessions of
+    the run. `interrupted` says that Ctrl-C or SIGTERM ended it early; the same call resumes it.
     """
 
     steps: int

@@ -27,14 +27,10 @@ from mvar_core.runtime import resolve_device, resolve_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeResult(Result):
-    """What `tokenize` leaves behind.
+    """What `tokenize` leaves behind in the directory `path`, or `tokens`.
 
-    Attributes:
-        bytes: Size of tokens and labels.
-        bytes_per_view: Size of one view's tokens, with its share of labels and headers.
-        encoded: Images that this call encoded; the others were there already.
-        skipped: Names of images that could not be read and were left out.
-        path: The cache's directory, as is `tokens`.
+    `bytes` is the size of tokens and labels, `bytes_per_view` that of one view's tokens with its share of labels and
+    headers. This call `encoded` so many images; `skipped` are the names of those that could not be read.
     """
 
     images: int

@@ -45,10 +45,8 @@ logger = logging.getLogger("mvar")
 class TrainTokenizerResult(TrainingResult):
     """How the training of a tokenizer ended; also what `mvar_core.workflows.runs.TrainingResult` says.
 
-    Attributes:
-        psnr: In dB, on the data's test images where it has some; nan where the run was interrupted.
-        code_usage: Fraction of the codebook that some scale uses.
-        usage_per_scale: Fraction of the codebook that each scale uses.
+    `psnr` is in dB, on the data's test images where it has some; nan where the run was interrupted. Usage is the
+    fraction of the codebook that some scale, and that each scale uses.
     """
 
     psnr: float = float("nan")

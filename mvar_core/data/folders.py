@@ -178,7 +178,9 @@ def find_classes(folder: Path, warn: bool = True) -> dict[str, list[str]]:
             logger.warning("%s: left out: %s.", folder, "; ".join(filter(None, left_out)))
         only, files = next(iter(classes.items()), ("", []))
         if len(classes) == 1 and any(file.count("/") > 1 for file in files):
-            logger.warning("%s holds one class, %s. If its folders are the classes: %s.", folder, only, folder / only)
+            logger.warning(
+                "%s holds one class, %s; if the folders in it are classes, use %s.", folder, only, folder / only
+            )
     return classes or {folder.resolve().name: loose}
 
 

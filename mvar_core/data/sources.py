@@ -151,6 +151,11 @@ class Subset(ImageSource):
         """See `ImageSource.item_bytes`."""
         return self.source.item_bytes(self.chosen[index])
 
+    def captions(self) -> Sequence[str] | None:
+        """See `ImageSource.captions`."""
+        found = self.source.captions()
+        return None if found is None else [found[index] for index in self.chosen]
+
 
 def hold_out(source: ImageSource, fraction: float, most: int, seed: int) -> Subset:
     """The images to train on, with others `held_out`: at random, at least one, and never the last of a class."""

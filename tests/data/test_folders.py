@@ -145,6 +145,7 @@ def test_tiny_imagenet(tmp_path, write):
     train, val = open_images(str(tmp_path / "tiny")), open_images(f"{tmp_path}/tiny:val")
     assert train.class_names == val.class_names == ("n01443537", "n01629819")
     assert train.labels.tolist() == [0, 0, 1]
+    assert train.classes.find("goldfish") == train.classes.find("n01443537") == [0]
     labels = dict(zip(val.item_names, val.labels.tolist(), strict=True))
     assert labels == {"images/val_0.JPEG": 1, "images/val_1.JPEG": 0, "images/val_2.JPEG": 0}
     val.check()

@@ -67,22 +67,15 @@ _OTHER_FILES = (
 
 
 def read_weights(path: Path, buffers: Callable[[str], bool] = lambda _: False) -> dict[str, Tensor]:
-    """The weights of a network, from a file that holds nothing else: .safetensors, or .pth, new or legacy.
-
-    Raises:
-        CheckpointError: As `read_tensors` and `check_tensors`, or values that are not finite.
-    """
+    """The finite weights of a network, from a file that holds nothing else: .safetensors, or .pth, new or legacy."""
     return dict(finite(check_tensors(read_tensors(path), path, buffers).items(), path))
 
 
 def read_tensors(path: Path, *, mapped: bool = True, checksums: bool = True) -> dict[str, Tensor]:
     """All tensors of a file by name; the names of nested mappings are joined with dots, those of `WRAPPERS` left out.
 
-    What else is there is not read: texts, numbers, lists, and what optimizers keep by number. Arguments as of
-    `load_torch_file`.
-
-    Raises:
-        CheckpointError: As `load_torch_file` and `open_safetensors`, or there is no tensor.
+    What else is there is not read: texts, numbers, lists, and what optimizers keep by number. Arguments and errors as
+    of `load_torch_file`; a file without tensors is one, too.
     """
     found: dict[str, Tensor] = {}
     passed = itertools.count()
@@ -114,13 +107,8 @@ def read_tensors(path: Path, *, mapped: bool = True, checksums: bool = True) -> 
 def load_torch_file(path: Path, *, mapped: bool = True, checksums: bool = True) -> Any:
     """The content of a .pth file, new or legacy: tensors in containers, nothing that would run code.
 
-    Args:
-        path: The file.
-        mapped: Map the file into memory rather than read it, where its format (torch 1.6 and later) allows that.
-        checksums: Read the file whole and compare the checksums in it, which torch writes and never checks.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, of another kind, or holds code.
+    `mapped` maps a new file into memory rather than read it; for `checksums`, which torch writes and never checks, it
+    is read whole. CheckpointError where it is missing, damaged, of another kind, or holds code.
     """
     objects = ""
     try:
@@ -198,9 +186,8 @@ def check_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a file, if they are weights; `buffers` says which names are not, and may be anything.
 
-    Raises:
-        CheckpointError: A tensor is not made of real floating-point numbers that are in the file. Whether they are
-            finite is left to `finite`, which reads them.
+    CheckpointError where one is not made of real floating-point numbers that are in the file. Whether they are finite
+    is left to `finite`, which reads them.
     """
     weights = {name: tensor for name, tensor in tensors.items() if not buffers(name)}
     for name, tensor in weights.items():
@@ -249,11 +236,7 @@ def is_safetensors(path: Path) -> bool:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, mapped into memory.
-
-    Raises:
-        CheckpointError: It is missing, cut short, or not such a file.
-    """
+    """A safetensors file, mapped into memory; CheckpointError where it is missing, cut short, or not such a file."""
     open_regular(path, CheckpointError).close()
     try:
         with safe_open(path, framework="pt") as file:
@@ -265,11 +248,7 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors by name, read from its header alone.
-
-    Raises:
-        CheckpointError: As `open_safetensors`, or a tensor that is not of real floating-point numbers.
-    """
+    """The shapes by name in a safetensors file's header; CheckpointError for what are not floating-point numbers."""
     shapes = {}
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118

@@ -9,7 +9,7 @@ from mvar_core.analysis.cost import cost_of
 from mvar_core.config import Machine
 from mvar_core.config.presets import load_config, preset_names
 from mvar_core.pyramid import ScalePyramid
-from mvar_core.training.curriculum import build_curriculum
+from mvar_core.training.transformer import build_curriculum
 
 CUDA = Machine(device="cuda", dtype="bfloat16")
 

@@ -50,9 +50,9 @@ from mvar_core.reports.ablation import Section, ablation_sections, write_ablatio
 from mvar_core.results import DryRun, Result, plain
 from mvar_core.runtime import describe_machine, resolve_device, resolve_dtype
 from mvar_core.training.checkpoints import remove_checkpoints
-from mvar_core.training.curriculum import scales_alone
 from mvar_core.training.metrics import read_metrics
 from mvar_core.training.trainer import Outcome, planned_steps
+from mvar_core.training.transformer import scales_alone
 from mvar_core.untrusted import read_json
 from mvar_core.workflows.bench_row import Request, measure_alone
 from mvar_core.workflows.evaluate import SampledImages, classifier_accuracy, digits_of, load_pipeline

@@ -32,8 +32,8 @@ from mvar_core.models.vqvae import VQVAE
 from mvar_core.pipeline import Pipeline
 from mvar_core.runtime import generator, peak_memory_bytes, resolve_device, resolve_dtype
 from mvar_core.sampling.published_style import sample_published_style
-from mvar_core.training.curriculum import build_curriculum
 from mvar_core.training.optim import build_optimizer
+from mvar_core.training.transformer import build_curriculum
 
 KILLED = "the process was ended by the system, which is what happens when memory is short"
 

@@ -12,8 +12,7 @@ import torch
 from mvar_core.errors import BackendError
 from mvar_core.models.compilation import check_compiler, compiled_blocks, uncompiled
 from mvar_core.runtime import RowDraws, generator
-from mvar_core.training.curriculum import Curriculum
-from mvar_core.training.transformer import train_transformer
+from mvar_core.training.transformer import Curriculum, train_transformer
 
 # torch's compiler imports parts of torch that torch itself has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvar_core.training import curriculum as module
+from mvar_core.training import transformer as module
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

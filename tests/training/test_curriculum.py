@@ -10,15 +10,15 @@ from mvar_core.config.presets import load_config
 from mvar_core.config.training import TrainConfig
 from mvar_core.errors import ConfigError
 from mvar_core.pyramid import PUBLISHED_PYRAMIDS, ScalePyramid
-from mvar_core.training.curriculum import (
+from mvar_core.training.metrics import read_metrics
+from mvar_core.training.transformer import (
     Curriculum,
     build_curriculum,
     cross_entropy,
     per_scale_means,
     scales_alone,
+    train_transformer,
 )
-from mvar_core.training.metrics import read_metrics
-from mvar_core.training.transformer import train_transformer
 
 ATTENTION = [
     ("attention.scale_prefixes=1", "attention.windows=[0,0,3]"),

@@ -320,7 +320,7 @@ def test_steps_that_are_not_finite_end_the_run_and_name_the_rows(train, tmp_path
 
 
 def test_one_bad_step_is_left_out(train, tmp_path, monkeypatch, caplog):
-    from mvar_core.training.curriculum import Curriculum
+    from mvar_core.training.transformer import Curriculum
 
     original = Curriculum.losses
 

@@ -6,11 +6,10 @@ import torch
 
 from mvar_core.distributed import World
 from mvar_core.errors import ConfigError
-from mvar_core.training.curriculum import build_curriculum
 from mvar_core.training.optim import learning_rate
 from mvar_core.training.parallel import BatchPart, Parallel
 from mvar_core.training.trainer import Plan, Trainer, take_rows
-from mvar_core.training.transformer import TransformerObjective
+from mvar_core.training.transformer import TransformerObjective, build_curriculum
 
 DROPPING = ("transformer.drop_path=0.5", "transformer.class_dropout=0.5")
 

@@ -25,8 +25,7 @@ def torchrun_number(name: str, default: int) -> int:
 def inside_torchrun() -> bool:
     """Whether this is one of several processes that torchrun, or --nproc, has started.
 
-    Raises:
-        ConfigError: The variables contradict each other, or some are missing.
+    ConfigError where variables contradict each other, or some are missing.
     """
     if "RANK" not in os.environ or (world_size := torchrun_number("WORLD_SIZE", 1)) == 1:
         return False

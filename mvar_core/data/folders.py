@@ -54,9 +54,6 @@ class FolderSource(StoredSource):
     Sub-folders of a class folder belong to the class. Hidden files, files of other kinds, folders without images, and
     images next to class folders are left out, and a warning counts them. Of a folder that is divided into splits (see
     `find_splits`), the images are those of one split, and the classes those of train.
-
-    Raises:
-        DataError: No such folder or split, no images, or a class that train lacks.
     """
 
     def __init__(self, root: Path, split: str = "train", name: str | None = None):

@@ -46,9 +46,6 @@ def open_images(source: str | ImageSource, split: str = "train", max_pixels: int
     Images of more than `max_pixels` (by default `LARGEST_IMAGE`) are refused when they are read.
     Where samples of tar shards have several images, or tables several columns of them, `NAME:image=KEY` names the
     suffix or the column.
-
-    Raises:
-        DataError: No such data or split, or a folder without images.
     """
     if isinstance(source, ImageSource):
         return source

@@ -47,9 +47,6 @@ class ParquetSource(ShardSource):
     Only pyarrow is needed. Class names come from the data set's features (ClassLabel), from a column class_name, or are
     the labels themselves. Arrow files are mapped into memory; of parquet files whole row groups are decoded and some
     kept, so that they suit reading in order better than in any order.
-
-    Raises:
-        DataError: pyarrow is missing, a damaged file, no column that holds images, or what `ShardSource` refuses.
     """
 
     def __init__(self, shards: Shards, image_key: str | None = None):

@@ -47,9 +47,6 @@ class TarSource(ShardSource):
     holds it under label, cls, class, class_index or class_id, and its name under class_name. Where both are there the
     `.cls` decides, and a `.json` that contradicts it is refused. A file classes.json or classes.txt next to the shards
     lists names. A `.txt` is a caption, as is "caption" in a `.json`.
-
-    Raises:
-        DataError: A damaged file, several images of one key, contradicting labels, or what `ShardSource` refuses.
     """
 
     def index(self, path: Path, number: int) -> Contents:

@@ -108,22 +108,14 @@ class Views:
     def render(
         self, source: ImageSource, image_index: int, image_shape: tuple[int, int], views: Sequence[int]
     ) -> list[Pixels]:
-        """Several views of one image, which is read once: uint8 (H, W, 3) each.
-
-        Raises:
-            DataError: The image cannot be read.
-        """
+        """Several views of one image, which is read once: uint8 (H, W, 3) each."""
         crops = sorted({self._views[view][0] for view in views})
         randoms = [np.random.default_rng((self.seed, image_index, crop, _CROPS)) if crop else None for crop in crops]
         pixels = dict(zip(crops, source.crops(image_index, image_shape, self.data.crop_scale, randoms), strict=True))
         return [self.apply(pixels[self._views[view][0]], image_index, view) for view in views]
 
     def apply(self, image: Pixels, image_index: int, view: int) -> Pixels:
-        """One view (an index into `names`) of an image of the source, given the crop that it shows.
-
-        Raises:
-            IndexError: No such view.
-        """
+        """One view (an index into `names`) of an image of the source, given the crop that it shows."""
         if not 0 <= view < len(self):
             raise IndexError(f"view {view} of {len(self)}")
         _, flip, is_augmented = self._views[view]

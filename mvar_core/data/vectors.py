@@ -77,8 +77,7 @@ def caption_vectors(captions: Sequence[str], dim: int) -> Vectors:
 def file_vectors(path: Path, *, classes: int, images: int, encoder: str | None = None) -> Vectors:
     """The vectors of a file, one for each image of a source (first choice) or class; `encoder` is what made them.
 
-    Raises:
-        DataError: As `read_vectors`; or another number of rows.
+    DataError for another number of rows.
     """
     values, named = read_vectors(path)
     if len(values) not in (classes, images):
@@ -96,9 +95,6 @@ def read_vectors(path: Path) -> tuple[NDArray[Any], str | None]:
     A .npy is mapped, not read. In a .npz or .safetensors they are called `vectors`; next to them may be a `mask`
     (rows, T), and then they are sequences (rows, T, X) and are pooled (mvar_core.models.vectors), and `encoder`, an
     array or metadata.
-
-    Raises:
-        DataError: No such file, another kind of file, another shape, or numbers that are not finite.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected a file of vectors.", _FILES)
@@ -148,10 +144,8 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, str | None]:
 def embed_words(texts: Sequence[str], dim: int) -> Float[np.ndarray, "texts dim"]:
     """One vector of length 1 for each text, float32; the same on any machine, in any case, order and punctuation.
 
-    Texts are in any language that separates words; 64 values (`dim`) tell some dozens of words apart.
-
-    Raises:
-        DataError: A text without a word.
+    Texts are in any language that separates words; 64 values (`dim`) tell some dozens of words apart. DataError for a
+    text without a word.
     """
     rows = np.zeros((len(texts), dim), np.float64)
     for row, text in zip(rows, texts, strict=True):

@@ -32,8 +32,7 @@ _libraries: list[torch.library.Library] = []
 def fidelity_module(name: str = "") -> ModuleType:
     """Import torch-fidelity, or one of its modules, such as "metric_fid".
 
-    Raises:
-        BackendError: The package, or the torchvision it needs, cannot be imported.
+    BackendError where that, or its torchvision, is impossible.
     """
     module = f"torch_fidelity.{name}" if name else "torch_fidelity"
     try:

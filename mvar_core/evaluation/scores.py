@@ -137,14 +137,9 @@ def evaluate_features(
     """All scores that can be computed from two sets; one that cannot is None, with the reason.
 
     `seed` decides the shuffle of the inception score and the subsets of KID, which are chosen from the images in the
-    order of their content: the order in which they were measured does not change a score.
-
-    Returns:
-        fid, sfid, inception_score, inception_score_std, precision, recall, kid, kid_std; `reasons`, why a score is
-        None; and `settings`, the seed and sizes that were used.
-
-    Raises:
-        DataError: Two sets that were measured with different networks.
+    order of their content: the order in which they were measured does not change a score. Next to the METRICS,
+    inception_score_std and kid_std the result has `reasons`, why a score is None, and `settings`, the seed and sizes
+    that were used. DataError for two sets that were measured with different networks.
     """
     asked = check_metrics(metrics)
     check_whole("seed", seed)

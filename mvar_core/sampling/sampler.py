@@ -92,11 +92,7 @@ def sample_tokens(
     `micro_batches` says for each scale how many images go through the transformer in one pass, by default all: speed
     and memory, never the result. `keep_stages` keeps f̂ after each scale. `static_shapes` fills up the last micro-batch
     of a scale where no keys are kept, so that a compiled transformer sees one shape per scale. `on_tokens` is called
-    with the number of tokens sampled since the last call.
-
-    Raises:
-        CheckpointError: The logits of a scale are not finite; names the scale.
-        ConfigError: The settings do not fit the model.
+    with the number of tokens sampled since the last call. CheckpointError names a scale whose logits are not finite.
     """
     pyramid, count, stages = transformer.pyramid, len(conditions), []
     run = _Run(transformer, quantizer, conditions, indices, seed, settings, attention, kept)

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -13,28 +11,23 @@ from mvar_cli import console, options
 def convert(
     out: options.Out,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="PATH", help="Published transformer; or a model directory.")
+        Path | None, options.option("--model", "PATH", "Published transformer; or a model directory.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="FILE", help="Published VQVAE. Default: the one next to it.")
+        Path | None, options.option("--tokenizer", "FILE", "Published VQVAE. Default: the one next to it.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="NAME", help="Which of several in a file. Default: an EMA's.")
+        str | None, options.option("--weights", "NAME", "Which of several in a file. Default: an EMA's.")
     ] = None,
-    kind: Annotated[
-        str | None, typer.Option("--kind", metavar="var|mvar", help="Default: as its mask or a name says.")
-    ] = None,
+    kind: Annotated[str | None, options.option("--kind", "var|mvar", "Default: as its mask or a name says.")] = None,
     pyramid: Annotated[
-        str | None, typer.Option("--pyramid", metavar="1,2,3x4…", help="Sides of the scales, or height x width.")
+        str | None, options.option("--pyramid", "1,2,3x4…", "Sides of the scales, or height x width.")
     ] = None,
     windows: options.Windows = None,
     scale_prefixes: options.ScalePrefixes = None,
-    to: Annotated[str, typer.Option("--to", metavar="directory|official", help="What to write.")] = "directory",
+    to: Annotated[str, options.option("--to", "directory|official", "What to write.")] = "directory",
     dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", metavar="NAME", help="float32, bfloat16 or float16; quantizer and head stay in float32."
-        ),
+        str, options.option("--dtype", "NAME", "float32, bfloat16 or float16; quantizer and head stay in float32.")
     ] = "float32",
     verify: options.Verify = True,
     overwrite: options.Overwrite = False,

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 from mvar_cli.commands.train import show
@@ -14,7 +12,7 @@ from mvar_cli.commands.train import show
 def finetune_from_var(
     out: options.Out,
     var_checkpoint: Annotated[
-        Path, typer.Option("--var-checkpoint", metavar="PATH", help="Model directory or published .pth to start from.")
+        Path, options.option("--var-checkpoint", "PATH", "Model directory or published .pth to start from.")
     ],
     machine: options.Machine,
     given: options.Train,
@@ -22,10 +20,10 @@ def finetune_from_var(
     windows: options.Windows = None,
     classes: Annotated[
         str,
-        typer.Option(
+        options.option(
             "--classes",
-            metavar="auto|by-number|new",
-            help="What each class starts from: auto the same class of the weights, matched by name; by-number the"
+            "auto|by-number|new",
+            "What each class starts from: auto the same class of the weights, matched by name; by-number the"
             " class of its number; new nothing.",
         ),
     ] = "auto",

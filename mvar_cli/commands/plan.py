@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -17,11 +15,11 @@ def plan(
     image_size: options.ImageSize = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Images together. Default: 1, and what the preset trains with."),
+        options.option("--batch-size", "N", "Images together. Default: 1, and what the preset trains with.", min=1),
     ] = None,
-    guided: Annotated[bool, typer.Option("--guided/--unguided", help="Sampling with guidance runs twice.")] = True,
+    guided: Annotated[bool, options.option("--guided/--unguided", None, "Sampling with guidance runs twice.")] = True,
     device_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Find the largest batches that fit, as in 24GB.")
+        str | None, options.option("--device-memory", "SIZE", "Find the largest batches that fit, as in 24GB.")
     ] = None,
 ) -> None:
     """Parameters, operations, KV cache and memory of a model, per scale and in total.

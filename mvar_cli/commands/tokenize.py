@@ -3,8 +3,6 @@
 import shlex
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -18,26 +16,27 @@ def tokenize(
     preset: options.Preset = None,
     settings: options.Settings = None,
     image_size: options.ImageSize = None,
-    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Also a mirrored view of every image.")] = None,
+    flip: Annotated[
+        bool | None, options.option("--flip/--no-flip", None, "Also a mirrored view of every image.")
+    ] = None,
     crops: Annotated[
-        int | None,
-        typer.Option("--crops", min=1, metavar="N", help="Crops of every image: its centre and N-1 random ones."),
+        int | None, options.option("--crops", "N", "Crops of every image: its centre and N-1 random ones.", min=1)
     ] = None,
     batch_size: options.BatchSize = None,
     seed: options.OptionalSeed = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")
+        bool, options.option("--skip-bad", None, "Leave out images that cannot be read, and list them.")
     ] = False,
     image_key: Annotated[
-        str | None,
-        typer.Option("--image-key", metavar="NAME", help="Suffix or column of the images, where samples have several."),
+        str | None, options.option("--image-key", "NAME", "Suffix or column of the images, where samples have several.")
     ] = None,
     words: Annotated[
-        bool, typer.Option("--words", help="Also vectors of captions or class names, for models conditioned on words.")
+        bool,
+        options.option("--words", None, "Also vectors of captions or class names, for models conditioned on words."),
     ] = False,
     vectors: options.VectorsFile = None,
     encoder: Annotated[
-        str | None, typer.Option("--encoder", metavar="NAME", help="Name of what made the vectors of --vectors.")
+        str | None, options.option("--encoder", "NAME", "Name of what made the vectors of --vectors.")
     ] = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -14,8 +12,7 @@ def train(
     machine: options.Machine,
     given: options.Train,
     depth: Annotated[
-        int | None,
-        typer.Option("--depth", min=1, metavar="N", help="Blocks; N heads, width 64·N. Default: as suits the images."),
+        int | None, options.option("--depth", "N", "Blocks; N heads, width 64·N. Default: as suits the images.", min=1)
     ] = None,
     image_size: options.ImageSize = None,
 ) -> None:

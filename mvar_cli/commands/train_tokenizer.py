@@ -4,8 +4,6 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 import mvar_core as mvar
 from mvar_cli import console, options
 
@@ -19,16 +17,16 @@ def train_tokenizer(
     image_size: options.ImageSize = None,
     start: Annotated[
         Path | None,
-        typer.Option("--start", metavar="DIR|FILE.pth", help="Tokenizer to start from: a directory or published file."),
+        options.option("--start", "DIR|FILE.pth", "Tokenizer to start from: a directory or published file."),
     ] = None,
     new_codebook: Annotated[
-        bool, typer.Option("--new-codebook", help="With --start: train a codebook from scratch, of any size.")
+        bool, options.option("--new-codebook", None, "With --start: train a codebook from scratch, of any size.")
     ] = False,
     vgg_weights: Annotated[
-        Path | None, typer.Option("--vgg-weights", metavar="FILE", help="VGG16, for the perceptual loss.")
+        Path | None, options.option("--vgg-weights", "FILE", "VGG16, for the perceptual loss.")
     ] = None,
     lpips_weights: Annotated[
-        Path | None, typer.Option("--lpips-weights", metavar="FILE", help="LPIPS' weights, for the perceptual loss.")
+        Path | None, options.option("--lpips-weights", "FILE", "LPIPS' weights, for the perceptual loss.")
     ] = None,
 ) -> None:
     """Train a multi-scale residual VQVAE on images.

@@ -206,9 +206,15 @@ def test_evaluation_of_things_that_are_not_images(mvar, images, classifier, tmp_
     assert "demo" in mvar("evaluate", "--samples", images, "--reference", images, "--features", "dmeo").error
 
 
-def test_tokenizers_that_do_not_fit_the_preset(mvar, tokens, model, tmp_path):
+def test_a_preset_of_another_size_is_laid_over_the_cache(mvar, tokens, model, tmp_path):
+    """Not refused, and not trained at its own 256 px: the cache decides what the images are."""
     options = ["--preset", "mvar-d16-256", "--tokens", tokens, "--checkpoint", model, "--out", tmp_path / "out"]
-    assert "image_size" in mvar("train", *options).error
+    asked = mvar("train", *options, "--dry-run", "--json").json["configuration"]
+    cache = json.loads((tokens / "manifest.json").read_text())
+    assert asked["image_size"] == cache["image_size"] < 256
+    assert asked["patch_sizes"] == cache["patch_sizes"]
+    assert asked["transformer"]["depth"] == 16
+    assert not (tmp_path / "out").exists()
 
 
 def test_empty_and_endless_values(mvar, model, tmp_path):

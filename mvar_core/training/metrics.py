@@ -115,16 +115,13 @@ class Recorder:
         return float(values[[names.index(name) for name in self.objective.watched]].nanmean())
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        self._append(METRICS, line)
+        """Append a line to metrics.jsonl, and tell the trackers."""
+        self.append(METRICS, line)
         for tracker in self.trackers:
             tracker.write(line["step"], {name: value for name, value in line.items() if name != "step"})
 
-    def write_skipped(self, step: int, result: StepResult, rows: np.ndarray) -> None:
-        """Append a step that was left out to skipped.jsonl, with the rows of the data that it trained on."""
-        self._append(SKIPPED, {"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows.tolist()})
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Append a line to a file of the run directory."""
         if self._out is not None:
             with naming(self._out / name), (self._out / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(line)) + "\n")

@@ -501,7 +501,8 @@ class Trainer:
         number, rows = self.step + 1, self.rows(self.step)
         found = f"loss {result.loss}, gradient norm {result.grad_norm}"
         if not result.overflow:
-            self.recorder.write_skipped(number, result, rows)
+            line = {"step": number, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows.tolist()}
+            self.recorder.append(SKIPPED, line)
             logger.warning("Step %d was left out: %s.", number, found)
         if self.skipped_in_a_row >= (MAX_OVERFLOWS_IN_A_ROW if result.overflow else self.plan.train.max_skipped):
             shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")

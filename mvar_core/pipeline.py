@@ -300,8 +300,7 @@ class Pipeline:
             progress: Called as progress(done, total), in images; also while images are being sampled.
             **shorthand: Any field of `SamplingConfig`, over `settings`; None is as if it were not there.
 
-        Raises:
-            ConfigError: Conditions of another kind, a setting out of range, or too little memory for one image.
+        ConfigError for conditions of another kind, a setting out of range, or too little memory for one image.
         """
         settings = self.sampling_settings(settings, **shorthand)
         conditioner = self.transformer.conditioner
@@ -365,9 +364,7 @@ class Pipeline:
                 them.
             **options: As of `stream`.
 
-        Raises:
-            DataError: Images or a mask of another size than the model's.
-            ConfigError: As `sample`; another `keep`; a coverage out of range.
+        DataError for images or a mask of another size than the model's; other errors as of `stream`.
         """
         images = self._checked_images(images)
         pixels = kept_pixels(checked_mask(mask, len(images), self.config.image_shape), keep)

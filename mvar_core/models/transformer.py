@@ -100,15 +100,10 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B L V"]:
         """Logits, in float32, of consecutive scales, by default of all, in one packed pass (teacher forcing).
 
-        Scales that those see, directly or through others, are computed too; their logits are not.
-
-        Args:
-            conditions: Class labels, 0 … num_classes (the last is the null label), or vectors (nan is none).
-            inputs_BLZ: Inputs of the scales after the first, from the true tokens (B, L - l₁, Z).
-            scales: The scales of which logits are returned.
-            attention: Attention backend.
-            generator: In training mode, drops conditions and branches; without it nothing is dropped.
-            probe: Called before each layer's and scale's attention with its queries and keys.
+        Scales that those see, directly or through others, are computed too; their logits are not. Conditions are class
+        labels, 0 … num_classes (the last is the null label), or vectors (nan is none); inputs are those of the scales
+        after the first, from the true tokens (B, L - l₁, Z). In training mode the generator drops conditions and
+        branches. `probe` is called before each layer's and scale's attention with its queries and keys.
         """
         if generator is not None and self.training:
             draws_B = draw_rows(generator, conditions.shape[0]).to(conditions.device)

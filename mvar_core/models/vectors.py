@@ -21,18 +21,9 @@ def pool_sequence(
     """One vector for each sequence: the mean over the positions that the mask keeps.
 
     What a text encoder returns (T5's or CLIP's `last_hidden_state` with the tokenizer's `attention_mask`) becomes what
-    a model is conditioned on.
-
-    Args:
-        sequence_BTX: Embeddings; those of masked positions may hold anything, nan included.
-        mask_BT: True or 1 where a position counts; None counts all.
-        normalise: Scale each vector to length 1, as embeddings of class tables have at the start of training.
-
-    Returns:
-        float32.
-
-    Raises:
-        DataError: A sequence of which nothing is kept.
+    a model is conditioned on, in float32: scaled to length 1 (`normalise`), as embeddings of class tables have at the
+    start of training. The mask is True or 1 where a position counts; others may hold anything, nan included. DataError
+    for a sequence of which nothing is kept.
     """
     sequence_BTX = sequence_BTX.float()
     if mask_BT is None:

@@ -74,7 +74,7 @@ def size_of_images(source: ImageSource) -> tuple[PatchSize, str]:
 
 def downsample_for(shape: tuple[int, int]) -> int:
     """Pixels to a token, so that there are about 16×16 tokens."""
-    side = math.sqrt(math.prod(shape))
+    side = math.sqrt(max(1, math.prod(shape)))
     return 4 if side <= 96 else 8 if side <= 192 else 16
 
 

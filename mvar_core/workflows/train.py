@@ -232,6 +232,8 @@ def _train(
         raise ConfigError("Training needs tokens or images.", "Add --tokens CACHE or --data IMAGES, one of them.")
     if loop.get("steps") is not None and loop.get("epochs") is not None:
         raise ConfigError("--steps and --epochs both specify how long to train.", "Use one of them.")
+    if preset is None and resume and not overwrite and (out / "config.yaml").is_file():
+        preset = str(out / "config.yaml")  # a run that was begun continues as it began, whatever suits its images today
     verify = None if machine.verify else False
     cache = TokenCache.open(Path(tokens), verify) if tokens is not None else None
     directory = _tokenizer_of(cache, tokenizer, data, out)

@@ -100,7 +100,9 @@ def train_tokenizer(
     out, settings = Path(out), list(settings or ())
     source, suited, why = open_images(data, max_pixels=machine.max_pixels), list[str](), "as set"
     start, vgg, lpips = (None if path is None else Path(path) for path in (start, vgg_weights, lpips_weights))
-    if preset is None:
+    if preset is None and resume and not overwrite and (out / "config.yaml").is_file():
+        preset = str(out / "config.yaml")  # a run that was begun continues as it began
+    elif preset is None:
         suited, why = recipes.tokenizer_settings(source, image_size, settings)
     settings = [*suited, *settings]
     flags = {"seed": seed, "image_size": image_size, "train_tokenizer": loop}

@@ -11,11 +11,12 @@ from PIL import Image
 
 import mvar_core as mvar
 from mvar_core.config.presets import load_config
-from mvar_core.errors import ConfigError, DataError
+from mvar_core.errors import CheckpointError, ConfigError, DataError
 from mvar_core.models.directory import read_model_config
 from mvar_core.workflows import recipes
 
 SMALL = {"depth": 1, "steps": 3, "batch_size": 4}
+QUICK = ["tokenizer.base_channels=8", "tokenizer.codebook_size=16", "train_tokenizer.kmeans_batches=1"]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,10 @@ def test_a_dry_run_is_what_the_run_does(cache, images, model, tmp_path):
         done = yaml.safe_load((out / "config.yaml").read_text())
         assert planned["configuration"] == json.loads(json.dumps(without_none(done)))
         assert planned["steps"] == 3
-    planned = mvar.train_tokenizer(data=str(images), out=tmp_path / "tok", steps=1, dry_run=True).to_dict()
+    given = {"data": str(images), "out": tmp_path / "tok", "steps": 1, "settings": QUICK}
+    planned = mvar.train_tokenizer(**given, dry_run=True).to_dict()
     assert planned["configuration"]["image_size"] == 16
-    mvar.train_tokenizer(data=str(images), out=tmp_path / "tok", steps=1)
+    mvar.train_tokenizer(**given)
     assert planned["configuration"] == without_none(yaml.safe_load((tmp_path / "tok" / "config.yaml").read_text()))
 
 
@@ -101,6 +103,20 @@ def test_training_suits_the_number_of_images(cache, tmp_path):
     assert small.base_channels < large.base_channels
     assert small.codebook_size < large.codebook_size
     assert small.depth < large.depth
+
+
+def test_a_run_begun_with_other_defaults_continues_as_it_began(cache, images, tmp_path):
+    """As a run of an earlier version does, whose defaults were others."""
+    run = {"tokens": cache, "out": tmp_path / "run"}
+    mvar.train(**run, depth=2, steps=2, batch_size=3, settings=["train.optimizer.lr=0.002"])
+    assert mvar.train(**run, steps=3).steps == 3
+    done = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (done["train"]["batch_size"], done["transformer"]["depth"]) == (3, 2)
+    with pytest.raises(CheckpointError, match="depth"):
+        mvar.train(**run, steps=3, depth=1)
+    tokenizer = {"data": str(images), "out": tmp_path / "tokenizer"}
+    mvar.train_tokenizer(**tokenizer, steps=1, settings=QUICK)
+    assert mvar.train_tokenizer(**tokenizer, steps=2).steps == 2
 
 
 def test_the_tokenizer_is_found_from_another_folder(cache, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from pydantic import PositiveInt
+from pydantic import ConfigDict, PositiveInt, with_config
 from typing_extensions import TypedDict, Unpack
 
 from mvar_core import __version__
@@ -65,6 +65,7 @@ class SampleResult(Result):
     interrupted: bool = False
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True))
 class SampleOptions(TypedDict, total=False):
     """What `sample_to` and `edit` both accept, as `sample_to` explains it."""
 

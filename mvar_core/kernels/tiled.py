@@ -234,8 +234,10 @@ class _Piece:
         source = x_BHYXD[self.batch, self.heads, inside, columns]
         copy = maps.room(name, (*source.shape[:2], len(rows), *source.shape[3:]))
         copy[:, :, copied].copy_(source)
-        copy[:, :, : copied.start].zero_()
-        copy[:, :, copied.stop :].zero_()
+        if copied.start:
+            copy[:, :, : copied.start].zero_()
+        if copied.stop < len(rows):
+            copy[:, :, copied.stop :].zero_()
         x_GyxD = copy.flatten(0, 1)
         count, _, width, depth = x_GyxD.shape
         by_map, by_row, by_column, by_element = x_GyxD.stride()

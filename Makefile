@@ -46,7 +46,7 @@ faults: $(STAMP)  ## bad inputs, kills and full disks, and how every command end
 	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 properties: $(STAMP)  ## 2,000 examples of every property; ARGS="-k backends"
-	OMP_NUM_THREADS=1 MVAR_EXAMPLES=2000 $(BIN)/python -m pytest tests/properties/test_models.py tests/properties/test_layouts.py -n auto $(ARGS)
+	OMP_NUM_THREADS=1 MVAR_EXAMPLES=2000 $(BIN)/python -m pytest tests/properties/test_models.py tests/properties/test_layouts.py tests/properties/test_archives.py -n auto $(ARGS)
 
 fuzz: $(STAMP)  ## ten minutes of every fuzzer; ARGS="-k tar"
 	OMP_NUM_THREADS=1 MVAR_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/properties/test_fuzz.py -n auto $(ARGS)

@@ -33,7 +33,7 @@ MACHINE_OPTIONS = {
     "activation_checkpointing",
 }
 MOST_PARAMETERS = 20
-MOST_LINES = 27_220
+MOST_LINES = 26_400
 """Of the product. The aim is 25,000: this figure may only fall."""
 
 

@@ -125,7 +125,7 @@ def load_pretrained(
     loaded, reports, others = _other_conditions(transformer, weights)
     lacking, unknown = target.keys() - weights.keys() - loaded.keys(), weights.keys() - target.keys() - others
     problems = _misfits("the file lacks", lacking) + _misfits("the model has no", unknown)
-    for name in target.keys() & weights.keys():
+    for name in (name for name in target if name in weights):  # in the model's order, which the message keeps
         found, wanted = weights[name], target[name]
         if name == _CLASSES and found.ndim == 2 and found.shape[1] == wanted.shape[1]:
             counts = Classes.of(None, len(found) - 1), Classes.of(None, len(wanted) - 1)

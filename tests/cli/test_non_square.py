@@ -194,6 +194,7 @@ def test_another_size_by_one_option(mvar, run, wide, pictures, model, tmp_path):
     pyramid = [1, [1, 2], 2, [2, 3], [3, 4], [3, 5], [4, 6]]
     assert (manifest["image_size"], manifest["patch_sizes"]) == ([16, 24], pyramid)
     options = ["--var-checkpoint", model, "--tokens", tokens, "--steps", 1, "--batch-size", 2, "--out", tuned]
+    options += ["--classes", "new"]
     assert run("finetune-from-var", *options)["steps"] == 1
     assert json.loads((tuned / "config.json").read_text())["patch_sizes"] == pyramid
     started = {row["name"]: row for row in json.loads((tuned / "started-from.json").read_text())["parameters"]}

@@ -179,12 +179,13 @@ def test_export_then_import_gives_every_weight_back(config: ModelConfig, seed: i
         official.save_official(official.transformer_to_official(transformer.state_dict(), config), folder / "m.pth",
                                wrapper=wrapper)  # fmt: skip
         official.save_official(official.tokenizer_to_official(vqvae.state_dict(), config), folder / "vae.pth")
-        read = official.read_official(folder / "m.pth"), official.read_official(folder / "vae.pth")
-        states = (
-            official.transformer_from_official(read[0], config, "m.pth"),
-            official.tokenizer_from_official(read[1], config, "vae.pth"),
-        )
-        for state, model in zip(states, (transformer, vqvae), strict=True):
+        published = official.open_official(
+            folder / "m.pth", folder / "vae.pth", kind="mvar" if config.attention.scale_prefixes == 1 else "var",
+            patch_sizes=config.patch_sizes, windows=config.attention.windows,
+            scale_prefixes=config.attention.scale_prefixes,
+        )  # fmt: skip
+        states = tuple(published.states())
+        for state, model in zip(states, (vqvae, transformer), strict=True):
             expected = model.state_dict()
             assert state.keys() == expected.keys()
             assert all(torch.equal(state[key], expected[key]) for key in expected)

@@ -180,9 +180,7 @@ class ShardSource(StoredSource):
         if len(numbers) == len(labels) and not any(isinstance(label, str) for label in others):
             for number in (min(numbers), max(numbers)):
                 if not 0 <= number < MOST_CLASSES:
-                    problem = (
-                        f"has the class {number}; expected 0 to {MOST_CLASSES - 1:,}, for a negative one means none"
-                    )
+                    problem = f"has the class {number}; expected 0 to {MOST_CLASSES - 1:,} (a negative one means none)"
                     raise refused(number, problem, "Label it, or choose another split.")
             names = self.listed_names()
             if names is None:
@@ -247,11 +245,16 @@ def _inner_split(shards: Shards, images: list[Item]) -> tuple[list[Item], list[I
     splits = are_splits(shards.name, inside)
     if not splits and split_of(shards.split) == "train":
         return images, images
-    chosen, train = (
-        [item for item, path in zip(images, paths, strict=True) if len(path) > 1 and path[0] == folder]
-        for folder in choose_split(shards.name, splits, shards.split)
-    )
-    return chosen, train
+    split, reference = choose_split(shards.name, splits, shards.split)
+    chosen = _in_folder(images, paths, split)
+    return chosen, chosen if split == reference else _in_folder(images, paths, reference)
+
+
+def _in_folder(images: list[Item], paths: Sequence[tuple[str, ...]], folder: str) -> list[Item]:
+    """The images in a folder, with their paths within it if it has sub-folders."""
+    inside = [(item, path[1:]) for item, path in zip(images, paths, strict=True) if len(path) > 1 and path[0] == folder]
+    divided = any(len(path) > 1 for _, path in inside)
+    return [item._replace(path=path) if divided else item for item, path in inside]
 
 
 def _by_folder(shards: Shards, images: list[Item], classes: Collection[Label] = ()) -> list[Item]:

@@ -313,6 +313,14 @@ def test_splits_within_an_archive(tmp_path, piece):
     assert open_images(str(path)).class_names == ("exam", "test", "train")
 
 
+def test_a_folder_around_the_splits_may_be_called_as_a_class(tmp_path, piece):
+    names = ("train/cat/0", "train/dog/1", "train/loose", "val/cat/2")
+    members = [(f"cat/v1/{name}.png", png(piece())) for name in names]
+    path = str(write_tar(tmp_path / "pets.tar", members))
+    assert [name for _, name in labelled(open_images(path))] == ["cat", "dog"]
+    assert [name for _, name in labelled(open_images(f"{path}:val"))] == ["cat"]
+
+
 def test_a_file_for_each_class(tmp_path, piece):
     for number, name in enumerate(("n01440764", "n01443537")):
         write_tar(tmp_path / f"imagenet/{name}.tar", [(f"{name}_{number}.JPEG", png(piece(number)))])

@@ -33,7 +33,7 @@ DATASET_DICT, STATE = "dataset_dict.json", "state.json"
 """Files by which `datasets` lists the splits of what it saves, and the files of each."""
 
 IMAGE_KEY = ":image="
-"""What stands in the name of data before the suffix or column of the image to use, where samples have several."""
+"""Separates the name of data from the suffix or column of the image to use, where samples have several."""
 
 SUFFIXES = (".tar", ".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -390,7 +390,6 @@ def evaluate_likelihood(
     * classes: Score only images of these classes, which compete in zero-shot classification; by default all.
     * zero_shot: Score each image under all classes; otherwise only under its own and under none.
     * num_samples: At most so many images, chosen by the seed.
-
     """
     if (tokens is None) == (data is None):
         raise ConfigError("Likelihoods are of tokens or of images.", "Use one of --tokens CACHE and --data IMAGES.")

@@ -424,6 +424,7 @@ def fit_to_tokens(config: RunConfig, tokenizer: ModelConfig, class_names: tuple[
             "tokenizer": tokenizer.tokenizer,
             "transformer": config.transformer.model_copy(update={"num_classes": len(class_names)}),
             "class_names": class_names,
+            "result": None,  # what a preset's source reports is of other weights
             "sampling": config.sampling.model_copy(update={"top_k": top_k}),
         }
     )

@@ -214,6 +214,7 @@ def test_a_preset_of_another_size_is_laid_over_the_cache(mvar, tokens, model, tm
     assert asked["image_size"] == cache["image_size"] < 256
     assert asked["patch_sizes"] == cache["patch_sizes"]
     assert asked["transformer"]["depth"] == 16
+    assert "fid" not in (asked.get("result") or {})
     assert not (tmp_path / "out").exists()
 
 
